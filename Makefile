@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# loramill - one non-recursive Makefile. `make help` lists what there is.
+#
+#   V=1                          show the commands
+#   SANITIZE=address|undefined|thread
+#   CUDA=0|1                     kernels/cuda; found automatically through nvcc
+#   WORKER=0                     engine and kernels only: needs neither librdkafka nor Avro
+#   DEPS=DIR                     where `make setup` puts what Debian does not package
+#
+# Objects, dependencies and programs live under $(BUILD), one folder a configuration, so switching
+# SANITIZE or CUDA never mixes objects. A stamp rebuilds all when flags change.
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+VERSION  := 0.1.0
+DEPS     ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramill
+PREFIX   ?= /usr/local
+WORKER   ?= 1
+SANITIZE ?=
+V        ?= 0
+
+ifeq ($(V),1)
+Q :=
+say = @:
+else
+Q := @
+say = @printf '  %-6s %s\n'
+endif
+
+# ---- configuration ------------------------------------------------------------------------
+
+NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+CUDA ?= $(if $(and $(NVCC),$(CUDA_SOURCES)),1,0)
+
+ifeq ($(filter $(SANITIZE),address undefined thread),$(SANITIZE))
+else
+$(error SANITIZE=$(SANITIZE) is unknown; use address, undefined or thread)
+endif
+
+BUILD ?= build$(if $(SANITIZE),/$(SANITIZE))
+SAN_address   := -fsanitize=address -fno-omit-frame-pointer
+SAN_undefined := -fsanitize=undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SAN_thread    := -fsanitize=thread -fno-omit-frame-pointer
+SANFLAGS := $(if $(SANITIZE),$(SAN_$(SANITIZE)))
+
+export PKG_CONFIG_PATH := $(DEPS)/librdkafka/lib/pkgconfig:$(PKG_CONFIG_PATH)
+PKG_CONFIG ?= pkg-config
+LIBS_LOW  := jansson libpcre2-8 openblas libcrypto
+LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd)
+
+CC      ?= gcc
+ifeq ($(origin CC),default)
+CC      := gcc
+endif
+OPT     ?= -O2 -g
+WARN    := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wwrite-strings \
+           -Wpointer-arith -Wformat=2 -fno-common
+WERROR  ?= $(if $(CI),-Werror)
+PKG_CFLAGS := $(shell $(PKG_CONFIG) --cflags $(LIBS_LOW) $(LIBS_HIGH) 2>/dev/null)
+CPPFLAGS += -I. -D_GNU_SOURCE -DLORAMILL_VERSION='"$(VERSION)"' $(PKG_CFLAGS)
+CFLAGS  += -std=gnu11 $(OPT) $(WARN) $(WERROR) -fstack-protector-strong -pthread $(SANFLAGS)
+LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(DEPS)/librdkafka/lib
+LDLIBS  += $(shell $(PKG_CONFIG) --libs $(LIBS_HIGH) $(LIBS_LOW) 2>/dev/null) \
+           -l:libutf8proc.a -lm -ldl
+
+ifeq ($(CUDA),1)
+CPPFLAGS += -DLORAMILL_CUDA
+endif
+
+# ---- sources ------------------------------------------------------------------------------
+
+KERNEL_SRC := $(wildcard kernels/*.c kernels/cpu/*.c kernels/sim/*.c)
+ENGINE_SRC := $(wildcard engine/*.c)
+WORKER_SRC := $(if $(filter 1,$(WORKER)),$(filter-out worker/main.c,$(wildcard worker/*.c)))
+LIB_SRC    := $(KERNEL_SRC) $(ENGINE_SRC) $(WORKER_SRC)
+UNIT_SRC   := $(wildcard tests/unit/test_*.c)
+ifneq ($(WORKER),1)
+UNIT_SRC   := $(filter-out tests/unit/test_worker_%.c,$(UNIT_SRC))
+endif
+FUZZ_SRC   := $(wildcard tests/fuzz/fuzz_*.c)
+
+obj = $(patsubst %.c,$(BUILD)/%.o,$(1))
+LIB     := $(BUILD)/libloramill.a
+BIN     := $(BUILD)/loramill
+UNITS   := $(patsubst %.c,$(BUILD)/%,$(UNIT_SRC))
+REPLAYS := $(patsubst %.c,$(BUILD)/%,$(FUZZ_SRC))
+
+# The kernels are where the cycles go; instruction sets are chosen at run time, file by file.
+$(BUILD)/kernels/cpu/%.o: OPT := -O3 -g -fno-math-errno -fno-trapping-math
+$(BUILD)/kernels/cpu/%_avx2.o: CFLAGS += -mavx2 -mfma -mf16c
+$(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+
+# ---- rules --------------------------------------------------------------------------------
+
+.PHONY: all help setup demo test unit lint bench fuzz install clean docs FORCE
+
+all: $(BIN)
+
+$(BUILD)/flags: FORCE
+	@mkdir -p $(BUILD)
+	@printf '%s\n' '$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || \
+	 printf '%s\n' '$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)' > $@
+
+$(BUILD)/%.o: %.c $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(say) CC $<
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(LIB): $(call obj,$(LIB_SRC))
+	$(say) AR $@
+	$(Q)rm -f $@ && ar rcs $@ $^
+
+$(BIN): $(call obj,worker/main.c) $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+
+$(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
+
+$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/replay.o $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+
+.SECONDARY:
+-include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC)))
+
+# Programs of the test tiers; `make test` installs what is missing, builds, and runs them all.
+programs: $(if $(filter 1,$(WORKER)),$(BIN)) $(UNITS) $(REPLAYS)
+.PHONY: programs
+
+unit: $(UNITS) $(REPLAYS)
+	$(Q)BUILD=$(BUILD) tests/run unit fuzz
+
+setup:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build
+
+demo:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build
+	$(Q)$(MAKE) --no-print-directory all
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ops/demo.sh
+
+test:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
+	$(Q)$(MAKE) --no-print-directory programs
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/run all
+
+lint:
+	$(Q)tests/lint.sh
+
+bench:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build bench
+	$(Q)$(MAKE) --no-print-directory all
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/bench/run.sh
+
+# Coverage-guided fuzzing of one target: make fuzz TARGET=json SECONDS=60
+fuzz:
+	$(Q)DEPS='$(DEPS)' tests/fuzz/fuzz.sh '$(TARGET)' '$(or $(SECONDS),60)'
+
+docs: $(BIN)
+	$(Q)$(BIN) worker --help-markdown > docs/configuration.md
+	$(Q)$(BIN) worker --help-sample > ops/loramill.properties
+
+install: $(BIN)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/loramill/schemas
+	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/loramill
+	install -m 644 schemas/*.avsc $(DESTDIR)$(PREFIX)/share/loramill/schemas/
+	install -m 644 ops/loramill.properties $(DESTDIR)$(PREFIX)/share/loramill/
+
+clean:
+	$(Q)rm -rf build
+
+help:
+	@echo 'make            build $(BIN)'
+	@echo 'make demo       run the main job on this machine, with a small model (installs what it needs)'
+	@echo 'make test       prove it: unit, golden, fuzz corpora, real broker, registry and store'
+	@echo 'make unit       the tests that need no service'
+	@echo 'make setup      install what the build needs (Debian packages, librdkafka)'
+	@echo 'make lint       include direction, banned functions, sizes, generated files fresh'
+	@echo 'make bench      CPU figures against transformers, engine overhead, messages/s'
+	@echo 'make fuzz       TARGET=NAME SECONDS=N: coverage-guided fuzzing (clang)'
+	@echo 'make docs       regenerate docs/configuration.md and the sample properties'
+	@echo 'make install    PREFIX=$(PREFIX) DESTDIR='
+	@echo 'make clean      remove build/'
+	@echo 'Variables: V=1  SANITIZE=address|undefined|thread  CUDA=0|1  WORKER=0|1  DEPS=$(DEPS)'

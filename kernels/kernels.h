@@ -1,0 +1,347 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * kernels.h - the one interface between the engine and a device.
+ *
+ * Written for a GPU first: memory belongs to a device, work is enqueued on in-order streams and
+ * ordered across streams by events, copies are asynchronous, and nothing synchronises unless its
+ * name says so. The CPU backend implements the same contract (an enqueued operation may simply
+ * have completed when the call returns), and is the oracle for every other backend.
+ *
+ * Rules of the contract
+ *  1. An operation takes its stream and one argument struct; it validates, enqueues and returns.
+ *     It never allocates, never synchronises, never touches host state later than the call: host
+ *     memory named in an argument struct may be reused as soon as the call returns, device memory
+ *     only when the stream has passed the operation.
+ *  2. Pointers are device memory unless the name ends in `_host`. Arrays of indices are int32.
+ *     Shapes stand in brackets; the last dimension is contiguous; `ld*` are row strides in
+ *     elements.
+ *  3. An unsupported value is a named error (LM_UNSUPPORTED), never a silent fallback.
+ *  4. Failures on the device surface as LM_DEVICE at the next call on that device; after one,
+ *     nothing that the device holds may be trusted.
+ *  5. A row's result does not depend on which other rows share the batch, beyond the choice of
+ *     kernel by batch size ("bucket").
+ *
+ * Activations are `props.act` (float32 on the CPU, bf16 on a GPU); logits and LoRA intermediates
+ * are always float32.
+ *
+ * Threads: a device and its memory calls may be used from any thread; one stream from one thread
+ * at a time.
+ */
+#ifndef LORAMILL_KERNELS_KERNELS_H
+#define LORAMILL_KERNELS_KERNELS_H
+
+#include "kernels/base.h"
+
+enum kn_dtype { KN_F32, KN_F16, KN_BF16 };
+size_t kn_dtype_size(enum kn_dtype t);
+const char *kn_dtype_name(enum kn_dtype t);
+
+typedef struct kn_device kn_device;     /* one accelerator, or the host's cores */
+typedef struct kn_stream kn_stream;     /* an in-order queue of work */
+typedef struct kn_event kn_event;       /* a point on a stream */
+typedef struct kn_mat kn_mat;           /* a base weight matrix in the backend's own layout */
+typedef struct kn_comm kn_comm;         /* a group of devices that compute one model */
+
+struct kn_props {
+    char name[96];              /* "cpu (avx512, 2 threads)" */
+    char backend[16];           /* "cpu", "cuda", "sim" */
+    enum kn_dtype act;          /* activations */
+    enum kn_dtype kv;           /* KV cache in the pool */
+    enum kn_dtype lora;         /* adapter weights in the pool */
+    size_t mem_total, mem_free; /* bytes; free is what it was when asked */
+    int threads;                /* CPU only */
+};
+
+/* ---- devices --------------------------------------------------------------------------- */
+
+struct kn_open_params {
+    int index;          /* which device of the backend */
+    int threads;        /* CPU: cores to use, 0 = all that this process may run on */
+};
+
+/* `backend` is "cpu", "cuda" or NULL: CUDA where a device works, else the CPU. */
+lm_status kn_open(const char *backend, const struct kn_open_params *p, kn_device **dev,
+                  struct lm_err *err);
+void kn_close(kn_device *dev);          /* every object of the device must be freed before */
+void kn_props(kn_device *dev, struct kn_props *out);
+
+/* ---- memory ---------------------------------------------------------------------------- */
+
+lm_status kn_alloc(kn_device *dev, size_t bytes, void **out, struct lm_err *err); /* 256-aligned */
+void kn_free(kn_device *dev, void *p);
+lm_status kn_host_alloc(kn_device *dev, size_t bytes, void **out, struct lm_err *err); /* pinned */
+void kn_host_free(kn_device *dev, void *p);
+
+/* Asynchronous copies; the host side must be pinned and stay untouched until the stream is past. */
+lm_status kn_copy_in(kn_stream *s, void *dst, const void *src_host, size_t bytes);
+lm_status kn_copy_out(kn_stream *s, void *dst_host, const void *src, size_t bytes);
+lm_status kn_copy(kn_stream *s, void *dst, const void *src, size_t bytes);
+lm_status kn_zero(kn_stream *s, void *dst, size_t bytes);
+
+/* Scatters `n` cells of `cell_bytes` from one pinned host blob to base + offsets_host[i]: one
+ * launch or copy batch for a whole adapter. */
+lm_status kn_scatter_cells(kn_stream *s, void *base, const int64_t *offsets_host, int n,
+                           size_t cell_bytes, const void *src_host);
+
+/* ---- streams and events ---------------------------------------------------------------- */
+
+lm_status kn_stream_new(kn_device *dev, kn_stream **out, struct lm_err *err);
+void kn_stream_free(kn_stream *s);
+lm_status kn_stream_sync(kn_stream *s, struct lm_err *err);     /* blocks the caller */
+
+lm_status kn_event_new(kn_device *dev, kn_event **out, struct lm_err *err);
+void kn_event_free(kn_event *e);
+lm_status kn_event_record(kn_event *e, kn_stream *s);
+lm_status kn_event_wait(kn_stream *s, kn_event *e);             /* the stream waits, not the host */
+lm_status kn_event_query(kn_event *e);                          /* LM_OK passed, LM_BUSY not yet */
+lm_status kn_event_sync(kn_event *e, struct lm_err *err);       /* blocks the caller */
+
+/* ---- tensor parallelism ---------------------------------------------------------------- */
+
+#define KN_COMM_ID_BYTES 128
+lm_status kn_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
+lm_status kn_comm_new(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,
+                      kn_comm **out, struct lm_err *err);       /* blocks until all ranks joined */
+void kn_comm_free(kn_comm *c);
+lm_status kn_all_reduce_sum(kn_stream *s, kn_comm *c, void *buf, size_t n, enum kn_dtype t);
+/* dst [world, n] from each rank's src [n]. */
+lm_status kn_all_gather(kn_stream *s, kn_comm *c, void *dst, const void *src, size_t n,
+                        enum kn_dtype t);
+
+/* ---- base weights ---------------------------------------------------------------------- */
+
+/* A weight [rows (out features), cols (in features)], stored as `t`. Filled in rectangles, so that
+ * q, k and v become one matrix and a tensor-parallel shard takes its slice straight from the file:
+ * the element (r, c) of the rectangle is src_host[r * src_ld + c]. kn_mat_upload blocks. */
+lm_status kn_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
+                     struct lm_err *err);
+void kn_mat_free(kn_mat *m);
+lm_status kn_mat_upload(kn_mat *m, int row0, int col0, int rows, int cols, const void *src_host,
+                        enum kn_dtype src_t, size_t src_ld, struct lm_err *err);
+
+/* ---- LoRA in the pool ------------------------------------------------------------------ */
+
+/* The seven linear modules of a layer that an adapter may target. */
+enum kn_module { KN_Q, KN_K, KN_V, KN_O, KN_GATE, KN_UP, KN_DOWN, KN_MODULES };
+
+/*
+ * An adapter is an image of `n_cells` cells of `cell_bytes` (= the pool's block_bytes), position
+ * independent: logical cell c lies in block ids[c / n_layers], layer c % n_layers (see kn_pool).
+ *
+ * Cell 0 onwards holds the directory: one row of KN_MODULES entries for each layer, rows packed
+ * floor(cell_bytes / sizeof(struct kn_lora_row)) to a cell. Then come the matrices.
+ *
+ * A matrix is A^T-like: `rank` rows along the long dimension (A: in features, B: out features),
+ * cut into chunks of `width` columns; a chunk stores [rank][width] elements of props.lora, padded
+ * with zeros to `width` columns at the end of the long dimension. Chunks are `chunk_bytes` apart
+ * (16-byte aligned) and never straddle two cells: the first `first_n` chunks follow each other from
+ * byte `offset` of cell `cell`; the rest fill the following cells from their start, `per_cell`
+ * to a cell.
+ *     A: h[j]  = sum_i A[j][i] x[i]          B: y[i] += scale * sum_j h[j] B[j][i]
+ */
+struct kn_lora_matrix {
+    int32_t width;              /* columns a chunk; 0 when the module is not targeted */
+    int32_t cell, offset;       /* where the first chunk starts */
+    int32_t first_n, per_cell;
+    int32_t chunk_bytes;
+};
+
+struct kn_lora_entry {
+    int32_t rank;               /* 0: this module is not targeted */
+    float scale;
+    struct kn_lora_matrix a, b;
+};
+
+struct kn_lora_row {
+    struct kn_lora_entry module[KN_MODULES];
+};
+
+/* The unified pool as kernels see it: block b of layer l starts at
+ * base + (l * num_blocks + b) * block_bytes. */
+struct kn_pool {
+    void *base;
+    int32_t num_blocks, n_layers;
+    int64_t block_bytes;
+};
+
+/* Consecutive tokens of one step that use one adapter. Tokens in no segment are base-only. */
+struct kn_lora_seg {
+    int32_t tok0, n_tok;        /* rows of x and y */
+    int32_t block0;             /* the adapter's block ids start at block_ids[block0] */
+    int32_t rank_max;           /* largest rank over the adapter's modules */
+    int32_t h0;                 /* row offset into h: sum of n_tok * rank_max of earlier segments */
+};
+
+/* The step's LoRA metadata, uploaded once a step and shared by every layer. */
+struct kn_lora_batch {
+    const struct kn_lora_seg *segs;     /* [n_segs] */
+    const int32_t *block_ids;           /* adapters' block tables, one after the other */
+    int n_segs;
+    int n_tok, max_seg_tok, max_rank;   /* host hints for launch geometry */
+    int64_t h_rows;                     /* sum over segments of n_tok * rank_max */
+};
+
+/* ---- operations ------------------------------------------------------------------------ */
+
+/* out [n, hidden] = table[ids[i]]; ids are checked by the caller. */
+struct kn_embed {
+    void *out;
+    const kn_mat *table;        /* [vocab, hidden] */
+    const int32_t *ids;         /* [n] */
+    int n, hidden;
+};
+
+/* If `residual`: residual += x, then out = norm(residual); else out = norm(x).
+ * norm(v) = v / sqrt(mean(v^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467). */
+struct kn_rmsnorm {
+    void *out;                  /* [n, hidden], may alias x */
+    const void *x;              /* [n, hidden] */
+    void *residual;             /* [n, hidden] or NULL */
+    const float *weight;        /* [hidden] */
+    int n, hidden;
+    float eps;
+};
+
+/* y[m, n] = x[m, k] W^T (+ bias) (+ y if accumulate); y is act, or float32 if y_f32. */
+struct kn_gemm {
+    void *y;
+    const void *x;
+    const kn_mat *w;            /* [n, k] */
+    const float *bias;          /* [n] or NULL */
+    int m;
+    int64_t ldx, ldy;
+    bool accumulate, y_f32;
+};
+
+/* Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Llama family, with
+ * optional per-head RMSNorm of q and k before it (Qwen3), and the write of K and V to the pool.
+ * The token's slot is block * block_tokens + position in block; a negative slot writes nothing. */
+struct kn_rope_kv {
+    void *qkv;                  /* [n, (q_heads + 2 kv_heads) * head_dim], q rotated in place */
+    int64_t ld;
+    const int32_t *pos;         /* [n] */
+    const int64_t *slot;        /* [n] */
+    const float *inv_freq;      /* [head_dim / 2] */
+    float attention_factor;     /* multiplies cos and sin (yarn), else 1 */
+    /* Dynamic NTK: when dyn_len[i] > dyn_max the base grows with the token's sequence length,
+     * base' = base * (factor * len / max - (factor - 1)) ^ (d / (d - 2)). NULL otherwise. */
+    const int32_t *dyn_len;     /* [n] or NULL */
+    float dyn_base, dyn_factor;
+    int dyn_max;
+    const float *q_norm, *k_norm;       /* [head_dim] or NULL */
+    float norm_eps;
+    struct kn_pool pool;
+    int layer, block_tokens;
+    int n, q_heads, kv_heads, head_dim;
+};
+
+/* Bytes of one KV block of one layer; its inner layout is the backend's own. */
+size_t kn_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+
+/* Causal paged attention. Sequence s owns query rows q_start[s] .. q_start[s+1]-1, which are the
+ * last of its kv_len[s] positions. With a window w, a query at position p sees p-w+1 .. p. */
+struct kn_attention {
+    void *out;                  /* [n_tok, q_heads * head_dim] */
+    const void *qkv;            /* as kn_rope_kv left it */
+    int64_t ld;
+    const int32_t *q_start;     /* [n_seqs + 1] */
+    const int32_t *kv_len;      /* [n_seqs], after this step */
+    const int32_t *block_table; /* [n_seqs, table_ld] */
+    int64_t table_ld;
+    int n_seqs, n_tok, max_q, max_kv;   /* host hints */
+    struct kn_pool pool;
+    int layer, block_tokens;
+    int q_heads, kv_heads, head_dim;
+    int window;                 /* 0: none */
+    float scale;                /* usually 1 / sqrt(head_dim) */
+};
+
+/* out[n, f] = silu(gate) * up, from rows [gate | up] of gate_up [n, 2f]. */
+struct kn_silu_mul {
+    void *out;
+    const void *gate_up;
+    int n, f;
+};
+
+/* out[i] = x[idx[i]] for i < n. */
+struct kn_gather_rows {
+    void *out;                  /* [n, hidden] */
+    const void *x;
+    const int32_t *idx;         /* [n] */
+    int n, hidden;
+};
+
+/* Up to three modules that read the same x and write side by side into y (q k v; gate up). */
+struct kn_lora_part {
+    enum kn_module module;
+    int32_t y_col;              /* first column in y */
+    int32_t out;                /* out features */
+};
+
+/* Shrink: h = x A^T for every part of every segment. The row of token t of segment s and part p is
+ *     h + n_parts * (seg.h0 + (t - seg.tok0) * seg.rank_max) + p * seg.rank_max.
+ * Expand: y += scale * h B. Two operations, so that a communicator can step between them. */
+struct kn_lora {
+    float *h;                   /* [batch.h_rows * n_parts] */
+    const void *x;              /* [n_tok, in], shrink only */
+    void *y;                    /* [n_tok, ldy], expand only */
+    int64_t ldx, ldy;
+    int in;                     /* in features */
+    struct kn_pool pool;
+    int layer;
+    int n_parts;
+    struct kn_lora_part part[3];
+    struct kn_lora_batch batch;
+};
+
+/* One row of logits to turn into a token. */
+struct kn_sample_row {
+    float temperature;          /* 0: greedy, ties to the lowest id */
+    float top_p, min_p;         /* 1 and 0 switch them off */
+    float repetition_penalty, presence_penalty, frequency_penalty;  /* 1, 0, 0: off */
+    int32_t top_k;              /* 0: all */
+    int32_t forced;             /* >= 0: take this token (scoring); -1: sample */
+    int32_t top_logprobs;       /* 0..KN_MAX_TOP_LOGPROBS alternatives wanted */
+    int32_t want_logprob;       /* the taken token's log-probability is wanted */
+    int32_t hist0, n_prompt, n_output;  /* tokens so far: history[hist0 .. +n_prompt+n_output) */
+    int32_t banned0, n_banned;  /* ids in history[] that may not be chosen now (min_tokens) */
+    uint64_t seed, counter;     /* counter-based generator: u = f(seed, counter), same everywhere */
+};
+
+#define KN_MAX_TOP_LOGPROBS 20
+
+/* Order (that of vLLM and Hugging Face): penalties, temperature, top-k, top-p, min-p, draw.
+ * Repetition penalty (arXiv 1909.05858) counts prompt and output, presence and frequency output
+ * only. Log-probabilities are of the raw model: log_softmax of the untouched logits. */
+struct kn_sample {
+    const float *logits;        /* [n, vocab] */
+    const struct kn_sample_row *rows;   /* [n] */
+    const int32_t *history;
+    int32_t *out_id;            /* [n] */
+    float *out_logprob;         /* [n]; NaN where not wanted */
+    int32_t *top_id;            /* [n, KN_MAX_TOP_LOGPROBS], best first */
+    float *top_logprob;         /* [n, KN_MAX_TOP_LOGPROBS] */
+    void *workspace;            /* kn_sample_workspace() bytes */
+    int n, vocab;
+    int64_t ld;                 /* of logits */
+};
+size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab);
+
+/* X(op): lm_status kn_op_<op>(kn_stream *, const struct kn_<struct> *) */
+#define KN_OPS(X)                                                                              \
+    X(embed, embed)                                                                            \
+    X(rmsnorm, rmsnorm)                                                                        \
+    X(gemm, gemm)                                                                              \
+    X(rope_kv, rope_kv)                                                                        \
+    X(attention, attention)                                                                    \
+    X(silu_mul, silu_mul)                                                                      \
+    X(gather_rows, gather_rows)                                                                \
+    X(lora_shrink, lora)                                                                       \
+    X(lora_expand, lora)                                                                       \
+    X(sample, sample)
+
+#define X(op, args) lm_status kn_op_##op(kn_stream *s, const struct kn_##args *a);
+KN_OPS(X)
+#undef X
+
+#endif

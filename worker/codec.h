@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * codec.h - prompts and completions to and from bytes: JSON, and Avro in Confluent's wire format.
+ *
+ * Choice of encoding (docs/messages.md): content-type application/json is JSON; application/avro or
+ * a schema-id header is Avro; without either, a first byte 0x00 or 0x01 is Avro and anything else
+ * is tried as JSON. Every refusal names the key at fault.
+ *
+ * Avro decoding is guarded (caps on bytes, items and depth, vetted writer schemas) and reads by
+ * field name from the writer's schema, with our own defaults. Schemas come from the registry by id,
+ * cached for ever; that lookup may block, so decode on the intake thread, never on the poll thread.
+ *
+ * Threads: a codec is used by one thread at a time for decoding and another for encoding.
+ */
+#ifndef LORAMILL_WORKER_CODEC_H
+#define LORAMILL_WORKER_CODEC_H
+
+#include "worker/message.h"
+
+typedef struct codec codec;
+
+/* Headers as the codec needs them; value may hold any bytes. */
+struct header { const char *name; const void *value; size_t len; };
+
+struct codec_config {
+    const char *registry_url;   /* NULL: Avro is refused, by name */
+    const char *registry_auth;  /* "user:password" or NULL */
+    const char *registry_ca;    /* PEM file or NULL */
+    bool auto_register;         /* register the reply schema, else it must be there */
+    const char *reply_topic;    /* subject <reply_topic>-value */
+    size_t max_message_bytes;   /* 0: 16 MiB */
+    const char *model_name;     /* a prompt's `model` must equal it, when not NULL */
+};
+
+lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *err);
+void codec_free(codec *c);
+
+/* What encoding a record has, by the rule above; never fails. */
+enum encoding codec_detect(const void *value, size_t len, const struct header *h, int n_headers);
+
+/* Headers correlation-id / reply topic are the caller's business (worker), not read here.
+ * Retriable failures (registry down) have disposition LM_DO_RETRY; everything else is a dead letter. */
+lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,
+                              int n_headers, struct prompt **out, struct lm_err *err);
+
+/* JSON only, no codec state: for the command line tools. */
+lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
+                             struct lm_err *err);
+
+/* malloc'ed bytes. */
+lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
+                                  void **out, size_t *len, struct lm_err *err);
+
+#endif

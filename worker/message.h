@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * message.h - a prompt and a completion as plain data, between the wire (codec.h) and the engine.
+ *
+ * docs/messages.md is the contract that people read; schemas/ is the same in Avro. A prompt owns
+ * all that it points to (one arena) and is immutable after decoding. Strings are UTF-8 and
+ * NUL-terminated, without embedded NULs, except where a length is given.
+ */
+#ifndef LORAMILL_WORKER_MESSAGE_H
+#define LORAMILL_WORKER_MESSAGE_H
+
+#include "engine/engine.h"
+
+enum encoding { ENCODING_JSON, ENCODING_AVRO };
+
+struct metadata_entry { const char *key, *value; };
+
+struct prompt {
+    const char *id;             /* never NULL, never empty */
+    const char *adapter;        /* NULL: base model */
+    const char *prompt;         /* exactly one of prompt, token_ids, messages */
+    size_t prompt_len;
+    const int32_t *token_ids;
+    int n_token_ids;
+    const struct engine_message *messages;
+    int n_messages;
+    const char *const *context;
+    int n_context;
+    struct engine_params params;
+    int priority;
+    int64_t deadline_ms;        /* 0: none */
+    const char *tenant, *reply_topic, *correlation_id, *model;  /* NULL: not given */
+    const struct metadata_entry *metadata;
+    int n_metadata;
+    enum encoding encoding;     /* how it came */
+    struct arena *arena;
+};
+void prompt_free(struct prompt *p);     /* NULL is allowed */
+
+/* Everything a reply says beyond the engine's result; borrowed pointers. */
+struct completion {
+    const struct prompt *prompt;
+    const char *adapter_digest; /* NULL: base model */
+    const char *model;          /* the base model's name */
+    const char *worker;         /* this worker's name */
+    const struct engine_result *result;
+    /* milliseconds, for "timings" */
+    double fetch_ms;            /* waiting for the adapter to be fetched and loaded */
+    double received_to_submit_ms;
+};
+
+/* ---- arena: all of a prompt's memory, freed at once ------------------------------------- */
+struct arena *arena_new(void);
+void arena_free(struct arena *a);
+void *arena_alloc(struct arena *a, size_t bytes);               /* NULL when exhausted; zeroed */
+char *arena_strndup(struct arena *a, const char *s, size_t n);
+size_t arena_bytes(const struct arena *a);
+
+#endif
