@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kafka_admin.py BOOTSTRAP COMMAND ...: what the tests ask of a broker, through confluent-kafka.
+
+  brokers N                         exit 0 when N brokers answer
+  create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
+  lag GROUP TOPIC                   print committed offset and end offset of each partition
+"""
+import sys
+
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+QUIET = {"log_level": 0, "socket.timeout.ms": 5000}
+
+
+def brokers(bootstrap, n):
+    md = AdminClient({"bootstrap.servers": bootstrap, **QUIET}).list_topics(timeout=3)
+    return 0 if len(md.brokers) == int(n) else 1
+
+
+def create(bootstrap, topic, partitions, *config):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    new = NewTopic(topic, int(partitions), config=dict(c.split("=", 1) for c in config))
+    try:
+        admin.create_topics([new])[topic].result(20)
+    except Exception as e:
+        if e.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
+    return 0
+
+
+def lag(bootstrap, group, topic):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    parts = sorted(admin.list_topics(topic, timeout=5).topics[topic].partitions)
+    want = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, p) for p in parts])
+    got = admin.list_consumer_group_offsets([want])[group].result(10).topic_partitions
+    c = Consumer({"bootstrap.servers": bootstrap, "group.id": "lag-reader", **QUIET})
+    for tp in got:
+        low, high = c.get_watermark_offsets(TopicPartition(topic, tp.partition), timeout=5)
+        print(tp.partition, tp.offset, low, high)
+    c.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit({"brokers": brokers, "create": create, "lag": lag}[sys.argv[2]](
+        sys.argv[1], *sys.argv[3:]))

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+#
+# tests/infra/lib.sh - real services for the integration tests, without containers. Source it.
+#
+#   infra_begin NAME            a scratch folder $RUN, and everything stopped when the script ends
+#   kafka_start NODES           a KRaft cluster on loopback; sets $BOOTSTRAP
+#   registry_start              Apicurio with Confluent's API; sets $REGISTRY
+#   nginx_start DIR             serves DIR; sets $STORE
+#   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
+#   wait_until SECONDS COMMAND...
+#
+# Services get free ports, listen on 127.0.0.1 only, and are children of the script: the EXIT trap
+# ends what $RUN/pids names, and nothing else.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+: "${BUILD:=build}" "${DEPS:=${XDG_CACHE_HOME:-$HOME/.cache}/loramill}"
+LORAMILL=$PWD/$BUILD/loramill
+PYTHON=$DEPS/venv-test/bin/python
+FAILED=0
+
+infra_begin() {
+    RUN=$PWD/$BUILD/run/$1.$$
+    rm -rf "$RUN"; mkdir -p "$RUN"; : > "$RUN/pids"
+    trap infra_end EXIT
+    trap 'exit 130' INT TERM
+}
+
+# spawn LOG COMMAND...: a background process of this test; $! is its pid. It leads its own process
+# group so that its children go with it.
+spawn() {
+    local log=$1; shift
+    setsid "$@" > "$log" 2>&1 < /dev/null &
+    echo $! >> "$RUN/pids"
+}
+
+infra_end() {
+    local st=$? p t
+    tac "$RUN/pids" > "$RUN/pids.rev"
+    while read -r p; do kill -TERM -- "-$p" 2>/dev/null; done < "$RUN/pids.rev"
+    for t in $(seq 50); do
+        while read -r p; do kill -0 "$p" 2>/dev/null && break; done < "$RUN/pids.rev" || break
+        sleep 0.1
+    done
+    while read -r p; do kill -KILL -- "-$p" 2>/dev/null; done < "$RUN/pids.rev"
+    [ $st -eq 0 ] && [ $FAILED -eq 0 ] && [ -z "${KEEP:-}" ] && rm -rf "$RUN"
+    [ $FAILED -eq 0 ] || st=1
+    trap - EXIT
+    exit $st
+}
+
+ok() { echo "ok - $*"; }
+not_ok() { echo "not ok - $*"; FAILED=1; }
+check() { local what=$1; shift; if "$@"; then ok "$what"; else not_ok "$what"; fi; }
+# die WHAT: the test can't go on.
+die() { not_ok "$*"; exit 1; }
+
+wait_until() {
+    local end=$((SECONDS + $1)); shift
+    until "$@" > /dev/null 2>&1; do
+        [ $SECONDS -lt $end ] || return 1
+        sleep 0.2
+    done
+}
+
+# free_ports N: N ports that nobody listens on, from a range that no ephemeral port is taken from.
+free_ports() {
+    "$PYTHON" - "$1" <<'P'
+import random, socket, sys
+found = []
+while len(found) < int(sys.argv[1]):
+    port = random.randint(20000, 31000)
+    with socket.socket() as s:
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    if port not in found:
+        found.append(port)
+print(*found)
+P
+}
+
+kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES
+    local isr=1 rf=$5
+    [ "$rf" -gt 3 ] && rf=3
+    [ "$rf" -ge 3 ] && isr=2
+    cat <<P
+process.roles=broker,controller
+node.id=$1
+controller.quorum.voters=$4
+listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3
+advertised.listeners=PLAINTEXT://127.0.0.1:$2
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+controller.listener.names=CONTROLLER
+log.dirs=$RUN/kafka/n$1/log
+num.partitions=1
+default.replication.factor=$rf
+min.insync.replicas=$isr
+offsets.topic.num.partitions=4
+offsets.topic.replication.factor=$rf
+transaction.state.log.num.partitions=4
+transaction.state.log.replication.factor=$rf
+transaction.state.log.min.isr=$isr
+group.initial.rebalance.delay.ms=0
+auto.create.topics.enable=false
+log.cleaner.dedupe.buffer.size=4194304
+P
+}
+
+kafka_log4j() {
+    cat <<'P'
+status=warn
+appender.c.type=Console
+appender.c.name=C
+appender.c.layout.type=PatternLayout
+appender.c.layout.pattern=%d %p %c{1} %m%n
+rootLogger.level=WARN
+rootLogger.appenderRef.c.ref=C
+P
+}
+
+kafka_start() {
+    local n=$1 i d ports voters='' libs
+    libs=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
+    read -ra ports <<< "$(free_ports $((2 * n)))"
+    BOOTSTRAP=
+    for i in $(seq "$n"); do
+        voters+="$i@127.0.0.1:${ports[$((n + i - 1))]},"
+        BOOTSTRAP+="127.0.0.1:${ports[$((i - 1))]},"
+    done
+    voters=${voters%,} BOOTSTRAP=${BOOTSTRAP%,}
+    mkdir -p "$RUN/kafka"; kafka_log4j > "$RUN/kafka/log4j2.properties"
+    local cid; cid=A$(head -c 15 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=' | cut -c1-21)
+    for i in $(seq "$n"); do
+        d=$RUN/kafka/n$i; mkdir -p "$d"
+        kafka_properties "$i" "${ports[$((i - 1))]}" "${ports[$((n + i - 1))]}" "$voters" "$n" \
+            > "$d/server.properties"
+        java -Xmx128m -XX:TieredStopAtLevel=1 -cp "$libs/*" kafka.tools.StorageTool format \
+            -t "$cid" -c "$d/server.properties" > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }
+        kafka_node "$i" "$libs"
+    done
+    wait_until 60 kafka_ready "$n"
+}
+
+kafka_node() {          # ID LIBS: (re)starts one node; its pid is in n$ID/pid
+    local d=$RUN/kafka/n$1
+    spawn "$d/out.log" java -Xms256m -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 \
+        "-Dlog4j2.configurationFile=$RUN/kafka/log4j2.properties" -cp "$2/*" kafka.Kafka \
+        "$d/server.properties"
+    echo $! > "$d/pid"
+}
+
+kafka_ready() {
+    "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" brokers "$1"
+}
+
+# topic_create NAME PARTITIONS [KEY=VALUE]...
+topic_create() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" create "$@"; }
+
+registry_start() {
+    local port app
+    port=$(free_ports 1)
+    app=$(ls -d "$DEPS"/apicurio-*/app | tail -1)
+    spawn "$RUN/registry.log" env QUARKUS_HTTP_HOST=127.0.0.1 QUARKUS_HTTP_PORT="$port" \
+        QUARKUS_LOG_LEVEL=WARN java -Xmx384m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 \
+        -jar "$app"/apicurio-registry-app-*-runner.jar
+    REGISTRY=http://127.0.0.1:$port/apis/ccompat/v7
+    wait_until 60 curl -sf -o /dev/null "$REGISTRY/subjects"
+}
+
+nginx_start() {
+    local dir port
+    dir=$(realpath "$1")
+    port=$(free_ports 1)
+    mkdir -p "$RUN/nginx"
+    cat > "$RUN/nginx/nginx.conf" <<P
+daemon off;
+master_process off;
+pid $RUN/nginx/pid;
+error_log $RUN/nginx/error.log;
+events { worker_connections 64; }
+http {
+    access_log $RUN/nginx/access.log;
+    client_body_temp_path $RUN/nginx/tmp; proxy_temp_path $RUN/nginx/tmp;
+    fastcgi_temp_path $RUN/nginx/tmp; uwsgi_temp_path $RUN/nginx/tmp; scgi_temp_path $RUN/nginx/tmp;
+    server { listen 127.0.0.1:$port; root $dir; location / { } }
+}
+P
+    spawn "$RUN/nginx/out.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/nginx.conf" -e "$RUN/nginx/error.log"
+    STORE=http://127.0.0.1:$port
+    wait_until 10 curl -s -o /dev/null "$STORE/"
+}
