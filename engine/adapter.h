@@ -5,8 +5,8 @@
  * adapter_parse() reads adapter_config.json and adapter_model.safetensors (never pickle), resolves
  * ranks and scales of every module (r, lora_alpha, use_rslora, rank_pattern, alpha_pattern,
  * target_modules as list, regex or "all-linear", exclude_modules, layers_to_transform,
- * layers_pattern, fan_in_fan_out), demands that config and tensors say the same, that every tensor is
- * used, has the right shape and is finite, and writes the position-independent image that
+ * layers_pattern, fan_in_fan_out), demands that config and tensors say the same, that every tensor
+ * is used, has the right shape and is finite, and writes the position-independent image that
  * kernels.h (struct kn_lora_row) describes. What we don't serve is refused by name.
  */
 #ifndef LORAMILL_ENGINE_ADAPTER_H

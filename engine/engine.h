@@ -145,7 +145,8 @@ struct engine_request {
     const struct engine_message *messages;
     int n_messages;
     /* Documents put ahead: joined by blank lines before a string prompt, or before the first
-     * system message's content (a system message is made when there is none). Not with token ids. */
+     * system message's content (a system message is made when there is none). Not with
+     * token ids. */
     const char *const *context;
     int n_context;
     struct engine_params params;
@@ -220,7 +221,8 @@ struct engine_event {
 };
 
 /* Waits up to timeout_ms for the first event, then takes what is there. Returns the count. After
- * a device failure: LM_DEVICE in *state, once all results were delivered; the process should end. */
+ * a device failure: LM_DEVICE in *state, once all results were delivered; the process should
+ * end. */
 int engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms, lm_status *state);
 void engine_wake(engine *e);    /* makes a waiting engine_poll() return */
 

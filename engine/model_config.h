@@ -2,8 +2,8 @@
 /*
  * model_config.h - config.json and generation_config.json, read into plain numbers.
  *
- * Accepts what transformers 4 and 5 write (rope_theta + rope_scaling, or rope_parameters; torch_dtype
- * or dtype). A field that changes the maths and that we do not implement is refused by name; fields
+ * Accepts what transformers 4 and 5 write (rope_theta + rope_scaling, or rope_parameters;
+ * torch_dtype or dtype). A field that changes the maths and that we do not implement is refused by name; fields
  * that don't (initializer_range, use_cache, ...) are ignored. Sizes are bounded before use.
  */
 #ifndef LORAMILL_ENGINE_MODEL_CONFIG_H
@@ -21,7 +21,7 @@ struct model_config {
     bool tied_embeddings;       /* lm_head shares embed_tokens */
     bool qkv_bias;              /* Qwen2 */
     bool qk_norm;               /* Qwen3 */
-    enum kn_dtype dtype;        /* stored weights, as the config says; the files have the last word */
+    enum kn_dtype dtype;        /* stored weights, as the config says; the files decide */
     /* Sliding window of each layer, 0 for full attention; [n_layers], owned. */
     int *window;
 

@@ -3,8 +3,8 @@
  * tokenizer.h - tokenizer.json of Hugging Face tokenizers: byte-level BPE and SentencePiece BPE.
  *
  * Normalizers, pre-tokenizers (their own regexes through PCRE2), added tokens, BPE with merges,
- * byte fallback, post-processors (TemplateProcessing, ByteLevel, Sequence) and decoders. A component
- * that we do not implement is refused by name at load.
+ * byte fallback, post-processors (TemplateProcessing, ByteLevel, Sequence) and decoders. A
+ * component that we do not implement is refused by name at load.
  *
  * A tokenizer is immutable after load and may be used from any thread at once.
  */

@@ -9,8 +9,8 @@
  *
  * Disk cache (shared by any number of workers on a host): files are written under tmp/, hashed,
  * validated for form, fsync'ed and installed by one rename of the adapter's folder, so that a
- * reader sees a whole adapter or none. Interrupted downloads leave only tmp/ entries, swept at start
- * when their process is gone.
+ * reader sees a whole adapter or none. Interrupted downloads leave only tmp/ entries, swept at
+ * start when their process is gone.
  *
  * Failures: 404/403/410 -> LM_NOT_FOUND / LM_DENIED (final, remembered for `negative_ttl_ms`);
  * timeouts, 408, 429, 5xx -> retried with jittered backoff up to `max_attempts`, then LM_NET;
