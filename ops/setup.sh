@@ -18,7 +18,7 @@ LIBRDKAFKA_PACKAGE=@confluentinc/kafka-javascript@1.10.1      # holds librdkafka
 LIBRDKAFKA_SHA256=ada7d703bb1d3237e2292bfabf438d663b6160c9f1ac2a2406b5dc4257c81b66
 KAFKA=4.3.1
 APICURIO=2.6.13.Final
-PY_TEST="confluent-kafka[avro,schemaregistry]==2.16.1"
+PY_TEST="confluent-kafka[avro,schemaregistry]==2.12.2"
 PY_BENCH="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 numpy==2.4.6"
 
 say() { printf '== %s\n' "$*"; }
