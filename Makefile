@@ -62,6 +62,8 @@ WARN    := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wwrite-
            -Wpointer-arith -Wformat=2 -fno-common
 WERROR  ?= $(if $(CI),-Werror)
 PKG_CFLAGS := $(shell $(PKG_CONFIG) --cflags $(LIBS_LOW) $(LIBS_HIGH) 2>/dev/null)
+# System headers, so that our warnings judge our code only.
+PKG_CFLAGS := $(patsubst -I%,-isystem %,$(PKG_CFLAGS))
 CPPFLAGS += -I. -D_GNU_SOURCE -DLORAMILL_VERSION='"$(VERSION)"' $(PKG_CFLAGS)
 CFLAGS  += -std=gnu11 $(OPT) $(WARN) $(WERROR) -fstack-protector-strong -pthread $(SANFLAGS)
 LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(DEPS)/librdkafka/lib

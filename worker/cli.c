@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cli.c - settings, signals and lines of input for the command line tools; see cli.h.
+ */
+#include "worker/cli.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- settings --------------------------------------------------------------------------- */
+
+lm_status cli_settings_add(struct cli_settings *s, const char *assignment, struct lm_err *err)
+{
+    if (s->n_set == CLI_MAX_SET)
+        return lm_err_set(err, LM_TOO_LARGE, "more than %d --set options; use a file",
+                          CLI_MAX_SET);
+    s->set[s->n_set++] = assignment;
+    return LM_OK;
+}
+
+lm_status cli_settings_load(const struct cli_settings *s, struct config *c, struct lm_err *err)
+{
+    lm_status st = config_init(c, err);
+    if (st == LM_OK && s->file)
+        st = config_read_file(c, s->file, err);
+    for (int i = 0; st == LM_OK && i < s->n_set; i++)
+        st = config_set(c, s->set[i], err);
+    if (st != LM_OK) {
+        config_release(c);
+        *c = (struct config){ 0 };
+    }
+    return st;
+}
+
+lm_status cli_parse_number(const char *option, const char *text, int64_t min, int64_t max,
+                           int64_t *out, struct lm_err *err)
+{
+    char *end;
+    errno = 0;
+    long long v = strtoll(text, &end, 10);
+    bool digits = *text == '-' || (*text >= '0' && *text <= '9');
+    if (!digits || *end || errno || v < min || v > max)
+        return lm_err_set(err, LM_INVALID, "%s %s: must be a whole number from %lld to %lld",
+                          option, text, (long long)min, (long long)max);
+    *out = v;
+    return LM_OK;
+}
+
+/* ---- signals ---------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t interrupted;
+
+static void on_signal(int sig)
+{
+    interrupted = 1;
+    signal(sig, SIG_DFL);
+}
+
+void cli_catch_signals(void)
+{
+    struct sigaction sa = { .sa_handler = on_signal };
+    sigemptyset(&sa.sa_mask);
+    interrupted = 0;
+    sigaction(SIGINT, &sa, NULL);
+    sigaction(SIGTERM, &sa, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+bool cli_interrupted(void)
+{
+    return interrupted != 0;
+}
+
+/* ---- lines of input --------------------------------------------------------------------- */
+
+lm_status cli_lines_open(struct cli_lines *l, const char *path, struct lm_err *err)
+{
+    *l = (struct cli_lines){ 0 };
+    l->in = !strcmp(path, "-") ? stdin : fopen(path, "re");
+    if (!l->in)
+        return lm_err_set(err, errno == ENOENT ? LM_NOT_FOUND : LM_IO, "%s: %s", path,
+                          strerror(errno));
+    return LM_OK;
+}
+
+void cli_lines_close(struct cli_lines *l)
+{
+    if (l->in && l->in != stdin)
+        fclose(l->in);
+    free(l->text);
+    *l = (struct cli_lines){ 0 };
+}
+
+static lm_status grow(struct cli_lines *l, struct lm_err *err)
+{
+    size_t size = l->size ? LM_MIN(l->size * 2, CLI_MAX_LINE + 1) : 4096;
+    char *text = lm_reallocarray(l->text, size, 1);
+    if (!text)
+        return lm_err_set(err, LM_NOMEM, "line %llu: no memory for %zu bytes",
+                          (unsigned long long)l->number, size);
+    l->text = text;
+    l->size = size;
+    return LM_OK;
+}
+
+static void skip_line(FILE *in)
+{
+    int c;
+    while ((c = getc_unlocked(in)) != EOF && c != '\n')
+        ;
+}
+
+/* One line, blank or not. */
+static lm_status read_line(struct cli_lines *l, struct lm_err *err)
+{
+    int c;
+    l->len = 0;
+    l->number++;
+    while ((c = getc_unlocked(l->in)) != EOF && c != '\n') {
+        if (l->len == CLI_MAX_LINE) {
+            skip_line(l->in);
+            return lm_err_set(err, LM_TOO_LARGE, "longer than %zu bytes", CLI_MAX_LINE);
+        }
+        if (l->len + 1 >= l->size && grow(l, err) != LM_OK)
+            return LM_NOMEM;
+        l->text[l->len++] = (char)c;
+    }
+    if (c == EOF && ferror(l->in))
+        return errno == EINTR && interrupted ? LM_NOT_FOUND
+                                             : lm_err_set(err, LM_IO, "line %llu: %s",
+                                                          (unsigned long long)l->number,
+                                                          strerror(errno));
+    if (c == EOF && l->len == 0)
+        return LM_NOT_FOUND;
+    if (l->size == 0 && grow(l, err) != LM_OK)
+        return LM_NOMEM;
+    if (l->len > 0 && l->text[l->len - 1] == '\r')
+        l->len--;
+    l->text[l->len] = '\0';
+    return LM_OK;
+}
+
+static bool is_blank(const char *s, size_t len)
+{
+    return strspn(s, " \t") == len;
+}
+
+lm_status cli_lines_next(struct cli_lines *l, struct lm_err *err)
+{
+    lm_status st;
+    do
+        st = read_line(l, err);
+    while (st == LM_OK && is_blank(l->text, l->len));
+    return st;
+}
+
+uint64_t cli_lines_count(const char *path)
+{
+    struct cli_lines l;
+    uint64_t n = 0;
+    lm_status st;
+    struct stat sb;
+    if (stat(path, &sb) != 0 || !S_ISREG(sb.st_mode) || cli_lines_open(&l, path, NULL) != LM_OK)
+        return 0;
+    while ((st = cli_lines_next(&l, NULL)) == LM_OK || st == LM_TOO_LARGE)
+        n++;
+    cli_lines_close(&l);
+    return n;
+}
