@@ -48,8 +48,8 @@ SAN_undefined := -fsanitize=undefined -fno-sanitize-recover=undefined -fno-omit-
 SAN_thread    := -fsanitize=thread -fno-omit-frame-pointer
 SANFLAGS := $(if $(SANITIZE),$(SAN_$(SANITIZE)))
 
-export PKG_CONFIG_PATH := $(DEPS)/librdkafka/lib/pkgconfig:$(PKG_CONFIG_PATH)
-PKG_CONFIG ?= pkg-config
+# $(shell) does not see exported variables before GNU make 4.4.
+PKG_CONFIG ?= PKG_CONFIG_PATH='$(DEPS)/librdkafka/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
 LIBS_LOW  := jansson libpcre2-8 openblas libcrypto
 LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd)
 
