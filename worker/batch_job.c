@@ -1,0 +1,391 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * batch_job.c - see batch_job.h.
+ *
+ * Life of a line
+ *
+ *   read --bad--> error line
+ *     |
+ *     +-- adapter asked for --> FETCHING --failed--> error line
+ *     |                            |
+ *     +--------------------------> READY --submit refused--> error line
+ *                                  |   ^-- engine busy: stays
+ *                                  RUNNING --> result line or error line
+ *
+ * The caller's thread moves every line; store threads only put a line that has its adapter (or its
+ * failure) on the ready list, under the one lock, and wake the poll.
+ */
+#include "worker/batch_job.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "worker/batch_output.h"
+#include "worker/openai.h"
+#include "worker/progress.h"
+
+enum { MAX_LINE = 64 << 20, POLL_MS = 100, POLL_EVENTS = 64 };
+
+struct item {
+    struct item *next;          /* in `arrived` or `ready` */
+    struct item *prev_live, *next_live;
+    struct job *job;
+    uint64_t line;
+    struct openai_request *request;
+    engine_adapter *adapter;
+    struct lm_err err;          /* why it has no adapter */
+};
+
+struct list { struct item *head, **tail; };
+
+struct job {
+    const struct batch_config *cfg;
+    struct engine_info info;
+    FILE *in;
+    char *buf;
+    size_t cap;
+    bool eof;
+    uint64_t line;
+    batch_output *out;
+    struct batch_totals *totals;
+    progress *bar;
+    int in_flight;
+    struct item *live;          /* every item that has not ended */
+    pthread_mutex_t lock;       /* guards `arrived` */
+    struct list arrived;        /* adapters have come (or failed), from store threads */
+    struct list ready;          /* to be submitted, in order */
+};
+
+/* ---- lists ----------------------------------------------------------------------------- */
+
+static void list_init(struct list *l)
+{
+    l->head = NULL;
+    l->tail = &l->head;
+}
+
+static void list_add(struct list *l, struct item *it)
+{
+    it->next = NULL;
+    *l->tail = it;
+    l->tail = &it->next;
+}
+
+static struct item *list_take(struct list *l)
+{
+    struct item *it = l->head;
+    if (it && !(l->head = it->next))
+        l->tail = &l->head;
+    return it;
+}
+
+static struct item *item_new(struct job *j)
+{
+    struct item *it = lm_calloc(1, sizeof *it);
+    if (!it)
+        return NULL;
+    it->job = j;
+    it->line = j->line;
+    it->next_live = j->live;
+    if (j->live)
+        j->live->prev_live = it;
+    j->live = it;
+    j->in_flight++;
+    return it;
+}
+
+static void item_free(struct item *it)
+{
+    *(it->prev_live ? &it->prev_live->next_live : &it->job->live) = it->next_live;
+    if (it->next_live)
+        it->next_live->prev_live = it->prev_live;
+    it->job->in_flight--;
+    engine_adapter_unref(it->adapter);
+    openai_request_free(it->request);
+    free(it);
+}
+
+/* ---- endings --------------------------------------------------------------------------- */
+
+static void show(struct job *j)
+{
+    const struct batch_totals *t = j->totals;
+    progress_set(j->bar, t->skipped + t->answered + t->refused);
+    if (t->refused)
+        progress_note(j->bar, "%" PRIu64 " refused", t->refused);
+}
+
+static lm_status end_refused(struct job *j, struct item *it, const struct lm_err *why,
+                             struct lm_err *err)
+{
+    char id[BATCH_ID_CHARS];
+    batch_id(id, it->line);
+    const char *custom_id = it->request ? it->request->custom_id : NULL;
+    lm_status st = batch_output_write(j->out, openai_error_line(id, custom_id, why), err);
+    j->totals->refused++;
+    item_free(it);
+    show(j);
+    return st;
+}
+
+static lm_status end_answered(struct job *j, struct item *it, const struct engine_result *r,
+                              struct lm_err *err)
+{
+    char id[BATCH_ID_CHARS];
+    batch_id(id, it->line);
+    const char *digest = it->adapter ? engine_adapter_digest(it->adapter) : NULL;
+    lm_status st = batch_output_write(j->out, openai_result_line(id, it->request, digest, r), err);
+    j->totals->answered++;
+    j->totals->prompt_tokens += (uint64_t)r->prompt_tokens;
+    j->totals->completion_tokens += (uint64_t)r->completion_tokens;
+    item_free(it);
+    show(j);
+    return st;
+}
+
+/* ---- reading --------------------------------------------------------------------------- */
+
+/* On a store thread, or inside store_get(). */
+static void adapter_arrived(void *user, lm_status status, engine_adapter *a,
+                            const struct lm_err *why)
+{
+    struct item *it = user;
+    struct job *j = it->job;
+    it->adapter = a;
+    if (status != LM_OK) {
+        it->err = why ? *why : (struct lm_err){ .code = status };
+        it->err.code = status;
+    }
+    pthread_mutex_lock(&j->lock);
+    list_add(&j->arrived, it);
+    pthread_mutex_unlock(&j->lock);
+    engine_wake(j->cfg->engine);
+}
+
+static bool is_blank(const char *s, size_t n)
+{
+    return strspn(s, " \t\r\n") >= n;
+}
+
+static lm_status take_line(struct job *j, size_t len, struct lm_err *err)
+{
+    struct item *it = item_new(j);
+    if (!it)
+        return lm_err_set(err, LM_NOMEM, "no memory for line %" PRIu64, j->line);
+    struct lm_err why = { 0 };
+    lm_status st = len > MAX_LINE
+        ? lm_err_set(&why, LM_TOO_LARGE, "the line has %zu bytes, more than %d", len, MAX_LINE)
+        : openai_parse(j->buf, len, j->info.model_name, &it->request, &why);
+    if (st)
+        return end_refused(j, it, &why, err);
+    if (it->request->adapter)
+        store_get(j->cfg->store, it->request->adapter, adapter_arrived, it);
+    else
+        list_add(&j->ready, it);
+    return LM_OK;
+}
+
+/* Reads lines until enough are in flight. */
+static lm_status fill(struct job *j, struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    while (!st && !j->eof && j->in_flight < j->cfg->max_in_flight) {
+        errno = 0;
+        ssize_t n = getline(&j->buf, &j->cap, j->in);
+        if (n < 0) {
+            j->eof = true;
+            if (ferror(j->in))
+                return lm_err_set(err, LM_IO, "input %s: %s", j->cfg->input, strerror(errno));
+            return LM_OK;
+        }
+        j->line++;
+        while (n > 0 && (j->buf[n - 1] == '\n' || j->buf[n - 1] == '\r'))
+            n--;
+        if (is_blank(j->buf, (size_t)n))
+            continue;
+        j->totals->lines++;
+        if (batch_output_has(j->out, j->line)) {
+            j->totals->skipped++;
+            show(j);
+            continue;
+        }
+        st = take_line(j, (size_t)n, err);
+    }
+    return st;
+}
+
+/* ---- submitting and polling ------------------------------------------------------------ */
+
+static void collect_arrived(struct job *j)
+{
+    pthread_mutex_lock(&j->lock);
+    for (struct item *it; (it = list_take(&j->arrived));)
+        list_add(&j->ready, it);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static lm_status submit_item(struct job *j, struct item *it, struct lm_err *why)
+{
+    const struct openai_request *q = it->request;
+    char id[BATCH_ID_CHARS];
+    batch_id(id, it->line);
+    const struct engine_request r = {
+        .id = id, .adapter = it->adapter, .prompt = q->prompt, .prompt_len = q->prompt_len,
+        .token_ids = q->token_ids, .n_token_ids = q->n_token_ids, .messages = q->messages,
+        .n_messages = q->n_messages, .params = q->params, .user = it,
+    };
+    engine_handle h;
+    return engine_submit(j->cfg->engine, &r, &h, why);
+}
+
+static lm_status submit_ready(struct job *j, struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    while (!st && j->ready.head) {
+        struct item *it = j->ready.head;
+        struct lm_err why = it->err;
+        lm_status s = why.code ? why.code : submit_item(j, it, &why);
+        if (s == LM_BUSY)
+            break;
+        list_take(&j->ready);
+        if (s)
+            st = end_refused(j, it, &why, err);
+    }
+    return st;
+}
+
+static lm_status end_event(struct job *j, struct engine_event *ev, struct lm_err *err)
+{
+    struct engine_result *r = ev->result;
+    lm_status st;
+    if (r->status != LM_OK) {
+        struct lm_err why;
+        lm_err_set(&why, r->status, "%s", r->error);
+        st = end_refused(j, ev->user, &why, err);
+    } else {
+        st = end_answered(j, ev->user, r, err);
+    }
+    engine_result_free(r);
+    return st;
+}
+
+static lm_status poll_engine(struct job *j, struct lm_err *err)
+{
+    struct engine_event ev[POLL_EVENTS];
+    lm_status state = LM_OK, st = LM_OK;
+    int n = engine_poll(j->cfg->engine, ev, POLL_EVENTS, POLL_MS, &state);
+    for (int i = 0; i < n; i++) {
+        if (ev[i].kind != ENGINE_FINISHED) {
+            free(ev[i].text);
+        } else if (!st && state == LM_OK) {
+            st = end_event(j, &ev[i], err);
+        } else {                /* not written: a resumed run does it again */
+            engine_result_free(ev[i].result);
+            item_free(ev[i].user);
+        }
+    }
+    if (!st && state != LM_OK)
+        st = lm_err_set(err, state, "the engine stopped (%s); run again with --resume",
+                        lm_status_text(state));
+    return st;
+}
+
+static lm_status run(struct job *j, struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    while (!st && (!j->eof || j->in_flight > 0)) {
+        if (atomic_load(j->cfg->stop))
+            return lm_err_set(err, LM_CANCELLED, "stopped; run again with --resume to go on");
+        st = fill(j, err);
+        if (!st)
+            collect_arrived(j);
+        if (!st)
+            st = submit_ready(j, err);
+        if (!st && j->in_flight > 0)
+            st = poll_engine(j, err);
+    }
+    return st;
+}
+
+/* ---- set-up ---------------------------------------------------------------------------- */
+
+static lm_status open_input(struct job *j, struct lm_err *err)
+{
+    const struct batch_config *c = j->cfg;
+    struct stat in, out;
+    if (!strcmp(c->input, "-")) {
+        j->in = stdin;
+        return LM_OK;
+    }
+    if (!stat(c->input, &in) && !stat(c->output, &out) && in.st_dev == out.st_dev &&
+        in.st_ino == out.st_ino)
+        return lm_err_set(err, LM_INVALID, "input and output are the same file, %s", c->input);
+    j->in = fopen(c->input, "re");
+    if (!j->in)
+        return lm_err_set(err, LM_NOT_FOUND, "input %s: %s", c->input, strerror(errno));
+    return LM_OK;
+}
+
+/* Counts lines for the bar; standard input can't be read twice. */
+static uint64_t count_lines(const char *path)
+{
+    FILE *f = strcmp(path, "-") ? fopen(path, "re") : NULL;
+    char *line = NULL;
+    size_t cap = 0;
+    uint64_t n = 0;
+    if (!f)
+        return 0;
+    for (ssize_t len; (len = getline(&line, &cap, f)) >= 0;)
+        n += !is_blank(line, (size_t)len);
+    free(line);
+    fclose(f);
+    return n;
+}
+
+/* Lets go of what has not ended. The engine may still be working on it, but only hands `user` back
+ * in events, and nobody polls them any more. */
+static void abandon(struct job *j)
+{
+    store_free(j->cfg->store);  /* every pending adapter_arrived() has been called after this */
+    while (j->live)
+        item_free(j->live);
+}
+
+lm_status batch_job_run(const struct batch_config *cfg, struct batch_totals *out,
+                        struct lm_err *err)
+{
+    struct job j = { .cfg = cfg, .totals = out };
+    memset(out, 0, sizeof *out);
+    engine_info(cfg->engine, &j.info);
+    list_init(&j.arrived);
+    list_init(&j.ready);
+    pthread_mutex_init(&j.lock, NULL);
+    int64_t start = lm_now_us();
+    lm_status st = open_input(&j, err);
+    if (!st)
+        st = batch_output_open(cfg->output, cfg->resume, &j.out, err);
+    if (!st) {
+        j.bar = progress_new(&(struct progress_config){
+            .label = "batch", .unit = "requests", .total = count_lines(cfg->input) });
+        st = run(&j, err);
+        abandon(&j);
+        if (!st)
+            progress_finish(j.bar);
+        progress_free(j.bar);
+        lm_status closed = batch_output_close(j.out, st ? NULL : err);
+        st = st ? st : closed;
+    } else {
+        store_free(cfg->store);
+    }
+    out->seconds = (double)(lm_now_us() - start) / 1e6;
+    if (j.in && j.in != stdin)
+        fclose(j.in);
+    free(j.buf);
+    pthread_mutex_destroy(&j.lock);
+    return st;
+}
