@@ -4,7 +4,8 @@
  *
  * One output line for each input line that is not blank, written whole as each request ends, in the
  * order of ending. A result's id is batch_req_<line number>, so that a job that was killed can be
- * resumed from its own output: lines that are there are not done again, a torn last line is cut off.
+ * resumed from its own output: lines that are there are not done again, a torn last line is
+ * cut off.
  *
  * Threads: batch_job_run() uses the caller's thread, the engine's and the store's.
  */

@@ -3,8 +3,8 @@
  * batch_output.c - see batch_output.h.
  *
  * A line is written with one write() of its whole text, so that a kill leaves at most one torn
- * line, the last. Resuming reads the file once, cuts after the last newline that ends a line of ours, and
- * notes the line numbers in a bitmap.
+ * line, the last. Resuming reads the file once, cuts after the last newline that ends a line of
+ * ours, and notes the line numbers in a bitmap.
  */
 #include "worker/batch_output.h"
 

@@ -36,10 +36,10 @@ static int usage(FILE *f, int status)
 {
     fprintf(f,
         "usage: loramill batch --model DIR [--adapters DIR|URL] --input FILE --output FILE\n\n"
-        "Answers a file of OpenAI Batch requests (/v1/completions, /v1/chat/completions), each for\n"
-        "the base model or for an adapter, and writes one result line for each.\n\n"
+        "Answers a file of OpenAI Batch requests (/v1/completions, /v1/chat/completions), each\n"
+        "for the base model or for an adapter, and writes one result line for each.\n\n"
         "  --model DIR            Hugging Face model folder; its name is the base model's name\n"
-        "  --adapters DIR|URL     one PEFT folder per adapter id, or an http(s) URL with {adapter}\n"
+        "  --adapters DIR|URL     one PEFT folder per adapter id, or a URL with {adapter}\n"
         "  --input FILE           JSON lines; - reads standard input\n"
         "  --output FILE          JSON lines, written as each request ends\n"
         "  --resume               go on with a job that was killed: keeps what --output holds\n"
