@@ -1,0 +1,397 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * adapters.c - the registry: versions by id, references, the host-memory budget.
+ *
+ * Invariants (under the mutex)
+ *  1. The table holds exactly the current versions, one for an id.
+ *  2. A version is on the LRU list exactly if it is current and has no references.
+ *  3. `bytes` is the sum over all versions that are not condemned.
+ *  4. A condemned version has no references and is in neither table nor LRU list.
+ *
+ * The budget is kept by dropping the least recently used unreferenced versions. What is referenced
+ * stays: if that alone fills the budget, loading answers LM_BUSY, and the caller tries again when
+ * requests have ended. What was condemned counts as gone, although the engine thread may need a
+ * step's time to free it.
+ *
+ * Reading a folder happens outside the mutex; two threads that load the same content at once both
+ * read it, and the second to finish takes the first one's version.
+ */
+#include "engine/adapters.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+struct adapters {
+    struct adapters_config cfg;
+    pthread_mutex_t mu;
+    struct engine_adapter **bucket;     /* [n_buckets], a power of two */
+    size_t n_buckets;
+    int n;                              /* current versions */
+    size_t bytes;
+    struct engine_adapter lru;          /* list head; lru.lru_next is the oldest */
+    struct engine_adapter *condemned;
+    atomic_bool has_condemned;
+    atomic_int rank_max;
+};
+
+#define FIRST_BUCKETS 256
+
+lm_status adapters_new(const struct adapters_config *cfg, adapters **out, struct lm_err *err)
+{
+    adapters *a = lm_calloc(1, sizeof *a);
+    struct engine_adapter **bucket = lm_calloc(FIRST_BUCKETS, sizeof *bucket);
+    if (!a || !bucket) {
+        free(a);
+        free(bucket);
+        return lm_err_set(err, LM_NOMEM, "no memory for the adapter registry");
+    }
+    a->cfg = *cfg;
+    a->bucket = bucket;
+    a->n_buckets = FIRST_BUCKETS;
+    a->lru.lru_next = a->lru.lru_prev = &a->lru;
+    pthread_mutex_init(&a->mu, NULL);
+    *out = a;
+    return LM_OK;
+}
+
+/* ---- image memory ---------------------------------------------------------------------- */
+
+static void *pinned_alloc(void *ctx, size_t bytes)
+{
+    void *p = NULL;
+    return kn_host_alloc(ctx, bytes, &p, NULL) == LM_OK ? p : NULL;
+}
+
+static void pinned_free(void *ctx, void *p)
+{
+    kn_host_free(ctx, p);
+}
+
+static struct adapter_alloc image_alloc(const adapters *a)
+{
+    return (struct adapter_alloc){ .ctx = a->cfg.dev, .alloc = pinned_alloc, .free = pinned_free };
+}
+
+static void version_free(struct engine_adapter *ad)
+{
+    if (!ad)
+        return;
+    struct adapter_alloc alloc = image_alloc(ad->home);
+    if (ad->image.cells)
+        adapter_image_release(&ad->image, &alloc);
+    free(ad->res.blocks);
+    free(ad->id);
+    free(ad);
+}
+
+static size_t version_bytes(const struct engine_adapter *ad)
+{
+    return (size_t)ad->image.n_cells * (size_t)ad->image.cell_bytes;
+}
+
+/* ---- table and lists, under the mutex -------------------------------------------------- */
+
+static struct engine_adapter **table_slot(adapters *a, const char *id)
+{
+    uint64_t h = XXH3_64bits(id, strlen(id));
+    struct engine_adapter **p = &a->bucket[h & (a->n_buckets - 1)];
+    while (*p && strcmp((*p)->id, id) != 0)
+        p = &(*p)->chain;
+    return p;
+}
+
+/* A table that can't grow stays correct, only slower. */
+static void table_grow(adapters *a)
+{
+    size_t old_n = a->n_buckets;
+    struct engine_adapter **old = a->bucket, **bigger = lm_calloc(old_n * 2, sizeof *bigger);
+    if (!bigger)
+        return;
+    a->bucket = bigger;
+    a->n_buckets = old_n * 2;
+    for (size_t i = 0; i < old_n; i++) {
+        for (struct engine_adapter *ad = old[i], *next; ad; ad = next) {
+            next = ad->chain;
+            ad->chain = NULL;
+            *table_slot(a, ad->id) = ad;
+        }
+    }
+    free(old);
+}
+
+static void lru_remove(struct engine_adapter *ad)
+{
+    if (!ad->lru_next)
+        return;
+    ad->lru_prev->lru_next = ad->lru_next;
+    ad->lru_next->lru_prev = ad->lru_prev;
+    ad->lru_prev = ad->lru_next = NULL;
+}
+
+static void lru_append(adapters *a, struct engine_adapter *ad)
+{
+    ad->lru_prev = a->lru.lru_prev;
+    ad->lru_next = &a->lru;
+    ad->lru_prev->lru_next = ad;
+    a->lru.lru_prev = ad;
+}
+
+static void condemn(adapters *a, struct engine_adapter *ad)
+{
+    a->bytes -= version_bytes(ad);
+    ad->condemned_next = a->condemned;
+    a->condemned = ad;
+    atomic_store_explicit(&a->has_condemned, true, memory_order_release);
+}
+
+/* No longer the newest of its id. */
+static void retire(adapters *a, struct engine_adapter *ad)
+{
+    struct engine_adapter **slot = table_slot(a, ad->id);
+    *slot = ad->chain;
+    ad->chain = NULL;
+    ad->current = false;
+    a->n--;
+    lru_remove(ad);
+    if (ad->refs == 0)
+        condemn(a, ad);
+}
+
+static lm_status make_room(adapters *a, size_t bytes, const char *id, struct lm_err *err)
+{
+    size_t budget = a->cfg.host_budget;
+    if (bytes > budget)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "adapter '%s' takes %zu bytes of host memory; the budget for all "
+                          "adapters is %zu", id, bytes, budget);
+    while (a->bytes + bytes > budget && a->lru.lru_next != &a->lru)
+        retire(a, a->lru.lru_next);
+    if (a->bytes + bytes > budget)
+        return lm_err_set(err, LM_BUSY,
+                          "adapter '%s' takes %zu bytes of host memory; %zu of the budget of %zu "
+                          "are held by adapters in use", id, bytes, a->bytes, budget);
+    return LM_OK;
+}
+
+static void insert(adapters *a, struct engine_adapter *ad)
+{
+    struct engine_adapter *old = *table_slot(a, ad->id);
+    if (old)
+        retire(a, old);
+    if ((size_t)a->n >= a->n_buckets)
+        table_grow(a);
+    *table_slot(a, ad->id) = ad;
+    ad->current = true;
+    a->n++;
+    a->bytes += version_bytes(ad);
+}
+
+static struct engine_adapter *ref_locked(struct engine_adapter *ad)
+{
+    if (ad->refs++ == 0)
+        lru_remove(ad);
+    return ad;
+}
+
+/* ---- loading --------------------------------------------------------------------------- */
+
+static engine_adapter *find_digest(adapters *a, const char *id, const char *digest)
+{
+    pthread_mutex_lock(&a->mu);
+    struct engine_adapter *ad = *table_slot(a, id);
+    if (ad && !strcmp(ad->image.digest, digest))
+        ref_locked(ad);
+    else
+        ad = NULL;
+    pthread_mutex_unlock(&a->mu);
+    return ad;
+}
+
+static lm_status check_pool_fit(const adapters *a, struct engine_adapter *ad, struct lm_err *err)
+{
+    ad->n_blocks = LM_DIV_UP(ad->image.n_cells, a->cfg.n_layers);
+    if (ad->n_blocks > a->cfg.pool_blocks)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "adapter '%s' needs %d blocks of the pool, which has %d; enlarge the "
+                          "pool", ad->id, ad->n_blocks, a->cfg.pool_blocks);
+    ad->res.blocks = lm_reallocarray(NULL, (size_t)ad->n_blocks, sizeof *ad->res.blocks);
+    return ad->res.blocks ? LM_OK : lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", ad->id);
+}
+
+static lm_status version_read(adapters *a, const char *id, const char *dir,
+                              struct engine_adapter **out, struct lm_err *err)
+{
+    struct engine_adapter *ad = lm_calloc(1, sizeof *ad);
+    if (!ad || !(ad->id = lm_strdup(id))) {
+        free(ad);
+        return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", id);
+    }
+    ad->home = a;
+    lm_status st;
+    if (a->cfg.model) {
+        struct adapter_alloc alloc = image_alloc(a);
+        st = adapter_parse(dir, a->cfg.model, a->cfg.lora_dtype, a->cfg.cell_bytes,
+                           a->cfg.max_file_bytes, &alloc, &ad->image, err);
+        if (st == LM_OK)
+            st = check_pool_fit(a, ad, err);
+    } else {
+        st = adapter_digest(dir, ad->image.digest, err);
+    }
+    if (st != LM_OK)
+        version_free(ad);
+    else
+        *out = ad;
+    return st;
+}
+
+static void raise_rank_max(adapters *a, int rank)
+{
+    int seen = atomic_load(&a->rank_max);
+    while (rank > seen && !atomic_compare_exchange_weak(&a->rank_max, &seen, rank)) {
+    }
+}
+
+lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_adapter **out,
+                        struct lm_err *err)
+{
+    char digest[ENGINE_DIGEST_CHARS];
+    lm_status st = adapter_digest(dir, digest, err);
+    if (st != LM_OK)
+        return st;
+    if ((*out = find_digest(a, id, digest)))
+        return LM_OK;
+    struct engine_adapter *ad = NULL;
+    st = version_read(a, id, dir, &ad, err);
+    if (st != LM_OK)
+        return st;
+    if ((*out = find_digest(a, id, ad->image.digest))) {
+        version_free(ad);
+        return LM_OK;
+    }
+    pthread_mutex_lock(&a->mu);
+    st = make_room(a, version_bytes(ad), id, err);
+    if (st == LM_OK) {
+        raise_rank_max(a, ad->image.rank_max);
+        insert(a, ad);
+        *out = ref_locked(ad);
+    }
+    pthread_mutex_unlock(&a->mu);
+    if (st != LM_OK)
+        version_free(ad);
+    if (atomic_load_explicit(&a->has_condemned, memory_order_acquire) && a->cfg.rouse)
+        a->cfg.rouse(a->cfg.rouse_ctx);
+    return st;
+}
+
+engine_adapter *adapters_find(adapters *a, const char *id)
+{
+    pthread_mutex_lock(&a->mu);
+    struct engine_adapter *ad = *table_slot(a, id);
+    if (ad)
+        ref_locked(ad);
+    pthread_mutex_unlock(&a->mu);
+    return ad;
+}
+
+/* ---- references ------------------------------------------------------------------------ */
+
+engine_adapter *engine_adapter_ref(engine_adapter *ad)
+{
+    pthread_mutex_lock(&ad->home->mu);
+    ref_locked(ad);
+    pthread_mutex_unlock(&ad->home->mu);
+    return ad;
+}
+
+void engine_adapter_unref(engine_adapter *ad)
+{
+    if (!ad)
+        return;
+    adapters *a = ad->home;
+    bool rouse = false;
+    pthread_mutex_lock(&a->mu);
+    if (--ad->refs == 0) {
+        if (ad->current) {
+            lru_append(a, ad);
+        } else {
+            condemn(a, ad);
+            rouse = true;
+        }
+    }
+    pthread_mutex_unlock(&a->mu);
+    if (rouse && a->cfg.rouse)
+        a->cfg.rouse(a->cfg.rouse_ctx);
+}
+
+const char *engine_adapter_id(const engine_adapter *ad)
+{
+    return ad->id;
+}
+
+const char *engine_adapter_digest(const engine_adapter *ad)
+{
+    return ad->image.digest;
+}
+
+int engine_adapter_rank(const engine_adapter *ad)
+{
+    return ad->image.rank_max;
+}
+
+size_t engine_adapter_bytes(const engine_adapter *ad)
+{
+    return version_bytes(ad);
+}
+
+/* ---- the engine thread ----------------------------------------------------------------- */
+
+void adapters_reap(adapters *a, void (*drop)(void *ctx, engine_adapter *ad), void *ctx)
+{
+    if (!atomic_load_explicit(&a->has_condemned, memory_order_acquire))
+        return;
+    pthread_mutex_lock(&a->mu);
+    struct engine_adapter *list = a->condemned;
+    a->condemned = NULL;
+    atomic_store_explicit(&a->has_condemned, false, memory_order_release);
+    pthread_mutex_unlock(&a->mu);
+    for (struct engine_adapter *next; list; list = next) {
+        next = list->condemned_next;
+        if (drop)
+            drop(ctx, list);
+        version_free(list);
+    }
+}
+
+int adapters_rank_max(const adapters *a)
+{
+    return atomic_load(&a->rank_max);
+}
+
+void adapters_stats(adapters *a, int *n, size_t *bytes)
+{
+    pthread_mutex_lock(&a->mu);
+    *n = a->n;
+    *bytes = a->bytes;
+    pthread_mutex_unlock(&a->mu);
+}
+
+void adapters_free(adapters *a)
+{
+    if (!a)
+        return;
+    adapters_reap(a, NULL, NULL);
+    for (size_t i = 0; i < a->n_buckets; i++) {
+        for (struct engine_adapter *ad = a->bucket[i], *next; ad; ad = next) {
+            next = ad->chain;
+            version_free(ad);
+        }
+    }
+    pthread_mutex_destroy(&a->mu);
+    free(a->bucket);
+    free(a);
+}

@@ -1,0 +1,395 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * engine.c - the public face: opens and closes, checks and tokenises, hands to the engine thread.
+ *
+ *   caller threads                      engine thread (core.c)
+ *   --------------                      ----------------------
+ *   engine_submit: check, tokenise  --> mailbox inbox --> waiting --> plan, apply, step
+ *   engine_adapter_load: read, pack --> registry      --> pool blocks (copy stream)
+ *   engine_poll                     <-- mailbox outbox <-- text, results
+ *
+ * States of an engine:  OPEN --engine_close--> closed
+ *                         \--device failure--> FAILED: every live request ends with ENGINE_ERROR,
+ *                             submit answers LM_DEVICE, poll tells once all was delivered.
+ *
+ * What is refused in engine_submit() never reaches the engine thread: parameters out of range, bad
+ * UTF-8, unknown token ids, prompts longer than the model allows, and what could not run even in an
+ * empty pool. What gets past it may wait, but will not fail for lack of room.
+ *
+ * Locks: the mailbox's and the registry's mutex, never one inside the other.
+ */
+#include "engine/engine.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/core.h"
+#include "engine/echo.h"
+#include "engine/params.h"
+#include "engine/prompt.h"
+
+#define DEFAULT_BLOCK_TOKENS 16
+#define DEFAULT_MAX_SEQS 256
+#define DEFAULT_MAX_WAITING 1024
+#define DEFAULT_HOST_ADAPTER_BYTES ((size_t)1 << 30)
+#define DEFAULT_MAX_ADAPTER_BYTES ((size_t)4 << 30)
+
+struct engine {
+    struct engine_config cfg;           /* defaults filled; its strings are not ours */
+    char *model_name;
+    struct model_config model;
+    tokenizer *tok;
+    chat_template *chat;
+    kn_device *dev;
+    struct kn_props props;
+    struct core *core;
+    struct echo_counters *echo;
+    adapters *adapters;
+    mailbox *mail;
+    pthread_t thread;
+    bool started;
+};
+
+/* ---- opening --------------------------------------------------------------------------- */
+
+static int or_default(int given, int fallback)
+{
+    return given > 0 ? given : fallback;
+}
+
+static lm_status check_config(struct engine_config *c, struct lm_err *err)
+{
+    if (!c->echo && !c->model_dir)
+        return lm_err_set(err, LM_INVALID, "model_dir is missing");
+    c->block_tokens = or_default(c->block_tokens, DEFAULT_BLOCK_TOKENS);
+    c->max_seqs = or_default(c->max_seqs, DEFAULT_MAX_SEQS);
+    c->max_waiting = or_default(c->max_waiting, DEFAULT_MAX_WAITING);
+    if (!c->host_adapter_bytes)
+        c->host_adapter_bytes = DEFAULT_HOST_ADAPTER_BYTES;
+    if (!c->max_adapter_bytes)
+        c->max_adapter_bytes = DEFAULT_MAX_ADAPTER_BYTES;
+    if (c->block_tokens > 1024 || (c->block_tokens & (c->block_tokens - 1)))
+        return lm_err_set(err, LM_INVALID, "block_tokens is %d; it must be a power of two up to "
+                                           "1024", c->block_tokens);
+    if (c->max_seqs > 65536 || c->max_waiting > 1 << 24 || c->max_step_tokens > 1 << 20)
+        return lm_err_set(err, LM_INVALID, "max_seqs %d, max_waiting %d or max_step_tokens %d is "
+                                           "too large", c->max_seqs, c->max_waiting,
+                          c->max_step_tokens);
+    if (c->max_step_tokens > 0 && c->max_step_tokens < c->max_seqs)
+        c->max_seqs = c->max_step_tokens;       /* every running sequence decodes in every step */
+    return LM_OK;
+}
+
+static lm_status set_model_name(engine *e, struct lm_err *err)
+{
+    const char *name = e->cfg.model_name;
+    char *copy = NULL;
+    if (!name && e->cfg.model_dir) {
+        char *real = realpath(e->cfg.model_dir, NULL);
+        const char *path = real ? real : e->cfg.model_dir;
+        const char *slash = strrchr(path, '/');
+        copy = lm_strdup(slash && slash[1] ? slash + 1 : path);
+        free(real);
+    } else {
+        copy = lm_strdup(name ? name : "echo");
+    }
+    e->model_name = copy;
+    return copy ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for the model's name");
+}
+
+static lm_status load_texts(engine *e, struct lm_err *err)
+{
+    const char *dir = e->cfg.model_dir;
+    lm_status st = model_config_load(dir, &e->model, err);
+    if (st == LM_OK)
+        st = tokenizer_load(dir, &e->tok, err);
+    if (st == LM_OK)
+        st = chat_template_load(dir, &e->chat, err);
+    if (st != LM_OK)
+        return st;
+    int limit = e->model.max_position;
+    if (e->cfg.max_model_len > limit)
+        return lm_err_set(err, LM_INVALID, "max_model_len is %d; the model's own limit is %d",
+                          e->cfg.max_model_len, limit);
+    e->cfg.max_model_len = or_default(e->cfg.max_model_len, limit);
+    return LM_OK;
+}
+
+static lm_status open_device(engine *e, struct lm_err *err)
+{
+    struct kn_open_params p = { .index = e->cfg.device_index, .threads = e->cfg.threads };
+    lm_status st = kn_open(e->cfg.backend, &p, &e->dev, err);
+    if (st != LM_OK)
+        return st;
+    kn_props(e->dev, &e->props);
+    bool cpu = !strcmp(e->props.backend, "cpu");
+    e->cfg.max_step_tokens = or_default(e->cfg.max_step_tokens, cpu ? 512 : 2048);
+    e->cfg.max_seqs = LM_MIN(e->cfg.max_seqs, e->cfg.max_step_tokens);
+    return LM_OK;
+}
+
+static lm_status open_core(engine *e, struct lm_err *err)
+{
+    const struct engine_config *c = &e->cfg;
+    struct core_params p = {
+        .model_dir = c->model_dir, .model = &e->model, .tok = e->tok, .dev = e->dev,
+        .pool_bytes = c->pool_bytes, .block_tokens = c->block_tokens, .max_seqs = c->max_seqs,
+        .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
+        .max_model_len = c->max_model_len,
+    };
+    return core_open(&p, &e->core, err);
+}
+
+static void rouse(void *ctx)
+{
+    mailbox_rouse(ctx);
+}
+
+static lm_status open_registry(engine *e, struct lm_err *err)
+{
+    struct adapters_config c = {
+        .host_budget = e->cfg.host_adapter_bytes, .max_file_bytes = e->cfg.max_adapter_bytes,
+        .rouse = rouse, .rouse_ctx = e->mail,
+    };
+    if (!e->cfg.echo) {
+        c.model = &e->model;
+        c.dev = e->dev;
+        c.lora_dtype = e->props.lora;
+        c.cell_bytes = core_block_bytes(e->core);
+        c.n_layers = e->model.n_layers;
+        c.pool_blocks = core_pool_blocks(e->core);
+    }
+    return adapters_new(&c, &e->adapters, err);
+}
+
+static void *engine_thread(void *arg)
+{
+    engine *e = arg;
+    pthread_setname_np(pthread_self(), "engine");
+    if (e->cfg.echo)
+        echo_run(e->echo, e->mail, e->adapters);
+    else
+        core_run(e->core, e->mail, e->adapters);
+    return NULL;
+}
+
+static lm_status open_parts(engine *e, struct lm_err *err)
+{
+    lm_status st = check_config(&e->cfg, err);
+    if (st == LM_OK)
+        st = set_model_name(e, err);
+    if (st == LM_OK)
+        st = mailbox_new(e->cfg.max_waiting, &e->mail, err);
+    if (st == LM_OK && e->cfg.echo)
+        st = echo_new(&e->echo, err);
+    if (st == LM_OK && !e->cfg.echo) {
+        st = load_texts(e, err);
+        if (st == LM_OK)
+            st = open_device(e, err);
+        if (st == LM_OK)
+            st = open_core(e, err);
+    }
+    if (st == LM_OK)
+        st = open_registry(e, err);
+    if (st == LM_OK && pthread_create(&e->thread, NULL, engine_thread, e))
+        st = lm_err_set(err, LM_NOMEM, "can't start the engine thread");
+    e->started = st == LM_OK;
+    return st;
+}
+
+lm_status engine_open(const struct engine_config *cfg, engine **out, struct lm_err *err)
+{
+    engine *e = lm_calloc(1, sizeof *e);
+    if (!e)
+        return lm_err_set(err, LM_NOMEM, "no memory for an engine");
+    e->cfg = *cfg;
+    lm_status st = open_parts(e, err);
+    if (st != LM_OK) {
+        engine_close(e);
+        return st;
+    }
+    e->cfg.model_dir = e->cfg.model_name = e->cfg.backend = NULL;   /* the caller's strings */
+    *out = e;
+    return LM_OK;
+}
+
+void engine_close(engine *e)
+{
+    if (!e)
+        return;
+    if (e->started) {
+        mailbox_stop(e->mail);
+        pthread_join(e->thread, NULL);
+    }
+    core_close(e->core);
+    mailbox_free(e->mail);              /* its requests hold references on adapters */
+    adapters_free(e->adapters);
+    echo_free(e->echo);
+    if (e->dev)
+        kn_close(e->dev);
+    if (e->chat)
+        chat_template_free(e->chat);
+    if (e->tok)
+        tokenizer_free(e->tok);
+    if (!e->cfg.echo)
+        model_config_release(&e->model);
+    free(e->model_name);
+    free(e);
+}
+
+void engine_info(const engine *e, struct engine_info *out)
+{
+    *out = (struct engine_info){ .model_name = e->model_name };
+    if (e->cfg.echo) {
+        out->architecture = "echo";
+        out->device = "none";
+        return;
+    }
+    out->architecture = e->model.architecture;
+    out->device = e->props.name;
+    out->chat_family = chat_template_family(e->chat);
+    out->vocab_size = e->model.vocab;
+    out->max_model_len = e->cfg.max_model_len;
+    out->n_layers = e->model.n_layers;
+    out->hidden = e->model.hidden;
+    out->block_tokens = e->cfg.block_tokens;
+    out->pool_blocks = core_pool_blocks(e->core);
+    out->block_bytes = (size_t)core_block_bytes(e->core);
+    out->weight_bytes = core_weight_bytes(e->core);
+}
+
+/* ---- adapters -------------------------------------------------------------------------- */
+
+static bool id_char(unsigned char c, bool first)
+{
+    if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'))
+        return true;
+    return !first && (c == '.' || c == '_' || c == '-');
+}
+
+lm_status engine_adapter_id_check(const char *id, size_t len, struct lm_err *err)
+{
+    if (len == 0 || len > ENGINE_ADAPTER_ID_MAX)
+        return lm_err_set(err, LM_INVALID, "adapter id has %zu bytes; it must have 1..%d", len,
+                          ENGINE_ADAPTER_ID_MAX);
+    bool first = true;
+    for (size_t i = 0; i < len; i++) {
+        bool slash = id[i] == '/';
+        if (slash ? first || i + 1 == len : !id_char((unsigned char)id[i], first))
+            return lm_err_set(err, LM_INVALID,
+                              "adapter id '%.*s': byte %zu is not allowed; segments are "
+                              "[A-Za-z0-9][A-Za-z0-9._-]* joined by '/'", (int)len, id, i);
+        first = slash;
+    }
+    return LM_OK;
+}
+
+lm_status engine_adapter_load(engine *e, const char *id, const char *dir, engine_adapter **out,
+                              struct lm_err *err)
+{
+    lm_status st = engine_adapter_id_check(id, strlen(id), err);
+    return st == LM_OK ? adapters_load(e->adapters, id, dir, out, err) : st;
+}
+
+engine_adapter *engine_adapter_find(engine *e, const char *id)
+{
+    return adapters_find(e->adapters, id);
+}
+
+/* ---- requests -------------------------------------------------------------------------- */
+
+static lm_status check_length(const engine *e, const struct engine_params *p, int n_prompt,
+                              struct lm_err *err)
+{
+    int limit = e->cfg.max_model_len, room = p->max_tokens > 0 ? 1 : 0;
+    if (n_prompt > limit - room)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "the prompt has %d tokens; the model takes %d, generated ones included",
+                          n_prompt, limit);
+    return LM_OK;
+}
+
+static lm_status check_room(const engine *e, const struct request *r, struct lm_err *err)
+{
+    int pool = core_pool_blocks(e->core);
+    int kv = r->seqs[0].cap_blocks, lora = r->adapter ? r->adapter->n_blocks : 0;
+    if (kv + lora > pool)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "%d prompt tokens and max_tokens %d need %d blocks of KV cache and the "
+                          "adapter %d; the pool has %d", r->prompt.n, r->params.max_tokens, kv, lora,
+                          pool);
+    return LM_OK;
+}
+
+static lm_status make_request(engine *e, const struct engine_request *in, struct request **out,
+                              struct lm_err *err)
+{
+    struct engine_params p;
+    struct token_ids ids = { 0 };
+    char *text = NULL;
+    size_t len = 0;
+    struct request_limits lim = { e->cfg.max_model_len, e->cfg.block_tokens };
+    lm_status st = prompt_check(in, err);
+    if (st == LM_OK)
+        st = params_resolve(&in->params, e->cfg.echo ? NULL : &e->model, &p, err);
+    if (st != LM_OK)
+        return st;
+    if (e->cfg.echo)
+        st = echo_text(in, &text, &len, err);
+    else
+        st = prompt_encode(in, e->tok, e->chat, e->model.vocab, &ids, &text, &len, err);
+    if (st == LM_OK && !e->cfg.echo)
+        st = check_length(e, &p, ids.n, err);
+    if (st == LM_OK)
+        st = request_new(in, &p, &ids, e->tok, &lim, out, err);
+    if (st != LM_OK) {
+        token_ids_release(&ids);
+        free(text);
+        return st;
+    }
+    (*out)->prompt_text = text;
+    (*out)->prompt_text_len = len;
+    return LM_OK;
+}
+
+lm_status engine_submit(engine *e, const struct engine_request *in, engine_handle *out,
+                        struct lm_err *err)
+{
+    struct request *r = NULL;
+    lm_status st = mailbox_accepts(e->mail, err);       /* before the work of tokenising */
+    if (st == LM_OK)
+        st = make_request(e, in, &r, err);
+    if (st == LM_OK && !e->cfg.echo)
+        st = check_room(e, r, err);
+    if (st == LM_OK)
+        st = mailbox_submit(e->mail, r, out, err);
+    if (st != LM_OK)
+        request_free(r);
+    return st;
+}
+
+lm_status engine_cancel(engine *e, engine_handle h)
+{
+    return mailbox_cancel(e->mail, h);
+}
+
+int engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms, lm_status *state)
+{
+    return mailbox_poll(e->mail, out, max, timeout_ms, state);
+}
+
+void engine_wake(engine *e)
+{
+    mailbox_wake(e->mail);
+}
+
+void engine_stats(engine *e, struct engine_stats *out)
+{
+    *out = (struct engine_stats){ 0 };
+    adapters_stats(e->adapters, &out->adapters_host, &out->host_adapter_bytes);
+    if (e->cfg.echo)
+        echo_stats(e->echo, out);
+    else
+        core_stats(e->core, out);
+}

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * output.h - from sampled ids to text, stop conditions, scores and the request's result.
+ */
+#ifndef LORAMILL_ENGINE_OUTPUT_H
+#define LORAMILL_ENGINE_OUTPUT_H
+
+#include "engine/mailbox.h"
+#include "engine/model_config.h"
+
+/* One scored token as the device gave it. */
+struct sampled {
+    int32_t id;
+    float logprob;
+    const int32_t *top_id;      /* [KN_MAX_TOP_LOGPROBS] */
+    const float *top_logprob;
+};
+
+/* Appends a generated token: text, stop strings, end conditions. *done: s->reason says why. */
+lm_status output_push(struct seq *s, const struct sampled *t, const struct model_config *model,
+                      bool *done);
+/* Records the score of prompt token n + 1, n being the number recorded before. */
+lm_status output_push_prompt_score(struct request *r, const struct sampled *t);
+
+/* May this id end the sequence? Used to ban it while min_tokens is not reached. */
+bool output_is_eos(const struct model_config *model, int32_t id);
+
+/* New text that no stop string can take back; *len may be 0. With `final`, all the rest. */
+void output_stream_text(struct seq *s, bool final, const char **text, size_t *len);
+
+/* The result of a request whose sequences are all done. `status` other than LM_OK: an error, with
+ * what was generated so far. NULL only when there is no memory at all. */
+struct engine_result *output_result(struct request *r, const tokenizer *tok, lm_status status,
+                                    const char *why);
+
+#endif

@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * request.h - a request and its sequences, from submit to result.
+ *
+ * A request is what the caller submitted; a sequence is one of its n choices and the unit that the
+ * scheduler moves. Everything a sequence needs while it runs (tokens, block table, decoder) is
+ * allocated by request_new() on the caller's thread, so that the step path does not allocate.
+ *
+ * Life of a sequence                                         who moves it
+ *
+ *      request_new                                           caller, engine_submit()
+ *          |
+ *          v            admit                                sched_apply()
+ *      SEQ_WAITING ---------------> SEQ_RUNNING
+ *          ^  |                      |     |
+ *          |  |       preempt        |     |
+ *          +--|----------------------+     |                 sched_apply()
+ *             |                            |
+ *             | cancel, deadline, error    | stop, length, cancel, deadline, error
+ *             v                            v
+ *          SEQ_DONE <----------------------+                 loop.c
+ *
+ *   WAITING  holds no blocks; n_computed = 0. `tokens` may be longer than the prompt: what was
+ *            generated before a preemption is recomputed as if it were prompt.
+ *   RUNNING  holds blocks for positions 0 .. n_blocks * block_tokens - 1; KV of the first
+ *            n_computed positions is in them. n_computed < n_tokens - 1 means prefill.
+ *   DONE     holds no blocks; text and tokens wait for the request's result.
+ *
+ * A request ends when its last sequence is DONE: exactly one result, built by output.c.
+ *
+ * Ownership: the mailbox hands a request to the engine thread, which frees it after its result was
+ * posted. Only `cancel` in the mailbox's slot is shared meanwhile.
+ */
+#ifndef LORAMILL_ENGINE_REQUEST_H
+#define LORAMILL_ENGINE_REQUEST_H
+
+#include "engine/engine.h"
+#include "engine/tokenizer.h"
+
+enum seq_state { SEQ_WAITING, SEQ_RUNNING, SEQ_DONE };
+
+/* Log-probabilities of scored tokens: entry i, alternatives at [i * top_n .. + top_n). */
+struct score_list {
+    int n, cap, top_n;
+    float *logprob;
+    int32_t *top_id;
+    float *top_logprob;
+    size_t *text_offset;        /* final text length before the token was pushed */
+};
+
+struct event_node;
+
+struct seq {
+    struct request *req;
+    int index;
+    enum seq_state state;
+    enum engine_reason reason;
+
+    int32_t *tokens;            /* [cap_tokens] prompt, then output */
+    int n_prompt, n_tokens, cap_tokens;
+    int n_computed;             /* positions whose KV is in the pool */
+    int n_sched;                /* of them plus this step's; set by apply, committed after the step */
+
+    int32_t *blocks;            /* [cap_blocks] */
+    int n_blocks, cap_blocks;
+    int n_hashed;               /* leading full blocks already offered to the prefix cache */
+    int32_t prefix_tail;        /* prefix cache entry of block n_hashed - 1, or -1 */
+
+    uint64_t seed;
+    int bypassed;               /* times that a later sequence was admitted before this one */
+
+    detok *dec;                 /* of the output; primed with the prompt's end */
+    size_t text_base;           /* bytes of the primer in the decoder's text */
+    size_t text_len;            /* final generated text, cut at a stop string */
+    size_t text_sent;           /* already in ENGINE_TOKENS events */
+    struct event_node *pending; /* an unpolled ENGINE_TOKENS event of ours; mailbox's lock */
+    struct score_list out_scores;
+};
+
+struct request {
+    struct request *next;       /* in the mailbox's inbox */
+    engine_handle handle;
+    char *id;
+    char *tenant;
+    void *user;
+    struct engine_adapter *adapter;     /* our reference, or NULL */
+    struct engine_params params;        /* stop strings and ids are our copies */
+    struct token_ids prompt;
+    char *prompt_text;          /* for echo; NULL: decode the ids */
+    size_t prompt_text_len;
+    int priority;
+    bool stream;
+    int64_t deadline_ms;
+    uint64_t order;             /* arrival */
+
+    struct seq *seqs;           /* [params.n] */
+    int n_seqs, n_live;
+    bool ended;                 /* cancelled, expired or failed: its sequences are on the way out */
+
+    bool score_prompt;          /* echo with logprobs */
+    struct score_list prompt_scores;    /* entry i is of prompt token i + 1 */
+
+    int64_t submit_us, admit_us, adapter_wait_us, first_token_us;
+    int64_t adapter_since_us;   /* waiting for weights since; 0: not */
+    int cached_tokens, steps, preemptions;
+    struct event_node *finish;  /* allocated at submit, so that ending can't fail */
+};
+
+/* What request_new() needs to know of the engine. */
+struct request_limits {
+    int max_model_len, block_tokens;
+};
+
+/* Takes over `prompt` (cleared) and the fields of `r` by copy; a reference on r->adapter is taken.
+ * `tok` may be NULL (echo mode): no decoder. Parameters must have been checked. */
+lm_status request_new(const struct engine_request *r, const struct engine_params *params,
+                      struct token_ids *prompt, const tokenizer *tok,
+                      const struct request_limits *lim, struct request **out, struct lm_err *err);
+void request_free(struct request *r);
+
+/* Tokens whose KV the sequence may need at most: its last token's is never read. */
+static inline int seq_max_kv(const struct seq *s)
+{
+    return LM_MAX(s->cap_tokens - 1, 1);
+}
+
+static inline int seq_n_output(const struct seq *s)
+{
+    return s->n_tokens - s->n_prompt;
+}
+
+/* Makes room for one more entry. Grows by doubling, so appending is rarely an allocation. */
+lm_status score_list_reserve(struct score_list *l, int n);
+void score_list_release(struct score_list *l);
+
+#endif
