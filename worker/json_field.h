@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * json_field.h - typed, strict reading of JSON objects, with errors that name the path.
+ *
+ * A json_reader says where we are ("params.") and where strings are copied to. Each reader function
+ * refuses a wrong type or range as LM_INVALID: "params.top_p must be a number above 0 and at most
+ * 1, not 1.5". JSON null means "not given" everywhere an optional field is read (json_given()).
+ *
+ * Threads: no state; as safe as its arguments.
+ */
+#ifndef LORAMILL_WORKER_JSON_FIELD_H
+#define LORAMILL_WORKER_JSON_FIELD_H
+
+#include <jansson.h>
+#include "worker/message.h"
+
+struct json_reader {
+    const char *prefix;         /* "" or "params." or "messages[3]." */
+    struct arena *arena;        /* where strings go */
+    struct lm_err *err;
+};
+
+/* Parses text under caps on depth and number of values (checked before jansson allocates), refuses
+ * duplicate keys, trailing bytes and anything but an object on top. The caller json_decref()s. */
+lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err);
+
+/* The member, or NULL when it is absent or null. */
+json_t *json_given(const json_t *obj, const char *key);
+
+/* "<prefix><key> <message>" */
+lm_status json_refuse(const struct json_reader *r, lm_status code, const char *key,
+                      const char *fmt, ...) LM_PRINTF(4, 5);
+
+/* "<prefix><key> must be <what>, not <value, shortened>" */
+lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
+                     const json_t *value);
+
+/* Unknown key: names it and the nearest of `known` (NULL-terminated) when one is near. */
+lm_status json_unknown(const struct json_reader *r, const char *key, const char *const *known);
+
+bool json_key_in(const char *const *list, const char *key);     /* NULL-terminated list */
+
+/* A UTF-8 string of min..max bytes without NUL; the copy is in the arena. */
+lm_status json_read_string(const struct json_reader *r, const char *key, const json_t *v,
+                           size_t min, size_t max, const char **out);
+lm_status json_read_int(const struct json_reader *r, const char *key, const json_t *v, int64_t lo,
+                        int64_t hi, int64_t *out);
+lm_status json_read_bool(const struct json_reader *r, const char *key, const json_t *v, bool *out);
+
+/* An array of 0..INT32_MAX token ids; `min` and `max` bound its length. */
+lm_status json_read_token_ids(const struct json_reader *r, const char *key, const json_t *v,
+                              size_t min, size_t max, const int32_t **out, int *n);
+
+#endif

@@ -1,0 +1,362 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * json_prompt.c - a prompt from a JSON object; see json_prompt.h and docs/messages.md.
+ *
+ * The rule behind every check: what the producer wrote is either obeyed or refused with the key's
+ * name. A misspelt `adapter` must never get an answer from the base model, so unknown keys are
+ * errors, and so are known ones that we don't serve yet. Unknown keys are looked for first: a typo
+ * in `id` should read "idd is not a known key", not "id is missing".
+ *
+ * The object comes from jansson with U+0000 allowed in strings. Only `prompt` may have one (its
+ * length travels with it); everywhere else the engine and Kafka clients take C strings.
+ */
+#include "worker/json_prompt.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    MAX_NAME = 256,             /* tenant, model */
+    MAX_CORRELATION = 1024,
+    MAX_TOPIC = 249,            /* Kafka's own limit */
+    MAX_MESSAGES = 4096,
+    MAX_CONTEXT = 1024,
+    MAX_METADATA = 64,
+    MAX_METADATA_VALUE = 8192,
+};
+
+static const char *const known[] = {
+    "id", "adapter", "prompt", "prompt_token_ids", "messages", "context", "params", "priority",
+    "deadline_ms", "tenant", "reply_topic", "correlation_id", "model", "stream", "metadata", NULL
+};
+
+static const char *const not_served[] = {
+    "adapter_version", "adapter_digest", "response_format", "structured_outputs", "tools",
+    "tool_choice", "functions", "function_call", "logit_bias", "prompt_url", "prompt_ref",
+    "images", "audio", NULL
+};
+
+static lm_status no_memory(const struct json_reader *r)
+{
+    return lm_err_set(r->err, LM_NOMEM, "out of memory");
+}
+
+/* ---- parts shared with loramill batch ---------------------------------------------------- */
+
+lm_status json_text_read(const struct json_reader *r, const char *key, const json_t *v,
+                         const char **out, size_t *len)
+{
+    if (!json_is_string(v))
+        return json_wrong(r, key, "a string", v);
+    *len = json_string_length(v);
+    *out = arena_strndup(r->arena, json_string_value(v), *len);
+    return *out ? LM_OK : no_memory(r);
+}
+
+static lm_status read_role(const struct json_reader *r, const json_t *v, const char **out)
+{
+    static const char *const roles[] = { "system", "user", "assistant" };
+    if (!v)
+        return json_refuse(r, LM_INVALID, "role", "is missing");
+    for (size_t i = 0; json_is_string(v) && i < LM_COUNT(roles); i++) {
+        if (strcmp(json_string_value(v), roles[i]) == 0) {
+            *out = roles[i];
+            return LM_OK;
+        }
+    }
+    return json_wrong(r, "role", "system, user or assistant", v);
+}
+
+static lm_status read_message(const struct json_reader *r, const json_t *v,
+                              struct engine_message *out)
+{
+    static const char *const keys[] = { "role", "content", NULL };
+    static const char *const later[] = { "name", "tool_calls", "tool_call_id", "function_call",
+                                         "refusal", "audio", "reasoning_content", NULL };
+    const char *key;
+    json_t *member;
+    json_object_foreach((json_t *)v, key, member) {
+        if (json_key_in(later, key) && json_is_null(member))
+            continue;
+        if (json_key_in(later, key))
+            return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
+        if (!json_key_in(keys, key))
+            return json_unknown(r, key, keys);
+    }
+    lm_status st = read_role(r, json_given(v, "role"), &out->role);
+    if (st)
+        return st;
+    const json_t *content = json_given(v, "content");
+    if (!content)
+        return json_refuse(r, LM_INVALID, "content", "is missing");
+    if (json_is_array(content))
+        return json_refuse(r, LM_UNSUPPORTED, "content", "as an array of parts is not served yet; "
+                           "give one string");
+    return json_read_string(r, "content", content, 0, SIZE_MAX, &out->content);
+}
+
+lm_status json_messages_read(const struct json_reader *r, const char *key, const json_t *v,
+                             const struct engine_message **out, int *n)
+{
+    if (!json_is_array(v))
+        return json_wrong(r, key, "an array of messages", v);
+    size_t count = json_array_size(v);
+    if (count == 0)
+        return json_refuse(r, LM_INVALID, key, "must not be empty");
+    if (count > MAX_MESSAGES)
+        return json_refuse(r, LM_TOO_LARGE, key, "has %zu entries, more than %d", count,
+                           MAX_MESSAGES);
+    struct engine_message *list = arena_alloc(r->arena, count * sizeof *list);
+    if (!list)
+        return no_memory(r);
+    for (size_t i = 0; i < count; i++) {
+        const json_t *item = json_array_get(v, i);
+        char prefix[96];
+        snprintf(prefix, sizeof prefix, "%.32s%.32s[%zu].", r->prefix, key, i);
+        struct json_reader at = { prefix, r->arena, r->err };
+        if (!json_is_object(item)) {
+            prefix[strlen(prefix) - 1] = '\0';
+            return json_wrong(&at, "", "an object with role and content", item);
+        }
+        lm_status st = read_message(&at, item, &list[i]);
+        if (st)
+            return st;
+    }
+    *out = list;
+    *n = (int)count;
+    return LM_OK;
+}
+
+/* ---- what is asked ----------------------------------------------------------------------- */
+
+static lm_status check_names(const struct json_reader *r, const json_t *root)
+{
+    const char *key;
+    json_t *v;
+    json_object_foreach((json_t *)root, key, v) {
+        if (json_key_in(known, key))
+            continue;
+        /* The likeliest mistake of all, since OpenAI's bodies have them at the top. */
+        if (json_key_in(json_param_names, key))
+            return json_refuse(r, LM_INVALID, key, "is a sampling parameter; it goes into "
+                               "\"params\"");
+        if (!json_key_in(not_served, key))
+            return json_unknown(r, key, known);
+        if (!json_is_null(v))
+            return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
+    }
+    return LM_OK;
+}
+
+static lm_status read_input(const struct json_reader *r, const json_t *root, struct prompt *p)
+{
+    const json_t *text = json_given(root, "prompt");
+    const json_t *ids = json_given(root, "prompt_token_ids");
+    const json_t *messages = json_given(root, "messages");
+    int given = !!text + !!ids + !!messages;
+    if (given == 0)
+        return lm_err_set(r->err, LM_INVALID,
+                          "one of prompt, prompt_token_ids and messages is needed");
+    if (given > 1)
+        return lm_err_set(r->err, LM_INVALID, "only one of prompt, prompt_token_ids and messages "
+                          "may be given, not %s and %s", text ? "prompt" : "prompt_token_ids",
+                          messages ? "messages" : "prompt_token_ids");
+    if (text)
+        return json_text_read(r, "prompt", text, &p->prompt, &p->prompt_len);
+    if (ids)
+        return json_read_token_ids(r, "prompt_token_ids", ids, 1, PROMPT_MAX_TOKENS, &p->token_ids,
+                                   &p->n_token_ids);
+    return json_messages_read(r, "messages", messages, &p->messages, &p->n_messages);
+}
+
+static lm_status read_context(const struct json_reader *r, const json_t *v, struct prompt *p)
+{
+    if (!v)
+        return LM_OK;
+    if (!json_is_array(v))
+        return json_wrong(r, "context", "an array of strings", v);
+    size_t n = json_array_size(v);
+    if (n > MAX_CONTEXT)
+        return json_refuse(r, LM_TOO_LARGE, "context", "has %zu entries, more than %d", n,
+                           MAX_CONTEXT);
+    if (n > 0 && p->token_ids)
+        return json_refuse(r, LM_INVALID, "context", "can't be put ahead of prompt_token_ids, "
+                           "which are used verbatim");
+    const char **list = arena_alloc(r->arena, n * sizeof *list);
+    if (!list)
+        return no_memory(r);
+    for (size_t i = 0; i < n; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "context[%zu]", i);
+        lm_status st = json_read_string(r, name, json_array_get(v, i), 0, SIZE_MAX, &list[i]);
+        if (st)
+            return st;
+    }
+    p->context = list;
+    p->n_context = (int)n;
+    return LM_OK;
+}
+
+static lm_status read_params(const struct json_reader *r, const json_t *v, struct prompt *p)
+{
+    if (v && !json_is_object(v))
+        return json_wrong(r, "params", "an object", v);
+    struct json_reader at = { "params.", r->arena, r->err };
+    return json_params_read(&at, v, &p->params);
+}
+
+/* ---- who asks, for whom, when ------------------------------------------------------------ */
+
+static lm_status read_id(const struct json_reader *r, const json_t *v, const char **out)
+{
+    if (!v)
+        return lm_err_set(r->err, LM_INVALID, "id is missing");
+    lm_status st = json_read_string(r, "id", v, 1, PROMPT_MAX_ID, out);
+    for (const unsigned char *s = (const unsigned char *)*out; !st && *s; s++)
+        if (*s < 0x20 || *s == 0x7f)
+            return json_refuse(r, LM_INVALID, "id", "must not contain control characters");
+    return st;
+}
+
+static lm_status read_adapter(const struct json_reader *r, const json_t *v, const char **out)
+{
+    if (!v)
+        return LM_OK;
+    if (json_is_string(v) && json_string_length(v) == 0)
+        return json_refuse(r, LM_INVALID, "adapter", "must not be empty; leave it out (or null) "
+                           "for the base model");
+    lm_status st = json_read_string(r, "adapter", v, 1, ENGINE_ADAPTER_ID_MAX, out);
+    if (st)
+        return st;
+    st = engine_adapter_id_check(*out, strlen(*out), r->err);
+    return st ? lm_err_prefix(r->err, "%sadapter", r->prefix) : LM_OK;
+}
+
+static lm_status read_reply_topic(const struct json_reader *r, const json_t *v, const char **out)
+{
+    static const char legal[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                "0123456789._-";
+    if (!v)
+        return LM_OK;
+    lm_status st = json_read_string(r, "reply_topic", v, 1, MAX_TOPIC, out);
+    if (!st && ((*out)[strspn(*out, legal)] || !strcmp(*out, ".") || !strcmp(*out, "..")))
+        return json_wrong(r, "reply_topic", "a Kafka topic name (letters, digits, . _ -)", v);
+    return st;
+}
+
+static lm_status read_optional(const struct json_reader *r, const json_t *root, const char *key,
+                               size_t max, const char **out)
+{
+    const json_t *v = json_given(root, key);
+    return v ? json_read_string(r, key, v, 1, max, out) : LM_OK;
+}
+
+static lm_status read_numbers(const struct json_reader *r, const json_t *root, struct prompt *p)
+{
+    const json_t *priority = json_given(root, "priority");
+    const json_t *deadline = json_given(root, "deadline_ms");
+    int64_t n = 0;
+    lm_status st = priority ? json_read_int(r, "priority", priority, -1000000, 1000000, &n) : LM_OK;
+    p->priority = (int)n;
+    if (!st && deadline)
+        st = json_read_int(r, "deadline_ms", deadline, 0, INT64_MAX, &p->deadline_ms);
+    return st;
+}
+
+static lm_status read_stream(const struct json_reader *r, const json_t *v)
+{
+    bool stream = false;
+    lm_status st = v ? json_read_bool(r, "stream", v, &stream) : LM_OK;
+    if (!st && stream)
+        return json_refuse(r, LM_UNSUPPORTED, "stream", "true is not served yet; replies come "
+                           "whole");
+    return st;
+}
+
+static lm_status read_metadata(const struct json_reader *r, const json_t *v, struct prompt *p)
+{
+    if (!v)
+        return LM_OK;
+    if (!json_is_object(v))
+        return json_wrong(r, "metadata", "an object of strings", v);
+    size_t n = json_object_size(v);
+    if (n > MAX_METADATA)
+        return json_refuse(r, LM_TOO_LARGE, "metadata", "has %zu entries, more than %d", n,
+                           MAX_METADATA);
+    struct metadata_entry *list = arena_alloc(r->arena, n * sizeof *list);
+    if (!list)
+        return no_memory(r);
+    struct json_reader at = { "metadata.", r->arena, r->err };
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)v, key, value) {
+        if (strlen(key) > MAX_NAME)
+            return json_refuse(&at, LM_TOO_LARGE, key, "is a key of %zu bytes, more than %d",
+                               strlen(key), MAX_NAME);
+        struct metadata_entry *e = &list[p->n_metadata++];
+        lm_status st = json_read_string(&at, key, value, 0, MAX_METADATA_VALUE, &e->value);
+        if (st)
+            return st;
+        e->key = arena_strndup(r->arena, key, strlen(key));
+        if (!e->key)
+            return no_memory(r);
+    }
+    p->metadata = list;
+    return LM_OK;
+}
+
+static lm_status check_model(const struct json_reader *r, const struct prompt *p,
+                             const char *model_name)
+{
+    if (!p->model || !model_name || strcmp(p->model, model_name) == 0)
+        return LM_OK;
+    return json_refuse(r, LM_MISMATCH, "model", "is \"%.128s\", but this worker serves \"%.128s\"",
+                       p->model, model_name);
+}
+
+/* ---- the whole ---------------------------------------------------------------------------- */
+
+static lm_status read_all(const struct json_reader *r, const json_t *root, const char *model_name,
+                          struct prompt *p)
+{
+    lm_status st;
+    if ((st = check_names(r, root)) ||
+        (st = read_id(r, json_given(root, "id"), &p->id)) ||
+        (st = read_adapter(r, json_given(root, "adapter"), &p->adapter)) ||
+        (st = read_input(r, root, p)) ||
+        (st = read_context(r, json_given(root, "context"), p)) ||
+        (st = read_params(r, json_given(root, "params"), p)) ||
+        (st = read_numbers(r, root, p)) ||
+        (st = read_optional(r, root, "tenant", MAX_NAME, &p->tenant)) ||
+        (st = read_reply_topic(r, json_given(root, "reply_topic"), &p->reply_topic)) ||
+        (st = read_optional(r, root, "correlation_id", MAX_CORRELATION, &p->correlation_id)) ||
+        (st = read_optional(r, root, "model", MAX_NAME, &p->model)) ||
+        (st = read_stream(r, json_given(root, "stream"))) ||
+        (st = read_metadata(r, json_given(root, "metadata"), p)))
+        return st;
+    return check_model(r, p, model_name);
+}
+
+lm_status json_prompt_read(const json_t *root, enum encoding encoding, const char *model_name,
+                           struct prompt **out, struct lm_err *err)
+{
+    if (!json_is_object(root))
+        return lm_err_set(err, LM_FORMAT, "a prompt must be a record (object) of named fields");
+    struct arena *arena = arena_new();
+    struct prompt *p = arena ? arena_alloc(arena, sizeof *p) : NULL;
+    if (!p) {
+        arena_free(arena);
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    p->arena = arena;
+    p->encoding = encoding;
+    struct json_reader r = { "", arena, err };
+    lm_status st = read_all(&r, root, model_name, p);
+    if (st) {
+        prompt_free(p);
+        return st;
+    }
+    *out = p;
+    return LM_OK;
+}
