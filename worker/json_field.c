@@ -122,6 +122,8 @@ static void describe(const json_t *v, char *buf, size_t size)
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
                      const json_t *value)
 {
+    if (!value)
+        return json_refuse(r, LM_INVALID, key, "is missing");
     char shown[SHOWN_BYTES + 16];
     describe(value, shown, sizeof shown);
     return json_refuse(r, LM_INVALID, key, "must be %s, not %s", what, shown);

@@ -31,7 +31,7 @@ json_t *json_given(const json_t *obj, const char *key);
 lm_status json_refuse(const struct json_reader *r, lm_status code, const char *key,
                       const char *fmt, ...) LM_PRINTF(4, 5);
 
-/* "<prefix><key> must be <what>, not <value, shortened>" */
+/* "<prefix><key> must be <what>, not <value, shortened>", or "is missing" for NULL */
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
                      const json_t *value);
 
