@@ -16,20 +16,23 @@
 #include "engine/model_config.h"
 
 struct adapter_image {
-    uint8_t *cells;             /* [n_cells * cell_bytes]; from `alloc`, else malloc */
+    uint8_t *cells;             /* [n_cells * cell_bytes]; from the adapter_alloc, owned */
     int n_cells;
     int64_t cell_bytes;
     int rank_max;
     char digest[ENGINE_DIGEST_CHARS];   /* over both files, see adapter_digest() */
 };
 
-/* Where the image lives: pinned memory in the engine, malloc in tests. */
+/* Where the image lives: pinned memory in the engine. NULL in its place means malloc. */
 struct adapter_alloc {
     void *ctx;
     void *(*alloc)(void *ctx, size_t bytes);
     void (*free)(void *ctx, void *p);
 };
 
+/* `max_bytes` bounds each of the two files. `cell_bytes` is the pool's block_bytes, a multiple of
+ * 16. Errors name folder and file, key or tensor: LM_NOT_FOUND, LM_FORMAT, LM_INVALID,
+ * LM_UNSUPPORTED, LM_MISMATCH (shapes, missing or leftover tensors), LM_TOO_LARGE, LM_NOMEM. */
 lm_status adapter_parse(const char *dir, const struct model_config *cfg, enum kn_dtype lora_dtype,
                         int64_t cell_bytes, size_t max_bytes, const struct adapter_alloc *alloc,
                         struct adapter_image *out, struct lm_err *err);

@@ -42,7 +42,13 @@ struct model_config {
     bool gen_do_sample_false;   /* "do_sample": false or absent: HF's default is greedy */
 };
 
+/* Reads dir/config.json (demanded) and dir/generation_config.json (optional). Errors name file and
+ * field: LM_NOT_FOUND, LM_FORMAT, LM_INVALID (a value out of range), LM_UNSUPPORTED (a field or
+ * value that we don't implement), LM_NOMEM. On failure *out is released. */
 lm_status model_config_load(const char *dir, struct model_config *out, struct lm_err *err);
+/* The same over text; `generation` may be NULL. */
+lm_status model_config_parse(const char *config, size_t config_n, const char *generation,
+                             size_t generation_n, struct model_config *out, struct lm_err *err);
 void model_config_release(struct model_config *c);
 
 #endif

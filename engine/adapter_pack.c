@@ -1,0 +1,309 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * adapter_pack.c - writes the cell image that kernels.h (struct kn_lora_row) describes.
+ *
+ * Two passes. The first lays out: it walks layers and modules in order and gives every matrix its
+ * place with a cursor (cell, offset) that only moves forward, starting behind the directory. The
+ * second allocates the image once, zeroes it, and fills the chunks: A [rank, in] is copied row by
+ * row, B [out, rank] is transposed on the way, both through a float32 tile where every element is
+ * checked to be finite before and after it is rounded to the pool's dtype.
+ *
+ * The image holds no pointer and no block id, so it may be placed anywhere in the pool.
+ */
+#include <limits.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/adapter_internal.h"
+
+#define ALIGN 16
+#define WIDTH_MIN 16
+#define WIDTH_MAX 512
+
+struct cursor {
+    int64_t cell, offset, cell_bytes;
+};
+
+static int64_t align_up(int64_t x, int64_t a)
+{
+    return (x + a - 1) / a * a;
+}
+
+/* ---- layout ---------------------------------------------------------------------------- */
+
+/*
+ * The policy. Wide chunks keep vector units and memory bursts busy, narrow ones waste less at the
+ * end of a cell (up to one chunk) and at the end of a matrix (up to one chunk of padding). So: the
+ * widest power of two up to 512 columns of which eight chunks fit a cell, which bounds the waste
+ * to an eighth; at least 16 columns, one vector of float32, while that fits a cell at all; then 8
+ * and 4 for a rank that is large against the cell. Never wider than the matrix.
+ */
+int adapter_chunk_width(int rank, int64_t n, size_t elem_bytes, int64_t cell_bytes)
+{
+    int64_t column = (int64_t)rank * (int64_t)elem_bytes;
+    int width = WIDTH_MAX;
+    while (width > WIDTH_MIN && column * width > cell_bytes / 8)
+        width /= 2;
+    while (width > 4 && align_up(column * width, ALIGN) > cell_bytes)
+        width /= 2;
+    if (align_up(column * width, ALIGN) > cell_bytes)
+        return 0;
+    return (int)LM_MIN(width, align_up(n, LM_MIN(width, WIDTH_MIN)));
+}
+
+static lm_status place(struct cursor *at, int rank, int64_t n, size_t elem_bytes,
+                       const char *tensor, struct kn_lora_matrix *m, struct lm_err *err)
+{
+    int width = adapter_chunk_width(rank, n, elem_bytes, at->cell_bytes);
+    if (width == 0)
+        return lm_err_set(err, LM_TOO_LARGE, "%s: rank %d does not fit a pool block of %lld bytes;"
+                          " raise the engine's block_tokens", tensor, rank,
+                          (long long)at->cell_bytes);
+    int64_t chunk = align_up((int64_t)rank * width * (int64_t)elem_bytes, ALIGN);
+    int64_t per_cell = at->cell_bytes / chunk, chunks = LM_DIV_UP(n, width);
+    if ((at->cell_bytes - at->offset) / chunk == 0) {
+        at->cell++;
+        at->offset = 0;
+    }
+    int64_t first = LM_MIN((at->cell_bytes - at->offset) / chunk, chunks);
+    if (at->cell > INT_MAX / 2)
+        return lm_err_set(err, LM_TOO_LARGE, "%s: the packed adapter has too many cells", tensor);
+    *m = (struct kn_lora_matrix){ .width = width, .cell = (int32_t)at->cell,
+        .offset = (int32_t)at->offset, .first_n = (int32_t)first, .per_cell = (int32_t)per_cell,
+        .chunk_bytes = (int32_t)chunk };
+    int64_t rest = chunks - first;
+    if (rest == 0) {
+        at->offset += first * chunk;
+    } else {
+        int64_t last = (rest - 1) / per_cell;       /* full cells before the last one */
+        at->cell += 1 + last;
+        at->offset = (rest - last * per_cell) * chunk;
+    }
+    return LM_OK;
+}
+
+static lm_status lay_out(const struct adapter_plan *plan, const struct model_config *cfg,
+                         size_t elem_bytes, struct cursor *at, struct kn_lora_row *rows,
+                         struct lm_err *err)
+{
+    int64_t per_cell = at->cell_bytes / (int64_t)sizeof *rows;
+    if (per_cell == 0 || at->cell_bytes > INT_MAX || at->cell_bytes % ALIGN)
+        return lm_err_set(err, LM_INVALID, "pool blocks of %lld bytes cannot hold adapters: a"
+                          " multiple of %d from %zu bytes is needed; raise the engine's"
+                          " block_tokens", (long long)at->cell_bytes, ALIGN, sizeof *rows);
+    at->cell = (plan->n_layers - 1) / per_cell;
+    at->offset = align_up((plan->n_layers - at->cell * per_cell) * (int64_t)sizeof *rows, ALIGN);
+    for (int l = 0; l < plan->n_layers; l++) {
+        for (int m = 0; m < KN_MODULES; m++) {
+            const struct adapter_slot *slot = &plan->slots[l][m];
+            struct kn_lora_entry *e = &rows[l].module[m];
+            if (slot->rank == 0)
+                continue;
+            int64_t in, out;
+            adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
+            e->rank = slot->rank;
+            e->scale = slot->scale;
+            lm_status s = place(at, slot->rank, in, elem_bytes, slot->a->name, &e->a, err);
+            if (!s)
+                s = place(at, slot->rank, out, elem_bytes, slot->b->name, &e->b, err);
+            if (s)
+                return s;
+        }
+    }
+    return LM_OK;
+}
+
+/* ---- numbers --------------------------------------------------------------------------- */
+
+static float from_bits(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static uint32_t to_bits(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static float f16_to_f32(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = h >> 10 & 31, frac = h & 1023;
+    if (exp == 31)
+        return from_bits(sign | 0x7f800000 | frac << 13);
+    if (exp == 0) {
+        float f = (float)frac * 0x1p-24f;
+        return sign ? -f : f;
+    }
+    return from_bits(sign | (exp + 112) << 23 | frac << 13);
+}
+
+/* Round to nearest, ties to even; overflow gives infinity, which the caller refuses. */
+static uint16_t f32_to_f16(float f)
+{
+    uint32_t u = to_bits(f), sign = u >> 16 & 0x8000;
+    float a = fabsf(f);
+    if (a >= 65520.0f)
+        return (uint16_t)(sign | 0x7c00);
+    if (a < 0x1p-14f)           /* subnormal: adding 2^-1 * ulp steps rounds for us */
+        return (uint16_t)(sign | (to_bits(a + 0.5f) - 0x3f000000));
+    u = (u & 0x7fffffff) - (112u << 23);
+    return (uint16_t)(sign | (u + 0xfff + (u >> 13 & 1)) >> 13);
+}
+
+static uint16_t f32_to_bf16(float f)
+{
+    uint32_t u = to_bits(f);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+static float load(const void *data, enum kn_dtype t, int64_t i)
+{
+    if (t == KN_F32)
+        return ((const float *)data)[i];
+    uint16_t h = ((const uint16_t *)data)[i];
+    return t == KN_F16 ? f16_to_f32(h) : from_bits((uint32_t)h << 16);
+}
+
+static float store(void *data, enum kn_dtype t, int64_t i, float f)
+{
+    if (t == KN_F32) {
+        ((float *)data)[i] = f;
+        return f;
+    }
+    uint16_t h = t == KN_F16 ? f32_to_f16(f) : f32_to_bf16(f);
+    ((uint16_t *)data)[i] = h;
+    return t == KN_F16 ? f16_to_f32(h) : from_bits((uint32_t)h << 16);
+}
+
+/* ---- filling --------------------------------------------------------------------------- */
+
+struct filler {
+    const struct st_tensor *t;
+    bool transposed;            /* B: element (j, i) lies at [i][j] */
+    int rank;
+    int64_t n;                  /* long dimension */
+    enum kn_dtype dtype;
+    struct lm_err *err;
+};
+
+static uint8_t *chunk_at(const struct adapter_image *img, const struct kn_lora_matrix *m, int64_t k)
+{
+    int64_t cell = m->cell, offset = m->offset + k * m->chunk_bytes;
+    if (k >= m->first_n) {
+        k -= m->first_n;
+        cell += 1 + k / m->per_cell;
+        offset = k % m->per_cell * m->chunk_bytes;
+    }
+    return img->cells + cell * img->cell_bytes + offset;
+}
+
+static lm_status fill_chunk(const struct filler *f, int64_t i0, int width, void *chunk)
+{
+    int64_t cols = LM_MIN(width, f->n - i0);
+    bool in_ok = true, out_ok = true;
+    for (int j = 0; j < f->rank; j++) {
+        for (int64_t i = 0; i < cols; i++) {
+            int64_t src = f->transposed ? (i0 + i) * f->rank + j : j * f->n + i0 + i;
+            float x = load(f->t->data, f->t->dtype, src);
+            in_ok &= isfinite(x) != 0;
+            out_ok &= isfinite(store(chunk, f->dtype, (int64_t)j * width + i, x)) != 0;
+        }
+    }
+    if (!in_ok)
+        return lm_err_set(f->err, LM_INVALID, ADAPTER_WEIGHTS_FILE ": tensor %s has an element that"
+                          " is not finite", f->t->name);
+    if (!out_ok)
+        return lm_err_set(f->err, LM_INVALID, ADAPTER_WEIGHTS_FILE ": tensor %s has an element too"
+                          " large for %s", f->t->name, kn_dtype_name(f->dtype));
+    return LM_OK;
+}
+
+static lm_status fill_matrix(const struct filler *f, const struct kn_lora_matrix *m,
+                             struct adapter_image *img)
+{
+    lm_status s = LM_OK;
+    for (int64_t k = 0; k * m->width < f->n && !s; k++)
+        s = fill_chunk(f, k * m->width, m->width, chunk_at(img, m, k));
+    return s;
+}
+
+static lm_status fill(const struct adapter_plan *plan, const struct model_config *cfg,
+                      enum kn_dtype dtype, const struct kn_lora_row *rows,
+                      struct adapter_image *img, struct lm_err *err)
+{
+    int64_t per_cell = img->cell_bytes / (int64_t)sizeof *rows;
+    for (int l = 0; l < plan->n_layers; l++) {
+        memcpy(img->cells + l / per_cell * img->cell_bytes +
+               l % per_cell * (int64_t)sizeof *rows, &rows[l], sizeof *rows);
+        for (int m = 0; m < KN_MODULES; m++) {
+            const struct adapter_slot *slot = &plan->slots[l][m];
+            if (slot->rank == 0)
+                continue;
+            int64_t in, out;
+            adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
+            struct filler f = { .t = slot->a, .rank = slot->rank, .n = in, .dtype = dtype,
+                                .err = err };
+            lm_status s = fill_matrix(&f, &rows[l].module[m].a, img);
+            f.t = slot->b;
+            f.n = out;
+            f.transposed = true;
+            if (!s)
+                s = fill_matrix(&f, &rows[l].module[m].b, img);
+            if (s)
+                return s;
+            img->rank_max = LM_MAX(img->rank_max, slot->rank);
+        }
+    }
+    return LM_OK;
+}
+
+static void *image_alloc(const struct adapter_alloc *a, size_t bytes)
+{
+    return a ? a->alloc(a->ctx, bytes) : lm_malloc(bytes);
+}
+
+lm_status adapter_pack(const struct adapter_plan *plan, const struct model_config *cfg,
+                       enum kn_dtype dtype, int64_t cell_bytes, const struct adapter_alloc *alloc,
+                       struct adapter_image *out, struct lm_err *err)
+{
+    struct cursor at = { .cell_bytes = cell_bytes };
+    struct kn_lora_row *rows = lm_calloc((size_t)plan->n_layers, sizeof *rows);
+    if (!rows)
+        return lm_err_set(err, LM_NOMEM, "no memory for the adapter's directory");
+    out->cells = NULL;
+    lm_status s = lay_out(plan, cfg, kn_dtype_size(dtype), &at, rows, err);
+    if (s)
+        goto out;
+    size_t bytes;
+    out->n_cells = (int)at.cell + 1;
+    out->cell_bytes = cell_bytes;
+    out->rank_max = 0;
+    if (__builtin_mul_overflow((size_t)out->n_cells, (size_t)cell_bytes, &bytes) ||
+        !(out->cells = image_alloc(alloc, bytes))) {
+        s = lm_err_set(err, LM_NOMEM, "no memory for an adapter of %d cells of %lld bytes",
+                       out->n_cells, (long long)cell_bytes);
+        goto out;
+    }
+    memset(out->cells, 0, bytes);
+    s = fill(plan, cfg, dtype, rows, out, err);
+    if (s)
+        adapter_image_release(out, alloc);
+out:
+    free(rows);
+    return s;
+}
+
+void adapter_image_release(struct adapter_image *img, const struct adapter_alloc *alloc)
+{
+    if (img->cells && alloc)
+        alloc->free(alloc->ctx, img->cells);
+    else
+        free(img->cells);
+    img->cells = NULL;
+    img->n_cells = 0;
+}
