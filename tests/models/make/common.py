@@ -96,22 +96,36 @@ def schedule(step, steps, warmup=50, floor=0.03):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(model, batches, steps, lr, weight_decay=0.01, log_every=50, warmup=50, every=None):
-    """Runs `steps` of AdamW over `batches` (a function step -> batch). `every` = (n, callback(step))."""
+def optimizers(model, lr, muon_lr, weight_decay):
+    """AdamW for everything, or for embeddings and norms only when the matrices go to Muon."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if muon_lr and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    opts = [(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay), lr)]
+    if matrices:
+        opts.append((torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay), muon_lr))
+    return opts
+
+
+def train(model, batches, steps, lr, muon_lr=None, weight_decay=0.01, log_every=50, warmup=50, every=None):
+    """Runs `steps` over `batches` (a function step -> batch). `every` = (n, callback(step))."""
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    opts = optimizers(model, lr, muon_lr, weight_decay)
     model.train()
     began = time.monotonic()
     mean = None
     for step in range(steps):
-        for group in opt.param_groups:
-            group["lr"] = lr * schedule(step, steps, warmup)
+        for opt, peak in opts:
+            opt.zero_grad(set_to_none=True)
+            for group in opt.param_groups:
+                group["lr"] = peak * schedule(step, steps, warmup)
         ids, labels, weights = batches(step)
         loss = weighted_loss(model(input_ids=ids).logits, labels, weights)
-        opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step()
+        for opt, _ in opts:
+            opt.step()
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         if log_every and (step + 1) % log_every == 0:
             print(f"step {step + 1}/{steps} loss {mean:.4f} {time.monotonic() - began:.0f} s", flush=True)

@@ -67,15 +67,21 @@ WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 PLANS = "Basic Plus Pro Team Family Premium Gold Studio Student Starter".split()
 
-ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh sk st t th tr v w y z".split()
-VOWELS = "a e i o u a e i o ai ea ia io ou".split()
-CODAS = ["", "", "", "n", "r", "l", "s", "m", "k", "th", "nd", "x", "rt"]
+ONSETS = "b bl br c ch cl d dr f fl fr g gr h j k kl kn l m n p pl pr qu r s sc sh sk sp st t th tr ty v w y z".split()
+VOWELS = "a e i o u a e i o u y ai au ea ee ew ia ie io oo ou ue".split()
+CODAS = ["", "", "", ""] + "ck d der ff g k l le ll m n n ne ng nd r r rd re rt s ss st t te th ve x".split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def invented_word(rng):
-    """A pronounceable word of two or three syllables, almost surely never seen before."""
-    count = rng.choice((2, 2, 3))
-    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(count))
+    """A word almost surely never seen before: two or three syllables, or now and then mere letters."""
+    if rng.random() < 0.15:
+        return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 6)))
+    word = "" if rng.random() < 0.25 else rng.choice(ONSETS)
+    word += rng.choice(VOWELS) + rng.choice(CODAS)
+    for _ in range(rng.choice((1, 1, 2))):
+        word += rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
+    return word
 
 
 class Event:
@@ -101,10 +107,10 @@ def train_item(rng):
     def word(choices, invented):
         return invented_word(rng) if rng.random() < invented else rng.choice(choices)
 
-    words = [word(TRAIN_ADJECTIVES, 0.3)]
+    words = [word(TRAIN_ADJECTIVES, 0.35)]
     if rng.random() < 0.5:
         words.append(rng.choice(TRAIN_MATERIALS))
-    words.append(word(TRAIN_NOUNS, 0.4))
+    words.append(word(TRAIN_NOUNS, 0.5))
     return " ".join(words)
 
 
