@@ -6,6 +6,8 @@
  * A file holds `key=value` lines and # comments; --set key=value overrides it. Unknown keys are
  * errors that name the nearest known one. `kafka.*` (and `kafka.consumer.*`, `kafka.producer.*`)
  * go to librdkafka unchanged; those that the worker owns are refused by name.
+ *
+ * Ownership: a config owns its strings. Threads: filled at start-up by one thread, read-only after.
  */
 #ifndef LORAMILL_WORKER_CONFIG_H
 #define LORAMILL_WORKER_CONFIG_H
@@ -13,7 +15,13 @@
 #include <stdio.h>
 #include "kernels/base.h"
 
-struct config_pair { char *key, *value; };
+/* Which librdkafka handle a passthrough property is for. */
+enum config_scope { CONFIG_BOTH, CONFIG_CONSUMER, CONFIG_PRODUCER };
+
+struct config_pair {
+    char *key, *value;          /* key as librdkafka spells it */
+    enum config_scope scope;
+};
 
 struct config {
     /* Strings are owned, "" when unset. Filled from the table in config.c; see there for meaning. */
@@ -24,26 +32,65 @@ struct config {
     int64_t adapters_host_bytes;
     char *topics_prompts, *topics_replies, *topics_dead_letters, *topics_replies_allowed;
     char *replies_encoding;
+    char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
     char *registry_url, *registry_auth, *registry_ca_file;
     bool registry_auto_register;
     char *group_id, *worker_name;
-    int64_t intake_max_messages, intake_max_bytes, commit_interval_ms, drain_timeout_ms;
-    int64_t retry_max_attempts;
+    int64_t message_max_bytes;
+    int64_t intake_max_messages, intake_max_bytes, in_flight_max_messages;
+    int64_t commit_interval_ms, drain_timeout_ms, revoke_drain_ms;
+    int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
     char *http_address;
     int64_t http_port;          /* 0: off; when busy, the next free of the following 100 */
-    char *log_level;
+    char *log_level, *log_format;
     struct config_pair *kafka;  /* passthrough, "kafka." removed */
     int n_kafka;
 };
 
 lm_status config_init(struct config *c, struct lm_err *err);    /* defaults */
 void config_release(struct config *c);
+/* Errors carry FILE:LINE. Both refuse unknown keys, bad values and the kafka.* that we own. */
 lm_status config_read_file(struct config *c, const char *path, struct lm_err *err);
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
 
+/* adapters.cache_dir, or its default under the user's cache folder; malloc'ed. */
+char *config_cache_dir(const struct config *c);
+
+/* The last value given for a passthrough property in that scope, or NULL. */
+const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
+
+/* Must this key's value stay out of logs? Accepts our keys and librdkafka's. */
+bool config_is_secret(const char *key);
+/* One DEBUG line a property, secrets as "[set]". */
+void config_log(const struct config *c);
+
 void config_print_help(FILE *f);
 void config_print_markdown(FILE *f);    /* docs/configuration.md */
 void config_print_sample(FILE *f);      /* ops/loramill.properties */
+
+/* ---- the table, for config.c and config_doc.c ------------------------------------------- */
+
+enum config_type { CONFIG_STRING, CONFIG_CHOICE, CONFIG_INT, CONFIG_BYTES, CONFIG_BOOL };
+
+struct config_property {
+    const char *name;
+    enum config_type type;
+    size_t offset;              /* in struct config */
+    const char *dflt;           /* as written in a file */
+    int64_t min, max;           /* CONFIG_INT, CONFIG_BYTES */
+    const char *choices;        /* CONFIG_CHOICE: "a|b|c" */
+    unsigned flags;
+    const char *help;
+};
+
+enum { CONFIG_SECRET = 1, CONFIG_REQUIRED = 2 };
+
+struct config_section { const char *title; const struct config_property *rows; int n; };
+
+const struct config_section *config_sections(int *n);
+
+struct config_owned { const char *key, *why; };
+const struct config_owned *config_owned(int *n);        /* librdkafka's, refused by name */
 
 #endif

@@ -1,0 +1,362 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_ledger.c - the ledger by example, then against a naive model over random histories:
+ * assign, revoke, deliver with gaps, rewind, finish out of order, finish late with a stale epoch,
+ * commit. The model keeps every delivered offset in a flat array and computes each answer anew.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "worker/ledger.h"
+
+static int dropped;
+
+static void count_drop(void *ctx, int64_t offset, void *user)
+{
+    (void)ctx;
+    (void)offset;
+    (void)user;
+    dropped++;
+}
+
+static struct ledger_ref assign(ledger *l, int32_t partition, int64_t committed)
+{
+    struct ledger_ref ref;
+    assert_int_equal(ledger_assign(l, "prompts", partition, committed, &ref), LM_OK);
+    return ref;
+}
+
+static void deliver(ledger *l, struct ledger_ref ref, int64_t offset)
+{
+    assert_int_equal(ledger_deliver(l, ref, offset, NULL), LM_OK);
+}
+
+static void finish(ledger *l, struct ledger_ref ref, int64_t offset)
+{
+    assert_int_equal(ledger_complete(l, ref, offset, NULL), LM_OK);
+}
+
+static void test_watermark_skips_gaps(void **state)
+{
+    (void)state;
+    ledger *l = ledger_new(NULL, NULL);
+    struct ledger_ref r = assign(l, 0, 10);
+    assert_int_equal(ledger_commit_value(l, r), LEDGER_NONE);
+    static const int64_t offsets[] = { 10, 11, 14, 15, 19 };
+    for (size_t i = 0; i < LM_COUNT(offsets); i++)
+        deliver(l, r, offsets[i]);
+    finish(l, r, 14);
+    finish(l, r, 19);
+    assert_int_equal(ledger_commit_value(l, r), LEDGER_NONE);   /* 10 is unfinished and committed */
+    finish(l, r, 10);
+    assert_int_equal(ledger_commit_value(l, r), 11);
+    finish(l, r, 11);
+    assert_int_equal(ledger_commit_value(l, r), 15);            /* not 12: nothing is there */
+    finish(l, r, 15);
+    assert_int_equal(ledger_commit_value(l, r), 20);
+    ledger_free(l);
+}
+
+static void test_idle_commits_position(void **state)
+{
+    (void)state;
+    ledger *l = ledger_new(NULL, NULL);
+    struct ledger_ref r = assign(l, 0, LEDGER_NONE);
+    ledger_position(l, r, 7);
+    assert_int_equal(ledger_commit_value(l, r), LEDGER_NONE);   /* nothing confirms it */
+    deliver(l, r, 10);
+    ledger_position(l, r, 11);
+    assert_int_equal(ledger_commit_value(l, r), 10);    /* in flight: nothing beyond its head */
+    finish(l, r, 10);
+    ledger_position(l, r, 12);                          /* past a transaction marker at 11 */
+    assert_int_equal(ledger_commit_value(l, r), 12);
+    ledger_committed(l, r, 12);
+    assert_int_equal(ledger_commit_value(l, r), LEDGER_NONE);
+    ledger_free(l);
+}
+
+static void test_commit_is_monotonic(void **state)
+{
+    (void)state;
+    ledger *l = ledger_new(NULL, NULL);
+    struct ledger_ref r = assign(l, 0, 100);
+    deliver(l, r, 100);
+    deliver(l, r, 101);
+    finish(l, r, 100);
+    ledger_committed(l, r, 101);
+    ledger_committed(l, r, 90);
+    struct ledger_info info;
+    assert_true(ledger_get(l, r, &info));
+    assert_int_equal(info.committed, 101);
+    assert_int_equal(info.in_flight, 1);
+    ledger_free(l);
+}
+
+static void test_stale_epoch_changes_nothing(void **state)
+{
+    (void)state;
+    dropped = 0;
+    ledger *l = ledger_new(count_drop, NULL);
+    struct ledger_ref old = assign(l, 3, 0);
+    deliver(l, old, 0);
+    deliver(l, old, 1);
+    finish(l, old, 1);
+    assert_int_equal(ledger_revoke(l, old), LM_OK);
+    assert_int_equal(dropped, 1);
+    assert_int_equal(ledger_revoke(l, old), LM_CANCELLED);
+    struct ledger_ref now = assign(l, 3, 0);
+    assert_int_equal(now.slot, old.slot);
+    deliver(l, now, 0);
+    assert_int_equal(ledger_complete(l, old, 0, NULL), LM_CANCELLED);
+    ledger_committed(l, old, 50);
+    ledger_position(l, old, 50);
+    assert_int_equal(ledger_commit_value(l, old), LEDGER_NONE);
+    assert_int_equal(ledger_commit_value(l, now), LEDGER_NONE);
+    assert_int_equal(ledger_in_flight(l), 1);
+    assert_int_equal(ledger_complete(l, now, 5, NULL), LM_NOT_FOUND);
+    finish(l, now, 0);
+    assert_int_equal(ledger_complete(l, now, 0, NULL), LM_NOT_FOUND);
+    assert_int_equal(ledger_commit_value(l, now), 1);
+    ledger_free(l);
+}
+
+static void test_rewind_starts_over(void **state)
+{
+    (void)state;
+    dropped = 0;
+    ledger *l = ledger_new(count_drop, NULL);
+    struct ledger_ref r = assign(l, 0, 500);
+    deliver(l, r, 500);
+    deliver(l, r, 501);
+    struct ledger_ref old = r;
+    assert_int_equal(ledger_deliver(l, r, 501, NULL), LM_STATE);
+    assert_int_equal(ledger_deliver(l, r, 0, NULL), LM_STATE);  /* the topic was made again */
+    assert_int_equal(ledger_rewind(l, &r), LM_OK);
+    assert_int_equal(ledger_rewind(l, &old), LM_CANCELLED);
+    deliver(l, r, 0);
+    assert_true(r.epoch != old.epoch);
+    assert_int_equal(dropped, 2);
+    assert_int_equal(ledger_complete(l, old, 500, NULL), LM_CANCELLED);
+    finish(l, r, 0);
+    assert_int_equal(ledger_commit_value(l, r), 1);
+    ledger_free(l);
+}
+
+static void test_partitions_are_apart(void **state)
+{
+    (void)state;
+    ledger *l = ledger_new(NULL, NULL);
+    struct ledger_ref a = assign(l, 0, 0), b, found;
+    assert_int_equal(ledger_assign(l, "other", 0, 0, &b), LM_OK);
+    deliver(l, a, 0);
+    deliver(l, b, 7);
+    finish(l, b, 7);
+    assert_int_equal(ledger_commit_value(l, a), LEDGER_NONE);
+    assert_int_equal(ledger_commit_value(l, b), 8);
+    assert_int_equal(ledger_find(l, "other", 0, &found), LM_OK);
+    assert_int_equal(found.slot, b.slot);
+    assert_int_equal(ledger_find(l, "other", 1, &found), LM_NOT_FOUND);
+    struct ledger_info info;
+    assert_true(ledger_at(l, 1, &info) && !ledger_at(l, 2, &info));
+    ledger_free(l);
+}
+
+static void test_refuses_nonsense(void **state)
+{
+    (void)state;
+    ledger *l = ledger_new(NULL, NULL);
+    struct ledger_ref r = assign(l, 0, 0), wild = { 99, 1 };
+    assert_int_equal(ledger_deliver(l, r, -5, NULL), LM_INVALID);
+    assert_int_equal(ledger_deliver(l, wild, 1, NULL), LM_CANCELLED);
+    assert_int_equal(ledger_complete(l, wild, 1, NULL), LM_CANCELLED);
+    ledger_position(l, r, -1001);
+    assert_int_equal(ledger_commit_value(l, r), LEDGER_NONE);
+    ledger_free(l);
+}
+
+/* ---- against a naive model --------------------------------------------------------------- */
+
+enum { PARTS = 5, MODEL_MAX = 4096, STALE_MAX = 64, OPERATIONS = 2000000 };
+
+struct model {
+    bool assigned;
+    struct ledger_ref ref;
+    int64_t offsets[MODEL_MAX];
+    bool finished[MODEL_MAX];
+    int n;
+    int64_t next;               /* where the log stands */
+    int64_t base, position, committed;
+};
+
+static uint64_t rng = 88172645463325252ull;
+
+static uint32_t pick(uint32_t n)
+{
+    rng ^= rng << 13;
+    rng ^= rng >> 7;
+    rng ^= rng << 17;
+    return (uint32_t)(rng >> 16) % n;
+}
+
+static int64_t model_watermark(const struct model *m)
+{
+    for (int i = 0; i < m->n; i++)
+        if (!m->finished[i])
+            return m->offsets[i];
+    int64_t mark = m->n ? m->offsets[m->n - 1] + 1 : LEDGER_NONE;
+    if ((m->n || m->base != LEDGER_NONE) && m->position > mark)
+        mark = m->position;
+    return mark;
+}
+
+static int64_t model_commit(const struct model *m)
+{
+    int64_t mark = model_watermark(m);
+    return mark > m->committed ? mark : LEDGER_NONE;
+}
+
+static void model_start(struct model *m, int64_t committed)
+{
+    m->n = 0;
+    m->assigned = true;
+    m->base = m->committed = committed;
+    m->position = LEDGER_NONE;
+}
+
+static void check_part(ledger *l, const struct model *m)
+{
+    assert_int_equal(ledger_commit_value(l, m->ref), model_commit(m));
+    struct ledger_info info;
+    assert_true(ledger_get(l, m->ref, &info));
+    size_t unfinished = 0;
+    for (int i = 0; i < m->n; i++)
+        unfinished += !m->finished[i];
+    assert_int_equal(info.in_flight, unfinished);
+    assert_int_equal(info.watermark, model_watermark(m));
+    assert_int_equal(info.committed, m->committed);
+}
+
+static void do_deliver(ledger *l, struct model *m)
+{
+    int64_t offset = m->next + (pick(4) ? 0 : pick(50));
+    bool rewind = m->n && pick(2000) == 0;
+    if (rewind)
+        offset = m->offsets[pick((uint32_t)m->n)];
+    if (rewind) {
+        assert_int_equal(ledger_deliver(l, m->ref, offset, m), LM_STATE);
+        assert_int_equal(ledger_rewind(l, &m->ref), LM_OK);
+        model_start(m, LEDGER_NONE);
+    }
+    assert_int_equal(ledger_deliver(l, m->ref, offset, m), LM_OK);
+    m->offsets[m->n] = offset;
+    m->finished[m->n++] = false;
+    m->next = offset + 1;
+}
+
+static void do_finish(ledger *l, struct model *m)
+{
+    if (!m->n)
+        return;
+    /* Mostly near the head, as engines do; sometimes anywhere, sometimes twice. */
+    int i = pick(8) ? 0 : (int)pick((uint32_t)m->n);
+    while (i < m->n && m->finished[i] && pick(50))
+        i++;
+    if (i == m->n)
+        return;
+    void *user = NULL;
+    lm_status st = ledger_complete(l, m->ref, m->offsets[i], &user);
+    assert_int_equal(st, m->finished[i] ? LM_NOT_FOUND : LM_OK);
+    assert_true(m->finished[i] || user == m);
+    m->finished[i] = true;
+}
+
+static void do_commit(ledger *l, struct model *m)
+{
+    if (m->n && pick(2)) {
+        m->position = m->next + pick(3);
+        ledger_position(l, m->ref, m->position);
+        m->next = m->position;
+    }
+    int64_t value = ledger_commit_value(l, m->ref);
+    assert_int_equal(value, model_commit(m));
+    if (value != LEDGER_NONE && pick(4)) {
+        ledger_committed(l, m->ref, value);
+        m->committed = value;
+    }
+    /* What the promise comes to: nothing unfinished lies below the committed offset. */
+    for (int i = 0; i < m->n; i++)
+        assert_true(m->finished[i] || m->offsets[i] >= m->committed);
+    /* The model may forget what no answer depends on. */
+    int keep = 0;
+    while (keep < m->n - 1 && m->finished[keep])
+        keep++;
+    memmove(m->offsets, m->offsets + keep, (size_t)(m->n - keep) * sizeof *m->offsets);
+    memmove(m->finished, m->finished + keep, (size_t)(m->n - keep) * sizeof *m->finished);
+    m->n -= keep;
+}
+
+static void test_against_model(void **state)
+{
+    (void)state;
+    static struct model models[PARTS];
+    struct { struct ledger_ref ref; int64_t offset; } stale[STALE_MAX];
+    int n_stale = 0;
+    ledger *l = ledger_new(NULL, NULL);
+    for (long op = 0; op < OPERATIONS; op++) {
+        int32_t k = (int32_t)pick(PARTS);
+        struct model *m = &models[k];
+        if (!m->assigned || m->n >= MODEL_MAX - 1) {
+            model_start(m, pick(4) ? m->next : LEDGER_NONE);
+            assert_int_equal(ledger_assign(l, "t", k, m->base, &m->ref), LM_OK);
+        }
+        switch (pick(16)) {
+        case 0: case 1: case 2: case 3: case 4: case 5:
+            do_deliver(l, m);
+            break;
+        case 6: case 7: case 8: case 9: case 10: case 11: case 12:
+            do_finish(l, m);
+            break;
+        case 13: case 14:
+            do_commit(l, m);
+            break;
+        default:
+            if (pick(200) == 0) {
+                if (m->n)
+                    stale[n_stale++ % STALE_MAX].ref = m->ref,
+                    stale[(n_stale - 1) % STALE_MAX].offset = m->offsets[m->n - 1];
+                assert_int_equal(ledger_revoke(l, m->ref), LM_OK);
+                m->assigned = false;
+                continue;
+            }
+            if (n_stale) {
+                uint32_t s = pick((uint32_t)LM_MIN(n_stale, STALE_MAX));
+                assert_int_equal(ledger_complete(l, stale[s].ref, stale[s].offset, NULL),
+                                 LM_CANCELLED);
+            }
+        }
+        if (m->n < 64 || op % 64 == 0)
+            check_part(l, m);
+    }
+    ledger_free(l);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_watermark_skips_gaps),
+        cmocka_unit_test(test_idle_commits_position),
+        cmocka_unit_test(test_commit_is_monotonic),
+        cmocka_unit_test(test_stale_epoch_changes_nothing),
+        cmocka_unit_test(test_rewind_starts_over),
+        cmocka_unit_test(test_partitions_are_apart),
+        cmocka_unit_test(test_refuses_nonsense),
+        cmocka_unit_test(test_against_model),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * config_table.c - every property of the worker, once: name, type, place in struct config, default,
+ * bounds and the sentence that explains it. The parser, --help, docs/configuration.md and
+ * ops/loramill.properties all come from here, so none of them can disagree.
+ */
+#include "worker/config.h"
+
+#include <stddef.h>
+
+#define AT(field) offsetof(struct config, field)
+#define STR(name, field, dflt, flags, help) \
+    { name, CONFIG_STRING, AT(field), dflt, 0, 0, NULL, flags, help }
+#define CHOICE(name, field, dflt, choices, help) \
+    { name, CONFIG_CHOICE, AT(field), dflt, 0, 0, choices, 0, help }
+#define INT(name, field, dflt, min, max, help) \
+    { name, CONFIG_INT, AT(field), dflt, min, max, NULL, 0, help }
+#define BYTES(name, field, dflt, min, max, help) \
+    { name, CONFIG_BYTES, AT(field), dflt, min, max, NULL, 0, help }
+#define BOOL(name, field, dflt, help) \
+    { name, CONFIG_BOOL, AT(field), dflt, 0, 0, NULL, 0, help }
+
+#define TiB ((int64_t)1 << 40)
+#define DAY_MS 86400000
+
+static const struct config_property model_rows[] = {
+    STR("model.path", model_path, "", 0,
+        "Folder of the base model in Hugging Face layout. Required unless engine.mode=echo."),
+    STR("model.name", model_name, "", 0,
+        "The name that replies carry and that a prompt's `model` must equal. Empty: the folder's."),
+    CHOICE("engine.mode", engine_mode, "model", "model|echo",
+        "`echo` answers each prompt with itself, without a model: for measuring the road around "
+        "the engine."),
+    CHOICE("backend", backend, "auto", "auto|cpu|cuda",
+        "`auto` takes cuda where a device works, else cpu."),
+    INT("device.index", device_index, "0", 0, 1023, "Which GPU, as the driver counts them."),
+    INT("threads", threads, "0", 0, 4096, "CPU backend: cores to use; 0: all."),
+    BYTES("engine.pool_bytes", pool_bytes, "0", 0, 64 * TiB,
+        "KV cache and resident adapters together; 0: what the device has left."),
+    INT("engine.max_seqs", max_seqs, "0", 0, 65536,
+        "Sequences in one step; 0: the engine's default (256)."),
+    INT("engine.max_step_tokens", max_step_tokens, "0", 0, 1 << 20,
+        "Prefill and decode tokens in one step; 0: the engine's default."),
+    INT("engine.max_waiting", max_waiting, "0", 0, 1 << 20,
+        "Requests in the engine, submitted and not finished; 0: the engine's default (1024)."),
+    INT("engine.max_model_len", max_model_len, "0", 0, 1 << 24,
+        "Longest prompt plus completion in tokens; 0: the model's own limit."),
+};
+
+static const struct config_property adapter_rows[] = {
+    STR("adapters.url", adapters_url, "", 0,
+        "URL template with `{adapter}`; `adapter_config.json` and `adapter_model.safetensors` lie "
+        "under it. http, https or file. Empty: prompts that name an adapter are dead letters."),
+    STR("adapters.cache_dir", adapters_cache_dir, "", 0,
+        "Disk cache, which all workers of a host may share. Empty: "
+        "$XDG_CACHE_HOME/loramill/adapters, or ~/.cache/loramill/adapters."),
+    BYTES("adapters.max_bytes", adapters_max_bytes, "4G", 1, TiB,
+        "An adapter's files together may not be larger."),
+    BYTES("adapters.host_bytes", adapters_host_bytes, "1G", 1, 64 * TiB,
+        "Host memory for adapters that are loaded but not on the device."),
+    INT("adapters.concurrency", adapters_concurrency, "8", 1, 256, "Transfers at a time."),
+    INT("adapters.max_attempts", adapters_max_attempts, "5", 1, 100,
+        "Tries of one transfer before the prompt waits `retry.backoff_ms` and asks again."),
+    INT("adapters.negative_ttl_ms", adapters_negative_ttl_ms, "30000", 0, DAY_MS,
+        "How long an unknown adapter is remembered as unknown."),
+    STR("adapters.ca_file", adapters_ca_file, "", 0, "PEM file of the store's authority."),
+    STR("adapters.auth_header", adapters_auth_header, "", CONFIG_SECRET,
+        "A whole header, such as `Authorization: Bearer ...`, sent with every request."),
+};
+
+static const struct config_property topic_rows[] = {
+    STR("topics.prompts", topics_prompts, "prompts", CONFIG_REQUIRED,
+        "Topics to read, comma-separated; one that starts with `^` is a regular expression."),
+    STR("topics.replies", topics_replies, "replies", CONFIG_REQUIRED,
+        "Where completions go unless the prompt names an allowed topic."),
+    STR("topics.replies_allowed", topics_replies_allowed, "", 0,
+        "Further topics that a prompt may ask its reply to be sent to: comma-separated, exact "
+        "names or `prefix*`. Any other is a dead letter."),
+    STR("topics.dead_letters", topics_dead_letters, "dead-letters", CONFIG_REQUIRED,
+        "Where prompts go that can't be answered, with the reason in headers."),
+    CHOICE("replies.encoding", replies_encoding, "same", "same|json|avro",
+        "`same`: as the prompt came."),
+    BYTES("message.max_bytes", message_max_bytes, "16M", 1024, 1 << 30,
+        "Largest prompt that is decoded and largest reply that is produced. The broker's own "
+        "limits hold as well."),
+    STR("headers.correlation_id", headers_correlation_id, "kafka_correlationId", CONFIG_REQUIRED,
+        "Header whose bytes the reply repeats. `correlation-id` is repeated too."),
+    STR("headers.reply_topic", headers_reply_topic, "kafka_replyTopic", CONFIG_REQUIRED,
+        "Header that names the reply topic; it wins over the prompt's `reply_topic`."),
+    STR("headers.reply_partition", headers_reply_partition, "kafka_replyPartition",
+        CONFIG_REQUIRED, "Header with the reply's partition, 4 bytes, big-endian."),
+};
+
+static const struct config_property registry_rows[] = {
+    STR("registry.url", registry_url, "", 0,
+        "Schema registry, Confluent API. Empty: Avro is refused by name."),
+    STR("registry.auth", registry_auth, "", CONFIG_SECRET, "`user:password` for basic auth."),
+    STR("registry.ca_file", registry_ca_file, "", 0, "PEM file of the registry's authority."),
+    BOOL("registry.auto_register", registry_auto_register, "true",
+        "Register the reply schema at start; with false it must be there."),
+};
+
+static const struct config_property flow_rows[] = {
+    STR("group.id", group_id, "loramill", CONFIG_REQUIRED,
+        "Consumer group; its workers share the prompt topics' partitions."),
+    STR("worker.name", worker_name, "", 0,
+        "In replies, dead letters, logs and metrics. Empty: host name and process id."),
+    INT("intake.max_messages", intake_max_messages, "1000", 1, 10000000,
+        "Prompts read but not yet in the engine; above it partitions pause, below half of it they "
+        "resume."),
+    BYTES("intake.max_bytes", intake_max_bytes, "64M", 1024, TiB,
+        "The same in bytes, counted over everything read and not yet answered."),
+    INT("in_flight.max_messages", in_flight_max_messages, "20000", 1, 10000000,
+        "Prompts read and not yet answered, wherever they are."),
+    INT("commit.interval_ms", commit_interval_ms, "1000", 10, 3600000,
+        "How often finished offsets are committed; what a crash can repeat."),
+    INT("drain.timeout_ms", drain_timeout_ms, "30000", 0, DAY_MS,
+        "At SIGTERM, how long running prompts may still take. What is unfinished then is handed "
+        "back uncommitted."),
+    INT("revoke.drain_ms", revoke_drain_ms, "5000", 0, 600000,
+        "When a partition is taken away, how long its running prompts may still take. Keep it "
+        "well below kafka.max.poll.interval.ms."),
+    INT("retry.max_attempts", retry_max_attempts, "5", 1, 1000,
+        "Times the engine may fail a prompt for a reason that can heal before it is a dead "
+        "letter. Outages of broker, registry or adapter store are waited out, without a limit."),
+    INT("retry.backoff_ms", retry_backoff_ms, "200", 1, DAY_MS,
+        "First pause before a retry; doubles each time, with jitter."),
+    INT("retry.backoff_max_ms", retry_backoff_max_ms, "15000", 1, DAY_MS,
+        "Longest pause before a retry."),
+};
+
+static const struct config_property watch_rows[] = {
+    STR("http.address", http_address, "0.0.0.0", CONFIG_REQUIRED,
+        "IPv4 or IPv6 address of /metrics, /livez, /readyz and /startupz."),
+    INT("http.port", http_port, "9464", 0, 65535,
+        "0: no HTTP. When the port is busy the next free one of the following 100 is taken and "
+        "logged, so that workers of a host may share one file."),
+    CHOICE("log.level", log_level, "info", "error|warn|info|debug", "Least important line shown."),
+    CHOICE("log.format", log_format, "text", "text|json", "One line an event on standard error."),
+};
+
+#define SECTION(title, rows) { title, rows, (int)LM_COUNT(rows) }
+
+static const struct config_section sections[] = {
+    SECTION("Model and engine", model_rows),
+    SECTION("Adapters", adapter_rows),
+    SECTION("Topics and messages", topic_rows),
+    SECTION("Schema registry", registry_rows),
+    SECTION("Group, flow and delivery", flow_rows),
+    SECTION("Watching it", watch_rows),
+};
+
+const struct config_section *config_sections(int *n)
+{
+    *n = (int)LM_COUNT(sections);
+    return sections;
+}
+
+static const struct config_owned owned[] = {
+    { "group.id", "set group.id instead" },
+    { "enable.auto.commit", "offsets are committed after the reply's acknowledgement only" },
+    { "enable.auto.offset.store", "offsets are committed after the reply's acknowledgement only" },
+    { "auto.commit.enable", "offsets are committed after the reply's acknowledgement only" },
+    { "auto.commit.interval.ms", "set commit.interval_ms instead" },
+    { "offset.store.method", "offsets are stored by the broker only" },
+    { "enable.idempotence", "replies are always produced idempotently" },
+    { "acks", "replies are always acknowledged by all in-sync replicas" },
+    { "request.required.acks", "replies are always acknowledged by all in-sync replicas" },
+    { "transactional.id", "exactly-once mode is not served yet" },
+    { "enable.partition.eof", "the worker has no use for end-of-partition events" },
+    { "log.queue", "the worker owns the log" },
+    { "log_cb", "callbacks can't be configured" },
+    { "dr_msg_cb", "callbacks can't be configured" },
+    { "rebalance_cb", "callbacks can't be configured" },
+    { "offset_commit_cb", "callbacks can't be configured" },
+    { "opaque", "callbacks can't be configured" },
+    { "delivery.report.only.error", "every acknowledgement is needed" },
+    { "message.max.bytes", "set message.max_bytes instead" },
+};
+
+const struct config_owned *config_owned(int *n)
+{
+    *n = (int)LM_COUNT(owned);
+    return owned;
+}

@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * headers.c - see headers.h. Conventions: Spring for Apache Kafka's ReplyingKafkaTemplate (header
+ * names, 4-byte big-endian partition), W3C Trace Context (traceparent, tracestate).
+ */
+#include "worker/headers.h"
+
+#include <ctype.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char plain_correlation[] = "correlation-id";
+static const char *const trace_names[] = {
+    "traceparent", "tracestate", "ce_traceparent", "ce_tracestate",
+};
+
+const struct header *header_find(const struct header *h, int n, const char *name)
+{
+    for (int i = n - 1; i >= 0; i--)
+        if (!strcmp(h[i].name, name))
+            return &h[i];
+    return NULL;
+}
+
+/* ---- list ------------------------------------------------------------------------------- */
+
+void header_list_release(struct header_list *l)
+{
+    for (int i = 0; i < l->n; i++) {
+        free((void *)(uintptr_t)l->items[i].name);
+        free((void *)(uintptr_t)l->items[i].value);
+    }
+    free(l->items);
+    *l = (struct header_list){ 0 };
+}
+
+static bool list_grow(struct header_list *l)
+{
+    if (l->n < l->cap)
+        return true;
+    int cap = l->cap ? l->cap * 2 : 16;
+    struct header *grown = lm_reallocarray(l->items, (size_t)cap, sizeof *grown);
+    if (!grown)
+        return false;
+    l->items = grown;
+    l->cap = cap;
+    return true;
+}
+
+void header_add(struct header_list *l, const char *name, const void *value, size_t len)
+{
+    char *copy_name = lm_strdup(name);
+    void *copy = value ? lm_malloc(len) : NULL;
+    if (!copy_name || (value && !copy) || !list_grow(l)) {
+        free(copy_name);
+        free(copy);
+        l->failed = true;
+        return;
+    }
+    if (len && value)
+        memcpy(copy, value, len);
+    l->items[l->n++] = (struct header){ copy_name, copy, value ? len : 0 };
+}
+
+void header_add_text(struct header_list *l, const char *name, const char *text)
+{
+    header_add(l, name, text, strlen(text));
+}
+
+void header_add_be64(struct header_list *l, const char *name, int64_t v)
+{
+    unsigned char b[8];
+    for (int i = 0; i < 8; i++)
+        b[i] = (unsigned char)((uint64_t)v >> (56 - 8 * i));
+    header_add(l, name, b, sizeof b);
+}
+
+void header_add_be32(struct header_list *l, const char *name, int32_t v)
+{
+    unsigned char b[4];
+    for (int i = 0; i < 4; i++)
+        b[i] = (unsigned char)((uint32_t)v >> (24 - 8 * i));
+    header_add(l, name, b, sizeof b);
+}
+
+void header_add_decimal(struct header_list *l, const char *name, int64_t v)
+{
+    char text[24];
+    snprintf(text, sizeof text, "%" PRId64, v);
+    header_add_text(l, name, text);
+}
+
+/* ---- routes ----------------------------------------------------------------------------- */
+
+bool reply_topic_allowed(const char *allowed, const char *topic)
+{
+    while (*allowed) {
+        while (*allowed == ',' || isspace((unsigned char)*allowed))
+            allowed++;
+        size_t n = strcspn(allowed, ",");
+        size_t used = n;
+        while (used && isspace((unsigned char)allowed[used - 1]))
+            used--;
+        if (used && allowed[used - 1] == '*') {
+            if (!strncmp(topic, allowed, used - 1))
+                return true;
+        } else if (used && strlen(topic) == used && !strncmp(topic, allowed, used)) {
+            return true;
+        }
+        allowed += n;
+    }
+    return false;
+}
+
+static lm_status read_topic(const struct header *h, char *out, size_t cap, struct lm_err *err)
+{
+    if (!h->value || h->len == 0 || h->len >= cap)
+        return lm_err_set(err, LM_INVALID, "header %s: a topic's name has 1 to 249 bytes, this "
+                          "has %zu", h->name, h->value ? h->len : 0);
+    memcpy(out, h->value, h->len);
+    out[h->len] = '\0';
+    for (size_t i = 0; i < h->len; i++)
+        if (!isalnum((unsigned char)out[i]) && !strchr("._-", out[i]))
+            return lm_err_set(err, LM_INVALID, "header %s: '%s' can't be a topic's name", h->name,
+                              out);
+    return LM_OK;
+}
+
+static lm_status read_partition(const struct header *h, int32_t *out, struct lm_err *err)
+{
+    const unsigned char *b = h->value;
+    if (!b || h->len != 4)
+        return lm_err_set(err, LM_INVALID, "header %s: a partition is 4 bytes, big-endian; this "
+                          "has %zu", h->name, b ? h->len : 0);
+    uint32_t v = (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
+    if (v > INT32_MAX)
+        return lm_err_set(err, LM_INVALID, "header %s: %d is no partition", h->name, (int32_t)v);
+    *out = (int32_t)v;
+    return LM_OK;
+}
+
+lm_status reply_route(const struct header *h, int n, const struct header_names *names,
+                      const char *field, const char *dflt, const char *allowed,
+                      struct reply_route *out, struct lm_err *err)
+{
+    const struct header *topic = header_find(h, n, names->reply_topic);
+    const struct header *partition = header_find(h, n, names->reply_partition);
+    lm_status st;
+    out->partition = -1;
+    if (topic) {
+        if ((st = read_topic(topic, out->topic, sizeof out->topic, err)))
+            return st;
+    } else {
+        struct header given = { "reply_topic", field, field ? strlen(field) : 0 };
+        if (!field)
+            snprintf(out->topic, sizeof out->topic, "%s", dflt);
+        else if ((st = read_topic(&given, out->topic, sizeof out->topic, err)))
+            return st;
+    }
+    out->asked = strcmp(out->topic, dflt) != 0;
+    if (out->asked && !reply_topic_allowed(allowed, out->topic))
+        return lm_err_set(err, LM_DENIED, "reply topic '%s' is neither topics.replies nor in "
+                          "topics.replies_allowed", out->topic);
+    return partition ? read_partition(partition, &out->partition, err) : LM_OK;
+}
+
+/* ---- reply headers ----------------------------------------------------------------------- */
+
+static bool repeat_header(struct header_list *out, const struct header *h, int n,
+                          const char *name)
+{
+    const struct header *found = header_find(h, n, name);
+    if (found)
+        header_add(out, name, found->value, found->len);
+    return found;
+}
+
+void reply_headers(struct header_list *out, const struct header *h, int n,
+                   const struct header_names *names, const struct prompt *p, enum encoding enc)
+{
+    header_add_text(out, "content-type",
+                    enc == ENCODING_AVRO ? "application/avro" : "application/json");
+    bool had = repeat_header(out, h, n, names->correlation_id);
+    if (strcmp(names->correlation_id, plain_correlation))
+        had |= repeat_header(out, h, n, plain_correlation);
+    if (!had && p->correlation_id) {
+        header_add_text(out, names->correlation_id, p->correlation_id);
+        if (strcmp(names->correlation_id, plain_correlation))
+            header_add_text(out, plain_correlation, p->correlation_id);
+    }
+    for (size_t i = 0; i < LM_COUNT(trace_names); i++)
+        repeat_header(out, h, n, trace_names[i]);
+    header_add_text(out, "loramill-request-id", p->id);
+}

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * headers.h - record headers: finding them, reading the conventions of request and reply, and
+ * building the headers of replies and dead letters. Knows no Kafka handle, so it is testable alone.
+ *
+ * Kafka allows a name more than once; as everywhere in its ecosystem, the last one counts. Values
+ * are bytes: a correlation id may hold anything and is repeated byte for byte.
+ */
+#ifndef LORAMILL_WORKER_HEADERS_H
+#define LORAMILL_WORKER_HEADERS_H
+
+#include "worker/codec.h"
+
+/* The last header of that name, or NULL. */
+const struct header *header_find(const struct header *h, int n, const char *name);
+
+/* ---- a list that owns copies ------------------------------------------------------------- */
+
+struct header_list {
+    struct header *items;       /* names and values owned */
+    int n, cap;
+    bool failed;                /* an add ran out of memory; test once, at the end */
+};
+void header_list_release(struct header_list *l);
+void header_add(struct header_list *l, const char *name, const void *value, size_t len);
+void header_add_text(struct header_list *l, const char *name, const char *text);
+void header_add_be32(struct header_list *l, const char *name, int32_t v);
+void header_add_be64(struct header_list *l, const char *name, int64_t v);
+void header_add_decimal(struct header_list *l, const char *name, int64_t v);
+
+/* ---- request and reply ------------------------------------------------------------------- */
+
+/* Names that the configuration may change. */
+struct header_names { const char *correlation_id, *reply_topic, *reply_partition; };
+
+struct reply_route {
+    char topic[256];
+    int32_t partition;          /* -1: by key */
+    bool asked;                 /* the prompt named the topic, not the configuration */
+};
+
+/* `allowed`: comma-separated exact names or "prefix*". */
+bool reply_topic_allowed(const char *allowed, const char *topic);
+
+/* Where a prompt's reply goes: the header, else the prompt's field, else `dflt`. LM_DENIED for a
+ * topic that is not allowed, LM_INVALID for a header that can't be read. */
+lm_status reply_route(const struct header *h, int n, const struct header_names *names,
+                      const char *field, const char *dflt, const char *allowed,
+                      struct reply_route *out, struct lm_err *err);
+
+/* content-type, correlation ids as they came (else the prompt's field), trace context and
+ * loramill-request-id. */
+void reply_headers(struct header_list *out, const struct header *h, int n,
+                   const struct header_names *names, const struct prompt *p, enum encoding enc);
+
+#endif

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * job.c - records, leases, queues and backoff; see job.h for who owns a job when.
+ */
+#include "worker/job.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* ---- leases ----------------------------------------------------------------------------- */
+
+struct lease *lease_new(const char *topic, int32_t partition, struct ledger_ref ref)
+{
+    struct lease *l = lm_calloc(1, sizeof *l);
+    if (!l)
+        return NULL;
+    atomic_init(&l->refs, 1);
+    l->ref = ref;
+    l->partition = partition;
+    snprintf(l->topic, sizeof l->topic, "%s", topic);
+    return l;
+}
+
+struct lease *lease_ref(struct lease *l)
+{
+    atomic_fetch_add_explicit(&l->refs, 1, memory_order_relaxed);
+    return l;
+}
+
+void lease_unref(struct lease *l)
+{
+    if (l && atomic_fetch_sub_explicit(&l->refs, 1, memory_order_acq_rel) == 1)
+        free(l);
+}
+
+bool lease_revoked(struct lease *l)
+{
+    return atomic_load(&l->revoked);
+}
+
+/* ---- records ---------------------------------------------------------------------------- */
+
+static size_t record_bytes(const struct record *r)
+{
+    size_t n = r->key_len + r->value_len + (size_t)r->n_headers * sizeof *r->headers;
+    for (int i = 0; i < r->n_headers; i++)
+        n += strlen(r->headers[i].name) + 1 + r->headers[i].len;
+    return n;
+}
+
+static const void *copy_bytes(char **at, const void *from, size_t n)
+{
+    if (!from)
+        return NULL;
+    void *to = *at;
+    if (n)
+        memcpy(to, from, n);
+    *at += n;
+    return to;
+}
+
+/* Lays a record out in `block`: the header array first, for its alignment, then the bytes. */
+static void record_copy(struct record *to, const struct record *from, void *block)
+{
+    *to = *from;
+    to->headers = block;
+    char *at = (char *)block + (size_t)from->n_headers * sizeof *to->headers;
+    to->key = copy_bytes(&at, from->key, from->key_len);
+    to->value = copy_bytes(&at, from->value, from->value_len);
+    for (int i = 0; i < from->n_headers; i++) {
+        const struct header *h = &from->headers[i];
+        const char *name = copy_bytes(&at, h->name, strlen(h->name) + 1);
+        to->headers[i] = (struct header){ name, copy_bytes(&at, h->value, h->len), h->len };
+    }
+}
+
+lm_status job_new(struct lease *lease, const struct record *from, struct job **out)
+{
+    struct job *j = lm_calloc(1, sizeof *j);
+    size_t bytes = record_bytes(from);
+    void *block = j ? lm_malloc(bytes) : NULL;
+    if (!block) {
+        free(j);
+        return LM_NOMEM;
+    }
+    atomic_init(&j->refs, 1);
+    atomic_init(&j->stage, JOB_QUEUED);
+    j->lease = lease_ref(lease);
+    j->block = block;
+    j->bytes = bytes + sizeof *j;
+    j->received_us = lm_now_us();
+    record_copy(&j->record, from, block);
+    *out = j;
+    return LM_OK;
+}
+
+struct job *job_ref(struct job *j)
+{
+    atomic_fetch_add_explicit(&j->refs, 1, memory_order_relaxed);
+    return j;
+}
+
+void job_clear_out(struct job *j)
+{
+    if (j->out.value_owned)
+        free(j->out.value);
+    header_list_release(&j->out.headers);
+    j->out = (struct outgoing){ .partition = -1 };
+}
+
+static void job_free(struct job *j)
+{
+    job_clear_out(j);
+    prompt_free(j->prompt);
+    if (j->adapter)
+        engine_adapter_unref(j->adapter);
+    if (j->result)
+        engine_result_free(j->result);
+    free(j->err);
+    free(j->block);
+    lease_unref(j->lease);
+    free(j);
+}
+
+void job_unref(struct job *j)
+{
+    if (j && atomic_fetch_sub_explicit(&j->refs, 1, memory_order_acq_rel) == 1)
+        job_free(j);
+}
+
+void job_set_stage(struct job *j, enum job_stage stage)
+{
+    atomic_store(&j->stage, stage);
+}
+
+void job_fail(struct job *j, const struct lm_err *err)
+{
+    if (!err || err->code == LM_OK) {
+        free(j->err);
+        j->err = NULL;
+        return;
+    }
+    if (!j->err && !(j->err = lm_malloc(sizeof *j->err)))
+        return;
+    *j->err = *err;
+}
+
+/* ---- queue ------------------------------------------------------------------------------ */
+
+void job_queue_init(struct job_queue *q)
+{
+    pthread_condattr_t attr;
+    *q = (struct job_queue){ 0 };
+    pthread_mutex_init(&q->lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&q->cond, &attr);
+    pthread_condattr_destroy(&attr);
+    q->tail = &q->head;
+}
+
+void job_queue_release(struct job_queue *q)
+{
+    for (struct job *j = q->head, *next; j; j = next) {
+        next = j->next;
+        job_unref(j);
+    }
+    pthread_cond_destroy(&q->cond);
+    pthread_mutex_destroy(&q->lock);
+}
+
+void job_queue_push(struct job_queue *q, struct job *j)
+{
+    j->next = NULL;
+    pthread_mutex_lock(&q->lock);
+    bool was_empty = !q->head;
+    *q->tail = j;
+    q->tail = &j->next;
+    q->length++;
+    if (was_empty)
+        pthread_cond_signal(&q->cond);
+    pthread_mutex_unlock(&q->lock);
+}
+
+static void queue_wait(struct job_queue *q, int timeout_ms)
+{
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    at.tv_sec += timeout_ms / 1000;
+    at.tv_nsec += timeout_ms % 1000 * 1000000L;
+    if (at.tv_nsec >= 1000000000L) {
+        at.tv_sec++;
+        at.tv_nsec -= 1000000000L;
+    }
+    while (!q->head && !q->woken)
+        if (pthread_cond_timedwait(&q->cond, &q->lock, &at) == ETIMEDOUT)
+            break;
+}
+
+struct job *job_queue_take(struct job_queue *q, int timeout_ms)
+{
+    pthread_mutex_lock(&q->lock);
+    if (!q->head && timeout_ms > 0)
+        queue_wait(q, timeout_ms);
+    struct job *all = q->head;
+    q->head = NULL;
+    q->tail = &q->head;
+    q->length = 0;
+    q->woken = false;
+    pthread_mutex_unlock(&q->lock);
+    return all;
+}
+
+void job_queue_wake(struct job_queue *q)
+{
+    pthread_mutex_lock(&q->lock);
+    q->woken = true;
+    pthread_cond_signal(&q->cond);
+    pthread_mutex_unlock(&q->lock);
+}
+
+/* ---- backoff ---------------------------------------------------------------------------- */
+
+void job_list_add(struct job_list *l, struct job *j, int64_t due_us)
+{
+    j->due_us = due_us;
+    j->next = l->head;
+    l->next_due_us = l->head ? LM_MIN(l->next_due_us, due_us) : due_us;
+    l->head = j;
+    l->length++;
+}
+
+struct job *job_list_take_all(struct job_list *l)
+{
+    struct job *all = l->head;
+    *l = (struct job_list){ 0 };
+    return all;
+}
+
+struct job *job_list_take_due(struct job_list *l, int64_t now_us)
+{
+    struct job *due = NULL;
+    if (!l->head || l->next_due_us > now_us)
+        return NULL;
+    struct job *all = job_list_take_all(l);
+    for (struct job *next; all; all = next) {
+        next = all->next;
+        if (all->due_us > now_us) {
+            job_list_add(l, all, all->due_us);
+        } else {
+            all->next = due;
+            due = all;
+        }
+    }
+    return due;
+}
+
+int job_list_wait_ms(const struct job_list *l, int64_t now_us, int cap)
+{
+    if (!l->head)
+        return cap;
+    int64_t ms = (l->next_due_us - now_us + 999) / 1000;
+    return (int)LM_MAX(0, LM_MIN(ms, cap));
+}
+
+int64_t backoff_us(int n, int64_t base_ms, int64_t max_ms)
+{
+    static _Thread_local uint64_t seed;
+    if (!seed)
+        seed = (uint64_t)lm_now_us() ^ (uint64_t)(uintptr_t)&seed ^ 0x9e3779b97f4a7c15u;
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    int64_t ms = base_ms;
+    for (int i = 0; i < n && ms < max_ms; i++)
+        ms *= 2;
+    ms = LM_MIN(ms, max_ms);
+    return ms * 500 + (int64_t)(seed % (uint64_t)(ms * 500 + 1));
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * job.h - one Kafka record on its way through the worker.
+ *
+ *   consumer            intake                         engine      outbox       producer
+ *   QUEUED --decode--> FETCHING --adapter--> READY --> RUNNING --> ANSWERING --acked--> done
+ *      |                  |                    |          |            |
+ *      |                  +---- refused -------+----------+----> dead letter --acked--> done
+ *      +---- partition taken away, or stopping: DROPPED ----------------------------> done
+ *
+ * "done" is a push to the consumer thread's queue: only it touches the ledger. A job that was
+ * dropped is not completed there, so its offset stays uncommitted.
+ *
+ * Ownership: references. The ledger holds one until its entry ends, the pipeline holds the other
+ * and passes it from thread to thread through queues; so a job belongs to one thread at a time,
+ * except for `stage`, `handle` and the lease's flag, which are atomic.
+ *
+ * The lease says whether this worker still owns the partition, in the epoch in which the record was
+ * read. The consumer thread sets `revoked`; everyone else tests it before starting work.
+ */
+#ifndef LORAMILL_WORKER_JOB_H
+#define LORAMILL_WORKER_JOB_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "worker/headers.h"
+#include "worker/ledger.h"
+
+struct lease {
+    atomic_int refs;
+    atomic_bool revoked;
+    struct ledger_ref ref;
+    int32_t partition;
+    char topic[256];
+};
+
+struct lease *lease_new(const char *topic, int32_t partition, struct ledger_ref ref);
+struct lease *lease_ref(struct lease *l);
+void lease_unref(struct lease *l);
+bool lease_revoked(struct lease *l);
+
+/* What was read, byte for byte; one allocation. value NULL: a tombstone. */
+struct record {
+    const void *key;            /* NULL: none */
+    size_t key_len;
+    const void *value;
+    size_t value_len;
+    struct header *headers;
+    int n_headers;
+    int64_t offset;
+    int64_t timestamp_ms;       /* -1: none */
+    bool log_append_time;
+};
+
+enum job_stage {
+    JOB_QUEUED, JOB_FETCHING, JOB_READY, JOB_RUNNING, JOB_ANSWERING, JOB_DROPPED, JOB_ENDED
+};
+
+enum job_outcome { OUTCOME_NONE, OUTCOME_REPLY, OUTCOME_DEAD_LETTER, OUTCOME_DROPPED };
+
+/* What is produced for a job: a reply or its dead letter. */
+struct outgoing {
+    char topic[256];
+    int32_t partition;          /* -1: by key */
+    bool asked;                 /* the prompt chose the topic */
+    void *value;                /* owned unless it is the record's */
+    size_t len;
+    bool value_owned;
+    struct header_list headers;
+    int attempts;
+    int64_t first_sent_us;
+};
+
+struct job {
+    struct job *next;           /* in at most one queue or list */
+    struct worker *worker;      /* whose it is; for callbacks */
+    atomic_int refs;
+    _Atomic(enum job_stage) stage;
+    atomic_ullong handle;       /* engine_handle, 0: not known yet */
+    struct lease *lease;
+    struct record record;
+    void *block;                /* the record's bytes */
+    size_t bytes;               /* counted against intake.max_bytes */
+    struct prompt *prompt;
+    engine_adapter *adapter;
+    struct reply_route route;
+    struct engine_result *result;
+    struct lm_err *err;         /* NULL: none */
+    enum job_outcome outcome;
+    struct outgoing out;
+    int attempts;               /* failures that can heal, by the engine */
+    int waits;                  /* consecutive waits for something to heal */
+    int64_t due_us;             /* when to try again */
+    int64_t received_us, decoded_us, fetch_us, submitted_us, answered_us;
+};
+
+/* Copies everything out of the arguments. */
+lm_status job_new(struct lease *lease, const struct record *from, struct job **out);
+struct job *job_ref(struct job *j);
+void job_unref(struct job *j);
+void job_set_stage(struct job *j, enum job_stage stage);
+/* Keeps an error with the job; LM_OK clears it. */
+void job_fail(struct job *j, const struct lm_err *err);
+void job_clear_out(struct job *j);      /* forgets what was to be produced */
+
+/* ---- queue ------------------------------------------------------------------------------ */
+
+/*
+ * FIFO between two threads. Its length is bounded by the admission of jobs (intake.max_messages,
+ * in_flight.max_messages), not by itself, so that a push never blocks and never fails.
+ */
+struct job_queue {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    struct job *head, **tail;
+    size_t length;
+    bool woken;
+};
+
+void job_queue_init(struct job_queue *q);
+void job_queue_release(struct job_queue *q);            /* drops what is left */
+void job_queue_push(struct job_queue *q, struct job *j);
+/* Everything that is there, in order, after waiting up to timeout_ms for the first; NULL: nothing. */
+struct job *job_queue_take(struct job_queue *q, int timeout_ms);
+void job_queue_wake(struct job_queue *q);               /* makes a waiting take return */
+
+/* ---- backoff ---------------------------------------------------------------------------- */
+
+/* A list of jobs that wait for `due_us`; one thread's own. */
+struct job_list { struct job *head; size_t length; int64_t next_due_us; };
+
+void job_list_add(struct job_list *l, struct job *j, int64_t due_us);
+struct job *job_list_take_due(struct job_list *l, int64_t now_us);      /* a chain, or NULL */
+struct job *job_list_take_all(struct job_list *l);
+/* Milliseconds until something is due, at most `cap`. */
+int job_list_wait_ms(const struct job_list *l, int64_t now_us, int cap);
+
+/* Exponential with full jitter over the upper half: base * 2^n, at most max, times 0.5..1. */
+int64_t backoff_us(int n, int64_t base_ms, int64_t max_ms);
+
+#endif
