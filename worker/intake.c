@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * intake.c - from a record to a request in the engine: decode, validate, find the adapter, submit.
+ *
+ * One thread, because decoding is cheap beside generation and Avro's decoder wants one. Nothing may
+ * hold it up for long but the registry, whose answers are cached for ever: adapters are awaited by
+ * callback, failures that can heal wait in a list with their due time, a full engine leaves prompts
+ * in `busy`, in order, until the outbox reports room.
+ *
+ *   QUEUED --decode--> FETCHING --adapter--> READY --submit--> RUNNING
+ *     ^ registry away     ^ store away         ^ engine full, or out of memory
+ *     +--- later ---------+--- later ----------+
+ *
+ * Outages (disposition RETRY) are waited out without a limit, so that an outage never drains the
+ * topic into the dead letters; the prompt's deadline still counts meanwhile. Faults of the prompt
+ * (REFUSE) are dead letters at once.
+ *
+ * The backlog counter says how many jobs are here; the consumer pauses by it.
+ */
+#include "worker/worker.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { IDLE_MS = 100, BUSY_MS = 20 };
+
+struct intake {
+    struct worker *w;
+    pthread_t thread;
+    struct job_list later;
+    struct job *busy, **busy_tail;
+};
+
+static void leave(intake *in)
+{
+    atomic_fetch_sub(&in->w->metrics.backlog, 1);
+}
+
+static void refuse(intake *in, struct job *j, const struct lm_err *why, const char *stage)
+{
+    leave(in);
+    worker_dead_letter(in->w, j, why, stage);
+}
+
+static void drop(intake *in, struct job *j)
+{
+    leave(in);
+    worker_end_job(in->w, j, OUTCOME_DROPPED);
+}
+
+static void wait_for_healing(intake *in, struct job *j, const struct lm_err *why)
+{
+    const struct config *cfg = in->w->cfg;
+    int64_t pause = backoff_us(j->waits, cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
+    metric_add(&in->w->metrics.retries, 1);
+    lm_log(j->waits ? LM_DEBUG : LM_WARN, "intake", "%s [%d] @%" PRId64 ": %s; again in %" PRId64
+           " ms", j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg,
+           pause / 1000);
+    j->waits++;
+    job_list_add(&in->later, j, lm_now_us() + pause);
+}
+
+/* ---- expiry without the engine ------------------------------------------------------------ */
+
+static bool past_deadline(const struct job *j)
+{
+    return j->prompt && j->prompt->deadline_ms && lm_wall_ms() > j->prompt->deadline_ms;
+}
+
+/* A completion with finish reason "expired" for a prompt that never reached the engine. */
+static struct engine_result *expired_result(void)
+{
+    struct engine_result *r = lm_calloc(1, sizeof *r);
+    struct engine_choice *c = lm_calloc(1, sizeof *c);
+    char *text = lm_strdup("");
+    if (!r || !c || !text) {
+        free(r);
+        free(c);
+        free(text);
+        return NULL;
+    }
+    *c = (struct engine_choice){ .text = text, .reason = ENGINE_EXPIRED };
+    r->choices = c;
+    r->n_choices = 1;
+    return r;
+}
+
+static void expire(intake *in, struct job *j)
+{
+    struct lm_err why = { LM_NOMEM, "out of memory for an expired completion" };
+    j->submitted_us = j->answered_us = lm_now_us();
+    j->result = expired_result();
+    if (!j->result || worker_reply(in->w, j)) {
+        if (j->result)
+            engine_result_free(j->result);
+        j->result = NULL;
+        wait_for_healing(in, j, &why);
+        return;
+    }
+    leave(in);
+}
+
+/* ---- submit ----------------------------------------------------------------------------- */
+
+static void fill_request(const struct job *j, struct engine_request *r)
+{
+    const struct prompt *p = j->prompt;
+    *r = (struct engine_request){
+        .id = p->id, .adapter = j->adapter, .prompt = p->prompt, .prompt_len = p->prompt_len,
+        .token_ids = p->token_ids, .n_token_ids = p->n_token_ids, .messages = p->messages,
+        .n_messages = p->n_messages, .context = p->context, .n_context = p->n_context,
+        .params = p->params, .priority = p->priority, .tenant = p->tenant,
+        .deadline_ms = p->deadline_ms, .user = (void *)(uintptr_t)j,
+    };
+}
+
+static void submitted(intake *in, struct job *j, engine_handle h)
+{
+    atomic_store(&j->handle, h);
+    /* A revocation may have looked for the handle a moment before it was here. */
+    if (atomic_load(&in->w->cancelling) ||
+        (lease_revoked(j->lease) && atomic_load(&j->stage) == JOB_RUNNING))
+        engine_cancel(in->w->engine, h);
+    histogram_observe(&in->w->metrics.queue_wait, j->submitted_us - j->received_us);
+}
+
+/* LM_BUSY: the caller keeps the job. Everything else has been dealt with. */
+static lm_status submit(intake *in, struct job *j)
+{
+    struct engine_request r;
+    struct lm_err err;
+    engine_handle h;
+    struct worker *w = in->w;
+    /* The stage is set before the lease is read, and a revocation sets the lease before it reads
+     * stages, so one of the two sees the other. */
+    job_set_stage(j, JOB_RUNNING);
+    if (worker_gives_up(w, j)) {
+        drop(in, j);
+        return LM_OK;
+    }
+    fill_request(j, &r);
+    j->submitted_us = lm_now_us();
+    job_ref(j);                 /* its end may overtake this thread */
+    lm_status st = engine_submit(w->engine, &r, &h, &err);
+    if (st == LM_OK) {
+        leave(in);
+        submitted(in, j, h);
+    } else {
+        job_set_stage(j, JOB_READY);
+        if (st == LM_DEVICE || st == LM_STATE) {
+            worker_fail(w, st, "the engine can't go on: %s", err.msg);
+            drop(in, j);
+        } else if (st != LM_BUSY && lm_status_disposition(st) == LM_DO_RETRY &&
+                   ++j->attempts < w->cfg->retry_max_attempts) {
+            wait_for_healing(in, j, &err);
+        } else if (st != LM_BUSY) {
+            refuse(in, j, &err, "ENGINE");
+        }
+    }
+    job_unref(j);
+    return st == LM_BUSY ? LM_BUSY : LM_OK;
+}
+
+static void keep_busy(intake *in, struct job *j)
+{
+    j->next = NULL;
+    *in->busy_tail = j;
+    in->busy_tail = &j->next;
+}
+
+static void submit_or_keep(intake *in, struct job *j)
+{
+    if (in->busy || submit(in, j) == LM_BUSY)
+        keep_busy(in, j);
+}
+
+static void submit_busy(intake *in)
+{
+    while (in->busy) {
+        struct job *j = in->busy, *next = j->next;
+        atomic_store(&in->w->engine_full, true);
+        if (submit(in, j) == LM_BUSY) {
+            j->next = next;
+            return;
+        }
+        in->busy = next;
+        if (!next)
+            in->busy_tail = &in->busy;
+    }
+    atomic_store(&in->w->engine_full, false);
+}
+
+/* ---- adapter ---------------------------------------------------------------------------- */
+
+/* From a store thread, or from store_get() itself: hand over, nothing else. */
+static void on_adapter(void *user, lm_status status, engine_adapter *a, const struct lm_err *err)
+{
+    struct job *j = user;
+    j->adapter = status == LM_OK ? a : NULL;
+    struct lm_err unknown = { status, "the adapter could not be had" };
+    job_fail(j, status == LM_OK ? NULL : err ? err : &unknown);
+    job_set_stage(j, JOB_READY);
+    job_queue_push(&j->worker->to_intake, j);
+}
+
+static void fetch(intake *in, struct job *j)
+{
+    struct lm_err err;
+    const char *id = j->prompt->adapter;
+    if (past_deadline(j)) {
+        expire(in, j);
+        return;
+    }
+    if (!in->w->store) {
+        lm_err_set(&err, LM_NOT_FOUND, "adapter '%s': adapters.url is not set", id);
+        refuse(in, j, &err, "ADAPTER");
+        return;
+    }
+    job_set_stage(j, JOB_FETCHING);
+    if (!j->decoded_us)
+        j->decoded_us = lm_now_us();
+    store_get(in->w->store, id, on_adapter, j);
+}
+
+static void have_adapter(intake *in, struct job *j)
+{
+    int64_t now = lm_now_us();
+    if (!j->err) {
+        if (!j->fetch_us && j->decoded_us) {
+            j->fetch_us = now - j->decoded_us;
+            histogram_observe(&in->w->metrics.adapter_wait, j->fetch_us);
+        }
+        j->waits = 0;
+        submit_or_keep(in, j);
+    } else if (j->err->code == LM_CANCELLED) {
+        drop(in, j);
+    } else if (lm_status_disposition(j->err->code) == LM_DO_RETRY) {
+        struct lm_err why = *j->err;
+        job_fail(j, NULL);
+        job_set_stage(j, JOB_FETCHING);
+        wait_for_healing(in, j, &why);
+    } else {
+        struct lm_err why = *j->err;
+        refuse(in, j, &why, "ADAPTER");
+    }
+}
+
+/* ---- decode ----------------------------------------------------------------------------- */
+
+static lm_status check_prompt(intake *in, struct job *j, struct lm_err *err)
+{
+    const struct config *cfg = in->w->cfg;
+    const struct record *r = &j->record;
+    lm_status st = reply_route(r->headers, r->n_headers, &in->w->header_names,
+                               j->prompt->reply_topic, cfg->topics_replies,
+                               cfg->topics_replies_allowed, &j->route, err);
+    if (!st && j->prompt->adapter)
+        st = engine_adapter_id_check(j->prompt->adapter, strlen(j->prompt->adapter), err);
+    return st;
+}
+
+static void decode(intake *in, struct job *j)
+{
+    struct lm_err err;
+    const struct record *r = &j->record;
+    if (!r->value) {
+        lm_err_set(&err, LM_FORMAT, "the record has no value");
+        refuse(in, j, &err, "VALUE_CONVERTER");
+        return;
+    }
+    lm_status st = codec_decode_prompt(in->w->codec, r->value, r->value_len, r->headers,
+                                       r->n_headers, &j->prompt, &err);
+    if (st && lm_status_disposition(st) == LM_DO_RETRY) {
+        wait_for_healing(in, j, &err);
+        return;
+    }
+    if (!st)
+        st = check_prompt(in, j, &err);
+    if (st) {
+        refuse(in, j, &err, "VALUE_CONVERTER");
+        return;
+    }
+    j->waits = 0;
+    if (j->prompt->adapter) {
+        fetch(in, j);
+    } else {
+        job_set_stage(j, JOB_READY);
+        submit_or_keep(in, j);
+    }
+}
+
+/* ---- thread ----------------------------------------------------------------------------- */
+
+static void step(intake *in, struct job *j)
+{
+    if (worker_gives_up(in->w, j)) {
+        drop(in, j);
+        return;
+    }
+    if (j->due_us > lm_now_us()) {      /* sent back by the outbox */
+        job_list_add(&in->later, j, j->due_us);
+        return;
+    }
+    switch (atomic_load(&j->stage)) {
+    case JOB_QUEUED:
+        decode(in, j);
+        break;
+    case JOB_FETCHING:
+        fetch(in, j);
+        break;
+    default:
+        have_adapter(in, j);
+    }
+}
+
+static void step_chain(intake *in, struct job *j)
+{
+    for (struct job *next; j; j = next) {
+        next = j->next;
+        step(in, j);
+    }
+}
+
+static void drop_given_up(intake *in)
+{
+    struct job *all = in->busy;
+    in->busy = NULL;
+    in->busy_tail = &in->busy;
+    for (struct job *next; all; all = next) {
+        next = all->next;
+        if (worker_gives_up(in->w, all))
+            drop(in, all);
+        else
+            keep_busy(in, all);
+    }
+    for (all = job_list_take_all(&in->later); all;) {
+        struct job *j = all;
+        all = all->next;
+        if (worker_gives_up(in->w, j))
+            drop(in, j);
+        else
+            job_list_add(&in->later, j, j->due_us);
+    }
+}
+
+static void *intake_main(void *arg)
+{
+    intake *in = arg;
+    struct worker *w = in->w;
+    bool swept = false;
+    while (!atomic_load(&w->ending)) {
+        int64_t now = lm_now_us();
+        int wait = in->busy ? BUSY_MS : job_list_wait_ms(&in->later, now, IDLE_MS);
+        step_chain(in, job_queue_take(&w->to_intake, wait));
+        step_chain(in, job_list_take_due(&in->later, lm_now_us()));
+        submit_busy(in);
+        if (atomic_load(&w->stopping) && !swept) {
+            drop_given_up(in);
+            swept = true;
+        }
+    }
+    drop_given_up(in);
+    return NULL;
+}
+
+lm_status intake_new(struct worker *w, intake **out, struct lm_err *err)
+{
+    intake *in = lm_calloc(1, sizeof *in);
+    if (!in)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    in->w = w;
+    in->busy_tail = &in->busy;
+    if (pthread_create(&in->thread, NULL, intake_main, in)) {
+        free(in);
+        return lm_err_set(err, LM_NOMEM, "can't start the intake thread");
+    }
+    *out = in;
+    return LM_OK;
+}
+
+void intake_free(intake *in)
+{
+    if (!in)
+        return;
+    job_queue_wake(&in->w->to_intake);
+    pthread_join(in->thread, NULL);
+    free(in);
+}

@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * kafka_conf.c - see kafka_conf.h. Every default below that differs from librdkafka's is there for a
+ * reason given beside it; docs/configuration.md lists them.
+ */
+#include "worker/kafka_conf.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <strings.h>
+#include <syslog.h>
+
+/* cooperative-sticky and commits during a rebalance are sound from 2.10 on; 2.0 is what Debian 12
+ * has, good enough to build and try with. */
+enum { VERSION_OLDEST = 0x02000000, VERSION_SOUND = 0x020a0000 };
+
+struct setting { const char *key, *value; };
+
+static const struct setting both_defaults[] = {
+    { "socket.keepalive.enable", "true" },              /* load balancers drop idle connections */
+    { "allow.auto.create.topics", "false" },            /* a typo must not make a topic */
+};
+
+static const struct setting consumer_defaults[] = {
+    { "auto.offset.reset", "earliest" },                /* a new group must not skip prompts */
+    { "max.poll.interval.ms", "120000" },               /* guards our stalls, not generations */
+    { "queued.max.messages.kbytes", "16384" },          /* prefetch that is outside our budget */
+    { "queued.min.messages", "1000" },
+    { "check.crcs", "true" },
+};
+
+/* Not accepted together with group.protocol=consumer (KIP-848). */
+static const struct setting classic_defaults[] = {
+    { "partition.assignment.strategy", "cooperative-sticky" },
+};
+
+static const struct setting producer_defaults[] = {
+    { "partitioner", "murmur2_random" },                /* keys land where Java's land */
+    { "compression.type", "lz4" },
+    { "linger.ms", "5" },
+    { "batch.size", "65536" },                          /* see producer.c on MSG_SIZE_TOO_LARGE */
+    { "delivery.timeout.ms", "120000" },
+};
+
+static const struct setting consumer_forced[] = {
+    { "enable.auto.commit", "false" },
+    { "enable.auto.offset.store", "false" },
+};
+
+static const struct setting producer_forced[] = {
+    { "enable.idempotence", "true" },
+    { "acks", "all" },
+};
+
+static lm_status set_one(rd_kafka_conf_t *conf, const char *key, const char *value,
+                         struct lm_err *err)
+{
+    char why[256];
+    if (rd_kafka_conf_set(conf, key, value, why, sizeof why) == RD_KAFKA_CONF_OK)
+        return LM_OK;
+    if (config_is_secret(key))
+        return lm_err_set(err, LM_INVALID, "kafka.%s: librdkafka refuses its value", key);
+    return lm_err_set(err, LM_INVALID, "kafka.%s=%s: %s", key, value, why);
+}
+
+static lm_status set_all(rd_kafka_conf_t *conf, const struct setting *s, size_t n,
+                         struct lm_err *err)
+{
+    for (size_t i = 0; i < n; i++) {
+        lm_status st = set_one(conf, s[i].key, s[i].value, err);
+        if (st)
+            return st;
+    }
+    return LM_OK;
+}
+
+static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
+                                 enum config_scope scope, struct lm_err *err)
+{
+    for (int i = 0; i < c->n_kafka; i++) {
+        const struct config_pair *p = &c->kafka[i];
+        lm_status st = p->scope == CONFIG_BOTH || p->scope == scope ?
+                       set_one(conf, p->key, p->value, err) : LM_OK;
+        if (st)
+            return st;
+    }
+    return LM_OK;
+}
+
+static bool new_protocol(const struct config *c)
+{
+    const char *p = config_kafka(c, CONFIG_CONSUMER, "group.protocol");
+    return p && !strcasecmp(p, "consumer");
+}
+
+static lm_status set_consumer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
+{
+    lm_status st = set_all(conf, consumer_defaults, LM_COUNT(consumer_defaults), err);
+    if (!st && !new_protocol(c))
+        st = set_all(conf, classic_defaults, LM_COUNT(classic_defaults), err);
+    if (!st)
+        st = set_passthrough(conf, c, CONFIG_CONSUMER, err);
+    if (!st)
+        st = set_all(conf, consumer_forced, LM_COUNT(consumer_forced), err);
+    return st ? st : set_one(conf, "group.id", c->group_id, err);
+}
+
+static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
+{
+    /* The library's own limit only has to let through what ours does; headers get some room. */
+    char bytes[24];
+    snprintf(bytes, sizeof bytes, "%" PRId64,
+             LM_MIN(c->message_max_bytes + (1 << 20), (int64_t)1000000000));
+    lm_status st = set_all(conf, producer_defaults, LM_COUNT(producer_defaults), err);
+    if (!st)
+        st = set_one(conf, "message.max.bytes", bytes, err);
+    if (!st)
+        st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
+    return st ? st : set_all(conf, producer_forced, LM_COUNT(producer_forced), err);
+}
+
+/* ---- log -------------------------------------------------------------------------------- */
+
+/* librdkafka's "error" is mostly a broker that went away, which heals: a warning for us. */
+static enum lm_level level_of(int syslog_level)
+{
+    if (syslog_level <= LOG_CRIT)
+        return LM_ERROR;
+    if (syslog_level <= LOG_WARNING)
+        return LM_WARN;
+    return syslog_level <= LOG_INFO ? LM_INFO : LM_DEBUG;
+}
+
+static void on_log(const rd_kafka_t *rk, int level, const char *facility, const char *text)
+{
+    (void)rk;
+    /* One file serves both handles; a property of the other one is no news. */
+    if (!strcmp(facility, "CONFWARN") && strstr(text, "will be ignored by this"))
+        return;
+    lm_log(level_of(level), "kafka", "%s: %s", facility, text);
+}
+
+lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const char *client_id,
+                         rd_kafka_conf_t **out, struct lm_err *err)
+{
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    lm_status st = set_all(conf, both_defaults, LM_COUNT(both_defaults), err);
+    if (!st)
+        st = set_one(conf, "client.id", client_id, err);
+    if (!st)
+        st = scope == CONFIG_CONSUMER ? set_consumer(conf, c, err) : set_producer(conf, c, err);
+    if (st) {
+        rd_kafka_conf_destroy(conf);
+        return st;
+    }
+    rd_kafka_conf_set_log_cb(conf, on_log);
+    *out = conf;
+    return LM_OK;
+}
+
+lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
+                     struct lm_err *err)
+{
+    char why[512];
+    *out = rd_kafka_new(type, conf, why, sizeof why);
+    if (*out)
+        return LM_OK;
+    rd_kafka_conf_destroy(conf);
+    return lm_err_set(err, LM_INVALID, "librdkafka can't start a %s: %s",
+                      type == RD_KAFKA_CONSUMER ? "consumer" : "producer", why);
+}
+
+lm_status kafka_check_library(struct lm_err *err)
+{
+    if (rd_kafka_version() < VERSION_OLDEST)
+        return lm_err_set(err, LM_UNSUPPORTED, "librdkafka %s is too old; 2.12 or newer is "
+                          "advised", rd_kafka_version_str());
+    if (rd_kafka_version() < VERSION_SOUND)
+        lm_log(LM_WARN, "kafka", "librdkafka %s has known faults in rebalances; 2.12 or newer is "
+               "advised", rd_kafka_version_str());
+    else
+        lm_log(LM_DEBUG, "kafka", "librdkafka %s", rd_kafka_version_str());
+    return LM_OK;
+}

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * kafka_conf.h - librdkafka's configuration objects from ours: our defaults, then the passthrough
+ * properties, then what the worker insists on. Also librdkafka's log, into ours.
+ */
+#ifndef LORAMILL_WORKER_KAFKA_CONF_H
+#define LORAMILL_WORKER_KAFKA_CONF_H
+
+#include <librdkafka/rdkafka.h>
+
+#include "worker/config.h"
+
+/* `scope` is CONFIG_CONSUMER or CONFIG_PRODUCER. The caller adds callbacks and gives the object to
+ * rd_kafka_new(), or destroys it. LM_INVALID names the property; secret values are not shown. */
+lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const char *client_id,
+                         rd_kafka_conf_t **out, struct lm_err *err);
+
+/* rd_kafka_new() with our log and error text; consumes *conf on success, destroys it on failure. */
+lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
+                     struct lm_err *err);
+
+/* Logs the library's version and features; refuses one that is too old for this worker. */
+lm_status kafka_check_library(struct lm_err *err);
+
+#endif

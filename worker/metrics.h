@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * metrics.h - the worker's own numbers, and their Prometheus text (exposition format 0.0.4).
+ * docs/operations.md documents each as an API: name, unit, when it moves.
+ *
+ * Threads: counters are relaxed atomics, any thread may add. Partition rows are written by the
+ * consumer thread and read by the scraper under a lock.
+ */
+#ifndef LORAMILL_WORKER_METRICS_H
+#define LORAMILL_WORKER_METRICS_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+
+#include "kernels/base.h"
+
+enum { METRICS_BUCKETS = 16 };
+
+struct histogram {
+    atomic_ullong buckets[METRICS_BUCKETS + 1];
+    atomic_ullong sum_us, count;
+};
+
+struct metrics_partition {
+    char topic[256];
+    int partition;
+    long long lag, watermark, committed;        /* -1: not known */
+    size_t in_flight;
+};
+
+struct metrics {
+    atomic_ullong consumed, consumed_bytes;
+    atomic_ullong completed, expired, cancelled, dropped;
+    atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
+    atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
+    atomic_ullong retries, produce_failures, reply_bytes;
+    atomic_ullong commits, commit_failures;
+    atomic_ullong assigned, revoked, lost, pauses;
+    atomic_llong backlog, held, held_bytes;
+    atomic_bool paused;
+    struct histogram record_age, queue_wait, adapter_wait, processing, reply_produce,
+                     rebalance_drain;
+    pthread_mutex_t lock;
+    struct metrics_partition *parts;
+    size_t n_parts;
+};
+
+void metrics_init(struct metrics *m);
+void metrics_release(struct metrics *m);
+
+static inline void metric_add(atomic_ullong *c, uint64_t n)
+{
+    atomic_fetch_add_explicit(c, n, memory_order_relaxed);
+}
+
+void histogram_observe(struct histogram *h, int64_t us);
+
+/* Takes ownership of `parts`. */
+void metrics_set_partitions(struct metrics *m, struct metrics_partition *parts, size_t n);
+
+struct metrics_labels { const char *worker, *group, *model; };
+void metrics_write(struct metrics *m, const struct metrics_labels *labels, FILE *f);
+
+/* For other modules' numbers on the same page. */
+void metrics_help(FILE *f, const char *name, const char *type, const char *help);
+
+#endif

@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * outbox.c - from the engine's events to replies: one thread that polls the engine, encodes, and
+ * hands over to the producer.
+ *
+ * A finished request becomes, by its result,
+ *
+ *   stop, length, expired                a reply
+ *   cancelled by us (revoked, stopping)  dropped: the offset stays uncommitted
+ *   cancelled otherwise                  a reply with that finish reason
+ *   error that can heal                  back to intake, up to retry.max_attempts times
+ *   device failure                       dropped, and the worker ends: the prompt is not at fault
+ *   any other error                      dead letter with the engine's reason
+ *
+ * A reply that can't be encoded because the registry is away waits in `later` like in intake.c.
+ */
+#include "worker/worker.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+enum { BATCH = 128, POLL_MS = 100 };
+
+struct outbox {
+    struct worker *w;
+    pthread_t thread;
+    struct job_list later;
+};
+
+static lm_status result_status(const struct engine_result *r)
+{
+    if (r->status)
+        return r->status;
+    for (int i = 0; i < r->n_choices; i++)
+        if (r->choices[i].reason == ENGINE_ERROR)
+            return LM_INTERNAL;
+    return LM_OK;
+}
+
+static bool was_cancelled(const struct engine_result *r)
+{
+    return r->n_choices > 0 && r->choices[0].reason == ENGINE_CANCELLED;
+}
+
+static void answer(outbox *o, struct job *j)
+{
+    const struct config *cfg = o->w->cfg;
+    lm_status st = worker_reply(o->w, j);
+    if (st == LM_OK)
+        return;
+    metric_add(&o->w->metrics.retries, 1);
+    if (!j->waits)
+        lm_log(LM_WARN, "outbox", "%s [%d] @%" PRId64 ": the reply can't be encoded yet (%s); "
+               "trying again", j->lease->topic, (int)j->lease->partition, j->record.offset,
+               lm_status_text(st));
+    job_list_add(&o->later, j, lm_now_us() + backoff_us(j->waits++, cfg->retry_backoff_ms,
+                                                        cfg->retry_backoff_max_ms));
+}
+
+static void send_back(outbox *o, struct job *j)
+{
+    const struct config *cfg = o->w->cfg;
+    lm_log(LM_WARN, "outbox", "prompt '%s': %s; attempt %d of %" PRId64, j->prompt->id,
+           j->result->error, j->attempts + 1, cfg->retry_max_attempts);
+    metric_add(&o->w->metrics.retries, 1);
+    engine_result_free(j->result);
+    j->result = NULL;
+    j->due_us = lm_now_us() + backoff_us(j->attempts - 1, cfg->retry_backoff_ms,
+                                         cfg->retry_backoff_max_ms);
+    atomic_store(&j->handle, 0);
+    job_set_stage(j, JOB_READY);
+    atomic_fetch_add(&o->w->metrics.backlog, 1);
+    job_queue_push(&o->w->to_intake, j);
+}
+
+static void failed(outbox *o, struct job *j, lm_status st)
+{
+    struct lm_err why;
+    const char *text = j->result->error[0] ? j->result->error : lm_status_text(st);
+    if (st == LM_DEVICE) {
+        worker_fail(o->w, st, "the engine can't go on: %s", text);
+        worker_end_job(o->w, j, OUTCOME_DROPPED);
+        return;
+    }
+    if (lm_status_disposition(st) == LM_DO_RETRY &&
+        ++j->attempts < o->w->cfg->retry_max_attempts) {
+        send_back(o, j);
+        return;
+    }
+    lm_err_set(&why, st, "%s", text);
+    worker_dead_letter(o->w, j, &why, "ENGINE");
+}
+
+static void finished(outbox *o, struct job *j, struct engine_result *r)
+{
+    j->result = r;
+    j->answered_us = lm_now_us();
+    histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
+    lm_status st = result_status(r);
+    if (was_cancelled(r) && (lease_revoked(j->lease) || atomic_load(&o->w->cancelling)))
+        worker_end_job(o->w, j, OUTCOME_DROPPED);
+    else if (st)
+        failed(o, j, st);
+    else
+        answer(o, j);
+}
+
+static void take_event(outbox *o, struct engine_event *e)
+{
+    if (e->kind == ENGINE_FINISHED)
+        finished(o, e->user, e->result);
+    else
+        free(e->text);
+}
+
+static void serve_later(outbox *o)
+{
+    for (struct job *j = job_list_take_due(&o->later, lm_now_us()), *next; j; j = next) {
+        next = j->next;
+        answer(o, j);
+    }
+}
+
+static void *outbox_main(void *arg)
+{
+    outbox *o = arg;
+    struct worker *w = o->w;
+    struct engine_event events[BATCH];
+    while (!atomic_load(&w->ending)) {
+        lm_status state = LM_OK;
+        int wait = job_list_wait_ms(&o->later, lm_now_us(), POLL_MS);
+        int n = engine_poll(w->engine, events, BATCH, wait, &state);
+        atomic_store(&w->outbox_beat_us, lm_now_us());
+        for (int i = 0; i < n; i++)
+            take_event(o, &events[i]);
+        if (n && atomic_load(&w->engine_full))
+            job_queue_wake(&w->to_intake);
+        serve_later(o);
+        if (state && n == 0) {
+            worker_fail(w, state, "the engine can't go on: %s", lm_status_text(state));
+            break;
+        }
+    }
+    for (struct job *j = job_list_take_all(&o->later), *next; j; j = next) {
+        next = j->next;
+        worker_end_job(w, j, OUTCOME_DROPPED);
+    }
+    return NULL;
+}
+
+lm_status outbox_new(struct worker *w, outbox **out, struct lm_err *err)
+{
+    outbox *o = lm_calloc(1, sizeof *o);
+    if (!o)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    o->w = w;
+    if (pthread_create(&o->thread, NULL, outbox_main, o)) {
+        free(o);
+        return lm_err_set(err, LM_NOMEM, "can't start the outbox thread");
+    }
+    *out = o;
+    return LM_OK;
+}
+
+void outbox_free(outbox *o)
+{
+    if (!o)
+        return;
+    engine_wake(o->w->engine);
+    pthread_join(o->thread, NULL);
+    free(o);
+}

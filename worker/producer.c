@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * producer.c - replies and dead letters to the broker, until they are acknowledged.
+ *
+ * A job is finished when its delivery report says NO_ERROR, and not before: a successful
+ * rd_kafka_producev() only means "queued". What happens to a failed delivery:
+ *
+ *   a dead letter                         tried again for ever, with backoff: its offset is blocked,
+ *                                         lag grows and the log says why. Dropping it would be a loss.
+ *   a reply that can never fit            dead letter that names the sizes
+ *   a reply to a topic or partition that  dead letter (the prompt is at fault)
+ *     the prompt chose and that isn't there or isn't ours to write
+ *   any other reply                       tried again for ever, with backoff
+ *   a fatal client error                  the worker ends; nothing was committed for these jobs
+ *
+ * A repeat after a timeout may be a duplicate in the topic. Replies carry loramill-request-id and
+ * their body's id, which are the same each time.
+ *
+ * MSG_SIZE_TOO_LARGE is the broker's verdict on a whole batch, so a small reply may be condemned
+ * with its neighbours. batch.size is kept small: a reply above it travels alone, and its verdict is
+ * its own; a smaller one is tried a few times more, among other neighbours, before it is believed.
+ *
+ * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
+ * and everything else happen on the producer thread. The value is not copied by the library: it
+ * belongs to the job, which nobody frees before its report.
+ */
+#include "worker/worker.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/kafka_conf.h"
+
+enum {
+    POLL_MS = 100,
+    BELIEVE_TOO_LARGE_AFTER = 5,
+    COMPLAIN_EVERY_US = 10 * 1000000,
+    STOP_WAIT_MS = 2000,
+};
+
+struct producer {
+    struct worker *w;
+    rd_kafka_t *rk;
+    pthread_t thread;
+    struct job_queue again;     /* could not be queued: any thread -> producer thread */
+    struct job_list later;
+    atomic_bool end;
+    int64_t complained_us;
+    int64_t batch_bytes;
+};
+
+/* ---- sending ---------------------------------------------------------------------------- */
+
+static rd_kafka_headers_t *to_kafka_headers(const struct header_list *l)
+{
+    rd_kafka_headers_t *h = rd_kafka_headers_new((size_t)l->n);
+    for (int i = 0; i < l->n; i++)
+        rd_kafka_header_add(h, l->items[i].name, -1, l->items[i].value,
+                            (ssize_t)l->items[i].len);
+    return h;
+}
+
+/* On success the job is the library's until its delivery report. */
+static rd_kafka_resp_err_t try_send(producer *p, struct job *j)
+{
+    rd_kafka_headers_t *h = to_kafka_headers(&j->out.headers);
+    if (!j->out.first_sent_us)
+        j->out.first_sent_us = lm_now_us();
+    rd_kafka_resp_err_t e = rd_kafka_producev(
+        p->rk, RD_KAFKA_V_TOPIC(j->out.topic),
+        RD_KAFKA_V_PARTITION(j->out.partition < 0 ? RD_KAFKA_PARTITION_UA : j->out.partition),
+        RD_KAFKA_V_KEY(j->record.key, j->record.key_len),
+        RD_KAFKA_V_VALUE(j->out.value, j->out.len),
+        RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(j), RD_KAFKA_V_END);
+    if (e)
+        rd_kafka_headers_destroy(h);
+    return e;
+}
+
+static void send_failed(producer *p, struct job *j, rd_kafka_resp_err_t e);
+
+void producer_send(producer *p, struct job *j)
+{
+    rd_kafka_resp_err_t e = try_send(p, j);
+    if (e) {
+        /* Decided on the producer thread, which may turn it into a dead letter. */
+        j->out.attempts = (int)e;
+        job_queue_push(&p->again, j);
+    }
+}
+
+/* ---- failures --------------------------------------------------------------------------- */
+
+static bool is_dead_letter(const struct job *j)
+{
+    return j->outcome == OUTCOME_DEAD_LETTER;
+}
+
+static void complain(producer *p, const struct job *j, const char *what)
+{
+    int64_t now = lm_now_us();
+    metric_add(&p->w->metrics.produce_failures, 1);
+    if (now - p->complained_us < COMPLAIN_EVERY_US && p->complained_us)
+        return;
+    p->complained_us = now;
+    lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": %s to %s (%zu bytes) is not acknowledged: "
+           "%s; trying again, its offset waits", j->lease->topic, (int)j->lease->partition,
+           j->record.offset, is_dead_letter(j) ? "dead letter" : "reply", j->out.topic, j->out.len,
+           what);
+}
+
+static void try_later(producer *p, struct job *j, const char *what)
+{
+    const struct config *cfg = p->w->cfg;
+    complain(p, j, what);
+    job_list_add(&p->later, j, lm_now_us() + backoff_us(j->out.attempts++, cfg->retry_backoff_ms,
+                                                        cfg->retry_backoff_max_ms));
+}
+
+/* Is the reply's own destination at fault, as the prompt named it? */
+static bool destination_fault(const struct job *j, rd_kafka_resp_err_t e)
+{
+    switch (e) {
+    case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
+        return j->out.asked || j->out.partition >= 0;
+    case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
+    case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
+    case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
+        return j->out.asked;
+    default:
+        return false;
+    }
+}
+
+static bool too_large(const producer *p, const struct job *j, rd_kafka_resp_err_t e)
+{
+    if (e != RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE)
+        return false;
+    return (int64_t)j->out.len > p->batch_bytes || j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
+}
+
+/* Why this reply can never be delivered; LM_OK: it may be. */
+static lm_status final_reason(producer *p, const struct job *j, rd_kafka_resp_err_t e,
+                              struct lm_err *why)
+{
+    const char *text = rd_kafka_err2str(e);
+    if (too_large(p, j, e))
+        return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, more than the broker takes "
+                          "for topic '%s' (its max.message.bytes) or the client allows "
+                          "(message.max_bytes=%" PRId64 ")", j->out.len, j->out.topic,
+                          p->w->cfg->message_max_bytes);
+    if (destination_fault(j, e) && j->out.partition >= 0)
+        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s' partition %d: %s", j->out.topic,
+                          (int)j->out.partition, text);
+    if (destination_fault(j, e))
+        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s': %s", j->out.topic, text);
+    if (e == RD_KAFKA_RESP_ERR_INVALID_MSG || e == RD_KAFKA_RESP_ERR_INVALID_RECORD)
+        return lm_err_set(why, LM_INVALID, "topic '%s' refuses the reply: %s", j->out.topic, text);
+    return LM_OK;
+}
+
+static bool purged(rd_kafka_resp_err_t e)
+{
+    return e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT ||
+           e == RD_KAFKA_RESP_ERR__DESTROY;
+}
+
+static void send_failed(producer *p, struct job *j, rd_kafka_resp_err_t e)
+{
+    struct lm_err why;
+    char text[256];
+    if (purged(e) || atomic_load(&p->end)) {
+        worker_end_job(p->w, j, OUTCOME_DROPPED);
+    } else if (e == RD_KAFKA_RESP_ERR__QUEUE_FULL) {
+        job_list_add(&p->later, j, lm_now_us() + 10000);
+    } else if (rd_kafka_fatal_error(p->rk, text, sizeof text)) {
+        worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
+        worker_end_job(p->w, j, OUTCOME_DROPPED);
+    } else if (!is_dead_letter(j) && final_reason(p, j, e, &why)) {
+        worker_dead_letter(p->w, j, &why, "PRODUCE");
+    } else {
+        try_later(p, j, rd_kafka_err2str(e));
+    }
+}
+
+static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaque)
+{
+    (void)rk;
+    producer *p = opaque;
+    struct job *j = m->_private;
+    if (m->err) {
+        send_failed(p, j, m->err);
+        return;
+    }
+    histogram_observe(&p->w->metrics.reply_produce, lm_now_us() - j->out.first_sent_us);
+    if (is_dead_letter(j))
+        metric_add(&p->w->metrics.dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
+    else
+        metric_add(&p->w->metrics.reply_bytes, j->out.len);
+    worker_end_job(p->w, j, j->outcome);
+}
+
+static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
+{
+    producer *p = opaque;
+    char text[512];
+    if (err == RD_KAFKA_RESP_ERR__FATAL) {
+        rd_kafka_fatal_error(rk, text, sizeof text);
+        worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
+    } else {
+        lm_log(LM_WARN, "producer", "%s: %s", rd_kafka_err2name((rd_kafka_resp_err_t)err), reason);
+    }
+}
+
+/* ---- thread ----------------------------------------------------------------------------- */
+
+static void serve_again(producer *p)
+{
+    for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
+        next = j->next;
+        rd_kafka_resp_err_t e = (rd_kafka_resp_err_t)j->out.attempts;
+        j->out.attempts = 0;
+        send_failed(p, j, e);
+    }
+    for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
+        next = j->next;
+        rd_kafka_resp_err_t e = try_send(p, j);
+        if (e)
+            send_failed(p, j, e);
+    }
+}
+
+static void *producer_main(void *arg)
+{
+    producer *p = arg;
+    while (!atomic_load(&p->end)) {
+        rd_kafka_poll(p->rk, job_list_wait_ms(&p->later, lm_now_us(), POLL_MS));
+        serve_again(p);
+    }
+    /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
+    rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    rd_kafka_flush(p->rk, STOP_WAIT_MS);
+    serve_again(p);
+    for (struct job *j = job_list_take_all(&p->later), *next; j; j = next) {
+        next = j->next;
+        worker_end_job(p->w, j, OUTCOME_DROPPED);
+    }
+    return NULL;
+}
+
+/* ---- life ------------------------------------------------------------------------------- */
+
+static int64_t conf_int(const rd_kafka_conf_t *conf, const char *key)
+{
+    char text[32];
+    size_t n = sizeof text;
+    if (rd_kafka_conf_get(conf, key, text, &n) != RD_KAFKA_CONF_OK)
+        return 0;
+    return strtoll(text, NULL, 10);
+}
+
+lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
+{
+    rd_kafka_conf_t *conf;
+    lm_status st = kafka_conf_new(w->cfg, CONFIG_PRODUCER, w->name, &conf, err);
+    if (st)
+        return st;
+    producer *p = lm_calloc(1, sizeof *p);
+    if (!p) {
+        rd_kafka_conf_destroy(conf);
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    p->w = w;
+    p->batch_bytes = conf_int(conf, "batch.size");
+    job_queue_init(&p->again);
+    rd_kafka_conf_set_opaque(conf, p);
+    rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
+    rd_kafka_conf_set_error_cb(conf, on_error);
+    st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
+    if (!st && pthread_create(&p->thread, NULL, producer_main, p))
+        st = lm_err_set(err, LM_NOMEM, "can't start the producer thread");
+    if (st) {
+        if (p->rk)
+            rd_kafka_destroy(p->rk);
+        job_queue_release(&p->again);
+        free(p);
+        return st;
+    }
+    *out = p;
+    return LM_OK;
+}
+
+void producer_stop(producer *p)
+{
+    if (!p || atomic_exchange(&p->end, true))
+        return;
+    pthread_join(p->thread, NULL);
+}
+
+void producer_free(producer *p)
+{
+    if (!p)
+        return;
+    producer_stop(p);
+    rd_kafka_destroy(p->rk);
+    job_queue_release(&p->again);
+    free(p);
+}

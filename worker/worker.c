@@ -1,0 +1,362 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * worker.c - life and death of a worker, and the two ways a prompt can end.
+ *
+ * Start: log, HTTP (so that probes answer while weights load), engine, codec, store, producer,
+ * outbox, intake, and the consumer last, so that nothing is read before it can be served.
+ *
+ * End, on SIGTERM or SIGINT:  stopping -> the consumer pauses; intake drops what has not started;
+ *   what runs may finish for drain.timeout_ms; then it is cancelled and handed back; the watermark
+ *   is committed, the group is left -> ending -> the other threads end, against the arrows -> 0.
+ * On a failure the same without the wait, and the status is 1. A second signal ends the process at
+ * once. A watchdog ends a shutdown that hangs: librdkafka's destroy may block for ever on one
+ * forgotten reference, and a worker that neither works nor dies is worse than a crash.
+ *
+ * Signals are blocked in every thread and taken synchronously by the main thread, later by the
+ * watchdog.
+ */
+#include "worker/worker.h"
+
+#include <inttypes.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "worker/kafka_conf.h"
+#include "worker/log.h"
+
+enum { SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000 };
+
+/* ---- outcomes --------------------------------------------------------------------------- */
+
+void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
+{
+    int well = LM_OK;
+    char text[512];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (atomic_compare_exchange_strong(&w->failed, &well, (int)(status ? status : LM_INTERNAL)))
+        lm_log(LM_ERROR, "worker", "%s", text);
+}
+
+void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
+{
+    j->outcome = outcome;
+    job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
+    job_queue_push(&w->done, j);
+}
+
+bool worker_gives_up(struct worker *w, struct job *j)
+{
+    return atomic_load(&w->stopping) || lease_revoked(j->lease);
+}
+
+void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
+                        const char *stage)
+{
+    const struct lm_err cause = *why;   /* may be the job's own */
+    const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
+    job_clear_out(j);
+    job_fail(j, &cause);
+    job_set_stage(j, JOB_ANSWERING);
+    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.value = (void *)(uintptr_t)j->record.value;
+    j->out.len = j->record.value_len;
+    j->outcome = OUTCOME_DEAD_LETTER;
+    if (dead_letter_headers(&j->out.headers, &j->record, j->lease->topic, j->lease->partition,
+                            &cause, &from)) {
+        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
+        worker_end_job(w, j, OUTCOME_DROPPED);
+        return;
+    }
+    lm_log(LM_INFO, "worker", "%s [%d] @%" PRId64 " to %s: %s: %s", j->lease->topic,
+           (int)j->lease->partition, j->record.offset, j->out.topic, lm_status_wire(cause.code),
+           cause.msg);
+    producer_send(w->producer, j);
+}
+
+static enum encoding reply_encoding(const struct worker *w, const struct job *j)
+{
+    const char *e = w->cfg->replies_encoding;
+    if (!strcmp(e, "same"))
+        return j->prompt->encoding;
+    return strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
+}
+
+static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc,
+                              struct lm_err *err)
+{
+    struct completion done = {
+        .prompt = j->prompt, .model = w->info.model_name, .worker = w->name, .result = j->result,
+        .adapter_digest = j->adapter ? engine_adapter_digest(j->adapter) : NULL,
+        .fetch_ms = (double)j->fetch_us / 1e3,
+        .received_to_submit_ms = (double)(j->submitted_us - j->received_us) / 1e3,
+    };
+    lm_status st = codec_encode_completion(w->codec, &done, enc, &j->out.value, &j->out.len, err);
+    j->out.value_owned = !st;
+    if (!st && j->out.len > (size_t)w->cfg->message_max_bytes)
+        st = lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, message.max_bytes=%" PRId64,
+                        j->out.len, w->cfg->message_max_bytes);
+    return st;
+}
+
+static void count_reply(struct worker *w, const struct engine_result *r)
+{
+    struct metrics *m = &w->metrics;
+    enum engine_reason reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP;
+    metric_add(reason == ENGINE_EXPIRED ? &m->expired :
+               reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
+    metric_add(&m->prompt_tokens, (uint64_t)r->prompt_tokens);
+    metric_add(&m->cached_tokens, (uint64_t)r->cached_tokens);
+    metric_add(&m->completion_tokens, (uint64_t)r->completion_tokens);
+}
+
+lm_status worker_reply(struct worker *w, struct job *j)
+{
+    struct lm_err err;
+    enum encoding enc = reply_encoding(w, j);
+    job_clear_out(j);
+    lm_status st = encode_reply(w, j, enc, &err);
+    if (st && lm_status_disposition(st) == LM_DO_RETRY)
+        return st;
+    if (st) {
+        worker_dead_letter(w, j, &err, "ENCODE");
+        return LM_OK;
+    }
+    reply_headers(&j->out.headers, j->record.headers, j->record.n_headers, &w->header_names,
+                  j->prompt, enc);
+    if (j->out.headers.failed) {
+        job_clear_out(j);
+        return LM_NOMEM;
+    }
+    memcpy(j->out.topic, j->route.topic, sizeof j->out.topic);
+    j->out.partition = j->route.partition;
+    j->out.asked = j->route.asked;
+    j->outcome = OUTCOME_REPLY;
+    job_set_stage(j, JOB_ANSWERING);
+    count_reply(w, j->result);
+    producer_send(w->producer, j);
+    return LM_OK;
+}
+
+/* ---- start ------------------------------------------------------------------------------ */
+
+static const char *or_null(const char *s)
+{
+    return *s ? s : NULL;
+}
+
+static lm_status open_engine(struct worker *w, struct lm_err *err)
+{
+    const struct config *c = w->cfg;
+    struct engine_config e = {
+        .model_dir = or_null(c->model_path), .model_name = or_null(c->model_name),
+        .backend = strcmp(c->backend, "auto") ? c->backend : NULL,
+        .device_index = (int)c->device_index, .threads = (int)c->threads,
+        .pool_bytes = (size_t)c->pool_bytes, .max_seqs = (int)c->max_seqs,
+        .max_step_tokens = (int)c->max_step_tokens, .max_waiting = (int)c->max_waiting,
+        .max_model_len = (int)c->max_model_len,
+        .host_adapter_bytes = (size_t)c->adapters_host_bytes,
+        .max_adapter_bytes = (size_t)c->adapters_max_bytes,
+        .echo = !strcmp(c->engine_mode, "echo"),
+    };
+    int64_t start = lm_now_us();
+    lm_status st = engine_open(&e, &w->engine, err);
+    if (st)
+        return st;
+    engine_info(w->engine, &w->info);
+    lm_log(LM_INFO, "worker", "model %s on %s, ready after %.1f s",
+           w->info.model_name ? w->info.model_name : "(echo)",
+           w->info.device ? w->info.device : "no device", (double)(lm_now_us() - start) / 1e6);
+    return LM_OK;
+}
+
+static lm_status open_codec(struct worker *w, struct lm_err *err)
+{
+    const struct config *c = w->cfg;
+    struct codec_config cc = {
+        .registry_url = or_null(c->registry_url), .registry_auth = or_null(c->registry_auth),
+        .registry_ca = or_null(c->registry_ca_file), .auto_register = c->registry_auto_register,
+        .reply_topic = c->topics_replies, .max_message_bytes = (size_t)c->message_max_bytes,
+        .model_name = w->info.model_name,
+    };
+    return codec_new(&cc, &w->codec, err);
+}
+
+static lm_status open_store(struct worker *w, struct lm_err *err)
+{
+    const struct config *c = w->cfg;
+    if (!*c->adapters_url)
+        return LM_OK;
+    char *cache = config_cache_dir(c);
+    if (!cache)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    struct store_config sc = {
+        .engine = w->engine, .url = c->adapters_url, .cache_dir = cache,
+        .ca_file = or_null(c->adapters_ca_file), .auth_header = or_null(c->adapters_auth_header),
+        .max_adapter_bytes = (size_t)c->adapters_max_bytes,
+        .concurrency = (int)c->adapters_concurrency,
+        .max_attempts = (int)c->adapters_max_attempts,
+        .negative_ttl_ms = (int)c->adapters_negative_ttl_ms,
+    };
+    lm_status st = store_new(&sc, &w->store, err);
+    free(cache);
+    return st;
+}
+
+static void set_name(struct worker *w)
+{
+    char host[128] = "worker";
+    if (*w->cfg->worker_name) {
+        snprintf(w->name, sizeof w->name, "%s", w->cfg->worker_name);
+        return;
+    }
+    gethostname(host, sizeof host - 1);
+    snprintf(w->name, sizeof w->name, "%s-%d", host, (int)getpid());
+}
+
+static void worker_init(struct worker *w, const struct config *cfg)
+{
+    *w = (struct worker){ .cfg = cfg };
+    w->header_names = (struct header_names){ cfg->headers_correlation_id,
+                                             cfg->headers_reply_topic,
+                                             cfg->headers_reply_partition };
+    set_name(w);
+    metrics_init(&w->metrics);
+    job_queue_init(&w->to_intake);
+    job_queue_init(&w->done);
+    atomic_store(&w->consumer_beat_us, lm_now_us());
+    atomic_store(&w->outbox_beat_us, lm_now_us());
+}
+
+static lm_status start(struct worker *w, struct lm_err *err)
+{
+    lm_status st = kafka_check_library(err);
+    /* The consumer's handle is made early, so that a bad property is known before a model loads;
+     * it joins the group only in consumer_start(). */
+    if (!st)
+        st = consumer_new(w, &w->consumer, err);
+    if (!st)
+        st = producer_new(w, &w->producer, err);
+    if (!st && w->cfg->http_port)
+        st = http_new(w, &w->http, err);
+    if (!st)
+        st = open_engine(w, err);
+    if (!st)
+        st = open_codec(w, err);
+    if (!st)
+        st = open_store(w, err);
+    if (!st)
+        st = outbox_new(w, &w->outbox, err);
+    if (!st)
+        st = intake_new(w, &w->intake, err);
+    return st;
+}
+
+/* ---- end -------------------------------------------------------------------------------- */
+
+struct watchdog { int64_t budget_ms; sigset_t signals; };
+
+/* Ends the process when the shutdown takes too long or a second signal comes. Detached: it lives as
+ * long as the process. */
+static void *watchdog_main(void *arg)
+{
+    struct watchdog *d = arg;
+    struct timespec budget = { d->budget_ms / 1000, d->budget_ms % 1000 * 1000000 };
+    int got = sigtimedwait(&d->signals, NULL, &budget);
+    lm_log(LM_ERROR, "worker", "%s; unfinished prompts will be read again",
+           got > 0 ? "second signal: ending at once" : "the shutdown hangs: ending at once");
+    _exit(1);
+}
+
+static void start_watchdog(int64_t budget_ms, const sigset_t *signals)
+{
+    static struct watchdog d;
+    pthread_t t;
+    d.budget_ms = budget_ms;
+    d.signals = *signals;
+    if (!pthread_create(&t, NULL, watchdog_main, &d))
+        pthread_detach(t);
+}
+
+/* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
+static void end_threads(struct worker *w)
+{
+    store_free(w->store);
+    atomic_store(&w->ending, true);
+    intake_free(w->intake);
+    outbox_free(w->outbox);
+    producer_stop(w->producer);
+    http_free(w->http);
+    consumer_free(w->consumer);         /* drops the ledger's references */
+    producer_free(w->producer);
+    job_queue_release(&w->to_intake);
+    job_queue_release(&w->done);
+    codec_free(w->codec);
+    if (w->engine)
+        engine_close(w->engine);
+    metrics_release(&w->metrics);
+}
+
+static void log_summary(struct worker *w)
+{
+    struct metrics *m = &w->metrics;
+    unsigned long long dead = 0;
+    for (int i = 0; i < LM_STATUS_COUNT; i++)
+        dead += atomic_load(&m->dead_letters[i]);
+    lm_log(LM_INFO, "worker", "read %llu, completed %llu, expired %llu, dead-lettered %llu, "
+           "handed back %llu", atomic_load(&m->consumed), atomic_load(&m->completed),
+           atomic_load(&m->expired), dead, atomic_load(&m->dropped));
+}
+
+/* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
+static void supervise(struct worker *w, const sigset_t *signals)
+{
+    const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
+    int got = -1;
+    while (got < 0 && !atomic_load(&w->failed))
+        got = sigtimedwait(signals, NULL, &tick);
+    bool failed = atomic_load(&w->failed);
+    if (!failed)
+        lm_log(LM_INFO, "worker", "%s: finishing what runs, for at most %" PRId64 " ms",
+               strsignal(got), w->cfg->drain_timeout_ms);
+    start_watchdog(failed ? FAILED_BUDGET_MS : w->cfg->drain_timeout_ms + CLOSE_BUDGET_MS,
+                   signals);
+    if (failed)
+        atomic_store(&w->cancelling, true);
+    atomic_store(&w->stopping, true);
+    job_queue_wake(&w->to_intake);
+    consumer_join(w->consumer);
+}
+
+int worker_run(const struct config *cfg)
+{
+    struct worker w;
+    struct lm_err err = { LM_OK, "" };
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    worker_init(&w, cfg);
+    log_setup(cfg->log_level, cfg->log_format, w.name);
+    config_log(cfg);
+    lm_status st = start(&w, &err);
+    if (!st)
+        st = consumer_start(w.consumer, &err);
+    if (st) {
+        lm_log(LM_ERROR, "worker", "%s", err.msg);
+    } else {
+        atomic_store(&w.started, true);
+        lm_log(LM_INFO, "worker", "reading %s as group %s", cfg->topics_prompts, cfg->group_id);
+        supervise(&w, &signals);
+        st = (lm_status)atomic_load(&w.failed);
+    }
+    end_threads(&w);
+    log_summary(&w);
+    return st ? 1 : 0;
+}

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * worker.h - what the worker's threads share. Private to worker/{worker,consumer,intake,outbox,
+ * producer,http,cmd_worker}.c.
+ *
+ *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
+ *        ^                       ^ adapters (store threads), retries            | events
+ *        |                       +----------------------------------------+     v
+ *        +----- [done] <-- producer thread (acknowledgements) <--produce-- outbox thread
+ *
+ * Each arrow is a job_queue or a thread-safe library call; there is no other sharing, except for the
+ * atomics below. Only the consumer thread touches the consumer handle and the ledger.
+ */
+#ifndef LORAMILL_WORKER_WORKER_H
+#define LORAMILL_WORKER_WORKER_H
+
+#include "worker/config.h"
+#include "worker/dead_letter.h"
+#include "worker/job.h"
+#include "worker/metrics.h"
+#include "worker/store.h"
+
+typedef struct consumer consumer;
+typedef struct intake intake;
+typedef struct outbox outbox;
+typedef struct producer producer;
+typedef struct http http;
+
+struct worker {
+    const struct config *cfg;
+    char name[256];
+    struct header_names header_names;
+    struct metrics metrics;
+
+    engine *engine;
+    store *store;               /* NULL: no adapters.url */
+    codec *codec;
+    struct engine_info info;
+
+    consumer *consumer;
+    intake *intake;
+    outbox *outbox;
+    producer *producer;
+    http *http;
+
+    struct job_queue to_intake, done;
+    atomic_bool started;        /* everything is up */
+    atomic_bool stopping;       /* no new work; finish what runs */
+    atomic_bool cancelling;     /* the budget is spent: unfinished work is handed back */
+    atomic_bool ending;         /* threads end at once */
+    atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
+    atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
+    atomic_llong consumer_beat_us, outbox_beat_us;
+};
+
+/* Runs until a signal or a failure. Returns the process's exit status. */
+int worker_run(const struct config *cfg);
+
+/* This process can't go on: latches the status (the first one wins) and asks for an end. */
+void worker_fail(struct worker *w, lm_status status, const char *fmt, ...) LM_PRINTF(3, 4);
+
+/* The terminal outcome of a job is durable, or it was dropped: gives it to the consumer thread. */
+void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome);
+
+/* Should unfinished work of this job be given up? */
+bool worker_gives_up(struct worker *w, struct job *j);
+
+/* Produces the dead letter; the offset is finished once it is acknowledged. `stage` names the part
+ * of the worker that refused it. */
+void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
+                        const char *stage);
+
+/* Encodes j->result and produces the reply; a failure that can't heal becomes a dead letter. Returns
+ * LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the job). */
+lm_status worker_reply(struct worker *w, struct job *j);
+
+/* ---- the parts -------------------------------------------------------------------------- */
+
+lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err);
+lm_status consumer_start(consumer *c, struct lm_err *err);
+void consumer_join(consumer *c);                /* after stopping: drained, committed, closed */
+void consumer_free(consumer *c);
+
+lm_status intake_new(struct worker *w, intake **out, struct lm_err *err);
+void intake_free(intake *in);                   /* ends its thread; needs `ending` */
+
+lm_status outbox_new(struct worker *w, outbox **out, struct lm_err *err);
+void outbox_free(outbox *o);
+
+lm_status producer_new(struct worker *w, producer **out, struct lm_err *err);
+/* Takes the job with its `out` filled. Any thread; never blocks. */
+void producer_send(producer *p, struct job *j);
+void producer_stop(producer *p);                /* drops what is unacknowledged, ends its thread */
+void producer_free(producer *p);
+
+lm_status http_new(struct worker *w, http **out, struct lm_err *err);
+void http_free(http *h);
+
+#endif
