@@ -1,0 +1,778 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * store.c - from an adapter's id to an engine adapter; see store.h for the promises.
+ *
+ * One job per id that is being looked for, however many wait for it:
+ *
+ *   store_get --> INBOX --admit--> LOADING  (a local folder, or in the disk cache)
+ *                   ^      |           |  \
+ *                   |      v           |   `--> done
+ *                   |    READY <---+   |
+ *                   |      | slot  |   |
+ *                   |      v       |   |
+ *                   |   FETCHING --'   |     config, then weights; retries go through BACKOFF
+ *                   |      |           |
+ *                   |      `---------->+     files whole: form check, install, load
+ *                   `------------------'     a damaged cache entry: removed, fetched once more
+ *
+ * The store thread has INBOX to READY, BACKOFF and FETCHING; the loader thread has LOADING. A job
+ * belongs to one of them at a time and changes hands through a queue under the lock, so only the
+ * queues, the tables and the waiters need it. Order of locks: there is just one, and no callback,
+ * system call or engine call happens under it.
+ *
+ * A job that ended is out of the table before its waiters hear of it: whoever asks again starts
+ * afresh, and finds the engine's copy, or the negative entry.
+ */
+#include "worker/store_int.h"
+
+#include <curl/curl.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <search.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/queue.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "worker/cache.h"
+#include "worker/fetch.h"
+#include "worker/store_form.h"
+
+#define BACKOFF_MAX_MS 10000
+#define RETRY_AFTER_MAX_MS 30000
+#define NEGATIVES_MAX 10000
+#define IDLE_WAIT_MS 1000
+
+struct waiter {
+    store_done *done;
+    void *user;
+    STAILQ_ENTRY(waiter) link;
+};
+STAILQ_HEAD(waiters, waiter);
+
+struct job {
+    char *id;                   /* first: jobs and negatives are compared by it */
+    struct waiters waiters;
+    TAILQ_ENTRY(job) all;
+    STAILQ_ENTRY(job) queue;    /* INBOX, READY, BACKOFF or LOADING */
+    bool fresh;                 /* its files came just now: a fault is the store's, not the disk's */
+    bool refetch;               /* the cache's copy was bad: fetch, once */
+    char *local;                /* a folder outside the cache, or NULL */
+    /* fetching */
+    char *tmp, *url;
+    int which;                  /* index into files[] */
+    struct fetch file;
+    int attempts;
+    int64_t due_us, began_us;
+};
+STAILQ_HEAD(jobs, job);
+
+struct negative {
+    char *id;
+    struct lm_err err;
+    int64_t until_us;
+    TAILQ_ENTRY(negative) link;
+};
+
+struct store {
+    struct store_config cfg;    /* its strings are ours */
+    struct store_hooks hooks;
+    char *local_template;       /* of a file: URL */
+    cache *cache;
+    fetcher *fetcher;
+    uint64_t random;
+    pthread_t store_thread, loader_thread;
+    bool threads;
+
+    pthread_mutex_t lock;
+    pthread_cond_t work;        /* for the loader */
+    bool stopping;
+    void *job_table, *negative_table;           /* tsearch trees by id */
+    TAILQ_HEAD(, job) all_jobs;
+    TAILQ_HEAD(, negative) negatives;           /* oldest first: all live equally long */
+    int n_negatives;
+    struct jobs inbox, loading;
+    struct store_stats stats;
+
+    struct jobs ready, backoff;                 /* the store thread's own */
+    int fetching;
+};
+
+static const char *const files[] = { CACHE_CONFIG, CACHE_WEIGHTS };
+
+/* ---- tables ----------------------------------------------------------------------------- */
+
+static int by_id(const void *a, const void *b)
+{
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+static void *table_find(void *const *table, const char *id)
+{
+    void *node = tfind(&id, table, by_id);
+    return node ? *(void **)node : NULL;
+}
+
+static void negative_drop(store *s, struct negative *n)
+{
+    tdelete(n, &s->negative_table, by_id);
+    TAILQ_REMOVE(&s->negatives, n, link);
+    s->n_negatives--;
+    free(n->id);
+    free(n);
+}
+
+/* Under the lock. The entry's error, or NULL. */
+static const struct lm_err *negative_find(store *s, const char *id)
+{
+    int64_t now = lm_now_us();
+    struct negative *n;
+    while ((n = TAILQ_FIRST(&s->negatives)) && n->until_us <= now)
+        negative_drop(s, n);
+    n = table_find(&s->negative_table, id);
+    return n ? &n->err : NULL;
+}
+
+/* Under the lock. Without memory it is not remembered, which only costs time. */
+static void negative_add(store *s, const char *id, const struct lm_err *err)
+{
+    struct negative *n = lm_calloc(1, sizeof *n);
+    if (s->cfg.negative_ttl_ms <= 0 || !n || !(n->id = lm_strdup(id)) ||
+        table_find(&s->negative_table, id) || !tsearch(n, &s->negative_table, by_id)) {
+        free(n ? n->id : NULL);
+        free(n);
+        return;
+    }
+    n->err = *err;
+    n->until_us = lm_now_us() + (int64_t)s->cfg.negative_ttl_ms * 1000;
+    TAILQ_INSERT_TAIL(&s->negatives, n, link);
+    if (++s->n_negatives > NEGATIVES_MAX)
+        negative_drop(s, TAILQ_FIRST(&s->negatives));
+}
+
+/* ---- jobs ------------------------------------------------------------------------------- */
+
+static void job_close_file(struct job *j)
+{
+    if (j->file.fd >= 0)
+        close(j->file.fd);
+    j->file.fd = -1;
+    free(j->url);
+    j->url = NULL;
+}
+
+static void job_drop_files(struct job *j)
+{
+    job_close_file(j);
+    cache_discard(j->tmp);
+    free(j->tmp);
+    j->tmp = NULL;
+    j->which = 0;
+}
+
+/* Ends a job: `a` (a reference) on LM_OK, `err` otherwise. Any thread that has the job. */
+static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
+                   const struct lm_err *err)
+{
+    struct waiter *w;
+    bool final = lm_status_disposition(status) == LM_DO_REFUSE;
+    pthread_mutex_lock(&s->lock);
+    tdelete(j, &s->job_table, by_id);
+    TAILQ_REMOVE(&s->all_jobs, j, all);
+    s->stats.in_flight--;
+    s->stats.failures += status != LM_OK && status != LM_CANCELLED;
+    if (final)
+        negative_add(s, j->id, err);
+    pthread_mutex_unlock(&s->lock);
+    if (status != LM_OK && status != LM_CANCELLED)
+        lm_log(LM_WARN, "store", "adapter '%s': %s", j->id, err->msg);
+    while ((w = STAILQ_FIRST(&j->waiters))) {
+        STAILQ_REMOVE_HEAD(&j->waiters, link);
+        bool last = STAILQ_EMPTY(&j->waiters);
+        w->done(w->user, status, !a ? NULL : last ? a : s->hooks.ref(a), status ? err : NULL);
+        free(w);
+    }
+    job_drop_files(j);
+    free(j->local);
+    free(j->id);
+    free(j);
+}
+
+static void fail(store *s, struct job *j, struct lm_err *err)
+{
+    finish(s, j, err->code, NULL, err);
+}
+
+static void to_loader(store *s, struct job *j)
+{
+    pthread_mutex_lock(&s->lock);
+    STAILQ_INSERT_TAIL(&s->loading, j, queue);
+    pthread_cond_signal(&s->work);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* ---- asking ----------------------------------------------------------------------------- */
+
+static struct job *job_new(store *s, const char *id)
+{
+    struct job *j = lm_calloc(1, sizeof *j);
+    if (!j || !(j->id = lm_strdup(id)) || !tsearch(j, &s->job_table, by_id)) {
+        free(j ? j->id : NULL);
+        free(j);
+        return NULL;
+    }
+    j->file.fd = -1;
+    STAILQ_INIT(&j->waiters);
+    TAILQ_INSERT_TAIL(&s->all_jobs, j, all);
+    STAILQ_INSERT_TAIL(&s->inbox, j, queue);
+    s->stats.in_flight++;
+    return j;
+}
+
+/* Under the lock: waits with the id's job, starts it if need be, or says at once why not. */
+static lm_status join_job(store *s, const char *id, store_done *done, void *user,
+                          struct lm_err *err)
+{
+    const struct lm_err *known = negative_find(s, id);
+    if (known) {
+        s->stats.negative_hits++;
+        *err = *known;
+        return err->code;
+    }
+    if (s->stopping)
+        return lm_err_set(err, LM_CANCELLED, "shutting down");
+    struct waiter *w = lm_calloc(1, sizeof *w);
+    struct job *j = table_find(&s->job_table, id);
+    if (w && !j)
+        j = job_new(s, id);
+    if (!w || !j) {
+        free(w);
+        return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory to look for it", id);
+    }
+    w->done = done;
+    w->user = user;
+    STAILQ_INSERT_TAIL(&j->waiters, w, link);
+    return LM_OK;
+}
+
+void store_get(store *s, const char *id, store_done *done, void *user)
+{
+    struct lm_err err;
+    lm_status st = engine_adapter_id_check(id, strlen(id), &err);
+    engine_adapter *a = st == LM_OK ? s->hooks.find(s->cfg.engine, id) : NULL;
+    pthread_mutex_lock(&s->lock);
+    if (a)
+        s->stats.memory_hits++;
+    else if (st == LM_OK)
+        st = join_job(s, id, done, user, &err);
+    pthread_mutex_unlock(&s->lock);
+    if (a)
+        done(user, LM_OK, a, NULL);
+    else if (st != LM_OK)
+        done(user, st, NULL, &err);
+    else
+        fetcher_wake(s->fetcher);
+}
+
+void store_stats(store *s, struct store_stats *out)
+{
+    pthread_mutex_lock(&s->lock);
+    *out = s->stats;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* ---- places ----------------------------------------------------------------------------- */
+
+#define HOLE "{adapter}"
+
+/* The template with its holes filled and "/file" behind the path. The grammar of ids holds only
+ * characters that percent-encoding leaves alone (RFC 3986 section 2.3), and '/' keeps its meaning,
+ * so filling in is all the encoding there is. malloc'ed. */
+static char *fill(const char *template, const char *id, const char *file)
+{
+    char *out = NULL;
+    size_t size, path_end = strcspn(template, "?#");
+    FILE *f = open_memstream(&out, &size);
+    if (!f)
+        return NULL;
+    for (const char *t = template; *t || file;) {
+        if (file && (size_t)(t - template) >= path_end) {
+            fprintf(f, "/%s", file);
+            file = NULL;
+        } else if (!strncmp(t, HOLE, sizeof HOLE - 1)) {
+            fputs(id, f);
+            t += sizeof HOLE - 1;
+        } else {
+            fputc(*t++, f);
+        }
+    }
+    if (fclose(f) != 0) {
+        free(out);
+        out = NULL;
+    }
+    return out;
+}
+
+static bool is_folder(const char *path)
+{
+    struct stat sb;
+    return path && stat(path, &sb) == 0 && S_ISDIR(sb.st_mode);
+}
+
+/* The adapter's folder on this machine, outside the cache, or NULL; malloc'ed. */
+static char *local_folder(const store *s, const char *id)
+{
+    char *path = NULL;
+    if (s->cfg.local_dir && asprintf(&path, "%s/%s", s->cfg.local_dir, id) < 0)
+        path = NULL;
+    if (!is_folder(path) && s->local_template) {
+        free(path);
+        path = fill(s->local_template, id, NULL);
+    }
+    if (is_folder(path))
+        return path;
+    free(path);
+    return NULL;
+}
+
+/* ---- store thread: fetching ------------------------------------------------------------- */
+
+static lm_status open_file(store *s, struct job *j, struct lm_err *err)
+{
+    char path[PATH_MAX];
+    if (!j->tmp && cache_tmp(s->cache, &j->tmp, err) != LM_OK)
+        return err->code;
+    snprintf(path, sizeof path, "%s/%s", j->tmp, files[j->which]);
+    uint64_t before = j->which > 0 ? j->file.have : 0;
+    j->url = fill(s->cfg.url, j->id, files[j->which]);
+    j->file = (struct fetch){ .url = j->url, .user = j, .total = FETCH_UNKNOWN, .fd = -1,
+                              .max_bytes = s->cfg.max_adapter_bytes - before };
+    if (j->which == 0)
+        j->file.max_bytes = LM_MIN(STORE_CONFIG_MAX, s->cfg.max_adapter_bytes);
+    if (!j->url)
+        return lm_err_set(err, LM_NOMEM, "no memory for a URL");
+    j->file.fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (j->file.fd < 0)
+        return lm_err_set(err, LM_IO, "%s: %s", path, strerror(errno));
+    return LM_OK;
+}
+
+/* One more attempt at the job's present file. */
+static void start_attempt(store *s, struct job *j)
+{
+    struct lm_err err;
+    lm_status st = j->file.fd < 0 ? open_file(s, j, &err) : LM_OK;
+    if (st == LM_OK)
+        st = fetch_start(s->fetcher, &j->file, &err);
+    if (st != LM_OK) {
+        fail(s, j, &err);
+        return;
+    }
+    j->attempts++;
+    s->fetching++;
+}
+
+/* Full jitter: any delay up to a bound that doubles; xorshift is random enough for that. */
+static int64_t backoff_ms(store *s, const struct job *j)
+{
+    int64_t bound = s->hooks.retry_base_ms;
+    for (int i = 1; i < j->attempts && bound < BACKOFF_MAX_MS; i++)
+        bound *= 2;
+    s->random ^= s->random << 13;
+    s->random ^= s->random >> 7;
+    s->random ^= s->random << 17;
+    int64_t delay = (int64_t)(s->random % (uint64_t)(LM_MIN(bound, BACKOFF_MAX_MS) + 1));
+    return LM_MAX(delay, LM_MIN(j->file.retry_after_ms, RETRY_AFTER_MAX_MS));
+}
+
+static void retry_later(store *s, struct job *j)
+{
+    int64_t delay = backoff_ms(s, j);
+    lm_log(LM_INFO, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms", j->id,
+           j->file.err.msg, j->attempts, s->cfg.max_attempts, (long long)delay);
+    j->due_us = lm_now_us() + delay * 1000;
+    STAILQ_INSERT_TAIL(&s->backoff, j, queue);
+    pthread_mutex_lock(&s->lock);
+    s->stats.retries++;
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void file_failed(store *s, struct job *j)
+{
+    struct lm_err *err = &j->file.err;
+    if (!j->file.retry) {
+        fail(s, j, err);
+    } else if (j->attempts < s->cfg.max_attempts) {
+        retry_later(s, j);
+    } else {
+        struct lm_err last = *err;
+        lm_err_set(err, LM_NET, "%s (gave up after %d attempts)", last.msg, j->attempts);
+        fail(s, j, err);
+    }
+}
+
+static void on_ended(void *ctx, struct fetch *file)
+{
+    store *s = ctx;
+    struct job *j = file->user;
+    s->fetching--;
+    if (file->status != LM_OK) {
+        file_failed(s, j);
+        return;
+    }
+    pthread_mutex_lock(&s->lock);
+    s->stats.fetched_bytes += file->received;
+    pthread_mutex_unlock(&s->lock);
+    job_close_file(j);
+    j->attempts = 0;
+    if (++j->which < (int)LM_COUNT(files)) {
+        start_attempt(s, j);    /* the job keeps its slot */
+        return;
+    }
+    pthread_mutex_lock(&s->lock);
+    s->stats.fetched++;
+    s->stats.fetch_us += (uint64_t)(lm_now_us() - j->began_us);
+    pthread_mutex_unlock(&s->lock);
+    j->fresh = true;
+    to_loader(s, j);
+}
+
+/* ---- store thread: the rest ------------------------------------------------------------- */
+
+static void to_fetch(store *s, struct job *j)
+{
+    struct lm_err err;
+    if (!s->cfg.url) {
+        lm_err_set(&err, LM_NOT_FOUND, s->cfg.local_dir || s->local_template
+                       ? "no adapter '%s' in the folder of adapters"
+                       : "no adapter '%s': neither adapters.url nor a folder is configured", j->id);
+        fail(s, j, &err);
+        return;
+    }
+    j->began_us = lm_now_us();
+    j->attempts = 0;
+    STAILQ_INSERT_TAIL(&s->ready, j, queue);
+}
+
+static void admit(store *s, struct job *j)
+{
+    engine_adapter *a = j->refetch ? NULL : s->hooks.find(s->cfg.engine, j->id);
+    if (a)
+        finish(s, j, LM_OK, a, NULL);   /* another job ended between the question and now */
+    else if (!j->refetch && (j->local = local_folder(s, j->id)))
+        to_loader(s, j);
+    else if (!j->refetch && s->cache && cache_has(s->cache, j->id))
+        to_loader(s, j);
+    else
+        to_fetch(s, j);
+}
+
+/* Moves what is due to READY; returns the milliseconds until the next one. */
+static int serve_backoff(store *s)
+{
+    struct jobs later = STAILQ_HEAD_INITIALIZER(later);
+    struct job *j;
+    int64_t now = lm_now_us(), next = now + IDLE_WAIT_MS * 1000;
+    while ((j = STAILQ_FIRST(&s->backoff))) {
+        STAILQ_REMOVE_HEAD(&s->backoff, queue);
+        if (j->due_us <= now) {
+            STAILQ_INSERT_TAIL(&s->ready, j, queue);
+        } else {
+            STAILQ_INSERT_TAIL(&later, j, queue);
+            next = LM_MIN(next, j->due_us);
+        }
+    }
+    STAILQ_CONCAT(&s->backoff, &later);
+    return (int)((next - now + 999) / 1000);
+}
+
+static void *store_main(void *arg)
+{
+    store *s = arg;
+    for (;;) {
+        struct jobs inbox = STAILQ_HEAD_INITIALIZER(inbox);
+        struct job *j;
+        pthread_mutex_lock(&s->lock);
+        bool stopping = s->stopping;
+        STAILQ_CONCAT(&inbox, &s->inbox);
+        pthread_mutex_unlock(&s->lock);
+        if (stopping)
+            return NULL;        /* store_free() ends the jobs, wherever they are */
+        while ((j = STAILQ_FIRST(&inbox))) {
+            STAILQ_REMOVE_HEAD(&inbox, queue);
+            admit(s, j);
+        }
+        int wait_ms = serve_backoff(s);
+        while (s->fetching < s->cfg.concurrency && (j = STAILQ_FIRST(&s->ready))) {
+            STAILQ_REMOVE_HEAD(&s->ready, queue);
+            start_attempt(s, j);
+        }
+        fetcher_run(s->fetcher, wait_ms, on_ended, s);
+    }
+}
+
+/* ---- loader thread ---------------------------------------------------------------------- */
+
+/* Brings freshly fetched files into the cache. Afterwards the entry under this id is whole, be it
+ * ours or that of a process that was faster, which is then as suspect as any old entry. */
+static lm_status install(store *s, struct job *j, struct lm_err *err)
+{
+    bool won;
+    lm_status st = store_form_check(j->tmp, err);
+    if (st != LM_OK)
+        return st;
+    st = cache_install(s->cache, j->id, j->tmp, &won, err);
+    free(j->tmp);
+    j->tmp = NULL;
+    j->which = 0;
+    j->fresh = won;
+    return st;
+}
+
+static lm_status load_cached(store *s, struct job *j, engine_adapter **a, struct lm_err *err)
+{
+    lm_status st = j->fresh ? LM_OK : cache_verify(s->cache, j->id, err);
+    char *path = cache_path(s->cache, j->id);
+    if (st == LM_OK && !path)
+        st = lm_err_set(err, LM_NOMEM, "no memory");
+    if (st == LM_OK)
+        st = s->hooks.load(s->cfg.engine, j->id, path, a, err);
+    free(path);
+    return st;
+}
+
+/* The cache's copy is no good: out with it, and once more from the store. */
+static void refetch(store *s, struct job *j, const struct lm_err *err)
+{
+    lm_log(LM_WARN, "store", "adapter '%s': removing it from the cache: %s", j->id, err->msg);
+    cache_remove(s->cache, j->id);
+    j->refetch = true;
+    pthread_mutex_lock(&s->lock);
+    STAILQ_INSERT_TAIL(&s->inbox, j, queue);
+    pthread_mutex_unlock(&s->lock);
+    fetcher_wake(s->fetcher);
+}
+
+static void load(store *s, struct job *j)
+{
+    struct lm_err err = { 0 };
+    engine_adapter *a = NULL;
+    lm_status st = LM_OK;
+    bool from_disk = !j->local && !j->fresh;
+    if (j->local) {
+        st = s->hooks.load(s->cfg.engine, j->id, j->local, &a, &err);
+    } else {
+        if (j->fresh)
+            st = install(s, j, &err);
+        if (st == LM_OK)
+            st = load_cached(s, j, &a, &err);
+    }
+    bool bad = lm_status_disposition(st) == LM_DO_REFUSE;
+    bool installed = !j->local && !j->tmp;
+    if (bad && installed && !j->fresh && !j->refetch) {
+        refetch(s, j, &err);
+        return;
+    }
+    if (bad && installed)
+        cache_remove(s->cache, j->id);  /* so that a repaired adapter is seen, later */
+    if (st == LM_OK && from_disk) {
+        pthread_mutex_lock(&s->lock);
+        s->stats.disk_hits++;
+        pthread_mutex_unlock(&s->lock);
+    }
+    finish(s, j, st, a, &err);
+}
+
+static void *loader_main(void *arg)
+{
+    store *s = arg;
+    for (;;) {
+        pthread_mutex_lock(&s->lock);
+        while (!s->stopping && STAILQ_EMPTY(&s->loading))
+            pthread_cond_wait(&s->work, &s->lock);
+        bool stopping = s->stopping;
+        struct job *j = STAILQ_FIRST(&s->loading);
+        if (!stopping)
+            STAILQ_REMOVE_HEAD(&s->loading, queue);
+        pthread_mutex_unlock(&s->lock);
+        if (stopping)
+            return NULL;
+        load(s, j);
+    }
+}
+
+/* ---- life ------------------------------------------------------------------------------- */
+
+static bool has_scheme(const char *url, const char *scheme)
+{
+    return !strncasecmp(url, scheme, strlen(scheme));
+}
+
+/* file:///folder/{adapter}: the path, with its percent-encoding undone. */
+static lm_status take_file_url(store *s, const char *url, struct lm_err *err)
+{
+    const char *path = url + strlen("file://");
+    if (has_scheme(path, "localhost/"))
+        path += strlen("localhost");
+    if (*path != '/')
+        return lm_err_set(err, LM_INVALID, "adapters.url=%s: a file URL names this machine, as "
+                          "file:///folder/" HOLE, url);
+    char *plain = curl_easy_unescape(NULL, path, 0, NULL);
+    s->local_template = plain ? lm_strdup(plain) : NULL;
+    curl_free(plain);
+    return s->local_template ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory");
+}
+
+static lm_status check_url(store *s, const char *url, struct lm_err *err)
+{
+    char shown[256];
+    if (!url || !*url)
+        return LM_OK;
+    fetch_url_show(url, shown, sizeof shown);
+    if (!strstr(url, HOLE))
+        return lm_err_set(err, LM_INVALID, "adapters.url=%s: without " HOLE " all adapters would "
+                          "be one", shown);
+    if (has_scheme(url, "file://"))
+        return take_file_url(s, url, err);
+    if (!has_scheme(url, "http://") && !has_scheme(url, "https://"))
+        return lm_err_set(err, LM_INVALID, "adapters.url=%s: must start with http://, https:// or "
+                          "file://", shown);
+    s->cfg.url = lm_strdup(url);
+    return s->cfg.url ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory");
+}
+
+static int or_default(int value, int fallback)
+{
+    return value > 0 ? value : fallback;
+}
+
+static lm_status take_config(store *s, const struct store_config *cfg, struct lm_err *err)
+{
+    s->cfg = (struct store_config){
+        .engine = cfg->engine,
+        .max_adapter_bytes = cfg->max_adapter_bytes ? cfg->max_adapter_bytes : (size_t)4 << 30,
+        .concurrency = or_default(cfg->concurrency, 8),
+        .max_attempts = or_default(cfg->max_attempts, 5),
+        .connect_timeout_ms = or_default(cfg->connect_timeout_ms, 5000),
+        .stall_timeout_ms = or_default(cfg->stall_timeout_ms, 30000),
+        .negative_ttl_ms = or_default(cfg->negative_ttl_ms, 30000),
+    };
+    if (cfg->local_dir && *cfg->local_dir && !(s->cfg.local_dir = lm_strdup(cfg->local_dir)))
+        return lm_err_set(err, LM_NOMEM, "no memory");
+    return check_url(s, cfg->url, err);
+}
+
+static const char *given(const char *s)
+{
+    return s && *s ? s : NULL;
+}
+
+static lm_status open_parts(store *s, const struct store_config *cfg, struct lm_err *err)
+{
+    struct fetcher_config fc = { .ca_file = given(cfg->ca_file),
+                                 .auth_header = given(cfg->auth_header),
+                                 .connect_timeout_ms = s->cfg.connect_timeout_ms,
+                                 .stall_timeout_ms = s->cfg.stall_timeout_ms };
+    lm_status st = fetcher_new(&fc, &s->fetcher, err);
+    if (st == LM_OK && s->cfg.url)
+        st = cache_open(cfg->cache_dir, s->cfg.url, &s->cache, err);
+    return st;
+}
+
+static lm_status start_threads(store *s, struct lm_err *err)
+{
+    if (pthread_create(&s->store_thread, NULL, store_main, s) != 0)
+        return lm_err_set(err, LM_NOMEM, "can't start the store thread");
+    if (pthread_create(&s->loader_thread, NULL, loader_main, s) != 0) {
+        pthread_mutex_lock(&s->lock);
+        s->stopping = true;
+        pthread_mutex_unlock(&s->lock);
+        fetcher_wake(s->fetcher);
+        pthread_join(s->store_thread, NULL);
+        return lm_err_set(err, LM_NOMEM, "can't start the loader thread");
+    }
+    s->threads = true;
+    return LM_OK;
+}
+
+lm_status store_new_with(const struct store_config *cfg, const struct store_hooks *hooks,
+                         store **out, struct lm_err *err)
+{
+    store *s = lm_calloc(1, sizeof *s);
+    *out = NULL;
+    if (!s)
+        return lm_err_set(err, LM_NOMEM, "no memory for the adapter store");
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->work, NULL);
+    TAILQ_INIT(&s->all_jobs);
+    TAILQ_INIT(&s->negatives);
+    STAILQ_INIT(&s->inbox);
+    STAILQ_INIT(&s->loading);
+    STAILQ_INIT(&s->ready);
+    STAILQ_INIT(&s->backoff);
+    s->hooks = *hooks;
+    s->hooks.retry_base_ms = or_default(hooks->retry_base_ms, 200);
+    if (getrandom(&s->random, sizeof s->random, 0) < 0 || s->random == 0)
+        s->random = (uint64_t)lm_now_us() | 1;
+    lm_status st = take_config(s, cfg, err);
+    if (st == LM_OK)
+        st = open_parts(s, cfg, err);
+    if (st == LM_OK)
+        st = start_threads(s, err);
+    if (st != LM_OK) {
+        store_free(s);
+        return st;
+    }
+    *out = s;
+    return LM_OK;
+}
+
+lm_status store_new(const struct store_config *cfg, store **out, struct lm_err *err)
+{
+    static const struct store_hooks hooks = {
+        .find = engine_adapter_find, .load = engine_adapter_load,
+        .ref = engine_adapter_ref,
+    };
+    return store_new_with(cfg, &hooks, out, err);
+}
+
+static void stop_threads(store *s)
+{
+    if (!s->threads)
+        return;
+    pthread_mutex_lock(&s->lock);
+    s->stopping = true;
+    pthread_cond_signal(&s->work);
+    pthread_mutex_unlock(&s->lock);
+    fetcher_wake(s->fetcher);
+    pthread_join(s->store_thread, NULL);
+    pthread_join(s->loader_thread, NULL);
+}
+
+void store_free(store *s)
+{
+    struct lm_err err;
+    struct job *j;
+    struct negative *n;
+    if (!s)
+        return;
+    stop_threads(s);
+    lm_err_set(&err, LM_CANCELLED, "shutting down");
+    fetcher_free(s->fetcher);   /* before the jobs, whose files its attempts point at */
+    while ((j = TAILQ_FIRST(&s->all_jobs)))
+        finish(s, j, LM_CANCELLED, NULL, &err);
+    while ((n = TAILQ_FIRST(&s->negatives)))
+        negative_drop(s, n);
+    cache_close(s->cache);
+    pthread_cond_destroy(&s->work);
+    pthread_mutex_destroy(&s->lock);
+    free(s->local_template);
+    free((char *)s->cfg.url);
+    free((char *)s->cfg.local_dir);
+    free(s);
+}
