@@ -76,8 +76,9 @@ bool tok_is_word(int32_t cp);
 bool tok_is_norm_inert(int32_t cp);
 /* Lower-case form as Rust's char::to_lowercase: one or two code points. */
 int tok_lower(int32_t cp, int32_t out[2]);
-/* What the reference's \p{NAME} has beyond an older PCRE2's: the body of a character class. */
-const char *tok_unicode_extra(const char *name, size_t len);
+/* Appends what the reference's \p{NAME} has beyond an older PCRE2's, as ranges for a character
+ * class. False: NAME is not a general category. */
+bool tok_unicode_extra(const char *name, size_t len, struct tok_buf *out);
 
 /* The GPT-2 alphabet: each byte as a printable character, and back (-1: not of the alphabet). */
 int32_t tok_byte_to_char(unsigned char byte);

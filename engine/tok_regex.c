@@ -37,6 +37,7 @@
 #define NOT_SPACES "\\x{0}-\\x{8}\\x{E}-\\x{1F}\\x{21}-\\x{84}\\x{86}-\\x{9F}\\x{A1}-\\x{167F}" \
                    "\\x{1681}-\\x{1FFF}\\x{200B}-\\x{2027}\\x{202A}-\\x{202E}"                 \
                    "\\x{2030}-\\x{205E}\\x{2060}-\\x{2FFF}\\x{3001}-\\x{10FFFF}"
+#define CIRCLED "\\x{24B6}-\\x{24E9}\\x{1F130}-\\x{1F149}\\x{1F150}-\\x{1F169}\\x{1F170}-\\x{1F189}"
 
 /* ---- translation ------------------------------------------------------------------------- */
 
@@ -58,49 +59,56 @@ static void put(struct trans *t, const char *s)
     tok_buf_add(t->out, s, strlen(s));
 }
 
-/* A set of characters, inside or outside brackets. */
-static void put_set(struct trans *t, const char *body, const char *extra, bool negated)
+/* A set of characters, which brackets must surround unless they do already. */
+static void open_set(struct trans *t, bool negated)
 {
     if (!t->in_class)
         put(t, negated ? "[^" : "[");
-    put(t, body);
-    put(t, extra ? extra : "");
+}
+
+static void close_set(struct trans *t)
+{
     if (!t->in_class)
         put(t, "]");
+}
+
+/* A negated set can't be spelled within brackets. */
+static lm_status put_categories(struct trans *t, const char *const *name, size_t n,
+                                const char *more, bool negated)
+{
+    open_set(t, negated);
+    for (size_t i = 0; i < n; i++) {
+        put(t, "\\p{");
+        put(t, name[i]);
+        put(t, "}");
+        tok_unicode_extra(name[i], strlen(name[i]), t->out);
+    }
+    put(t, more);
+    close_set(t);
+    return LM_OK;
 }
 
 /* s stands behind "\p" or "\P". */
 static lm_status trans_property(struct trans *t, bool negated)
 {
-    const char *close = t->s < t->end && *t->s == '{' ?
-        memchr(t->s, '}', (size_t)(t->end - t->s)) : NULL;
-    if (!close || close - t->s > 16)
-        return refuse(t, "a \\p without {NAME}");
-    const char *name = t->s + 1;
-    size_t len = (size_t)(close - name);
-    if (len && *name == '^') {
+    char name[3] = "";
+    const char *p = t->s, *names[] = {name};
+    size_t n = 0;
+    if (p < t->end && *p == '{' && ++p < t->end && *p == '^') {
         negated = !negated;
-        name++;
-        len--;
+        p++;
     }
-    t->s = close + 1;
-    const char *extra = tok_unicode_extra(name, len);
-    if (!extra)
-        return refuse(t, "a \\p{NAME} that is not a general category");
-    char body[32];
-    snprintf(body, sizeof body, "\\p{%.*s}", (int)len, name);
-    if (!negated) {
-        put_set(t, body, extra, false);
-    } else if (!t->in_class) {
-        put_set(t, body, extra, true);
-    } else {
-        if (*extra)
-            return refuse(t, "\\P within brackets");
-        put(t, "\\P{");
-        tok_buf_add(t->out, name, len);
-        put(t, "}");
-    }
-    return LM_OK;
+    while (p < t->end && n < 2 && *p != '}')
+        name[n++] = *p++;
+    struct tok_buf unused = {0};
+    bool known = p < t->end && *p == '}' && tok_unicode_extra(name, n, &unused);
+    tok_buf_release(&unused);
+    if (!known)
+        return refuse(t, "\\p of anything but a {general category}");
+    if (negated && t->in_class)
+        return refuse(t, "\\P within brackets");
+    t->s = p + 1;
+    return put_categories(t, names, 1, "", negated);
 }
 
 static lm_status trans_hex(struct trans *t)
@@ -119,19 +127,28 @@ static lm_status trans_hex(struct trans *t)
     return LM_OK;
 }
 
+/* Oniguruma's \w: with marks, letter numbers and the circled letters, without the joiners. */
 static lm_status trans_word(struct trans *t, bool negated)
 {
+    static const char *const names[] = {"L", "M", "Nd", "Nl", "Pc"};
     if (negated && t->in_class)
         return refuse(t, "\\W within brackets");
-    put_set(t, "\\p{L}\\p{M}\\p{N}\\p{Pc}", tok_unicode_extra("word", 4), negated);
-    return LM_OK;
+    return put_categories(t, names, LM_COUNT(names), CIRCLED, negated);
 }
 
 static lm_status trans_digit(struct trans *t, bool negated)
 {
+    static const char *const names[] = {"Nd"};
     if (negated && t->in_class)
         return refuse(t, "\\D within brackets");
-    put_set(t, "\\p{Nd}", tok_unicode_extra("Nd", 2), negated);
+    return put_categories(t, names, 1, "", negated);
+}
+
+static lm_status trans_space(struct trans *t, bool negated)
+{
+    open_set(t, false);
+    put(t, negated ? NOT_SPACES : SPACES);
+    close_set(t);
     return LM_OK;
 }
 
@@ -142,10 +159,8 @@ static lm_status trans_escape(struct trans *t)
     char c = t->s[1];
     t->s += 2;
     switch (c) {
-    case 's': put_set(t, SPACES, NULL, false); return LM_OK;
-    case 'S':
-        put_set(t, NOT_SPACES, NULL, false);
-        return LM_OK;
+    case 's': return trans_space(t, false);
+    case 'S': return trans_space(t, true);
     case 'w': return trans_word(t, false);
     case 'W': return trans_word(t, true);
     case 'd': return trans_digit(t, false);
