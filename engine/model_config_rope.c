@@ -143,7 +143,8 @@ static void scale_linear(float *f, int dim, double factor)
         f[i] /= (float)factor;
 }
 
-/* Long wavelengths are divided by the factor, short ones kept, those between blended. */
+/* Long wavelengths are divided by the factor, short ones kept, those between blended. A number over
+ * a tensor is reciprocal times number in torch, hence the shape of two lines. */
 static void scale_llama3(float *f, int dim, const struct rope_spec *r)
 {
     float factor = (float)r->factor, old = (float)r->original_max;
@@ -151,11 +152,11 @@ static void scale_llama3(float *f, int dim, const struct rope_spec *r)
     float high_wave = (float)(r->original_max / r->high_freq);
     float low = (float)r->low_freq, span = (float)(r->high_freq - r->low_freq);
     for (int i = 0; i < dim / 2; i++) {
-        float wave = (float)(2 * M_PI) / f[i];
+        float wave = 1.0f / f[i] * (float)(2 * M_PI);
         if (wave > low_wave) {
             f[i] /= factor;
         } else if (wave >= high_wave) {
-            float smooth = (old / wave - low) / span;
+            float smooth = (1.0f / wave * old - low) / span;
             f[i] = (1.0f - smooth) * f[i] / factor + smooth * f[i];
         }
     }

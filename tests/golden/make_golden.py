@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference results of transformers + PEFT in float32, for the engine's golden tests.
 
-    python make_golden.py [families|shipped|rope]...         default: all three
+    python make_golden.py [rope|plans|families|shipped]...   default: all
 
 Writes, for each model, golden.safetensors beside its folder (families: tests/fixtures/families/NAME;
 the shipped models: tests/golden/NAME.safetensors). Names are "VARIANT/CASE/WHAT", VARIANT being
@@ -28,7 +28,8 @@ prompt of length L is rotated with the base for length max(L, max_position_embed
 generated token at position p with the base for max(p + 1, max_position_embeddings). transformers
 keeps the longest length of earlier calls in the module; each case starts from a fresh state.
 
-rope.json holds inverse frequencies and attention factors for RoPE settings of every kind.
+rope.json holds inverse frequencies and attention factors for RoPE settings of every kind; plans.json
+what PEFT makes of adapter settings: rank and scale of every module, or null where it refuses.
 """
 import json
 import os
@@ -222,10 +223,106 @@ def rope():
         f.write(re.sub(r'(\{"name")', r"\n\1", text) + "\n")
 
 
+# ---- adapter settings alone ---------------------------------------------------------------------
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAN_CASES = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": None},
+    {"target_modules": []},
+    {"target_modules": ["nothing_like_it"]},
+    {"target_modules": ["q_proj", "dense"]},
+    {"target_modules": ["proj"]},
+    {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+    {"target_modules": ["1.self_attn.q_proj", "layers.2.mlp.up_proj"]},
+    {"target_modules": ["model.layers.0.mlp.gate_proj", "k_proj"]},
+    {"target_modules": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["self_attn"]},
+    {"target_modules": ["input_layernorm"]},
+    {"target_modules": "all-linear"},
+    {"target_modules": "All-Linear", "exclude_modules": ["o_proj", "2.mlp.down_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    {"target_modules": "all-linear", "exclude_modules": r"mlp"},
+    {"target_modules": "all-linear", "layers_to_transform": [0]},
+    {"target_modules": "q_proj"},
+    {"target_modules": r".*q_proj"},
+    {"target_modules": r".*\.(q|k)_proj$"},
+    {"target_modules": r"^model\.layers\.[02]\.self_attn\.(?:q|v)_proj"},
+    {"target_modules": r"(?P<head>.*)\.layers\.(?!1)\d+\.mlp\.(?:gate|up)_proj"},
+    {"target_modules": r".*(?<=self_attn)\.[ko]_proj"},
+    {"target_modules": r".*q_pro|.*v_proj"},
+    {"target_modules": r"(?i).*Q_PROJ"},
+    {"target_modules": r".*\.(\w)_proj"},
+    {"target_modules": r"[^.]+(\.[^.]+){2}\.mlp\.\w+_proj"},
+    {"target_modules": r".*q_proj", "layers_to_transform": [0]},
+    {"target_modules": r".*q_proj", "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+    {"target_modules": ALL, "exclude_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj", "proj"]},
+    {"target_modules": ALL, "exclude_modules": ["model.layers.2.mlp.up_proj"]},
+    {"target_modules": ALL, "exclude_modules": r"model\.layers\.(0|1)\..*"},
+    {"target_modules": ALL, "exclude_modules": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 2, 99]},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": [99]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "lay.*"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": []},
+    {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+    {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
+    {"target_modules": None, "layers_to_transform": [2]},
+    {"target_modules": ALL, "use_rslora": True, "r": 9, "lora_alpha": 6},
+    {"target_modules": ALL, "lora_alpha": 0.5, "r": 3},
+    {"target_modules": ALL, "rank_pattern": {"q_proj": 2, "down_proj": 5}},
+    {"target_modules": ALL, "rank_pattern": {"_proj": 2, "q_pro": 3, "proj": 4}},
+    {"target_modules": ALL, "rank_pattern": {r".*_proj": 2, "q_proj": 9}},
+    {"target_modules": ALL, "rank_pattern": {"q_proj": 9, r".*_proj": 2}},
+    {"target_modules": ALL, "rank_pattern": {r"^model\.layers\.0\..*": 6}},
+    {"target_modules": ALL, "rank_pattern": {"model.layers.1.mlp.up_proj": 6, "mlp.up_proj": 7}},
+    {"target_modules": ALL, "rank_pattern": {r"layers\.[12]\.self_attn\.\w_proj": 6}},
+    {"target_modules": ALL, "rank_pattern": {"q|k_proj": 6}},
+    {"target_modules": ALL, "alpha_pattern": {"v_proj": 1, r"(gate|up)_proj": 32.5},
+     "rank_pattern": {"v_proj": 3}},
+    {"target_modules": ALL, "alpha_pattern": {r"0\.self_attn\..*": 4}, "use_rslora": True},
+    {"target_modules": ALL, "fan_in_fan_out": True},
+    {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    {"target_modules": ["q_proj"], "init_lora_weights": False},
+    {"target_modules": ["q_proj"], "r": 0},
+    {"target_modules": ["q_proj"], "r": -4},
+    {"target_modules": "*q_proj"},
+]
+
+
+def plan_of(model, settings):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    try:
+        peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
+    except Exception as e:          # whatever PEFT raises is a refusal
+        print("refused:", settings, "--", str(e)[:80])
+        return None
+    return {n.removeprefix("base_model.model."): [m.r["default"], m.scaling["default"]]
+            for n, m in peft.named_modules() if isinstance(m, LoraLayer)}
+
+
+def plans():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, vocab_size=32,
+                         num_attention_heads=4, num_key_value_heads=2)
+    cases = [{"settings": c, "plan": plan_of(LlamaForCausalLM(config), c)} for c in PLAN_CASES]
+    with open(os.path.join(HERE, "plans.json"), "w") as f:
+        text = json.dumps({"peft": peft_version, "cases": cases})
+        f.write(re.sub(r'(\{"settings")', r"\n\1", text) + "\n")
+
+
 def main():
     torch.set_num_threads(1)
-    for what in sys.argv[1:] or ("rope", "families", "shipped"):
-        {"rope": rope, "families": families, "shipped": shipped}[what]()
+    for what in sys.argv[1:] or ("rope", "plans", "families", "shipped"):
+        {"rope": rope, "plans": plans, "families": families, "shipped": shipped}[what]()
 
 
 if __name__ == "__main__":
