@@ -111,6 +111,23 @@ static lm_status trans_property(struct trans *t, bool negated)
     return put_categories(t, names, 1, "", negated);
 }
 
+/* \xHH is a byte there and a code point here, so only ASCII is the same; \x{H...} is one. */
+static lm_status trans_x(struct trans *t)
+{
+    const char *p = t->s;
+    bool braced = p < t->end && *p == '{';
+    p += braced;
+    while (p < t->end && strchr("0123456789abcdefABCDEF", *p) && p - t->s < (braced ? 7 : 2))
+        p++;
+    if (braced ? p == t->end || *p != '}' || p == t->s + 1 : p != t->s + 2 || t->s[0] > '7')
+        return refuse(t, "\\x other than \\x{H...} and \\x00 to \\x7F");
+    p += braced;
+    put(t, "\\x");
+    tok_buf_add(t->out, t->s, (size_t)(p - t->s));
+    t->s = p;
+    return LM_OK;
+}
+
 static lm_status trans_hex(struct trans *t)
 {
     char digits[8];
@@ -127,13 +144,15 @@ static lm_status trans_hex(struct trans *t)
     return LM_OK;
 }
 
-/* Oniguruma's \w: with marks, letter numbers and the circled letters, without the joiners. */
+/* Oniguruma's \w: with marks, letter numbers and the circled letters, without the joiners. Outside
+ * brackets it looks Latin-1 up in another table, which has the superscripts and fractions too. */
 static lm_status trans_word(struct trans *t, bool negated)
 {
     static const char *const names[] = {"L", "M", "Nd", "Nl", "Pc"};
     if (negated && t->in_class)
         return refuse(t, "\\W within brackets");
-    return put_categories(t, names, LM_COUNT(names), CIRCLED, negated);
+    return put_categories(t, names, LM_COUNT(names),
+                          t->in_class ? CIRCLED : CIRCLED "\\xB2\\xB3\\xB9\\xBC-\\xBE", negated);
 }
 
 static lm_status trans_digit(struct trans *t, bool negated)
@@ -169,11 +188,7 @@ static lm_status trans_escape(struct trans *t)
     case 'P': return trans_property(t, true);
     case 'u': return trans_hex(t);
     case 'v': put(t, "\\x0B"); return LM_OK;
-    case 'x':
-        if (t->s < t->end && *t->s != '{' && strchr("89abcdefABCDEF", *t->s))
-            return refuse(t, "\\x of a byte above 7F");
-        put(t, "\\x");
-        return LM_OK;
+    case 'x': return trans_x(t);
     case 'n': case 'r': case 't': case 'f': case 'a': case 'e':
         break;
     case 'A': case 'z':

@@ -311,12 +311,73 @@ static void every_assigned_code_point_encodes_as_in_the_reference(void **state)
         planes_kind(KINDS[k]);
 }
 
+/* ---- Split ------------------------------------------------------------------------------- */
+
+static bool same_pieces(const struct tok_prework *w, json_t *want)
+{
+    if (w->pieces.n != json_array_size(want))
+        return false;
+    for (size_t i = 0; i < w->pieces.n; i++) {
+        json_t *v = json_array_get(want, i);
+        if (w->pieces.v[i].len != json_string_length(v) ||
+            memcmp(w->text.p + w->pieces.v[i].off, json_string_value(v), json_string_length(v)))
+            return false;
+    }
+    return true;
+}
+
+static int split_case(json_t *split, json_t *texts, json_t *pieces)
+{
+    static struct tok_pretok pt;
+    struct tok_prework w = {0};
+    struct lm_err err = {0};
+    size_t i;
+    json_t *text;
+    int bad = 0;
+    memset(&pt, 0, sizeof pt);
+    if (tok_pretok_parse(&pt, split, &err)) {
+        fprintf(stderr, "%s\n", err.msg);
+        bad++;
+    } else {
+        json_array_foreach(texts, i, text) {
+            assert_int_equal(tok_pretokenize(&pt, &w, json_string_value(text),
+                                             json_string_length(text), true, &err), LM_OK);
+            if (!same_pieces(&w, json_array_get(pieces, i))) {
+                char *show = json_dumps(split, 0);
+                fprintf(stderr, "%s splits '%s' differently\n", show, json_string_value(text));
+                free(show);
+                bad++;
+            }
+        }
+    }
+    tok_prework_release(&w);
+    tok_pretok_release(&pt);
+    return bad;
+}
+
+static void split_agrees_in_behaviour_and_regex_dialect(void **state)
+{
+    (void)state;
+    json_t *all = json_load_file(ROOT "splits.json", 0, NULL), *c;
+    size_t i;
+    int bad = 0;
+    assert_non_null(all);
+    assert_true(json_array_size(json_object_get(all, "cases")) > 50);
+    json_array_foreach(json_object_get(all, "cases"), i, c) {
+        bad += split_case(json_object_get(c, "split"), json_object_get(all, "texts"),
+                          json_object_get(c, "pieces"));
+    }
+    json_decref(all);
+    assert_int_equal(bad, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(encode_and_decode_equal_the_reference),
         cmocka_unit_test(random_ids_decode_as_the_reference_does),
         cmocka_unit_test(every_assigned_code_point_encodes_as_in_the_reference),
+        cmocka_unit_test(split_agrees_in_behaviour_and_regex_dialect),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
