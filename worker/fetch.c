@@ -315,7 +315,10 @@ static void judge_curl(struct fetch_attempt *a, CURLcode rc)
     const char *why = a->why[0] ? a->why : curl_easy_strerror(rc);
     switch (rc) {
     case CURLE_UNSUPPORTED_PROTOCOL:
-        judge(a, LM_DENIED, false, "redirected to another protocol: %s", why);
+        if (response_code(a) / 100 == 3)
+            judge(a, LM_DENIED, false, "redirected to another protocol: %s", why);
+        else
+            judge(a, LM_NET, true, "%s", why);  /* not HTTP at all */
         break;
     case CURLE_TOO_MANY_REDIRECTS:
         judge(a, LM_INVALID, false, "redirected more than %d times", MAX_REDIRECTS);
@@ -343,8 +346,6 @@ static void judge_curl(struct fetch_attempt *a, CURLcode rc)
 static void judge_whole(struct fetch_attempt *a)
 {
     struct fetch *file = a->file;
-    if (a->mode == BODY_UNDECIDED)
-        begin_body(a);          /* an empty body never came by */
     if (file->total != FETCH_UNKNOWN && file->have != file->total)
         judge(a, LM_NET, true, "%llu bytes of %llu came", (unsigned long long)file->have,
               (unsigned long long)file->total);
@@ -358,6 +359,9 @@ static void judge_whole(struct fetch_attempt *a)
 static void conclude(struct fetch_attempt *a, CURLcode rc)
 {
     long code = response_code(a);
+    /* No body came by, be it empty or lost: its headers still count. */
+    if (!a->judged && a->mode == BODY_UNDECIDED && (code == 200 || code == 206))
+        begin_body(a);
     if (a->judged)
         return;
     if (a->mode == BODY_DISCARD || (rc == CURLE_OK && code != 200 && code != 206))

@@ -1,0 +1,1235 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_store.c - the adapter store against a hostile HTTP server, with an engine of our own.
+ *
+ * The engine's side is a table that remembers what it was asked to load, with the weights' hash, so
+ * that every success is a success with the right bytes. Each test has a cache folder of its own.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <cmocka.h>
+
+#include "hostile_http.h"
+#include "worker/cache.h"
+#include "worker/store_int.h"
+
+#define WAIT_S 20
+#define DATA_BYTES 300000
+
+/* ---- content ---------------------------------------------------------------------------- */
+
+struct blob { char *bytes; size_t len; uint64_t hash; };
+
+static struct blob weights, weights2;   /* two versions of the same file */
+static const char config_text[] = "{\"peft_type\":\"LORA\",\"r\":8}";
+
+static uint64_t hash_bytes(const char *p, size_t n)
+{
+    uint64_t h = 1469598103934665603ULL;
+    for (size_t i = 0; i < n; i++)
+        h = (h ^ (unsigned char)p[i]) * 1099511628211ULL;
+    return h;
+}
+
+static struct blob make_weights(unsigned seed)
+{
+    char header[128];
+    int n = snprintf(header, sizeof header,
+                     "{\"w\":{\"dtype\":\"U8\",\"shape\":[%d],\"data_offsets\":[0,%d]}}",
+                     DATA_BYTES, DATA_BYTES);
+    struct blob b = { .len = 8 + (size_t)n + DATA_BYTES };
+    b.bytes = calloc(1, b.len);
+    b.bytes[0] = (char)n;       /* little-endian, and n < 256 */
+    memcpy(b.bytes + 8, header, (size_t)n);
+    for (size_t i = 8 + (size_t)n; i < b.len; i++)
+        b.bytes[i] = (char)(seed = seed * 1103515245 + 12345, seed >> 16);
+    b.hash = hash_bytes(b.bytes, b.len);
+    return b;
+}
+
+/* ---- behaviours ------------------------------------------------------------------------- */
+
+#define OK_HEAD "HTTP/1.1 200 OK\r\nConnection: close\r\n"
+#define PART_HEAD "HTTP/1.1 206 Partial Content\r\nConnection: close\r\n"
+
+static bool is_config(const struct request *r)
+{
+    return ends_with(r->path, "/" CACHE_CONFIG);
+}
+
+static void send_config(struct request *r)
+{
+    sendf(r, OK_HEAD "Content-Length: %zu\r\n\r\n%s", sizeof config_text - 1, config_text);
+}
+
+static void send_whole(struct request *r, const struct blob *b, const char *etag, size_t upto)
+{
+    sendf(r, OK_HEAD "Content-Length: %zu\r\n%s%s\r\n", b->len, etag ? "ETag: " : "",
+          etag ? etag : "");
+    if (etag)
+        sendf(r, "\r\n");
+    send_bytes(r, b->bytes, upto < b->len ? upto : b->len);
+}
+
+static void send_rest(struct request *r, const struct blob *b, const char *etag)
+{
+    size_t from = (size_t)r->from;
+    sendf(r, PART_HEAD "Content-Length: %zu\r\nContent-Range: bytes %zu-%zu/%zu\r\nETag: %s\r\n\r\n",
+          b->len - from, from, b->len - 1, b->len, etag);
+    send_bytes(r, b->bytes + from, b->len - from);
+}
+
+static void serve_good(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else
+        send_whole(r, &weights, "\"v1\"", SIZE_MAX);
+}
+
+static void serve_status(struct request *r, const char *status)
+{
+    sendf(r, "HTTP/1.1 %s\r\nContent-Length: 5\r\nConnection: close\r\n\r\nsorry", status);
+}
+
+static void serve_403(struct request *r) { serve_status(r, "403 Forbidden"); }
+static void serve_410(struct request *r) { serve_status(r, "410 Gone"); }
+static void serve_418(struct request *r) { serve_status(r, "418 I'm a teapot"); }
+static void serve_500(struct request *r) { serve_status(r, "500 Oops"); }
+
+static void serve_busy_once(struct request *r)
+{
+    if (r->nth == 0)
+        sendf(r, "HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n");
+    else
+        serve_good(r);
+}
+
+static void serve_429_408(struct request *r)
+{
+    if (r->nth < 2)
+        serve_status(r, r->nth ? "408 Request Timeout" : "429 Too Many Requests");
+    else
+        serve_good(r);
+}
+
+/* Cuts every answer after a quarter; a client that resumes gets there. */
+static void serve_cut(struct request *r)
+{
+    if (is_config(r)) {
+        send_config(r);
+    } else if (r->from < 0) {
+        send_whole(r, &weights, "\"v1\"", weights.len / 4);
+    } else if (strcmp(r->if_range, "\"v1\"") == 0) {
+        size_t from = (size_t)r->from, n = weights.len - from;
+        sendf(r, PART_HEAD "Content-Length: %zu\r\nContent-Range: bytes %zu-%zu/%zu\r\n"
+              "ETag: \"v1\"\r\n\r\n", n, from, weights.len - 1, weights.len);
+        send_bytes(r, weights.bytes + from, n < weights.len / 4 + 1 ? n : weights.len / 4);
+    }
+}
+
+/* Cut once, without a validator, or with a weak one: nothing to resume by. */
+static void serve_cut_bare(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else if (r->from >= 0)
+        serve_status(r, "500 a range was asked for without a strong validator");
+    else
+        send_whole(r, &weights, NULL, r->nth == 0 ? 1000 : SIZE_MAX);
+}
+
+static void serve_cut_weak(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else if (r->from >= 0)
+        serve_status(r, "500 a range was asked for without a strong validator");
+    else
+        send_whole(r, &weights, "W/\"v1\"", r->nth == 0 ? 1000 : SIZE_MAX);
+}
+
+/* The file changes between the attempts; an honest server sends the new one whole. */
+static void serve_changed(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else if (r->nth == 0)
+        send_whole(r, &weights, "\"v1\"", 100000);
+    else
+        send_whole(r, &weights2, "\"v2\"", SIZE_MAX);
+}
+
+/* The same with a server that ignores If-Range and sends the rest of the new file. */
+static void serve_spliced(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else if (r->nth == 0)
+        send_whole(r, &weights, "\"v1\"", 100000);
+    else if (r->from >= 0)
+        send_rest(r, &weights2, "\"v2\"");
+    else
+        send_whole(r, &weights2, "\"v2\"", SIZE_MAX);
+}
+
+/* Lies about where the part starts, how long the file is, or says nothing. */
+static void serve_lying_range(struct request *r)
+{
+    static const char *const lies[] = {
+        "Content-Range: bytes 0-299999/300000\r\n", "Content-Range: bytes 7-8/9\r\n",
+        "Content-Range: bytes */300000\r\n", "Content-Range: rubbish\r\n", "",
+        "Content-Range: bytes 99999999999999999999-1/2\r\n",
+    };
+    int lie = r->path[strlen("/lying/")] - '0';
+    if (is_config(r)) {
+        send_config(r);
+    } else if (r->nth == 0) {
+        send_whole(r, &weights, "\"v1\"", 100000);
+    } else if (r->from >= 0) {
+        sendf(r, PART_HEAD "ETag: \"v1\"\r\nContent-Length: 6\r\n%s\r\nwrong!", lies[lie]);
+    } else {
+        send_whole(r, &weights, "\"v1\"", SIZE_MAX);
+    }
+}
+
+static void serve_416(struct request *r)
+{
+    if (!is_config(r) && r->nth == 0)
+        send_whole(r, &weights, "\"v1\"", 100000);
+    else if (!is_config(r) && r->from >= 0)
+        serve_status(r, "416 Range Not Satisfiable");
+    else
+        serve_good(r);
+}
+
+static void serve_unasked_part(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else
+        sendf(r, PART_HEAD "Content-Length: 3\r\nContent-Range: bytes 0-2/3\r\n\r\nabc");
+}
+
+static void serve_short(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else
+        send_whole(r, &weights, NULL, 1000);
+}
+
+static void serve_chunked(struct request *r)
+{
+    if (is_config(r)) {
+        send_config(r);
+        return;
+    }
+    sendf(r, OK_HEAD "Transfer-Encoding: chunked\r\n\r\n");
+    while (sendf(r, "3e8\r\n%01000d\r\n", 0))
+        ;
+}
+
+static void serve_huge(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else
+        sendf(r, OK_HEAD "Content-Length: 99999999999\r\n\r\n");
+}
+
+static void serve_huge_config(struct request *r)
+{
+    sendf(r, OK_HEAD "Content-Length: 2000000\r\n\r\n");
+}
+
+static void serve_silent(struct request *r)
+{
+    (void)r;
+    usleep(600000);
+}
+
+static void serve_trickle(struct request *r)
+{
+    if (is_config(r)) {
+        send_config(r);
+        return;
+    }
+    sendf(r, OK_HEAD "Content-Length: %zu\r\n\r\n", weights.len);
+    for (int i = 0; i < 60 && send_bytes(r, weights.bytes + i, 1); i++)
+        usleep(20000);
+}
+
+static void serve_html(struct request *r)
+{
+    const char page[] = "<html>please log in</html>";
+    sendf(r, OK_HEAD "Content-Length: %zu\r\n\r\n%s", sizeof page - 1, page);
+}
+
+static void serve_html_weights(struct request *r)
+{
+    if (is_config(r))
+        send_config(r);
+    else
+        serve_html(r);
+}
+
+/* No length, just an end, and too early. */
+static void serve_closing(struct request *r)
+{
+    if (is_config(r)) {
+        send_config(r);
+        return;
+    }
+    sendf(r, OK_HEAD "\r\n");
+    send_bytes(r, weights.bytes, weights.len / 2);
+}
+
+static void serve_gzip(struct request *r)
+{
+    sendf(r, OK_HEAD "Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc");
+}
+
+static void serve_headers(struct request *r)
+{
+    sendf(r, "HTTP/1.1 200 OK\r\n");
+    for (int i = 0; i < 40; i++)
+        sendf(r, "X-%d: %04000d\r\n", i, 0);
+    sendf(r, "Content-Length: 0\r\n\r\n");
+}
+
+static void serve_garbage(struct request *r)
+{
+    sendf(r, "SMTP 220 hello\r\n\r\n");
+}
+
+static void serve_to_file(struct request *r)
+{
+    sendf(r, "HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n");
+}
+
+static void serve_loop(struct request *r)
+{
+    sendf(r, "HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n", r->path);
+}
+
+/* To the same port under another host name. */
+static void serve_moved(struct request *r)
+{
+    sendf(r, "HTTP/1.1 302 Found\r\nLocation: http://localhost:%d/good%s\r\n"
+          "Content-Length: 0\r\n\r\n", r->site->port, r->path + strlen("/moved"));
+}
+
+static char seen_authorization[2][128];     /* at /auth, at /stranger */
+
+static void serve_auth(struct request *r)
+{
+    memcpy(seen_authorization[0], r->authorization, sizeof r->authorization);
+    sendf(r, "HTTP/1.1 302 Found\r\nLocation: http://localhost:%d/stranger%s\r\n"
+          "Content-Length: 0\r\n\r\n", r->site->port, r->path + strlen("/auth"));
+}
+
+static void serve_stranger(struct request *r)
+{
+    memcpy(seen_authorization[1], r->authorization, sizeof r->authorization);
+    serve_good(r);
+}
+
+static void serve_slow(struct request *r)
+{
+    usleep(150000);
+    serve_good(r);
+}
+
+static void serve_signed(struct request *r)
+{
+    if (!strstr(r->path, ".json?sig=1") && !strstr(r->path, ".safetensors?sig=1"))
+        serve_status(r, "404 no signature");
+    else if (strstr(r->path, CACHE_CONFIG))
+        send_config(r);
+    else
+        send_whole(r, &weights, "\"v1\"", SIZE_MAX);
+}
+
+static const struct rule rules[] = {
+    { "good", serve_good }, { "brand", serve_good }, { "forbidden", serve_403 },
+    { "gone", serve_410 }, { "teapot", serve_418 }, { "broken", serve_500 },
+    { "busy", serve_busy_once }, { "hasty", serve_429_408 }, { "cut", serve_cut },
+    { "bare", serve_cut_bare }, { "weak", serve_cut_weak }, { "changed", serve_changed },
+    { "spliced", serve_spliced }, { "lying", serve_lying_range }, { "r416", serve_416 },
+    { "unasked", serve_unasked_part }, { "short", serve_short }, { "chunked", serve_chunked },
+    { "huge", serve_huge }, { "huge-config", serve_huge_config }, { "silent", serve_silent },
+    { "trickle", serve_trickle }, { "html", serve_html }, { "page", serve_html_weights },
+    { "closing", serve_closing }, { "gzip", serve_gzip }, { "headers", serve_headers },
+    { "garbage", serve_garbage }, { "to-file", serve_to_file }, { "loop", serve_loop },
+    { "moved", serve_moved }, { "auth", serve_auth }, { "stranger", serve_stranger },
+    { "slow", serve_slow }, { "signed", serve_signed }, { NULL, NULL },
+};
+
+/* ---- the engine's side ------------------------------------------------------------------ */
+
+struct engine_adapter { char id[ENGINE_ADAPTER_ID_MAX + 1]; uint64_t hash; atomic_int refs; };
+
+static struct {
+    pthread_mutex_t lock;
+    struct engine_adapter *held[64];
+    int n, loads;
+    lm_status refuse;           /* what the next loads say */
+    int refusals;               /* how many of them; -1: all */
+    atomic_bool block;
+} host = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+static engine_adapter *host_find(engine *e, const char *id)
+{
+    (void)e;
+    struct engine_adapter *found = NULL;
+    pthread_mutex_lock(&host.lock);
+    for (int i = 0; i < host.n; i++)
+        if (!strcmp(host.held[i]->id, id))
+            found = host.held[i];
+    if (found)
+        found->refs++;
+    pthread_mutex_unlock(&host.lock);
+    return found;
+}
+
+static engine_adapter *host_ref(engine_adapter *a)
+{
+    a->refs++;
+    return a;
+}
+
+static uint64_t hash_file(const char *folder, const char *name)
+{
+    char path[4096];
+    static char buf[1 << 20];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    int fd = open(path, O_RDONLY);
+    ssize_t n = fd >= 0 ? read(fd, buf, sizeof buf) : -1;
+    if (fd >= 0)
+        close(fd);
+    return n < 0 ? 0 : hash_bytes(buf, (size_t)n);
+}
+
+static lm_status host_load(engine *e, const char *id, const char *dir, engine_adapter **out,
+                           struct lm_err *err)
+{
+    (void)e;
+    while (host.block)
+        usleep(1000);
+    pthread_mutex_lock(&host.lock);
+    host.loads++;
+    lm_status st = LM_OK;
+    if (host.refusals != 0) {
+        host.refusals -= host.refusals > 0;
+        st = lm_err_set(err, host.refuse, "the engine refuses '%s'", id);
+    } else {
+        struct engine_adapter *a = calloc(1, sizeof *a);
+        snprintf(a->id, sizeof a->id, "%s", id);
+        a->hash = hash_file(dir, CACHE_WEIGHTS);
+        a->refs = 1;
+        host.held[host.n++] = a;
+        *out = a;
+    }
+    pthread_mutex_unlock(&host.lock);
+    return st;
+}
+
+static void host_reset(void)
+{
+    for (int i = 0; i < host.n; i++)
+        free(host.held[i]);
+    host.n = host.loads = host.refusals = 0;
+    host.block = false;
+}
+
+static const struct store_hooks hooks = { host_find, host_load, host_ref, 5 };
+
+/* ---- a test's surroundings -------------------------------------------------------------- */
+
+struct fix {
+    struct site *site;
+    char dir[64], url[128];
+    store *s;
+};
+
+struct answer {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    int calls;
+    lm_status status;
+    struct lm_err err;
+    engine_adapter *a;
+};
+
+static int remove_one(const char *path, const struct stat *sb, int type, struct FTW *ftw)
+{
+    (void)sb, (void)type, (void)ftw;
+    return remove(path);
+}
+
+static int setup(void **state)
+{
+    struct fix *f = calloc(1, sizeof *f);
+    snprintf(f->dir, sizeof f->dir, "/tmp/loramill-store-XXXXXX");
+    if (!mkdtemp(f->dir))
+        return -1;
+    f->site = site_open(rules);
+    snprintf(f->url, sizeof f->url, "http://127.0.0.1:%d/{adapter}", f->site->port);
+    host_reset();
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    struct fix *f = *state;
+    store_free(f->s);
+    site_close(f->site);
+    nftw(f->dir, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    host_reset();
+    free(f);
+    return 0;
+}
+
+static struct store_config base_config(struct fix *f)
+{
+    return (struct store_config){ .url = f->url, .cache_dir = f->dir, .max_adapter_bytes = 1000000,
+                                  .max_attempts = 5, .connect_timeout_ms = 2000,
+                                  .stall_timeout_ms = 200, .negative_ttl_ms = 60000 };
+}
+
+static store *open_store(struct fix *f, const struct store_config *cfg)
+{
+    struct lm_err err = { 0 };
+    struct store_config base = base_config(f);
+    store_free(f->s);
+    lm_status st = store_new_with(cfg ? cfg : &base, &hooks, &f->s, &err);
+    if (st != LM_OK)
+        fail_msg("store_new: %s", err.msg);
+    return f->s;
+}
+
+static void on_done(void *user, lm_status status, engine_adapter *a, const struct lm_err *err)
+{
+    struct answer *w = user;
+    pthread_mutex_lock(&w->lock);
+    w->calls++;
+    w->status = status;
+    w->a = a;
+    if (err)
+        w->err = *err;
+    pthread_cond_broadcast(&w->cond);
+    pthread_mutex_unlock(&w->lock);
+}
+
+static void answer_init(struct answer *w)
+{
+    memset(w, 0, sizeof *w);
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->cond, NULL);
+}
+
+static void await(struct answer *w, int calls)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += WAIT_S;
+    int rc = 0;
+    pthread_mutex_lock(&w->lock);
+    while (w->calls < calls && rc == 0)
+        rc = pthread_cond_timedwait(&w->cond, &w->lock, &until);
+    int got = w->calls;
+    pthread_mutex_unlock(&w->lock);
+    assert_int_equal(got, calls);
+}
+
+static struct answer get(struct fix *f, const char *id)
+{
+    struct answer w;
+    answer_init(&w);
+    if (!f->s)
+        open_store(f, NULL);
+    store_get(f->s, id, on_done, &w);
+    await(&w, 1);
+    return w;
+}
+
+static void expect_blob(struct fix *f, const char *id, const struct blob *b)
+{
+    struct answer w = get(f, id);
+    if (w.status != LM_OK)
+        fail_msg("%s: %s", id, w.err.msg);
+    assert_non_null(w.a);
+    assert_true(w.a->hash == b->hash);
+}
+
+static void expect_error(struct fix *f, const char *id, lm_status status, const char *part)
+{
+    struct answer w = get(f, id);
+    if (w.status != status)
+        fail_msg("%s: expected %s, got %s: %s", id, lm_status_wire(status),
+                 lm_status_wire(w.status), w.status ? w.err.msg : "ok");
+    assert_null(w.a);
+    if (!strstr(w.err.msg, part))
+        fail_msg("%s: \"%s\" does not say \"%s\"", id, w.err.msg, part);
+}
+
+static int hits(struct fix *f, const char *path)
+{
+    return site_count(f->site, path, 0);
+}
+
+static int entries(const char *path)
+{
+    DIR *d = opendir(path);
+    int n = 0;
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        n += e->d_name[0] != '.';
+    closedir(d);
+    return n;
+}
+
+/* The installed folder of an id, as the cache has it. */
+static char *folder_of(struct fix *f, const char *id)
+{
+    cache *c;
+    assert_int_equal(cache_open(f->dir, f->url, &c, NULL), LM_OK);
+    char *path = cache_path(c, id);
+    cache_close(c);
+    return path;
+}
+
+static bool installed(struct fix *f, const char *id)
+{
+    struct stat sb;
+    char *path = folder_of(f, id);
+    bool is = stat(path, &sb) == 0;
+    free(path);
+    return is;
+}
+
+/* ---- the good cases --------------------------------------------------------------------- */
+
+static void test_fetch_install_load(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    expect_blob(f, "good", &weights);
+    store_stats(f->s, &st);
+    assert_int_equal(st.fetched, 1);
+    assert_int_equal(st.fetched_bytes, weights.len + sizeof config_text - 1);
+    assert_int_equal(st.in_flight, 0);
+    char *path = folder_of(f, "good"), cmd[4200];
+    snprintf(cmd, sizeof cmd, "cd %s && sha256sum --quiet --strict -c SHA256SUMS", path);
+    assert_int_equal(system(cmd), 0);
+    free(path);
+}
+
+static void test_memory_hit(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    expect_blob(f, "good", &weights);
+    expect_blob(f, "good", &weights);
+    store_stats(f->s, &st);
+    assert_int_equal(st.memory_hits, 1);
+    assert_int_equal(f->site->total, 2);
+    assert_int_equal(host.loads, 1);
+}
+
+static void test_disk_hit_without_server(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    expect_blob(f, "good", &weights);
+    host_reset();
+    open_store(f, NULL);
+    expect_blob(f, "good", &weights);
+    store_stats(f->s, &st);
+    assert_int_equal(st.disk_hits, 1);
+    assert_int_equal(st.fetched, 0);
+    assert_int_equal(f->site->total, 2);
+}
+
+static void test_single_flight(void **state)
+{
+    struct fix *f = *state;
+    struct answer w;
+    answer_init(&w);
+    open_store(f, NULL);
+    for (int i = 0; i < 50; i++)
+        store_get(f->s, "slow", on_done, &w);
+    await(&w, 50);
+    assert_int_equal(w.status, LM_OK);
+    assert_int_equal(w.a->refs, 50);
+    assert_int_equal(f->site->total, 2);
+    assert_int_equal(host.loads, 1);
+}
+
+static void test_nested_ids_are_apart(void **state)
+{
+    struct fix *f = *state;
+    char longest[ENGINE_ADAPTER_ID_MAX + 1], sibling[ENGINE_ADAPTER_ID_MAX + 1];
+    memset(longest, 'a', sizeof longest - 1);
+    memcpy(longest, "good/", 5);
+    longest[sizeof longest - 1] = '\0';
+    memcpy(sibling, longest, sizeof sibling);
+    sibling[255] = 'b';
+    const char *ids[] = { "brand", "brand/voice", "brand/voice/x", longest, sibling };
+    for (size_t i = 0; i < LM_COUNT(ids); i++)
+        expect_blob(f, ids[i], &weights);
+    for (size_t i = 0; i < LM_COUNT(ids); i++) {
+        char *a = folder_of(f, ids[i]);
+        assert_int_equal(entries(a), 3);
+        for (size_t j = 0; j < i; j++) {
+            char *b = folder_of(f, ids[j]);
+            assert_string_not_equal(a, b);
+            free(b);
+        }
+        free(a);
+    }
+}
+
+static void test_other_requests_go_on(void **state)
+{
+    struct fix *f = *state;
+    struct answer w;
+    expect_blob(f, "good", &weights);
+    answer_init(&w);
+    host.block = true;
+    store_get(f->s, "brand", on_done, &w);
+    for (int i = 0; i < 1000 && hits(f, "/brand/" CACHE_WEIGHTS) == 0; i++)
+        usleep(1000);
+    expect_blob(f, "good", &weights);           /* memory */
+    expect_error(f, "nobody", LM_NOT_FOUND, "404");  /* network */
+    assert_int_equal(w.calls, 0);
+    host.block = false;
+    await(&w, 1);
+    assert_int_equal(w.status, LM_OK);
+}
+
+static void test_local_folder(void **state)
+{
+    struct fix *f = *state;
+    char path[256], url[256];
+    const char *dirs[] = { "l", "l/brand", "l/brand/voice" };
+    for (size_t i = 0; i < LM_COUNT(dirs); i++) {
+        snprintf(path, sizeof path, "%s/%s", f->dir, dirs[i]);
+        assert_int_equal(mkdir(path, 0700), 0);
+        snprintf(path, sizeof path, "%s/%s/" CACHE_WEIGHTS, f->dir, dirs[i]);
+        FILE *out = fopen(path, "w");
+        fwrite(weights.bytes, 1, weights.len, out);
+        fclose(out);
+    }
+    snprintf(path, sizeof path, "%s/l", f->dir);
+    snprintf(url, sizeof url, "file://%s/l/{adapter}", f->dir);
+    struct store_config cfgs[] = { { .local_dir = path }, { .url = url } };
+    for (size_t i = 0; i < LM_COUNT(cfgs); i++) {
+        open_store(f, &cfgs[i]);
+        expect_blob(f, "brand/voice", &weights);
+        expect_blob(f, "brand", &weights);
+        expect_error(f, "brand/other", LM_NOT_FOUND, "no adapter 'brand/other'");
+        host_reset();
+    }
+    assert_int_equal(f->site->total, 0);
+}
+
+static void test_query_in_template(void **state)
+{
+    struct fix *f = *state;
+    char url[160];
+    struct store_config cfg = base_config(f);
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/{adapter}?sig=1", f->site->port);
+    cfg.url = url;
+    open_store(f, &cfg);
+    expect_blob(f, "signed", &weights);
+}
+
+/* ---- refusals --------------------------------------------------------------------------- */
+
+static void test_not_found_is_remembered(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    struct store_config cfg = base_config(f);
+    cfg.negative_ttl_ms = 300;
+    open_store(f, &cfg);
+    for (int i = 0; i < 10; i++)
+        expect_error(f, "nobody", LM_NOT_FOUND, "HTTP 404");
+    store_stats(f->s, &st);
+    assert_int_equal(st.negative_hits, 9);
+    assert_int_equal(f->site->total, 1);
+    usleep(350000);
+    expect_error(f, "nobody", LM_NOT_FOUND, "HTTP 404");
+    assert_int_equal(f->site->total, 2);
+}
+
+static void test_final_codes(void **state)
+{
+    struct fix *f = *state;
+    expect_error(f, "forbidden", LM_DENIED, "HTTP 403");
+    expect_error(f, "gone", LM_NOT_FOUND, "HTTP 410");
+    expect_error(f, "teapot", LM_INVALID, "HTTP 418");
+    assert_int_equal(f->site->total, 3);
+}
+
+static void test_bad_ids_ask_nobody(void **state)
+{
+    struct fix *f = *state;
+    static const char *const ids[] = { "", "..", "../good", "good/..", "good//x", "/good", "good/",
+                                       "go od", "good%2f", "good?x", "good#", ".good", "good\n",
+                                       "http://evil/", "good\\x", "{adapter}" };
+    for (size_t i = 0; i < LM_COUNT(ids); i++)
+        expect_error(f, ids[i], LM_INVALID, "");
+    assert_int_equal(f->site->total, 0);
+}
+
+static void test_bad_settings(void **state)
+{
+    struct fix *f = *state;
+    static const struct { const char *url, *auth, *ca, *says; } bad[] = {
+        { "http://h/adapter", NULL, NULL, "{adapter}" },
+        { "ftp://h/{adapter}", NULL, NULL, "must start with" },
+        { "{adapter}", NULL, NULL, "must start with" },
+        { "file://other-host/x/{adapter}", NULL, NULL, "file URL" },
+        { "http://h/{adapter}", "X-Api-Key: 1", NULL, "Authorization" },
+        { "http://h/{adapter}", "Authorization: a\r\nX: b", NULL, "one line" },
+        { "https://h/{adapter}", NULL, "/nonexistent.pem", "ca_file" },
+    };
+    for (size_t i = 0; i < LM_COUNT(bad); i++) {
+        struct lm_err err = { 0 };
+        store *s;
+        struct store_config cfg = base_config(f);
+        cfg.url = bad[i].url;
+        cfg.auth_header = bad[i].auth;
+        cfg.ca_file = bad[i].ca;
+        assert_int_equal(store_new_with(&cfg, &hooks, &s, &err), LM_INVALID);
+        assert_null(s);
+        if (!strstr(err.msg, bad[i].says))
+            fail_msg("\"%s\" does not say \"%s\"", err.msg, bad[i].says);
+    }
+}
+
+static void test_unusable_cache_folder(void **state)
+{
+    struct fix *f = *state;
+    struct lm_err err = { 0 };
+    store *s;
+    struct store_config cfg = base_config(f);
+    cfg.cache_dir = "/proc/nothing/here";
+    assert_int_equal(store_new_with(&cfg, &hooks, &s, &err), LM_IO);
+    assert_non_null(strstr(err.msg, "/proc/nothing"));
+}
+
+static void test_engine_refuses(void **state)
+{
+    struct fix *f = *state;
+    host.refuse = LM_UNSUPPORTED;
+    host.refusals = -1;
+    expect_error(f, "good", LM_UNSUPPORTED, "the engine refuses 'good'");
+    assert_int_equal(host.loads, 1);
+    assert_false(installed(f, "good"));
+    expect_error(f, "good", LM_UNSUPPORTED, "the engine refuses 'good'");
+    assert_int_equal(host.loads, 1);    /* from the negative cache */
+}
+
+static void test_engine_has_no_room(void **state)
+{
+    struct fix *f = *state;
+    host.refuse = LM_NOMEM;
+    host.refusals = 1;
+    expect_error(f, "good", LM_NOMEM, "the engine refuses");
+    assert_true(installed(f, "good"));
+    expect_blob(f, "good", &weights);   /* not remembered, and not fetched again */
+    assert_int_equal(f->site->total, 2);
+}
+
+/* ---- retries and ranges ----------------------------------------------------------------- */
+
+static void test_retry_after(void **state)
+{
+    struct fix *f = *state;
+    int64_t began = lm_now_us();
+    struct store_config cfg = base_config(f);
+    cfg.stall_timeout_ms = 5000;
+    open_store(f, &cfg);
+    expect_blob(f, "busy", &weights);
+    assert_true(lm_now_us() - began >= 2000000);    /* once for each file */
+}
+
+static void test_retry_408_429(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    expect_blob(f, "hasty", &weights);
+    store_stats(f->s, &st);
+    assert_int_equal(st.retries, 4);
+}
+
+static void test_gives_up(void **state)
+{
+    struct fix *f = *state;
+    expect_error(f, "broken", LM_NET, "HTTP 500 (gave up after 5 attempts)");
+    assert_int_equal(f->site->total, 5);
+    expect_error(f, "broken", LM_NET, "HTTP 500");
+    assert_int_equal(f->site->total, 10);       /* an outage is not remembered */
+}
+
+static void test_connection_refused(void **state)
+{
+    struct fix *f = *state;
+    struct store_config cfg = base_config(f);
+    cfg.url = "http://127.0.0.1:1/{adapter}";
+    open_store(f, &cfg);
+    expect_error(f, "good", LM_NET, "gave up after 5 attempts");
+}
+
+static void test_resume(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    struct store_config cfg = base_config(f);
+    cfg.max_attempts = 6;
+    open_store(f, &cfg);
+    expect_blob(f, "cut", &weights);
+    store_stats(f->s, &st);
+    assert_true(st.fetched_bytes <= weights.len + sizeof config_text);   /* nothing came twice */
+    assert_true(hits(f, "/cut/" CACHE_WEIGHTS) >= 4);
+}
+
+static void test_no_resume_without_strong_validator(void **state)
+{
+    expect_blob(*state, "bare", &weights);
+    expect_blob(*state, "weak", &weights);
+}
+
+static void test_changed_between_attempts(void **state)
+{
+    expect_blob(*state, "changed", &weights2);
+    expect_blob(*state, "spliced", &weights2);
+}
+
+static void test_lying_content_range(void **state)
+{
+    char id[16];
+    for (int i = 0; i < 6; i++) {
+        snprintf(id, sizeof id, "lying/%d", i);
+        expect_blob(*state, id, &weights);
+    }
+}
+
+static void test_416_starts_over(void **state)
+{
+    expect_blob(*state, "r416", &weights);
+}
+
+static void test_unasked_part(void **state)
+{
+    expect_error(*state, "unasked", LM_NET, "though the whole was asked for");
+}
+
+static void test_short_body(void **state)
+{
+    expect_error(*state, "short", LM_NET, "gave up after 5 attempts");
+}
+
+/* ---- sizes, silence, nonsense ----------------------------------------------------------- */
+
+static void test_too_large(void **state)
+{
+    struct fix *f = *state;
+    expect_error(f, "huge", LM_TOO_LARGE, "99999999999 bytes, more than the");
+    expect_error(f, "chunked", LM_TOO_LARGE, "more than the");
+    expect_error(f, "huge-config", LM_TOO_LARGE, "2000000 bytes");
+    assert_int_equal(hits(f, "/huge/" CACHE_WEIGHTS), 1);
+}
+
+static void test_silence_and_trickle(void **state)
+{
+    struct fix *f = *state;
+    struct store_config cfg = base_config(f);
+    cfg.max_attempts = 2;
+    open_store(f, &cfg);
+    int64_t began = lm_now_us();
+    expect_error(f, "silent", LM_NET, "fewer than 4096 bytes in 200 ms");
+    expect_error(f, "trickle", LM_NET, "fewer than 4096 bytes in 200 ms");
+    assert_true(lm_now_us() - began < 5000000);
+}
+
+static void test_not_an_adapter(void **state)
+{
+    struct fix *f = *state;
+    expect_error(f, "html", LM_FORMAT, CACHE_CONFIG ": not a JSON object");
+    expect_error(f, "page", LM_FORMAT, "not a safetensors file");
+    expect_error(f, "closing", LM_FORMAT, "its header says 300000");
+    expect_error(f, "gzip", LM_UNSUPPORTED, "Content-Encoding gzip");
+    assert_int_equal(host.loads, 0);
+    assert_false(installed(f, "html"));
+    assert_false(installed(f, "closing"));
+}
+
+static void test_nonsense_protocol(void **state)
+{
+    expect_error(*state, "headers", LM_NET, "bytes of headers");
+    expect_error(*state, "garbage", LM_NET, "gave up");
+}
+
+static void test_redirects(void **state)
+{
+    struct fix *f = *state;
+    expect_blob(f, "moved", &weights);
+    expect_error(f, "to-file", LM_DENIED, "another protocol");
+    expect_error(f, "loop", LM_INVALID, "redirected more than 5 times");
+}
+
+static void test_credentials_stay_home(void **state)
+{
+    struct fix *f = *state;
+    struct store_config cfg = base_config(f);
+    cfg.auth_header = "Authorization: Bearer secret";
+    open_store(f, &cfg);
+    expect_blob(f, "auth", &weights);
+    assert_string_equal(seen_authorization[0], "Bearer secret");
+    assert_string_equal(seen_authorization[1], "");
+}
+
+static void test_messages_hide_credentials(void **state)
+{
+    struct fix *f = *state;
+    char url[160];
+    struct store_config cfg = base_config(f);
+    snprintf(url, sizeof url, "http://me:hunter2@127.0.0.1:%d/{adapter}?sig=hunter3",
+             f->site->port);
+    cfg.url = url;
+    open_store(f, &cfg);
+    struct answer w = get(f, "nobody");
+    assert_int_equal(w.status, LM_NOT_FOUND);
+    assert_null(strstr(w.err.msg, "hunter"));
+    assert_non_null(strstr(w.err.msg, "/nobody/" CACHE_CONFIG));
+}
+
+/* ---- damage ----------------------------------------------------------------------------- */
+
+static void damage(struct fix *f, const char *id, const char *name, long at)
+{
+    char *folder = folder_of(f, id), path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    if (at < 0) {
+        assert_int_equal(unlink(path), 0);
+    } else {
+        int fd = open(path, O_WRONLY);
+        assert_true(fd >= 0 && pwrite(fd, "!", 1, at) == 1);
+        close(fd);
+    }
+    free(folder);
+}
+
+static void test_damage_heals(void **state)
+{
+    struct fix *f = *state;
+    static const struct { const char *file; long at; } harm[] = {
+        { CACHE_WEIGHTS, 150000 }, { CACHE_WEIGHTS, -1 }, { CACHE_CONFIG, 0 },
+        { CACHE_SUMS, 3 }, { CACHE_SUMS, -1 },
+    };
+    expect_blob(f, "good", &weights);
+    for (size_t i = 0; i < LM_COUNT(harm); i++) {
+        damage(f, "good", harm[i].file, harm[i].at);
+        host_reset();
+        expect_blob(f, "good", &weights);
+        assert_int_equal(host.loads, 1);        /* the damaged copy never got there */
+        assert_int_equal(f->site->total, (int)(4 + 2 * i));
+    }
+}
+
+static void test_bad_copy_is_fetched_once_more_only(void **state)
+{
+    struct fix *f = *state;
+    expect_blob(f, "good", &weights);
+    host_reset();
+    host.refuse = LM_FORMAT;
+    host.refusals = -1;
+    expect_error(f, "good", LM_FORMAT, "the engine refuses");
+    assert_int_equal(host.loads, 2);
+    assert_int_equal(f->site->total, 4);
+    assert_false(installed(f, "good"));
+}
+
+/* ---- several processes ------------------------------------------------------------------ */
+
+/* What main() does when it is called as a child: gets one adapter, exits 0 when it is right. */
+static int child_main(const char *dir, const char *url, const char *id)
+{
+    struct answer w;
+    struct fix f = { 0 };
+    store *s = NULL;
+    struct store_config cfg = base_config(&f);
+    cfg.cache_dir = dir;
+    cfg.url = url;
+    cfg.stall_timeout_ms = 10000;
+    answer_init(&w);
+    if (store_new_with(&cfg, &hooks, &s, NULL) != LM_OK)
+        return 2;
+    store_get(s, id, on_done, &w);
+    await(&w, 1);
+    bool right = w.status == LM_OK && w.a->hash == weights.hash;
+    store_free(s);
+    host_reset();
+    return right ? 0 : 1;
+}
+
+static pid_t spawn_get(struct fix *f, const char *id)
+{
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        execl("/proc/self/exe", "child", f->dir, f->url, id, (char *)NULL);
+        _exit(3);
+    }
+    return pid;
+}
+
+static void test_race_of_processes(void **state)
+{
+    enum { N = 4 };
+    struct fix *f = *state;
+    pid_t pids[N];
+    for (int i = 0; i < N; i++)
+        pids[i] = spawn_get(f, "slow");
+    for (int i = 0; i < N; i++) {
+        int status;
+        assert_int_equal(waitpid(pids[i], &status, 0), pids[i]);
+        assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
+    char tmp[128];
+    snprintf(tmp, sizeof tmp, "%s/tmp", f->dir);
+    assert_int_equal(entries(tmp), 0);
+    assert_true(installed(f, "slow"));
+}
+
+static void test_kill_and_sweep(void **state)
+{
+    struct fix *f = *state;
+    char tmp[128];
+    int status;
+    snprintf(tmp, sizeof tmp, "%s/tmp", f->dir);
+    pid_t pid = spawn_get(f, "silent");
+    for (int i = 0; i < 5000 && f->site->total == 0; i++)
+        usleep(1000);
+    usleep(20000);
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_int_equal(entries(tmp), 1);          /* left behind */
+    open_store(f, NULL);
+    assert_int_equal(entries(tmp), 1);          /* ours only */
+    expect_blob(f, "good", &weights);
+    store_free(f->s);
+    f->s = NULL;
+    assert_int_equal(entries(tmp), 0);
+}
+
+static void test_sweep_spares_the_living(void **state)
+{
+    struct fix *f = *state;
+    char tmp[128];
+    store *other;
+    struct store_config cfg = base_config(f);
+    snprintf(tmp, sizeof tmp, "%s/tmp", f->dir);
+    open_store(f, NULL);
+    assert_int_equal(store_new_with(&cfg, &hooks, &other, NULL), LM_OK);
+    assert_int_equal(entries(tmp), 2);
+    expect_blob(f, "good", &weights);
+    store_free(other);
+    assert_int_equal(entries(tmp), 1);
+}
+
+/* ---- the end ---------------------------------------------------------------------------- */
+
+static void test_free_cancels_transfers(void **state)
+{
+    struct fix *f = *state;
+    struct answer w;
+    struct store_config cfg = base_config(f);
+    cfg.concurrency = 1;        /* one runs, the others wait for its slot */
+    cfg.stall_timeout_ms = 10000;
+    answer_init(&w);
+    open_store(f, &cfg);
+    store_get(f->s, "silent", on_done, &w);
+    store_get(f->s, "silent", on_done, &w);
+    store_get(f->s, "good", on_done, &w);
+    usleep(20000);
+    store_free(f->s);
+    f->s = NULL;
+    assert_int_equal(w.calls, 3);
+    assert_int_equal(w.status, LM_CANCELLED);
+}
+
+static void test_free_while_loading(void **state)
+{
+    struct fix *f = *state;
+    struct answer w;
+    answer_init(&w);
+    open_store(f, NULL);
+    host.block = true;
+    store_get(f->s, "good", on_done, &w);
+    for (int i = 0; i < 2000 && hits(f, "/good/" CACHE_WEIGHTS) == 0; i++)
+        usleep(1000);
+    usleep(20000);
+    host.block = false;
+    store_free(f->s);
+    f->s = NULL;
+    assert_int_equal(w.calls, 1);
+    assert_true(w.status == LM_OK || w.status == LM_CANCELLED);
+}
+
+static void quiet(void *ctx, enum lm_level level, const char *component, const char *line)
+{
+    (void)ctx, (void)level, (void)component, (void)line;
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(int argc, char **argv)
+{
+    static const char *const proxies[] = { "http_proxy", "https_proxy", "all_proxy",
+                                           "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY" };
+    for (size_t i = 0; i < LM_COUNT(proxies); i++)
+        unsetenv(proxies[i]);
+    signal(SIGPIPE, SIG_IGN);
+    lm_log_set_sink(quiet, NULL);
+    weights = make_weights(1);
+    weights2 = make_weights(2);
+    if (argc == 4)
+        return child_main(argv[1], argv[2], argv[3]);
+    const struct CMUnitTest tests[] = {
+        TEST(test_fetch_install_load), TEST(test_memory_hit), TEST(test_disk_hit_without_server),
+        TEST(test_single_flight), TEST(test_nested_ids_are_apart),
+        TEST(test_other_requests_go_on), TEST(test_local_folder), TEST(test_query_in_template),
+        TEST(test_not_found_is_remembered), TEST(test_final_codes), TEST(test_bad_ids_ask_nobody),
+        TEST(test_bad_settings), TEST(test_unusable_cache_folder), TEST(test_engine_refuses),
+        TEST(test_engine_has_no_room), TEST(test_retry_after), TEST(test_retry_408_429),
+        TEST(test_gives_up), TEST(test_connection_refused), TEST(test_resume),
+        TEST(test_no_resume_without_strong_validator), TEST(test_changed_between_attempts),
+        TEST(test_lying_content_range), TEST(test_416_starts_over), TEST(test_unasked_part),
+        TEST(test_short_body), TEST(test_too_large), TEST(test_silence_and_trickle),
+        TEST(test_not_an_adapter), TEST(test_nonsense_protocol), TEST(test_redirects),
+        TEST(test_credentials_stay_home), TEST(test_messages_hide_credentials),
+        TEST(test_damage_heals), TEST(test_bad_copy_is_fetched_once_more_only),
+        TEST(test_race_of_processes), TEST(test_kill_and_sweep),
+        TEST(test_sweep_spares_the_living), TEST(test_free_cancels_transfers),
+        TEST(test_free_while_loading),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    free(weights.bytes);
+    free(weights2.bytes);
+    return failed;
+}
