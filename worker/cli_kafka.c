@@ -60,22 +60,15 @@ static lm_status set_defaults(rd_kafka_conf_t *conf, rd_kafka_type_t type, struc
     return st;
 }
 
-/* kafka.X for both sides, kafka.producer.X and kafka.consumer.X for one. */
 static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
                                  rd_kafka_type_t type, struct lm_err *err)
 {
-    bool producer = type == RD_KAFKA_PRODUCER;
-    const char *mine = producer ? "producer." : "consumer.";
-    const char *other = producer ? "consumer." : "producer.";
+    enum config_scope other = type == RD_KAFKA_PRODUCER ? CONFIG_CONSUMER : CONFIG_PRODUCER;
     for (int i = 0; i < c->n_kafka; i++) {
-        const char *key = c->kafka[i].key;
-        if (!strncmp(key, other, strlen(other)))
+        const struct config_pair *p = &c->kafka[i];
+        if (p->scope == other || is_owned(p->key))
             continue;
-        if (!strncmp(key, mine, strlen(mine)))
-            key += strlen(mine);
-        if (is_owned(key))
-            continue;
-        lm_status st = set(conf, key, c->kafka[i].value, err);
+        lm_status st = set(conf, p->key, p->value, err);
         if (st != LM_OK)
             return st;
     }

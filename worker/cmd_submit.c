@@ -187,6 +187,10 @@ static void await_reports(struct submit *s)
 static lm_status open_all(struct submit *s, struct lm_err *err)
 {
     int partitions;
+    const char *topic = s->config.topics_prompts;
+    if (*topic == '^' || strchr(topic, ',') || !*topic)
+        return lm_err_set(err, LM_INVALID, "topics.prompts=%s does not name one topic; add --set "
+                          "topics.prompts=NAME", topic);
     lm_status st = cli_lines_open(&s->lines, s->input, err);
     if (st != LM_OK)
         return st;
@@ -194,13 +198,12 @@ static lm_status open_all(struct submit *s, struct lm_err *err)
     s->kafka.user = s;
     st = cli_kafka_open(&s->kafka, &s->config, RD_KAFKA_PRODUCER, err);
     if (st == LM_OK)
-        st = cli_kafka_partitions(&s->kafka, s->config.topics_prompts, BROKER_TIMEOUT_MS,
-                                  &partitions, err);
+        st = cli_kafka_partitions(&s->kafka, topic, BROKER_TIMEOUT_MS, &partitions, err);
     if (st != LM_OK)
         return st;
-    s->topic = rd_kafka_topic_new(s->kafka.rk, s->config.topics_prompts, NULL);
+    s->topic = rd_kafka_topic_new(s->kafka.rk, topic, NULL);
     if (!s->topic)
-        return lm_err_set(err, LM_NOMEM, "topic '%s': no memory", s->config.topics_prompts);
+        return lm_err_set(err, LM_NOMEM, "topic '%s': no memory", topic);
     struct progress_config pc = { .label = "submit", .unit = "prompts",
                                   .total = cli_lines_count(s->input),
                                   .style = s->quiet ? PROGRESS_SILENT : PROGRESS_AUTO };

@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cmd_collect_record.c - records of replies and dead letters; see cmd_collect_record.h.
+ */
+#include "worker/cmd_collect_record.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- replies ---------------------------------------------------------------------------- */
+
+static bool looks_like_avro(const rd_kafka_message_t *m)
+{
+    const unsigned char *v = m->payload;
+    return m->len >= 5 && v[0] <= 1;
+}
+
+lm_status reply_read(const rd_kafka_message_t *m, struct reply *r, struct lm_err *err)
+{
+    json_error_t je;
+    *r = (struct reply){ 0 };
+    if (!m->payload)
+        return lm_err_set(err, LM_FORMAT, "no value");
+    if (looks_like_avro(m))
+        return lm_err_set(err, LM_UNSUPPORTED, "an Avro reply; set replies.encoding=json for the "
+                          "workers, or read it with an Avro consumer");
+    r->root = json_loadb(m->payload, m->len, 0, &je);
+    if (!r->root)
+        return lm_err_set(err, LM_FORMAT, "not JSON: %s", je.text);
+    const json_t *id = json_object_get(r->root, "id");
+    if (!json_is_string(id)) {
+        reply_release(r);
+        return lm_err_set(err, LM_FORMAT, "no string under \"id\"");
+    }
+    r->id = json_string_value(id);
+    r->id_len = json_string_length(id);
+    return LM_OK;
+}
+
+void reply_release(struct reply *r)
+{
+    json_decref(r->root);
+    *r = (struct reply){ 0 };
+}
+
+/* The reply's own bytes, unless they would break the one-line rule. */
+char *reply_line(const struct reply *r, const rd_kafka_message_t *m)
+{
+    if (memchr(m->payload, '\n', m->len) || memchr(m->payload, '\r', m->len))
+        return json_dumps(r->root, JSON_COMPACT | JSON_ENCODE_ANY);
+    return lm_strndup(m->payload, m->len);
+}
+
+/* ---- headers ---------------------------------------------------------------------------- */
+
+struct bytes { const void *at; size_t len; };
+
+/* The last header of the first name that occurs. */
+static struct bytes header(const rd_kafka_message_t *m, const char *const *names)
+{
+    struct bytes b = { 0 };
+    rd_kafka_headers_t *h;
+    if (rd_kafka_message_headers(m, &h) != RD_KAFKA_RESP_ERR_NO_ERROR)
+        return b;
+    for (; *names; names++)
+        if (rd_kafka_header_get_last(h, *names, &b.at, &b.len) == RD_KAFKA_RESP_ERR_NO_ERROR &&
+            b.at)
+            return b;
+    return (struct bytes){ 0 };
+}
+
+static void header_text(const rd_kafka_message_t *m, const char *const *names, char *out,
+                        size_t size, const char *fallback)
+{
+    struct bytes b = header(m, names);
+    if (b.at)
+        snprintf(out, size, "%.*s", (int)LM_MIN(b.len, size - 1), (const char *)b.at);
+    else
+        snprintf(out, size, "%s", fallback);
+    for (char *c = out; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
+}
+
+static int64_t text_number(struct bytes b)
+{
+    char text[24], *end;
+    if (b.len == 0 || b.len >= sizeof text)
+        return -1;
+    memcpy(text, b.at, b.len);
+    text[b.len] = '\0';
+    errno = 0;
+    long long v = strtoll(text, &end, 10);
+    return *end || errno || v < 0 ? -1 : v;
+}
+
+/* `binary`: a big-endian int32 or int64; `text`: decimal digits. */
+static int64_t header_number(const rd_kafka_message_t *m, const char *binary, const char *text)
+{
+    struct bytes b = header(m, (const char *const[]){ binary, NULL });
+    if (b.at && b.len == 4) {
+        uint32_t v;
+        memcpy(&v, b.at, 4);
+        return (int32_t)be32toh(v);
+    }
+    if (b.at && b.len == 8) {
+        uint64_t v;
+        memcpy(&v, b.at, 8);
+        return (int64_t)be64toh(v);
+    }
+    return text_number(header(m, (const char *const[]){ text, NULL }));
+}
+
+/* ---- dead letters ----------------------------------------------------------------------- */
+
+static const char *const names_topic[] = { "kafka_dlt-original-topic", "__connect.errors.topic",
+                                           NULL };
+static const char *const names_code[] = { "loramill-error-code", "kafka_dlt-exception-fqcn",
+                                          "__connect.errors.exception.class.name", NULL };
+static const char *const names_message[] = { "loramill-error-message",
+                                             "kafka_dlt-exception-message",
+                                             "__connect.errors.exception.message", NULL };
+
+void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d)
+{
+    *d = (struct dead_letter){ 0 };
+    header_text(m, names_topic, d->topic, sizeof d->topic, "");
+    header_text(m, names_code, d->code, sizeof d->code, "unknown");
+    header_text(m, names_message, d->message, sizeof d->message, "the dead letter does not say");
+    d->partition = header_number(m, "kafka_dlt-original-partition", "__connect.errors.partition");
+    d->offset = header_number(m, "kafka_dlt-original-offset", "__connect.errors.offset");
+    d->attempt = header_number(m, "kafka_deliveryAttempt", "loramill-attempt");
+    if (d->topic[0] && d->partition >= 0 && d->offset >= 0)
+        snprintf(d->source, sizeof d->source, "%s/%lld/%lld", d->topic, (long long)d->partition,
+                 (long long)d->offset);
+    else
+        snprintf(d->source, sizeof d->source, "%s/%d/%lld", rd_kafka_topic_name(m->rkt),
+                 m->partition, (long long)m->offset);
+    d->prompt = m->payload ? json_loadb(m->payload, m->len, JSON_DECODE_ANY, NULL) : NULL;
+    const json_t *id = json_object_get(d->prompt, "id");
+    if (json_is_string(id) && json_string_length(id) > 0)
+        d->id = json_string_value(id);
+}
+
+void dead_letter_release(struct dead_letter *d)
+{
+    json_decref(d->prompt);
+    *d = (struct dead_letter){ 0 };
+}
+
+/* Bytes as a JSON string where they are UTF-8, else as {"hex": "..."}. */
+static json_t *json_bytes(const void *at, size_t len)
+{
+    if (!at)
+        return json_null();
+    json_t *text = json_stringn(at, len);
+    if (text)
+        return text;
+    char *hex = lm_malloc(len * 2 + 1);
+    if (!hex)
+        return json_null();
+    for (size_t i = 0; i < len; i++)
+        snprintf(hex + i * 2, 3, "%02x", ((const unsigned char *)at)[i]);
+    json_t *o = json_pack("{s:s}", "hex", hex);
+    free(hex);
+    return o;
+}
+
+/* Header text is anyone's bytes and may have been cut inside a character. */
+static json_t *json_text(const char *s)
+{
+    if (!s)
+        return json_null();
+    json_t *t = json_string(s);
+    if (t)
+        return t;
+    char ascii[512];
+    snprintf(ascii, sizeof ascii, "%s", s);
+    for (char *c = ascii; *c; c++)
+        if (*c & 0x80)
+            *c = '?';
+    return json_string(ascii);
+}
+
+static json_t *json_known(int64_t n)
+{
+    return n < 0 ? json_null() : json_integer(n);
+}
+
+char *dead_letter_line(const struct dead_letter *d, const rd_kafka_message_t *m)
+{
+    json_t *value = d->prompt ? json_incref(d->prompt) : json_bytes(m->payload, m->len);
+    json_t *o = json_pack("{s:o, s:{s:o, s:o}, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
+                          "id", json_text(d->id),
+                          "error", "code", json_text(d->code), "message", json_text(d->message),
+                          "dead_letter", "topic", json_text(d->topic[0] ? d->topic : NULL),
+                          "partition", json_known(d->partition), "offset", json_known(d->offset),
+                          "attempt", json_known(d->attempt),
+                          "key", json_bytes(m->key, m->key_len),
+                          d->prompt ? "prompt" : "value", value);
+    char *line = o ? json_dumps(o, JSON_COMPACT) : NULL;
+    json_decref(o);
+    return line;
+}
+
+/* ---- sums over a job -------------------------------------------------------------------- */
+
+struct tally {
+    json_t *adapters, *workers, *reasons, *causes;      /* name -> count */
+    uint64_t prompt_tokens, completion_tokens;
+    int64_t first_ms, last_ms;                          /* record times; 0: none yet */
+};
+
+struct tally *tally_new(void)
+{
+    struct tally *t = lm_calloc(1, sizeof *t);
+    if (!t)
+        return NULL;
+    t->adapters = json_object();
+    t->workers = json_object();
+    t->reasons = json_object();
+    t->causes = json_object();
+    return t;
+}
+
+void tally_free(struct tally *t)
+{
+    if (!t)
+        return;
+    json_decref(t->adapters);
+    json_decref(t->workers);
+    json_decref(t->reasons);
+    json_decref(t->causes);
+    free(t);
+}
+
+static void count(json_t *table, const char *name)
+{
+    json_t *n = json_object_get(table, name);
+    if (n)
+        json_integer_set(n, json_integer_value(n) + 1);
+    else
+        json_object_set_new(table, name, json_integer(1));
+}
+
+static void note_time(struct tally *t, const rd_kafka_message_t *m)
+{
+    int64_t ms = rd_kafka_message_timestamp(m, NULL);
+    if (ms <= 0)
+        return;
+    if (t->first_ms == 0 || ms < t->first_ms)
+        t->first_ms = ms;
+    t->last_ms = LM_MAX(t->last_ms, ms);
+}
+
+static const char *string_or(const json_t *v, const char *fallback)
+{
+    return json_is_string(v) ? json_string_value(v) : fallback;
+}
+
+void tally_reply(struct tally *t, const struct reply *r, const rd_kafka_message_t *m)
+{
+    size_t i;
+    json_t *choice;
+    const json_t *usage = json_object_get(r->root, "usage");
+    t->prompt_tokens += (uint64_t)json_integer_value(json_object_get(usage, "prompt_tokens"));
+    t->completion_tokens +=
+        (uint64_t)json_integer_value(json_object_get(usage, "completion_tokens"));
+    count(t->adapters, string_or(json_object_get(r->root, "adapter"), "(base model)"));
+    count(t->workers, string_or(json_object_get(r->root, "worker"), "(unnamed)"));
+    json_array_foreach(json_object_get(r->root, "choices"), i, choice)
+        count(t->reasons, string_or(json_object_get(choice, "finish_reason"), "(none)"));
+    note_time(t, m);
+}
+
+void tally_dead_letter(struct tally *t, const struct dead_letter *d, const rd_kafka_message_t *m)
+{
+    count(t->causes, d->code);
+    note_time(t, m);
+}
+
+lm_status tally_write(const struct tally *t, const struct outcome_counts *n, const char *path,
+                      struct lm_err *err)
+{
+    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:O, s:O, s:O, s:O}",
+                          "answered", (json_int_t)n->replies,
+                          "dead_lettered", (json_int_t)n->dead_letters,
+                          "missing", (json_int_t)n->missing, "repeated", (json_int_t)n->repeated,
+                          "prompt_tokens", (json_int_t)t->prompt_tokens,
+                          "completion_tokens", (json_int_t)t->completion_tokens,
+                          "first_ms", (json_int_t)t->first_ms, "last_ms", (json_int_t)t->last_ms,
+                          "adapters", t->adapters, "workers", t->workers,
+                          "finish_reasons", t->reasons, "causes", t->causes);
+    int failed = o ? json_dump_file(o, path, JSON_INDENT(2)) : -1;
+    json_decref(o);
+    return failed ? lm_err_set(err, LM_IO, "%s: can't write the summary: %s", path,
+                               strerror(errno)) : LM_OK;
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cmd_collect_record.h - what a collector reads out of one record, and the line it makes of it.
+ *
+ * Replies are JSON (docs/messages.md). Dead letters are prompts with headers that say why; our own
+ * names and both families in use elsewhere are understood (binary numbers under kafka_dlt-*, text
+ * under __connect.errors.*), so that dead letters of other tools can be read too.
+ * Nothing in a record is trusted: a header that is missing or odd reads as unknown.
+ */
+#ifndef LORAMILL_WORKER_CMD_COLLECT_RECORD_H
+#define LORAMILL_WORKER_CMD_COLLECT_RECORD_H
+
+#include <jansson.h>
+#include <librdkafka/rdkafka.h>
+#include "worker/cmd_collect_outcomes.h"
+
+/* ---- replies ---------------------------------------------------------------------------- */
+
+struct reply {
+    json_t *root;
+    const char *id;             /* in root */
+    size_t id_len;
+};
+
+lm_status reply_read(const rd_kafka_message_t *m, struct reply *r, struct lm_err *err);
+void reply_release(struct reply *r);
+char *reply_line(const struct reply *r, const rd_kafka_message_t *m);   /* malloc'ed, or NULL */
+
+/* ---- dead letters ----------------------------------------------------------------------- */
+
+struct dead_letter {
+    json_t *prompt;             /* NULL when the value is not JSON */
+    const char *id;             /* in prompt; NULL when it has none */
+    char code[64], message[512];
+    char topic[256];            /* where the prompt was; "" when the headers don't say */
+    int64_t partition, offset, attempt;     /* -1: the headers don't say */
+    char source[320];           /* "topic/3/17": the prompt's place, else the dead letter's own */
+};
+
+void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d);
+void dead_letter_release(struct dead_letter *d);
+char *dead_letter_line(const struct dead_letter *d, const rd_kafka_message_t *m);
+
+/* ---- sums over a job -------------------------------------------------------------------- */
+
+struct tally;
+struct tally *tally_new(void);
+void tally_free(struct tally *t);
+void tally_reply(struct tally *t, const struct reply *r, const rd_kafka_message_t *m);
+void tally_dead_letter(struct tally *t, const struct dead_letter *d, const rd_kafka_message_t *m);
+/* {"answered", "dead_lettered", "missing", "repeated", "prompt_tokens", "completion_tokens",
+ *  "first_ms", "last_ms", "adapters": {name: replies}, "workers": {name: replies},
+ *  "finish_reasons": {reason: choices}, "causes": {code: dead letters}} */
+lm_status tally_write(const struct tally *t, const struct outcome_counts *n, const char *path,
+                      struct lm_err *err);
+
+#endif
