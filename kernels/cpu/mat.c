@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * mat.c - base weights in the layout that the GEMM streams.
+ *
+ * A matrix keeps the dtype it was stored in (a CPU at batch 1 is bound by memory, so half the bytes
+ * are twice the speed) and is cut into panels of 32 rows. A panel is [cols][32]: for each column,
+ * the 32 rows' weights side by side, which is one cache line of bf16. The last panel is padded
+ * with zero rows.
+ *
+ *     float32, float16   row i of the panel at place i
+ *     bfloat16           row i at place 2i, row 16 + i at place 2i + 1: a 32-bit lane holds both,
+ *                        and a shift or a mask makes each a float32 (little-endian)
+ *
+ * An upload writes elements one by one into that order; nothing reads a matrix while it is being
+ * filled. Rectangles may be uploaded from several threads if they do not overlap.
+ */
+#include "kernels/cpu/cpu_int.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- number formats -------------------------------------------------------------------- */
+
+static uint32_t bits_of(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static float float_of(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+float cpu_bf16_to_f32(uint16_t h)
+{
+    return float_of((uint32_t)h << 16);
+}
+
+uint16_t cpu_f32_to_bf16(float f)
+{
+    uint32_t u = bits_of(f);
+    if ((u & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(u >> 16 | 0x40);      /* stay a NaN */
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+float cpu_f16_to_f32(uint16_t h)
+{
+    uint32_t mag = bits_of(float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f);
+    if ((h & 0x7c00) == 0x7c00)
+        mag |= 0x7f800000;
+    return float_of(mag | (uint32_t)(h & 0x8000) << 16);
+}
+
+uint16_t cpu_f32_to_f16(float f)
+{
+    uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, mag = u & 0x7fffffff;
+    if (mag > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (mag >= 0x477ff000)                      /* rounds to 65536 or more */
+        return (uint16_t)(sign | 0x7c00);
+    if (mag < 0x38800000)                       /* subnormal: let the adder round to 2^-24 */
+        return (uint16_t)(sign | (bits_of(float_of(mag) + 0.5f) - bits_of(0.5f)));
+    mag += 0xfff + (mag >> 13 & 1);
+    return (uint16_t)(sign | ((mag - 0x38000000) >> 13));
+}
+
+static float read_elem(const void *src, size_t i, enum kn_dtype t)
+{
+    if (t == KN_F32)
+        return ((const float *)src)[i];
+    uint16_t h = ((const uint16_t *)src)[i];
+    return t == KN_F16 ? cpu_f16_to_f32(h) : cpu_bf16_to_f32(h);
+}
+
+/* ---- layout ---------------------------------------------------------------------------- */
+
+static int place_of(int row_in_panel, enum kn_dtype t)
+{
+    if (t != KN_BF16)
+        return row_in_panel;
+    return row_in_panel < 16 ? 2 * row_in_panel : 2 * (row_in_panel - 16) + 1;
+}
+
+/* Index of element (row, 0) in units of the dtype; the next column is CPU_PANEL further. */
+static size_t first_index(const struct cpu_mat *m, int row)
+{
+    return (size_t)(row / CPU_PANEL) * (size_t)m->base.cols * CPU_PANEL +
+           (size_t)place_of(row % CPU_PANEL, m->base.dtype);
+}
+
+lm_status cpu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
+                      struct lm_err *err)
+{
+    (void)dev;
+    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_BF16)
+        return lm_err_set(err, LM_INVALID, "matrix of %d x %d, dtype %d: not a shape", rows, cols,
+                          (int)t);
+    struct cpu_mat *m = lm_calloc(1, sizeof *m);
+    if (!m)
+        return lm_err_set(err, LM_NOMEM, "out of memory for a matrix");
+    m->base = (struct kn_mat){ .be = &kn_backend_cpu, .dtype = t, .rows = rows, .cols = cols };
+    m->panels = LM_DIV_UP(rows, CPU_PANEL);
+    m->panel_bytes = (size_t)cols * CPU_PANEL * kn_dtype_size(t);
+    m->data = cpu_aligned_alloc((size_t)m->panels * m->panel_bytes);
+    if (!m->data) {
+        free(m);
+        return lm_err_set(err, LM_NOMEM, "cannot allocate a matrix of %d x %d %s", rows, cols,
+                          kn_dtype_name(t));
+    }
+    memset(m->data, 0, (size_t)m->panels * m->panel_bytes);
+    *out = &m->base;
+    return LM_OK;
+}
+
+void cpu_mat_free(kn_mat *m)
+{
+    free(((struct cpu_mat *)m)->data);
+    free(m);
+}
+
+static void put_row_same(struct cpu_mat *m, size_t at, const void *src, size_t from, int cols)
+{
+    if (m->base.dtype == KN_F32) {
+        for (int c = 0; c < cols; c++)
+            ((float *)m->data)[at + (size_t)c * CPU_PANEL] = ((const float *)src)[from + (size_t)c];
+        return;
+    }
+    for (int c = 0; c < cols; c++)
+        ((uint16_t *)m->data)[at + (size_t)c * CPU_PANEL] =
+            ((const uint16_t *)src)[from + (size_t)c];
+}
+
+static void put_row_converted(struct cpu_mat *m, size_t at, const void *src, size_t from, int cols,
+                              enum kn_dtype t)
+{
+    for (int c = 0; c < cols; c++) {
+        float v = read_elem(src, from + (size_t)c, t);
+        size_t i = at + (size_t)c * CPU_PANEL;
+        if (m->base.dtype == KN_F32)
+            ((float *)m->data)[i] = v;
+        else
+            ((uint16_t *)m->data)[i] =
+                m->base.dtype == KN_F16 ? cpu_f32_to_f16(v) : cpu_f32_to_bf16(v);
+    }
+}
+
+lm_status cpu_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, const void *src,
+                         enum kn_dtype src_t, size_t src_ld, struct lm_err *err)
+{
+    struct cpu_mat *m = (struct cpu_mat *)base;
+    if (row0 < 0 || col0 < 0 || rows < 0 || cols < 0 || rows > base->rows - row0 ||
+        cols > base->cols - col0 || src_ld < (size_t)cols || (unsigned)src_t > KN_BF16 || !src)
+        return lm_err_set(err, LM_INVALID,
+                          "upload of %d x %d at (%d, %d) does not fit a matrix of %d x %d", rows,
+                          cols, row0, col0, base->rows, base->cols);
+    /* A strip of columns that stays in cache, so that a panel's lines are filled while hot. */
+    for (int c0 = 0; c0 < cols; c0 += 512)
+        for (int r = 0; r < rows; r++) {
+            size_t at = first_index(m, row0 + r) + (size_t)(col0 + c0) * CPU_PANEL;
+            size_t from = (size_t)r * src_ld + (size_t)c0;
+            int n = LM_MIN(512, cols - c0);
+            if (src_t == base->dtype)
+                put_row_same(m, at, src, from, n);
+            else
+                put_row_converted(m, at, src, from, n, src_t);
+        }
+    return LM_OK;
+}
+
+void cpu_mat_row(const struct cpu_mat *m, int row, float *out)
+{
+    size_t at = first_index(m, row);
+    for (int c = 0; c < m->base.cols; c++)
+        out[c] = read_elem(m->data, at + (size_t)c * CPU_PANEL, m->base.dtype);
+}
