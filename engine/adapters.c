@@ -37,6 +37,7 @@ struct adapters {
     struct engine_adapter *condemned;
     atomic_bool has_condemned;
     atomic_int rank_max;
+    uint64_t serial;
 };
 
 #define FIRST_BUCKETS 256
@@ -84,6 +85,8 @@ static void version_free(struct engine_adapter *ad)
     struct adapter_alloc alloc = image_alloc(ad->home);
     if (ad->image.cells)
         adapter_image_release(&ad->image, &alloc);
+    if (ad->res.ready)
+        kn_event_free(ad->res.ready);
     free(ad->res.blocks);
     free(ad->id);
     free(ad);
@@ -187,6 +190,7 @@ static void insert(adapters *a, struct engine_adapter *ad)
         table_grow(a);
     *table_slot(a, ad->id) = ad;
     ad->current = true;
+    ad->serial = ++a->serial;
     a->n++;
     a->bytes += version_bytes(ad);
 }

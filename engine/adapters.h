@@ -32,14 +32,16 @@ struct residency {
     int users;                  /* running sequences */
     int32_t *blocks;            /* [n_blocks], valid unless RES_HOST */
     kn_event *ready;            /* the upload has passed */
-    struct engine_adapter *prev, *next; /* idle list, least recently used first */
-    bool idle;                  /* on that list */
-    uint32_t mark;              /* of the plan that last looked at it */
+    struct engine_adapter *prev, *next; /* idle (least recently used first) or loading list */
+    uint64_t idle_since;        /* tick of the tier's clock */
+    uint64_t seen_step;         /* the step that last grouped tokens by adapter, */
+    int group;                  /* and this adapter's place in it */
 };
 
 struct engine_adapter {
     adapters *home;
     char *id;
+    uint64_t serial;            /* of this version; never 0, never reused: keys cached prefixes */
     struct adapter_image image;
     int n_blocks;               /* pool blocks that the image takes */
 

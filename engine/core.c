@@ -1,16 +1,157 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* core.c - placeholder until the model half lands: only echo mode opens. */
-#include "engine/core.h"
+/*
+ * core.c - opens and closes what the engine thread owns, and sizes the pool.
+ *
+ * Order matters: weights first, then every buffer of the step path, and only then the pool, which
+ * takes what is left. On a GPU that is all of it but a reserve; on a CPU memory belongs to others
+ * too, so a quarter of what is free, at most 2 GiB, unless pool_bytes says otherwise.
+ */
+#include "engine/core_int.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define CPU_POOL_SHARE 4                        /* a quarter */
+#define CPU_POOL_MAX ((size_t)2 << 30)
+#define DEVICE_RESERVE_SHARE 20                 /* 5 %: fragmentation, library workspaces, LoRA h */
+#define MAX_POOL_BLOCKS ((size_t)1 << 26)
+
+static size_t choose_pool_bytes(const struct core *c, const struct kn_props *props)
+{
+    if (c->p.pool_bytes)
+        return c->p.pool_bytes;
+    if (!strcmp(props->backend, "cpu"))
+        return LM_MIN(props->mem_free / CPU_POOL_SHARE, CPU_POOL_MAX);
+    return props->mem_free - props->mem_total / DEVICE_RESERVE_SHARE;
+}
+
+static lm_status open_pool(struct core *c, struct lm_err *err)
+{
+    const struct model_config *m = c->p.model;
+    struct kn_props props;
+    kn_props(c->p.dev, &props);
+    size_t block = kn_kv_block_bytes(c->p.dev, c->p.block_tokens, m->kv_heads, m->head_dim);
+    size_t bytes = choose_pool_bytes(c, &props), per_id = block * (size_t)m->n_layers;
+    size_t n = LM_MIN(bytes / per_id, MAX_POOL_BLOCKS);
+    if (n < 1)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "a pool of %zu bytes holds no block: one of %d tokens takes %zu bytes in "
+                          "each of %d layers", bytes, c->p.block_tokens, block, m->n_layers);
+    lm_status st = kn_alloc(c->p.dev, n * per_id, &c->pool_memory, err);
+    if (st != LM_OK)
+        return lm_err_prefix(err, "pool of %zu bytes (set a smaller pool size)", n * per_id);
+    c->memory = (struct kn_pool){ .base = c->pool_memory, .num_blocks = (int32_t)n,
+                                  .n_layers = m->n_layers, .block_bytes = (int64_t)block };
+    lm_log(LM_INFO, "engine",
+           "pool: %zu blocks of %d tokens, %zu MiB (%s; %zu MiB were free on %s)", n,
+           c->p.block_tokens, n * per_id >> 20, c->p.pool_bytes ? "as configured" : "chosen",
+           props.mem_free >> 20, props.name);
+    return pool_init(&c->pool, (int32_t)n, err);
+}
+
+static lm_status open_steps(struct core *c, struct lm_err *err)
+{
+    const struct core_params *p = &c->p;
+    struct forward_params fp = {
+        .model = p->model, .weights = &c->weights, .dev = p->dev, .shard = { 0, 1 },
+        .max_tokens = p->max_step_tokens, .block_tokens = p->block_tokens,
+    };
+    struct step_params sp = {
+        .model = p->model, .dev = p->dev, .max_tokens = p->max_step_tokens,
+        .max_seqs = p->max_seqs, .block_tokens = p->block_tokens,
+    };
+    lm_status st = forward_new(&fp, &c->forward, err);
+    if (st == LM_OK)
+        st = step_new(&sp, &c->step, err);
+    if (st == LM_OK)
+        st = kn_stream_new(p->dev, &c->stream, err);
+    if (st == LM_OK)
+        st = plan_init(&c->plan, p->max_seqs, err);
+    if (st == LM_OK && seq_list_reserve(&c->running, p->max_seqs) != LM_OK)
+        st = lm_err_set(err, LM_NOMEM, "no memory for %d sequences", p->max_seqs);
+    if (st == LM_OK && seq_list_reserve(&c->waiting, p->max_waiting) != LM_OK)
+        st = lm_err_set(err, LM_NOMEM, "no memory for %d waiting requests", p->max_waiting);
+    return st;
+}
+
+static lm_status open_all(struct core *c, struct lm_err *err)
+{
+    const struct core_params *p = &c->p;
+    lm_status st = weights_load(p->model_dir, p->model, p->dev, (struct shard){ 0, 1 },
+                                &c->weights, err);
+    if (st == LM_OK)
+        st = open_steps(c, err);
+    if (st == LM_OK)
+        st = open_pool(c, err);
+    /* Keys of dynamic NTK scaling depend on the whole prompt's length: no prefix is the same. */
+    if (st == LM_OK)
+        st = prefix_init(&c->prefix, &c->pool, p->block_tokens, p->model->rope != ROPE_DYNAMIC,
+                         err);
+    if (st == LM_OK)
+        st = residency_init(&c->tier, p->dev, &c->pool, &c->memory, err);
+    if (st == LM_OK)
+        GAUGE(c, free_blocks, c->pool.n_free);
+    return st;
+}
 
 lm_status core_open(const struct core_params *p, struct core **out, struct lm_err *err)
 {
-    (void)p;
-    (void)out;
-    return lm_err_set(err, LM_UNSUPPORTED, "this build serves echo mode only");
+    struct core *c = lm_calloc(1, sizeof *c);
+    if (!c)
+        return lm_err_set(err, LM_NOMEM, "no memory for the engine");
+    c->p = *p;
+    c->next_deadline_ms = INT64_MAX;
+    lm_status st = open_all(c, err);
+    if (st != LM_OK) {
+        core_close(c);
+        return st;
+    }
+    c->p.model_dir = NULL;
+    *out = c;
+    return LM_OK;
 }
-void core_close(struct core *c) { (void)c; }
-int core_pool_blocks(const struct core *c) { (void)c; return 0; }
-int64_t core_block_bytes(const struct core *c) { (void)c; return 0; }
-size_t core_weight_bytes(const struct core *c) { (void)c; return 0; }
-void core_run(struct core *c, mailbox *mail, adapters *reg) { (void)c; (void)mail; (void)reg; }
-void core_stats(struct core *c, struct engine_stats *out) { (void)c; (void)out; }
+
+void core_close(struct core *c)
+{
+    if (!c)
+        return;
+    residency_release(&c->tier);
+    prefix_release(&c->prefix);
+    pool_release(&c->pool);
+    plan_release(&c->plan);
+    seq_list_release(&c->running);
+    seq_list_release(&c->waiting);
+    if (c->stream)
+        kn_stream_free(c->stream);
+    step_free(c->step);
+    forward_free(c->forward);
+    kn_free(c->p.dev, c->pool_memory);
+    if (c->weights.dev)
+        weights_release(&c->weights);
+    free(c);
+}
+
+int core_pool_blocks(const struct core *c)
+{
+    return c->memory.num_blocks;
+}
+
+int64_t core_block_bytes(const struct core *c)
+{
+    return c->memory.block_bytes;
+}
+
+size_t core_weight_bytes(const struct core *c)
+{
+    return c->weights.bytes;
+}
+
+void core_stats(struct core *c, struct engine_stats *out)
+{
+    out->pool_blocks = c->memory.num_blocks;
+#define X(name)                                                                                \
+    out->name = (__typeof__(out->name))atomic_load_explicit(&c->counters.name,                 \
+                                                            memory_order_relaxed);
+    CORE_COUNTERS(X)
+#undef X
+}

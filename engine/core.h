@@ -25,15 +25,15 @@ struct core_params {
 
 /* Loads the weights and makes the pool and every buffer of the step path. */
 lm_status core_open(const struct core_params *p, struct core **out, struct lm_err *err);
-/* After core_run() has returned, before adapters_free(): frees requests that are left, and drops
- * every adapter's residency. */
+/* After core_run() has returned (or instead of it), before adapters_free(). */
 void core_close(struct core *c);
 
 int core_pool_blocks(const struct core *c);
 int64_t core_block_bytes(const struct core *c);
 size_t core_weight_bytes(const struct core *c);
 
-/* The engine thread's life; returns when the mailbox says stop. */
+/* The engine thread's life; returns when the mailbox says stop, with no request and no adapter left
+ * in its hands. */
 void core_run(struct core *c, mailbox *mail, adapters *reg);
 
 /* Fills what the core knows; any thread. */

@@ -57,11 +57,10 @@ static void fill_choices(const struct request *r, struct engine_result *res)
     res->completion_tokens = echo_tokens(r->prompt_text_len) * r->n_seqs;
 }
 
-static struct engine_result *answer(const struct request *r)
+static struct engine_result *answer(struct request *r)
 {
-    struct engine_result *res = lm_calloc(1, sizeof *res);
-    if (!res)
-        return NULL;
+    struct engine_result *res = r->result;
+    r->result = NULL;
     res->choices = lm_calloc((size_t)r->n_seqs, sizeof *res->choices);
     if (res->choices)
         fill_choices(r, res);
@@ -85,7 +84,7 @@ void echo_run(struct echo_counters *c, mailbox *mail, adapters *reg)
         for (struct request *next; r; r = next) {
             next = r->next;
             struct engine_result *res = answer(r);
-            bool ok = res && res->status == LM_OK;
+            bool ok = res->status == LM_OK;
             atomic_fetch_add_explicit(ok ? &c->finished : &c->failed, 1, memory_order_relaxed);
             mailbox_post_result(mail, r, res);
             request_free(r);

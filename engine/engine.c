@@ -109,6 +109,8 @@ static lm_status load_texts(engine *e, struct lm_err *err)
     if (st != LM_OK)
         return st;
     int limit = e->model.max_position;
+    if (e->model.rope == ROPE_DYNAMIC)          /* made to go past it by this factor */
+        limit = (int)LM_MIN((double)limit * (double)e->model.dyn_factor, 1 << 24);
     if (e->cfg.max_model_len > limit)
         return lm_err_set(err, LM_INVALID, "max_model_len is %d; the model's own limit is %d",
                           e->cfg.max_model_len, limit);

@@ -22,15 +22,15 @@ lm_status output_push(struct seq *s, const struct sampled *t, const struct model
 /* Records the score of prompt token n + 1, n being the number recorded before. */
 lm_status output_push_prompt_score(struct request *r, const struct sampled *t);
 
-/* May this id end the sequence? Used to ban it while min_tokens is not reached. */
-bool output_is_eos(const struct model_config *model, int32_t id);
-
-/* New text that no stop string can take back; *len may be 0. With `final`, all the rest. */
+/* New text that no stop string can take back; *len may be 0. With `final`, all the rest. Advances
+ * s->text_sent. */
 void output_stream_text(struct seq *s, bool final, const char **text, size_t *len);
 
-/* The result of a request whose sequences are all done. `status` other than LM_OK: an error, with
- * what was generated so far. NULL only when there is no memory at all. */
-struct engine_result *output_result(struct request *r, const tokenizer *tok, lm_status status,
-                                    const char *why);
+/* Ends the text of a sequence that was cut off (cancelled, expired, failed). */
+void output_flush(struct seq *s);
+
+/* The result of a request whose sequences are all done; r->result->status other than LM_OK makes it
+ * an error, with what was generated so far. Never NULL: it was allocated with the request. */
+struct engine_result *output_result(struct request *r, const tokenizer *tok);
 
 #endif

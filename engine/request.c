@@ -67,11 +67,9 @@ static lm_status prime_decoder(struct seq *s, const tokenizer *tok, bool skip_sp
 {
     struct lm_err err;
     lm_status st = detok_new(tok, skip_special, &s->dec, &err);
-    const char *text = NULL;
-    size_t len = 0;
+    s->text = "";
     for (int i = LM_MAX(0, s->n_prompt - DECODE_PRIMER); st == LM_OK && i < s->n_prompt; i++)
-        st = detok_push(s->dec, s->tokens[i], &text, &len, &err);
-    s->text_base = len;
+        st = detok_push(s->dec, s->tokens[i], &s->text, &s->text_base, &err);
     return st;
 }
 
@@ -135,7 +133,8 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     r->id = lm_strdup(in->id);
     r->tenant = in->tenant ? lm_strdup(in->tenant) : NULL;
     r->finish = lm_calloc(1, sizeof *r->finish);
-    if (!r->id || (in->tenant && !r->tenant) || !r->finish)
+    r->result = lm_calloc(1, sizeof *r->result);
+    if (!r->id || (in->tenant && !r->tenant) || !r->finish || !r->result)
         return LM_NOMEM;
     lm_status st = copy_params(r, params);
     if (st != LM_OK)
@@ -194,6 +193,7 @@ void request_free(struct request *r)
     free(r->prompt_text);
     engine_adapter_unref(r->adapter);
     free(r->finish);
+    engine_result_free(r->result);
     free(r->tenant);
     free(r->id);
     free(r);

@@ -70,8 +70,9 @@ struct seq {
     int bypassed;               /* times that a later sequence was admitted before this one */
 
     detok *dec;                 /* of the output; primed with the prompt's end */
-    size_t text_base;           /* bytes of the primer in the decoder's text */
-    size_t text_len;            /* final generated text, cut at a stop string */
+    const char *text;           /* the decoder's final text, primer included; until its next push */
+    size_t text_base;           /* bytes of the primer in it */
+    size_t text_len;            /* final generated text behind it, cut at a stop string */
     size_t text_sent;           /* already in ENGINE_TOKENS events */
     struct event_node *pending; /* an unpolled ENGINE_TOKENS event of ours; mailbox's lock */
     struct score_list out_scores;
@@ -103,7 +104,9 @@ struct request {
     int64_t submit_us, admit_us, adapter_wait_us, first_token_us;
     int64_t adapter_since_us;   /* waiting for weights since; 0: not */
     int cached_tokens, steps, preemptions;
-    struct event_node *finish;  /* allocated at submit, so that ending can't fail */
+    /* Allocated at submit, so that ending can't fail. */
+    struct event_node *finish;
+    struct engine_result *result;
 };
 
 /* What request_new() needs to know of the engine. */

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * core_int.h - the engine thread's state, shared by core.c (open, close) and loop.c (run).
+ */
+#ifndef LORAMILL_ENGINE_CORE_INT_H
+#define LORAMILL_ENGINE_CORE_INT_H
+
+#include <stdatomic.h>
+
+#include "engine/core.h"
+#include "engine/evict.h"
+#include "engine/step.h"
+
+/* X(name): one word each, written by the engine thread, read by core_stats(). */
+#define CORE_COUNTERS(X)                                                                       \
+    X(waiting) X(running) X(loading) X(free_blocks) X(kv_blocks) X(adapter_blocks)             \
+    X(adapters_resident) X(steps) X(prefill_tokens) X(decode_tokens) X(finished) X(failed)     \
+    X(preemptions) X(adapter_loads) X(adapter_evictions) X(adapter_hits) X(step_us) X(host_us) \
+    X(waiting_prompt_tokens)
+
+struct core_counters {
+#define X(name) atomic_uint_fast64_t name;
+    CORE_COUNTERS(X)
+#undef X
+};
+
+/* One writer, so a load and a store suffice. */
+#define COUNT(c, name, by)                                                                     \
+    atomic_store_explicit(&(c)->counters.name,                                                 \
+                          atomic_load_explicit(&(c)->counters.name, memory_order_relaxed) +    \
+                              (uint64_t)(by), memory_order_relaxed)
+#define GAUGE(c, name, v)                                                                      \
+    atomic_store_explicit(&(c)->counters.name, (uint64_t)(v), memory_order_relaxed)
+
+struct core {
+    struct core_params p;
+    struct weights weights;
+    struct forward *forward;
+    struct step *step;
+    kn_stream *stream;
+    void *pool_memory;
+    struct kn_pool memory;      /* the pool as kernels see it */
+    struct pool pool;           /* its book */
+    struct prefix prefix;
+    struct residency_tier tier;
+    struct seq_list running, waiting;
+    struct plan plan;
+    int64_t next_deadline_ms;   /* earliest of any live request, INT64_MAX: none */
+    uint64_t waiting_prompt_tokens;
+    lm_status failed;
+    struct core_counters counters;
+
+    /* while core_run() runs */
+    mailbox *mail;
+    adapters *reg;
+};
+
+#endif

@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * forward.c - the layers of Llama, Mistral, Qwen2 and Qwen3, which differ in data only: biases, head
+ * norms, windows.
+ *
+ *     res = embed(ids)
+ *     for each layer:
+ *         x   = norm(res)                     (from the second on: res += tmp before the norm)
+ *         qkv = x Wqkv (+ bias) + lora_qkv(x)
+ *         rope, write K and V to the pool, paged attention      -> attn
+ *         tmp = attn Wo + lora_o(attn)        (all-reduce over the group)
+ *         x   = norm(res += tmp)
+ *         gu  = x Wgu + lora_gate_up(x);  act = silu(gate) * up
+ *         tmp = act Wdown + lora_down(act)    (all-reduce over the group)
+ *     x = norm(res += tmp), rows that need logits only -> logits -> sample
+ *
+ * Logits are float32 [rows, vocab]: with a vocabulary of 128k and every prompt row scored they
+ * would take a quarter of a gigabyte, so rows go through in slabs of LOGIT_SLAB_BYTES.
+ *
+ * LoRA rides behind each base GEMM on the rows of its segments only; a step without adapters
+ * launches none of it.
+ */
+#include "engine/forward.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#define LOGIT_SLAB_BYTES ((size_t)64 << 20)
+#define MIN_SLAB_ROWS 16
+
+struct forward {
+    struct forward_params p;
+    int q_heads, kv_heads, ffn;         /* of this shard */
+    int q_dim, qkv_dim;
+    int slab_rows;
+    void *res, *x, *qkv, *attn, *tmp, *gate_up, *act, *rows_x;
+    float *logits;
+    float *inv_freq;            /* [head_dim / 2] */
+    float *h;                   /* LoRA intermediates for max_tokens * h_rank * 3 */
+    int h_rank;
+    void *sample_ws;
+    struct step_output out;
+};
+
+/* Stops at the first failure and says which operation it was. */
+#define TRY(call)                                                                              \
+    do {                                                                                       \
+        lm_status st_ = (call);                                                                \
+        if (st_ != LM_OK)                                                                      \
+            return st_;                                                                        \
+    } while (0)
+
+/* ---- buffers --------------------------------------------------------------------------- */
+
+struct want_buffer {
+    void **p;
+    size_t bytes;
+};
+
+static lm_status allocate(struct forward *f, const struct want_buffer *w, size_t n,
+                          struct lm_err *err)
+{
+    for (size_t i = 0; i < n; i++) {
+        lm_status st = kn_alloc(f->p.dev, w[i].bytes, w[i].p, err);
+        if (st != LM_OK)
+            return lm_err_prefix(err, "step buffers");
+    }
+    return LM_OK;
+}
+
+static lm_status allocate_all(struct forward *f, enum kn_dtype act_type, struct lm_err *err)
+{
+    const struct model_config *c = f->p.model;
+    size_t t = (size_t)f->p.max_tokens, act = t * kn_dtype_size(act_type), f32 = sizeof(float);
+    void *logits, *id, *logprob, *top_id, *top_logprob, *inv_freq;
+    size_t top = t * KN_MAX_TOP_LOGPROBS;
+    const struct want_buffer want[] = {
+        { &f->res, act * (size_t)c->hidden }, { &f->x, act * (size_t)c->hidden },
+        { &f->qkv, act * (size_t)f->qkv_dim }, { &f->attn, act * (size_t)f->q_dim },
+        { &f->tmp, act * (size_t)c->hidden }, { &f->gate_up, act * 2 * (size_t)f->ffn },
+        { &f->act, act * (size_t)f->ffn }, { &f->rows_x, act * (size_t)c->hidden },
+        { &logits, (size_t)f->slab_rows * (size_t)c->vocab * f32 },
+        { &id, t * sizeof(int32_t) }, { &logprob, t * f32 },
+        { &top_id, top * sizeof(int32_t) }, { &top_logprob, top * f32 },
+        { &inv_freq, (size_t)c->head_dim / 2 * f32 },
+        { &f->sample_ws, kn_sample_workspace(f->p.dev, f->slab_rows, c->vocab) },
+    };
+    logits = id = logprob = top_id = top_logprob = inv_freq = NULL;
+    lm_status st = allocate(f, want, LM_COUNT(want), err);
+    f->logits = logits;
+    f->out = (struct step_output){ id, logprob, top_id, top_logprob };
+    f->inv_freq = inv_freq;
+    return st;
+}
+
+static lm_status upload_inv_freq(struct forward *f, struct lm_err *err)
+{
+    size_t bytes = (size_t)f->p.model->head_dim / 2 * sizeof(float);
+    void *pinned = NULL;
+    kn_stream *s = NULL;
+    lm_status st = kn_host_alloc(f->p.dev, bytes, &pinned, err);
+    if (st == LM_OK)
+        st = kn_stream_new(f->p.dev, &s, err);
+    if (st == LM_OK) {
+        for (int i = 0; i < f->p.model->head_dim / 2; i++)
+            ((float *)pinned)[i] = f->p.model->inv_freq[i];
+        st = kn_copy_in(s, f->inv_freq, pinned, bytes);
+    }
+    if (st == LM_OK)
+        st = kn_stream_sync(s, err);
+    if (s)
+        kn_stream_free(s);
+    kn_host_free(f->p.dev, pinned);
+    return st;
+}
+
+lm_status forward_new(const struct forward_params *p, struct forward **out, struct lm_err *err)
+{
+    struct forward *f = lm_calloc(1, sizeof *f);
+    if (!f)
+        return lm_err_set(err, LM_NOMEM, "no memory for the step");
+    const struct model_config *c = p->model;
+    struct kn_props props;
+    kn_props(p->dev, &props);
+    f->p = *p;
+    f->q_heads = c->q_heads / p->shard.world;
+    f->kv_heads = c->kv_heads / p->shard.world;
+    f->ffn = c->ffn / p->shard.world;
+    f->q_dim = f->q_heads * c->head_dim;
+    f->qkv_dim = f->q_dim + 2 * f->kv_heads * c->head_dim;
+    size_t fit = LOGIT_SLAB_BYTES / ((size_t)c->vocab * sizeof(float));
+    f->slab_rows = (int)LM_MIN(LM_MAX(fit, MIN_SLAB_ROWS), (size_t)p->max_tokens);
+    lm_status st = allocate_all(f, props.act, err);
+    if (st == LM_OK)
+        st = upload_inv_freq(f, err);
+    if (st != LM_OK) {
+        forward_free(f);
+        return st;
+    }
+    *out = f;
+    return LM_OK;
+}
+
+void forward_free(struct forward *f)
+{
+    if (!f)
+        return;
+    void *const all[] = {
+        f->res, f->x, f->qkv, f->attn, f->tmp, f->gate_up, f->act, f->rows_x, f->logits,
+        f->out.id, f->out.logprob, f->out.top_id, f->out.top_logprob, f->inv_freq, f->sample_ws,
+        f->h,
+    };
+    for (size_t i = 0; i < LM_COUNT(all); i++)
+        kn_free(f->p.dev, all[i]);
+    free(f);
+}
+
+const struct step_output *forward_output(const struct forward *f)
+{
+    return &f->out;
+}
+
+lm_status forward_reserve_rank(struct forward *f, int rank, struct lm_err *err)
+{
+    if (rank <= f->h_rank)
+        return LM_OK;
+    void *h = NULL;
+    size_t bytes = (size_t)f->p.max_tokens * (size_t)rank * 3 * sizeof(float);
+    lm_status st = kn_alloc(f->p.dev, bytes, &h, err);
+    if (st != LM_OK)
+        return lm_err_prefix(err, "workspace for adapters of rank %d", rank);
+    kn_free(f->p.dev, f->h);
+    f->h = h;
+    f->h_rank = rank;
+    return LM_OK;
+}
+
+/* ---- the pieces of a layer ------------------------------------------------------------- */
+
+struct run {
+    struct forward *f;
+    kn_stream *s;
+    const struct kn_pool *pool;
+    const struct step_batch *b;
+    int layer;
+};
+
+static lm_status norm(const struct run *r, const void *x, void *residual, const float *weight)
+{
+    const struct model_config *c = r->f->p.model;
+    struct kn_rmsnorm a = {
+        .out = r->f->x, .x = x, .residual = residual, .weight = weight, .n = r->b->n_tok,
+        .hidden = c->hidden, .eps = c->rms_eps,
+    };
+    return kn_op_rmsnorm(r->s, &a);
+}
+
+static lm_status gemm(const struct run *r, void *y, int64_t ldy, const void *x, int64_t ldx,
+                      const kn_mat *w, const float *bias)
+{
+    struct kn_gemm a = { .y = y, .x = x, .w = w, .bias = bias, .m = r->b->n_tok, .ldx = ldx,
+                         .ldy = ldy };
+    return kn_op_gemm(r->s, &a);
+}
+
+static lm_status lora(const struct run *r, void *y, int64_t ldy, const void *x, int in,
+                      const struct kn_lora_part *part, int n_parts)
+{
+    if (r->b->lora.n_segs == 0)
+        return LM_OK;
+    struct kn_lora a = {
+        .h = r->f->h, .x = x, .y = y, .ldx = in, .ldy = ldy, .in = in, .pool = *r->pool,
+        .layer = r->layer, .n_parts = n_parts, .batch = r->b->lora,
+    };
+    for (int i = 0; i < n_parts; i++)
+        a.part[i] = part[i];
+    TRY(kn_op_lora_shrink(r->s, &a));
+    return kn_op_lora_expand(r->s, &a);
+}
+
+static lm_status reduce(const struct run *r)
+{
+    const struct forward *f = r->f;
+    if (!f->p.comm)
+        return LM_OK;
+    struct kn_props props;
+    kn_props(f->p.dev, &props);
+    return kn_all_reduce_sum(r->s, f->p.comm, f->tmp,
+                             (size_t)r->b->n_tok * (size_t)f->p.model->hidden, props.act);
+}
+
+static lm_status rope(const struct run *r, const struct layer_weights *w)
+{
+    const struct forward *f = r->f;
+    const struct model_config *c = f->p.model;
+    struct kn_rope_kv a = {
+        .qkv = f->qkv, .ld = f->qkv_dim, .pos = r->b->pos, .slot = r->b->slot,
+        .inv_freq = f->inv_freq, .attention_factor = c->attention_factor,
+        .dyn_len = r->b->dyn_len, .dyn_base = c->rope_theta, .dyn_factor = c->dyn_factor,
+        .dyn_max = c->dyn_max, .q_norm = w->q_norm, .k_norm = w->k_norm, .norm_eps = c->rms_eps,
+        .pool = *r->pool, .layer = r->layer, .block_tokens = f->p.block_tokens,
+        .n = r->b->n_tok, .q_heads = f->q_heads, .kv_heads = f->kv_heads,
+        .head_dim = c->head_dim,
+    };
+    return kn_op_rope_kv(r->s, &a);
+}
+
+static lm_status attend(const struct run *r)
+{
+    const struct forward *f = r->f;
+    const struct model_config *c = f->p.model;
+    const struct step_batch *b = r->b;
+    struct kn_attention a = {
+        .out = f->attn, .qkv = f->qkv, .ld = f->qkv_dim, .q_start = b->q_start,
+        .kv_len = b->kv_len, .block_table = b->block_table, .table_ld = b->table_ld,
+        .n_seqs = b->n_seqs, .n_tok = b->n_tok, .max_q = b->max_q, .max_kv = b->max_kv,
+        .pool = *r->pool, .layer = r->layer, .block_tokens = f->p.block_tokens,
+        .q_heads = f->q_heads, .kv_heads = f->kv_heads, .head_dim = c->head_dim,
+        .window = c->window ? c->window[r->layer] : 0,
+        .scale = 1.0f / sqrtf((float)c->head_dim),
+    };
+    return kn_op_attention(r->s, &a);
+}
+
+static lm_status attention_half(const struct run *r, const struct layer_weights *w)
+{
+    const struct forward *f = r->f;
+    const struct model_config *c = f->p.model;
+    int kv_dim = f->kv_heads * c->head_dim;
+    const struct kn_lora_part qkv[3] = {
+        { KN_Q, 0, f->q_dim }, { KN_K, f->q_dim, kv_dim }, { KN_V, f->q_dim + kv_dim, kv_dim },
+    };
+    const struct kn_lora_part o = { KN_O, 0, c->hidden };
+    TRY(gemm(r, f->qkv, f->qkv_dim, f->x, c->hidden, w->qkv, w->qkv_bias));
+    TRY(lora(r, f->qkv, f->qkv_dim, f->x, c->hidden, qkv, 3));
+    TRY(rope(r, w));
+    TRY(attend(r));
+    TRY(gemm(r, f->tmp, c->hidden, f->attn, f->q_dim, w->o, NULL));
+    TRY(lora(r, f->tmp, c->hidden, f->attn, f->q_dim, &o, 1));
+    return reduce(r);
+}
+
+static lm_status ffn_half(const struct run *r, const struct layer_weights *w)
+{
+    const struct forward *f = r->f;
+    const struct model_config *c = f->p.model;
+    const struct kn_lora_part gate_up[2] = { { KN_GATE, 0, f->ffn }, { KN_UP, f->ffn, f->ffn } };
+    const struct kn_lora_part down = { KN_DOWN, 0, c->hidden };
+    const struct kn_silu_mul silu = { f->act, f->gate_up, r->b->n_tok, f->ffn };
+    TRY(gemm(r, f->gate_up, 2 * f->ffn, f->x, c->hidden, w->gate_up, NULL));
+    TRY(lora(r, f->gate_up, 2 * f->ffn, f->x, c->hidden, gate_up, 2));
+    TRY(kn_op_silu_mul(r->s, &silu));
+    TRY(gemm(r, f->tmp, c->hidden, f->act, f->ffn, w->down, NULL));
+    TRY(lora(r, f->tmp, c->hidden, f->act, f->ffn, &down, 1));
+    return reduce(r);
+}
+
+/* Rows [r0, r0 + n) of those that need logits: hidden state to logits to ids. */
+static lm_status sample_slab(const struct run *r, int r0, int n)
+{
+    const struct forward *f = r->f;
+    const struct model_config *c = f->p.model;
+    const struct kn_gather_rows gather = { f->rows_x, f->x, r->b->row_idx + r0, n, c->hidden };
+    const struct kn_gemm head = {
+        .y = f->logits, .x = f->rows_x, .w = f->p.weights->lm_head, .m = n, .ldx = c->hidden,
+        .ldy = c->vocab, .y_f32 = true,
+    };
+    const struct kn_sample sample = {
+        .logits = f->logits, .rows = r->b->rows + r0, .history = r->b->history,
+        .out_id = f->out.id + r0, .out_logprob = f->out.logprob + r0,
+        .top_id = f->out.top_id + (size_t)r0 * KN_MAX_TOP_LOGPROBS,
+        .top_logprob = f->out.top_logprob + (size_t)r0 * KN_MAX_TOP_LOGPROBS,
+        .workspace = f->sample_ws, .n = n, .vocab = c->vocab, .ld = c->vocab,
+    };
+    TRY(kn_op_gather_rows(r->s, &gather));
+    TRY(kn_op_gemm(r->s, &head));
+    return kn_op_sample(r->s, &sample);
+}
+
+lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,
+                      const struct step_batch *b)
+{
+    const struct weights *w = f->p.weights;
+    struct run r = { f, s, pool, b, 0 };
+    const struct kn_embed embed = { f->res, w->embed, b->ids, b->n_tok, f->p.model->hidden };
+    TRY(kn_op_embed(s, &embed));
+    for (r.layer = 0; r.layer < w->n_layers; r.layer++) {
+        const struct layer_weights *lw = &w->layer[r.layer];
+        TRY(r.layer == 0 ? norm(&r, f->res, NULL, lw->attn_norm)
+                         : norm(&r, f->tmp, f->res, lw->attn_norm));
+        TRY(attention_half(&r, lw));
+        TRY(norm(&r, f->tmp, f->res, lw->ffn_norm));
+        TRY(ffn_half(&r, lw));
+    }
+    if (b->n_rows == 0)
+        return LM_OK;
+    TRY(norm(&r, f->tmp, f->res, w->final_norm));
+    for (int r0 = 0; r0 < b->n_rows; r0 += f->slab_rows)
+        TRY(sample_slab(&r, r0, LM_MIN(f->slab_rows, b->n_rows - r0)));
+    return LM_OK;
+}

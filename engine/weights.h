@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * weights.h - base weights on the device, from safetensors.
+ *
+ * q, k and v become one matrix, gate and up another, so that a layer is four GEMMs. Matrices keep
+ * the stored dtype as far as the backend wishes; norms and biases are float32 vectors.
+ *
+ * A shard is this device's part of a tensor-parallel group (Megatron's split, arXiv 1909.08053):
+ * heads and feed-forward columns of qkv and gate_up by rows, o and down by columns, lm_head by
+ * vocabulary rows; embeddings and norms whole. {0, 1} is the whole model.
+ */
+#ifndef LORAMILL_ENGINE_WEIGHTS_H
+#define LORAMILL_ENGINE_WEIGHTS_H
+
+#include "engine/model_config.h"
+
+struct shard {
+    int rank, world;
+};
+
+struct layer_weights {
+    kn_mat *qkv;                /* [(q_heads + 2 kv_heads) * head_dim, hidden] */
+    kn_mat *o;                  /* [hidden, q_heads * head_dim] */
+    kn_mat *gate_up;            /* [2 ffn, hidden] */
+    kn_mat *down;               /* [hidden, ffn] */
+    float *qkv_bias;            /* [(q_heads + 2 kv_heads) * head_dim] or NULL */
+    float *attn_norm, *ffn_norm;        /* [hidden] */
+    float *q_norm, *k_norm;     /* [head_dim] or NULL */
+};
+
+struct weights {
+    kn_device *dev;
+    struct layer_weights *layer;        /* [n_layers] */
+    int n_layers;
+    kn_mat *embed;              /* [vocab, hidden] */
+    kn_mat *lm_head;            /* [vocab, hidden]; the same matrix when tied */
+    float *final_norm;          /* [hidden] */
+    size_t bytes;               /* as stored */
+};
+
+/* Reads dir's safetensors. LM_MISMATCH names the tensor that is missing, of the wrong shape or
+ * dtype, or not part of the architecture. On failure nothing is left behind. */
+lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
+                       struct shard shard, struct weights *out, struct lm_err *err);
+void weights_release(struct weights *w);
+
+#endif

@@ -1,0 +1,357 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_golden.c - the engine's numbers against transformers + PEFT in float32, and against itself
+ * under every kind of company.
+ *
+ * For each model family and the shipped models, for the base and every adapter, for every case:
+ *   alone       prompt and greedy log-probabilities within 2e-3 of the reference, 64 greedy tokens
+ *               identical, distributions at three positions within 2e-3
+ *   mixed       all variants and cases at once, prompts cut into chunks by a small token budget:
+ *               log-probabilities within 1e-4 of what each got alone, tokens equal unless the top
+ *               two are nearer than that
+ *   preempted   the same in a pool that holds less than two of them: same tokens
+ *   warm        the same once more on prefixes that are in the cache
+ *
+ * The files are described in tests/golden/make_golden.py.
+ */
+#include "engine_fixture.h"
+
+#include "engine/safetensors.h"
+
+#define GOLDEN_TOLERANCE 2e-3
+#define COMPANY_TOLERANCE 1e-4
+#define STEPS 64
+#define MAX_CASES 512
+
+struct golden_case {
+    char variant[128];          /* "base" or an adapter's folder */
+    const int32_t *prompt;
+    int n_prompt;
+    const float *prompt_logprobs;
+    const int32_t *greedy;
+    const float *greedy_logprobs;
+    const int32_t *at;
+    int n_at;
+    const float *full;          /* [n_at, vocab] or NULL: */
+    int64_t vocab;
+    const int32_t *top_ids;     /* [n_at, n_top] */
+    const float *top;
+    int64_t n_top;
+    engine_adapter *adapter;
+    struct engine_result *alone;
+};
+
+struct suite {
+    const char *name;
+    char model[PATH_MAX], adapters[PATH_MAX], golden[PATH_MAX];
+    safetensors *st;
+    struct golden_case c[MAX_CASES];
+    int n;
+};
+
+/* ---- reading --------------------------------------------------------------------------- */
+
+static const struct st_tensor *tensor(const struct suite *s, const char *variant, int i,
+                                      const char *what)
+{
+    char name[256];
+    snprintf(name, sizeof name, "%s/%d/%s", variant, i, what);
+    return safetensors_find(s->st, name);
+}
+
+static const void *data(const struct suite *s, const char *variant, int i, const char *what,
+                        int64_t *n)
+{
+    const struct st_tensor *t = tensor(s, variant, i, what);
+    if (!t)
+        fail_msg("%s: %s/%d/%s is missing", s->golden, variant, i, what);
+    if (n)
+        *n = t->shape[0];
+    return t->data;
+}
+
+static void read_case(struct suite *s, const char *variant, int i)
+{
+    struct golden_case *c = &s->c[s->n++];
+    int64_t n;
+    assert_true(s->n < MAX_CASES);
+    snprintf(c->variant, sizeof c->variant, "%s", variant);
+    c->prompt = data(s, variant, i, "prompt", &n);
+    c->n_prompt = (int)n;
+    c->prompt_logprobs = data(s, variant, i, "prompt_logprobs", NULL);
+    c->greedy = data(s, variant, i, "greedy", &n);
+    assert_int_equal(n, STEPS);
+    c->greedy_logprobs = data(s, variant, i, "greedy_logprobs", NULL);
+    c->at = data(s, variant, i, "at", &n);
+    c->n_at = (int)n;
+    const struct st_tensor *full = tensor(s, variant, i, "full");
+    if (full) {
+        c->full = full->data;
+        c->vocab = full->shape[1];
+    } else {
+        c->top_ids = data(s, variant, i, "top_ids", NULL);
+        c->top = data(s, variant, i, "top", NULL);
+        c->n_top = tensor(s, variant, i, "top")->shape[1];
+    }
+}
+
+/* Every VARIANT/CASE that has a prompt. */
+static void read_cases(struct suite *s)
+{
+    static const char end[] = "/prompt";
+    CHECK(safetensors_open(s->golden, &s->st, err));
+    for (int i = 0; i < safetensors_count(s->st); i++) {
+        char name[256];
+        snprintf(name, sizeof name, "%s", safetensors_at(s->st, i)->name);
+        size_t n = strlen(name), k = sizeof end - 1;
+        if (n < k || strcmp(name + n - k, end) != 0)
+            continue;
+        name[n - k] = '\0';
+        char *slash = strrchr(name, '/');
+        assert_non_null(slash);
+        *slash = '\0';
+        read_case(s, name, (int)strtol(slash + 1, NULL, 10));
+    }
+    assert_true(s->n > 0);
+}
+
+/* ---- requests and comparisons ---------------------------------------------------------- */
+
+static struct engine_request case_request(struct golden_case *c)
+{
+    struct engine_request r = fixture_request(c->variant, c->prompt, c->n_prompt);
+    r.adapter = c->adapter;
+    r.params.max_tokens = STEPS;
+    r.params.ignore_eos = true;
+    r.params.echo = true;
+    r.params.logprobs = ENGINE_MAX_LOGPROBS;
+    r.user = c;
+    return r;
+}
+
+static void check_near(const struct suite *s, const struct golden_case *c, const char *what, int i,
+                       double got, double want, double tolerance)
+{
+    if (!(fabs(got - want) <= tolerance))
+        fail_msg("%s, %s, prompt of %d: %s %d is %.6f, want %.6f", s->name, c->variant, c->n_prompt,
+                 what, i, got, want);
+}
+
+/* Distribution of token at + 1 by our alternatives. */
+static void check_distribution(const struct suite *s, const struct golden_case *c, int k,
+                               const struct engine_token *t)
+{
+    assert_true(t->n_top > 0);
+    for (int i = 0; i < t->n_top; i++) {
+        if (c->full) {
+            double want = (double)c->full[(int64_t)k * c->vocab + t->top[i].id];
+            check_near(s, c, "alternative", t->top[i].id, (double)t->top[i].logprob, want,
+                       GOLDEN_TOLERANCE);
+        } else if (i < c->n_top) {
+            check_near(s, c, "best", i, (double)t->top[i].logprob,
+                       (double)c->top[(int64_t)k * c->n_top + i], GOLDEN_TOLERANCE);
+        }
+    }
+}
+
+static void check_golden(const struct suite *s, const struct golden_case *c,
+                         const struct engine_result *r)
+{
+    const struct engine_choice *ch = &r->choices[0];
+    assert_int_equal(ch->n_logprobs, c->n_prompt + STEPS);
+    assert_true(isnan(ch->logprobs[0].logprob));
+    for (int i = 1; i < c->n_prompt; i++)
+        check_near(s, c, "prompt token", i, (double)ch->logprobs[i].logprob,
+                   (double)c->prompt_logprobs[i], GOLDEN_TOLERANCE);
+    assert_int_equal(ch->n_tokens, STEPS);
+    for (int i = 0; i < STEPS; i++) {
+        if (ch->token_ids[i] != c->greedy[i])
+            fail_msg("%s, %s, prompt of %d: greedy token %d is %d, want %d", s->name, c->variant,
+                     c->n_prompt, i, ch->token_ids[i], c->greedy[i]);
+        check_near(s, c, "greedy token", i, (double)ch->logprobs[c->n_prompt + i].logprob,
+                   (double)c->greedy_logprobs[i], GOLDEN_TOLERANCE);
+    }
+    for (int k = 0; k < c->n_at; k++)
+        if (c->at[k] + 1 < c->n_prompt + STEPS)
+            check_distribution(s, c, k, &ch->logprobs[c->at[k] + 1]);
+}
+
+/* As alone: same tokens, until the top two were nearer than the tolerance, and scores as near. */
+static void check_company(const struct suite *s, const struct golden_case *c,
+                          const struct engine_result *r)
+{
+    const struct engine_choice *a = &c->alone->choices[0], *b = &r->choices[0];
+    if (r->status != LM_OK)
+        fail_msg("%s: %s", c->variant, r->error);
+    assert_int_equal(a->n_logprobs, b->n_logprobs);
+    for (int i = 1; i < a->n_logprobs; i++) {
+        const struct engine_token *ta = &a->logprobs[i], *tb = &b->logprobs[i];
+        if (ta->id != tb->id) {
+            double gap = (double)(ta->top[0].logprob - ta->top[1].logprob);
+            if (gap > COMPANY_TOLERANCE)
+                fail_msg("%s, %s, prompt of %d: token %d is %d in company, %d alone (gap %g)",
+                         s->name, c->variant, c->n_prompt, i, tb->id, ta->id, gap);
+            return;
+        }
+        check_near(s, c, "token in company", i, (double)tb->logprob, (double)ta->logprob,
+                   COMPANY_TOLERANCE);
+    }
+}
+
+/* ---- a suite --------------------------------------------------------------------------- */
+
+static void load_adapters(struct suite *s, engine *e)
+{
+    for (int i = 0; i < s->n; i++) {
+        struct golden_case *c = &s->c[i];
+        char dir[PATH_MAX + 256];
+        c->adapter = NULL;
+        if (!strcmp(c->variant, "base"))
+            continue;
+        snprintf(dir, sizeof dir, "%s/%s", s->adapters, c->variant);
+        CHECK(engine_adapter_load(e, c->variant, dir, &c->adapter, err));
+    }
+}
+
+static void unload_adapters(struct suite *s)
+{
+    for (int i = 0; i < s->n; i++)
+        engine_adapter_unref(s->c[i].adapter);
+}
+
+static void run_alone(struct suite *s, const struct engine_config *cfg, struct engine_info *info,
+                      size_t *adapter_blocks)
+{
+    engine *e = fixture_engine(cfg);
+    engine_info(e, info);
+    load_adapters(s, e);
+    *adapter_blocks = 0;
+    for (int i = 0; i < s->n; i++) {
+        struct golden_case *c = &s->c[i];
+        struct engine_request r = case_request(c);
+        c->alone = fixture_run(e, &r);
+        check_golden(s, c, c->alone);
+        size_t row = info->block_bytes * (size_t)info->n_layers;
+        if (c->adapter)
+            *adapter_blocks = LM_MAX(*adapter_blocks,
+                                     LM_DIV_UP(engine_adapter_bytes(c->adapter), row));
+    }
+    unload_adapters(s);
+    engine_close(e);
+}
+
+/* All at once. Returns how often one was preempted. */
+static int run_together(struct suite *s, engine *e, bool logprobs)
+{
+    int preemptions = 0;
+    for (int i = 0; i < s->n; i++) {
+        struct engine_request r = case_request(&s->c[i]);
+        if (!logprobs) {        /* without scores the prefix cache may serve the prompt */
+            r.params.echo = false;
+            r.params.logprobs = -1;
+        }
+        fixture_submit(e, &r);
+    }
+    for (int i = 0; i < s->n; i++) {
+        struct engine_event ev = fixture_finished(e);
+        struct golden_case *c = ev.user;
+        if (logprobs)
+            check_company(s, c, ev.result);
+        else
+            assert_memory_equal(ev.result->choices[0].token_ids, c->greedy,
+                                STEPS * sizeof(int32_t));
+        preemptions += ev.result->preemptions;
+        engine_result_free(ev.result);
+    }
+    return preemptions;
+}
+
+static void run_mixed(struct suite *s, struct engine_config cfg)
+{
+    cfg.max_step_tokens = 48;
+    cfg.max_seqs = 16;
+    engine *e = fixture_engine(&cfg);
+    load_adapters(s, e);
+    run_together(s, e, true);
+    run_together(s, e, false);
+    run_together(s, e, false);
+    unload_adapters(s);
+    engine_close(e);
+}
+
+static void run_preempted(struct suite *s, struct engine_config cfg,
+                          const struct engine_info *info, size_t adapter_blocks)
+{
+    int longest = 0;
+    for (int i = 0; i < s->n; i++)
+        longest = LM_MAX(longest, s->c[i].n_prompt);
+    size_t kv = (size_t)LM_DIV_UP(longest + STEPS, info->block_tokens);
+    size_t blocks = adapter_blocks + kv + kv * 3 / 4;
+    cfg.pool_bytes = blocks * info->block_bytes * (size_t)info->n_layers;
+    cfg.max_step_tokens = 32;
+    engine *e = fixture_engine(&cfg);
+    struct engine_info small;
+    engine_info(e, &small);
+    assert_int_equal(small.pool_blocks, blocks);
+    load_adapters(s, e);
+    int n = run_together(s, e, true);
+    n += run_together(s, e, false);
+    assert_true(n > 0);
+    struct engine_stats st;
+    engine_stats(e, &st);
+    assert_int_equal(st.preemptions, n);
+    unload_adapters(s);
+    engine_close(e);
+}
+
+static void run_suite(struct suite *s)
+{
+    struct fixture_dir dir = fixture_open(s->model);
+    struct engine_config cfg = fixture_config(dir.path);
+    struct engine_info info;
+    size_t adapter_blocks;
+    read_cases(s);
+    run_alone(s, &cfg, &info, &adapter_blocks);
+    run_mixed(s, cfg);
+    run_preempted(s, cfg, &info, adapter_blocks);
+    for (int i = 0; i < s->n; i++)
+        engine_result_free(s->c[i].alone);
+    safetensors_close(s->st);
+    fixture_close(&dir);
+}
+
+static void family(void **state)
+{
+    static struct suite s;
+    memset(&s, 0, sizeof s);
+    s.name = *state;
+    snprintf(s.model, sizeof s.model, "tests/fixtures/families/%s/model", s.name);
+    snprintf(s.adapters, sizeof s.adapters, "tests/fixtures/families/%s/adapters", s.name);
+    snprintf(s.golden, sizeof s.golden, "tests/fixtures/families/%s/golden.safetensors", s.name);
+    run_suite(&s);
+}
+
+static void shipped(void **state)
+{
+    static struct suite s;
+    memset(&s, 0, sizeof s);
+    s.name = *state;
+    snprintf(s.model, sizeof s.model, "tests/models/%s", s.name);
+    snprintf(s.adapters, sizeof s.adapters, "tests/models/%s-adapters", s.name);
+    snprintf(s.golden, sizeof s.golden, "tests/golden/%s.safetensors", s.name);
+    run_suite(&s);
+}
+
+#define FAMILY(n) { n, family, NULL, NULL, (void *)(uintptr_t)n }
+#define SHIPPED(n) { n, shipped, NULL, NULL, (void *)(uintptr_t)n }
+
+int main(void)
+{
+    lm_log_set_level(LM_WARN);
+    const struct CMUnitTest tests[] = {
+        FAMILY("llama2"), FAMILY("llama3"), FAMILY("mistral"), FAMILY("qwen2"),
+        FAMILY("qwen2-window"), FAMILY("qwen3"), FAMILY("tied"), FAMILY("rope-linear"),
+        FAMILY("rope-dynamic"), FAMILY("rope-yarn"), SHIPPED("spm-tiny"),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
