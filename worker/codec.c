@@ -5,6 +5,11 @@
  *
  * Both encodings meet in a JSON tree: Avro is decoded into one by field name, and written from one,
  * so that all rules live once, in json_prompt.c and json_completion.c.
+ *
+ * Framing is Confluent's: a schema id is 0x00 and four bytes, big-endian, or 0x01 and a 16-byte
+ * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
+ *
+ * The decoding and the encoding thread share nothing that changes: each has a registry client.
  */
 #include "worker/codec.h"
 
@@ -13,36 +18,80 @@
 #include <string.h>
 #include <strings.h>
 
+#include "worker/avro_codec.h"
 #include "worker/json_completion.h"
 #include "worker/json_prompt.h"
+#include "worker/schema_cache.h"
+#include "worker/schema_text.h"
 
 #define DEFAULT_MAX_MESSAGE ((size_t)16 << 20)
+
+#define SCHEMA_ID_HEADER "__value_schema_id"
+
+enum { MAGIC_ID = 0, MAGIC_GUID = 1, ID_BYTES = 5, GUID_BYTES = 17 };
 
 struct codec {
     char *model_name;
     size_t max_message;
+    /* decoding thread; NULL without a registry */
+    registry *prompts;
+    schema_cache *cache;
+    /* encoding thread */
+    registry *replies;
+    struct avro_plan *reply_plan;
+    char *subject;
+    bool auto_register;
+    int32_t reply_id;           /* 0: not asked yet */
 };
 
 /* ---- life ---------------------------------------------------------------------------------- */
+
+static lm_status open_registry(codec *c, const struct codec_config *cfg, struct lm_err *err)
+{
+    struct registry_config rc = { .url = cfg->registry_url, .auth = cfg->registry_auth,
+                                  .ca_file = cfg->registry_ca };
+    lm_status st = registry_new(&rc, &c->prompts, err);
+    if (!st)
+        st = registry_new(&rc, &c->replies, err);
+    if (!st)
+        st = avro_plan_new(schema_completion_text, strlen(schema_completion_text), &c->reply_plan,
+                           err);
+    if (st)
+        return st;
+    c->auto_register = cfg->auto_register;
+    c->cache = schema_cache_new(c->prompts);
+    if (!c->cache || asprintf(&c->subject, "%s-value", cfg->reply_topic) < 0)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    return LM_OK;
+}
 
 lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *err)
 {
     codec *c = lm_calloc(1, sizeof *c);
     if (!c)
         return lm_err_set(err, LM_NOMEM, "out of memory");
+    lm_status st = LM_OK;
     c->max_message = cfg->max_message_bytes ? cfg->max_message_bytes : DEFAULT_MAX_MESSAGE;
-    if (cfg->model_name && !(c->model_name = lm_strdup(cfg->model_name))) {
+    if (cfg->model_name && !(c->model_name = lm_strdup(cfg->model_name)))
+        st = lm_err_set(err, LM_NOMEM, "out of memory");
+    if (!st && cfg->registry_url && cfg->registry_url[0])
+        st = open_registry(c, cfg, err);
+    if (st)
         codec_free(c);
-        return lm_err_set(err, LM_NOMEM, "out of memory");
-    }
-    *out = c;
-    return LM_OK;
+    else
+        *out = c;
+    return st;
 }
 
 void codec_free(codec *c)
 {
     if (!c)
         return;
+    schema_cache_free(c->cache);
+    registry_free(c->prompts);
+    registry_free(c->replies);
+    avro_plan_free(c->reply_plan);
+    free(c->subject);
     free(c->model_name);
     free(c);
 }
@@ -76,7 +125,7 @@ enum encoding codec_detect(const void *value, size_t len, const struct header *h
         return ENCODING_JSON;
     if (type && media_type_is(type, "application/avro"))
         return ENCODING_AVRO;
-    if (find_header(h, n_headers, "__value_schema_id"))
+    if (find_header(h, n_headers, SCHEMA_ID_HEADER))
         return ENCODING_AVRO;
     const unsigned char *first = value;
     return len > 0 && first && *first <= 1 ? ENCODING_AVRO : ENCODING_JSON;
@@ -120,6 +169,60 @@ static lm_status decode_json(const char *text, size_t len, const char *model_nam
     return st;
 }
 
+/* Reads a schema id or GUID at `at`; *used is the bytes it takes. */
+static lm_status parse_key(const unsigned char *at, size_t len, const char *where,
+                           struct schema_key *key, size_t *used, struct lm_err *err)
+{
+    if (len >= ID_BYTES && at[0] == MAGIC_ID) {
+        uint32_t id = (uint32_t)at[1] << 24 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 8 | at[4];
+        if (id > INT32_MAX)
+            return lm_err_set(err, LM_FORMAT, "Avro: %s has schema id %u, which is none", where,
+                              (unsigned)id);
+        *key = (struct schema_key){ .id = (int32_t)id };
+        *used = ID_BYTES;
+        return LM_OK;
+    }
+    if (len >= GUID_BYTES && at[0] == MAGIC_GUID) {
+        *key = (struct schema_key){ .is_guid = true };
+        memcpy(key->guid, at + 1, sizeof key->guid);
+        *used = GUID_BYTES;
+        return LM_OK;
+    }
+    if (len > 0 && at[0] <= MAGIC_GUID)
+        return lm_err_set(err, LM_FORMAT, "Avro: %s ends within the schema id", where);
+    return lm_err_set(err, LM_FORMAT, "Avro: %s starts with 0x%02x instead of a schema id (0x00 and "
+                      "4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
+}
+
+static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
+                             const struct header *id, struct prompt **out, struct lm_err *err)
+{
+    struct schema_key key;
+    size_t used = 0;
+    const struct avro_plan *plan = NULL;
+    json_t *root = NULL;
+    if (!c->cache)
+        return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but this worker has no "
+                          "registry.url");
+    lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, &used, err)
+                      : parse_key(value, len, "the value", &key, &used, err);
+    if (!st && id && used != id->len)
+        st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead of "
+                        "%zu", id->len, used);
+    if (id)
+        used = 0;
+    if (!st)
+        st = schema_cache_get(c->cache, &key, &plan, err);
+    if (!st)
+        st = avro_decode(plan, value + used, len - used, &root, err);
+    if (!st)
+        st = json_prompt_read(root, ENCODING_AVRO, c->model_name, out, err);
+    json_decref(root);
+    if (st)
+        make_utf8(err);
+    return st;
+}
+
 lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
                              struct lm_err *err)
 {
@@ -138,24 +241,57 @@ lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const str
         return lm_err_set(err, LM_TOO_LARGE, "the message has %zu bytes, more than %zu", len,
                           c->max_message);
     if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
-        return lm_err_set(err, LM_UNSUPPORTED, "Avro needs registry.url");
+        return decode_avro(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out, err);
     return decode_json(value, len, c->model_name, out, err);
 }
 
 /* ---- encoding ------------------------------------------------------------------------------ */
 
+lm_status codec_prepare_replies(codec *c, struct lm_err *err)
+{
+    if (!c->replies)
+        return lm_err_set(err, LM_UNSUPPORTED, "a reply in Avro needs registry.url");
+    if (c->reply_id)
+        return LM_OK;
+    lm_status st = registry_id_of(c->replies, c->subject, schema_completion_text, c->auto_register,
+                                  &c->reply_id, err);
+    if (st == LM_NOT_FOUND)
+        return lm_err_set(err, st, "subject %.200s lacks the reply schema: register "
+                          "schemas/completion.avsc, or set registry.auto.register=true",
+                          c->subject);
+    return st;
+}
+
+static lm_status encode_avro(codec *c, const json_t *root, void **out, size_t *len,
+                             struct lm_err *err)
+{
+    lm_status st = codec_prepare_replies(c, err);
+    if (!st)
+        st = avro_encode(c->reply_plan, root, ID_BYTES, out, len, err);
+    if (st)
+        return st;
+    unsigned char *at = *out;
+    uint32_t id = (uint32_t)c->reply_id;
+    at[0] = MAGIC_ID;
+    for (int i = 0; i < 4; i++)
+        at[1 + i] = (unsigned char)(id >> (24 - 8 * i));
+    return LM_OK;
+}
+
 lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
                                   void **out, size_t *len, struct lm_err *err)
 {
-    (void)c;
-    if (enc == ENCODING_AVRO)
-        return lm_err_set(err, LM_UNSUPPORTED, "Avro needs registry.url");
+    lm_status st = LM_OK;
+    char *text = NULL;
     json_t *root = completion_json(done);
-    char *text = root ? completion_dump(root) : NULL;
+    if (root && enc == ENCODING_AVRO) {
+        st = encode_avro(c, root, out, len, err);
+    } else if (root && (text = completion_dump(root))) {
+        *out = text;
+        *len = strlen(text);
+    } else {
+        st = lm_err_set(err, LM_NOMEM, "out of memory writing the reply to %s", done->prompt->id);
+    }
     json_decref(root);
-    if (!text)
-        return lm_err_set(err, LM_NOMEM, "out of memory writing the reply to %s", done->prompt->id);
-    *out = text;
-    *len = strlen(text);
-    return LM_OK;
+    return st;
 }

@@ -8,7 +8,8 @@
  *
  * Avro decoding is guarded (caps on bytes, items and depth, vetted writer schemas) and reads by
  * field name from the writer's schema, with our own defaults. Schemas come from the registry by id,
- * cached for ever; that lookup may block, so decode on the intake thread, never on the poll thread.
+ * cached for ever; that lookup may block (10 s a registry URL), so decode on the intake thread, never
+ * on the poll thread.
  *
  * Threads: a codec is used by one thread at a time for decoding and another for encoding.
  */
@@ -48,7 +49,11 @@ lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const str
 lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
                              struct lm_err *err);
 
-/* malloc'ed bytes. */
+/* Asks the registry for the reply schema's id, registering it when auto_register. Called by the
+ * first Avro reply anyway; at start-up it shows early what is missing. Encoding thread. */
+lm_status codec_prepare_replies(codec *c, struct lm_err *err);
+
+/* malloc'ed bytes. Avro: may block for the registry once, and LM_NET means try again later. */
 lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
                                   void **out, size_t *len, struct lm_err *err);
 

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * avro_codec.h - Avro data to and from JSON trees, by field name, under a plan.
+ *
+ * Decoding: records and maps become objects, enums strings; a null field is left out, so that an
+ * optional field that was dropped, added or not set looks the same. bytes and fixed have no place in
+ * our messages and are refused by path, unless null.
+ *
+ * Encoding: each field takes its member; an absent or null member needs a union with null; of a
+ * union the first branch that fits the member's type is taken.
+ *
+ * Threads: any; Avro C runs under avro_lock().
+ */
+#ifndef LORAMILL_WORKER_AVRO_CODEC_H
+#define LORAMILL_WORKER_AVRO_CODEC_H
+
+#include <jansson.h>
+#include "worker/avro_plan.h"
+
+/* Walks the datum without allocating: every length and count lies within the bytes that are left,
+ * at most 524,288 values and 4,096 map entries in all, every index in range, nothing behind the
+ * end. What passes is decoded by Avro C without failing and in bounded memory. Errors: LM_FORMAT
+ * or LM_TOO_LARGE with the path ("params.stop[]"). */
+lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err);
+
+/* Scans, then decodes. The caller json_decref()s. */
+lm_status avro_decode(const struct avro_plan *p, const void *data, size_t len, json_t **out,
+                      struct lm_err *err);
+
+/* malloc'ed bytes, of which the first `lead` are left for the caller to fill. */
+lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
+                      size_t *len, struct lm_err *err);
+
+#endif

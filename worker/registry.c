@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * registry.c - a small Schema Registry client on libcurl; see registry.h for limits and failures.
+ */
+#include "worker/registry.h"
+
+#include <curl/curl.h>
+#include <jansson.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_URLS = 8, MAX_REPLY = 1 << 20, HOLD_OFF_US = 500000 };
+
+#define MEDIA_TYPE "application/vnd.schemaregistry.v1+json"
+
+struct registry {
+    CURL *curl;
+    struct curl_slist *headers;
+    char *urls[MAX_URLS];       /* without trailing slash */
+    int n_urls, current;
+    char *auth, *ca_file;
+    int connect_ms, total_ms;
+    int64_t held_until;         /* lm_now_us(); `held` is the answer until then */
+    struct lm_err held;
+};
+
+struct reply {
+    char *body;
+    size_t len;
+    bool too_large;
+    long status;
+    json_t *json;               /* object or NULL */
+};
+
+/* ---- life ------------------------------------------------------------------------------------- */
+
+static pthread_once_t curl_once = PTHREAD_ONCE_INIT;
+
+static void curl_start(void)
+{
+    curl_global_init(CURL_GLOBAL_DEFAULT);
+}
+
+/* Errors end in logs and dead letters, so a password in a URL is left out. */
+static void shown_url(const char *url, char *buf, size_t size)
+{
+    const char *host = strstr(url, "://"), *at = strrchr(url, '@');
+    host = host ? host + 3 : url;
+    snprintf(buf, size, "%.*s%s", (int)(host - url), url, at && at > host ? at + 1 : host);
+}
+
+static lm_status add_url(registry *r, const char *s, size_t n, struct lm_err *err)
+{
+    while (n > 0 && (*s == ' ' || *s == '\t'))
+        s++, n--;
+    while (n > 0 && (s[n - 1] == ' ' || s[n - 1] == '\t' || s[n - 1] == '/'))
+        n--;
+    if (strncmp(s, "http://", 7) != 0 && strncmp(s, "https://", 8) != 0)
+        return lm_err_set(err, LM_INVALID, "registry.url must be http:// or https:// URLs, "
+                          "separated by commas");
+    if (r->n_urls == MAX_URLS)
+        return lm_err_set(err, LM_INVALID, "registry.url has more than %d URLs", MAX_URLS);
+    r->urls[r->n_urls] = lm_strndup(s, n);
+    if (!r->urls[r->n_urls])
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    r->n_urls++;
+    return LM_OK;
+}
+
+static lm_status add_urls(registry *r, const char *list, struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    for (const char *s = list, *end; !st; s = end + 1) {
+        end = s + strcspn(s, ",");
+        st = add_url(r, s, (size_t)(end - s), err);
+        if (!*end)
+            break;
+    }
+    return st;
+}
+
+lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err)
+{
+    pthread_once(&curl_once, curl_start);
+    registry *r = lm_calloc(1, sizeof *r);
+    if (!r)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    r->connect_ms = cfg->connect_ms ? cfg->connect_ms : 3000;
+    r->total_ms = cfg->total_ms ? cfg->total_ms : 10000;
+    lm_status st = add_urls(r, cfg->url, err);
+    if (st) {
+        registry_free(r);
+        return st;
+    }
+    r->curl = curl_easy_init();
+    r->headers = curl_slist_append(NULL, "Accept: " MEDIA_TYPE ", application/json");
+    struct curl_slist *more = curl_slist_append(r->headers, "Content-Type: " MEDIA_TYPE);
+    r->auth = cfg->auth ? lm_strdup(cfg->auth) : NULL;
+    r->ca_file = cfg->ca_file ? lm_strdup(cfg->ca_file) : NULL;
+    if (!r->curl || !more || (cfg->auth && !r->auth) || (cfg->ca_file && !r->ca_file)) {
+        registry_free(r);
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    *out = r;
+    return LM_OK;
+}
+
+void registry_free(registry *r)
+{
+    if (!r)
+        return;
+    curl_easy_cleanup(r->curl);
+    curl_slist_free_all(r->headers);
+    for (int i = 0; i < r->n_urls; i++)
+        free(r->urls[i]);
+    free(r->auth);
+    free(r->ca_file);
+    free(r);
+}
+
+/* ---- one exchange ------------------------------------------------------------------------------ */
+
+static size_t take_body(char *data, size_t size, size_t n, void *user)
+{
+    struct reply *rep = user;
+    size_t add = size * n;
+    if (add > MAX_REPLY - rep->len) {
+        rep->too_large = true;
+        return 0;
+    }
+    char *body = realloc(rep->body, rep->len + add + 1);
+    if (!body)
+        return 0;
+    memcpy(body + rep->len, data, add);
+    rep->body = body;
+    rep->len += add;
+    return add;
+}
+
+static void reply_release(struct reply *rep)
+{
+    free(rep->body);
+    json_decref(rep->json);
+    memset(rep, 0, sizeof *rep);
+}
+
+static void set_options(registry *r, const char *url, const char *body, struct reply *rep)
+{
+    CURL *c = r->curl;
+    curl_easy_reset(c);         /* keeps connections */
+    curl_easy_setopt(c, CURLOPT_URL, url);
+    curl_easy_setopt(c, CURLOPT_HTTPHEADER, r->headers);
+    curl_easy_setopt(c, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(c, CURLOPT_PROTOCOLS_STR, "http,https");
+    curl_easy_setopt(c, CURLOPT_FOLLOWLOCATION, 0L);
+    curl_easy_setopt(c, CURLOPT_CONNECTTIMEOUT_MS, (long)r->connect_ms);
+    curl_easy_setopt(c, CURLOPT_TIMEOUT_MS, (long)r->total_ms);
+    curl_easy_setopt(c, CURLOPT_WRITEFUNCTION, take_body);
+    curl_easy_setopt(c, CURLOPT_WRITEDATA, rep);
+    curl_easy_setopt(c, CURLOPT_USERAGENT, "loramill/" LORAMILL_VERSION);
+    if (r->auth) {
+        curl_easy_setopt(c, CURLOPT_HTTPAUTH, CURLAUTH_BASIC);
+        curl_easy_setopt(c, CURLOPT_USERPWD, r->auth);
+    }
+    if (r->ca_file)
+        curl_easy_setopt(c, CURLOPT_CAINFO, r->ca_file);
+    if (body)
+        curl_easy_setopt(c, CURLOPT_COPYPOSTFIELDS, body);
+}
+
+/* LM_OK means that an HTTP reply came, whatever its status. */
+static lm_status exchange(registry *r, const char *base, const char *path, const char *body,
+                          struct reply *rep, struct lm_err *err)
+{
+    char *url = NULL, shown[256], detail[CURL_ERROR_SIZE] = "";
+    shown_url(base, shown, sizeof shown);
+    if (asprintf(&url, "%s%s", base, path) < 0)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    set_options(r, url, body, rep);
+    curl_easy_setopt(r->curl, CURLOPT_ERRORBUFFER, detail);
+    CURLcode rc = curl_easy_perform(r->curl);
+    curl_easy_setopt(r->curl, CURLOPT_ERRORBUFFER, NULL);
+    curl_easy_getinfo(r->curl, CURLINFO_RESPONSE_CODE, &rep->status);
+    free(url);
+    if (rep->too_large)
+        return lm_err_set(err, LM_TOO_LARGE, "schema registry %s: the reply to %s has more than %d "
+                          "bytes", shown, path, MAX_REPLY);
+    if (rc != CURLE_OK)
+        return lm_err_set(err, LM_NET, "schema registry %s: %s", shown,
+                          detail[0] ? detail : curl_easy_strerror(rc));
+    rep->json = rep->len ? json_loadb(rep->body, rep->len, 0, NULL) : NULL;
+    return LM_OK;
+}
+
+/* What an HTTP status means. The registry's own error_code tells its 404 from a proxy's. */
+static lm_status judge(const char *base, const char *path, const struct reply *rep,
+                       struct lm_err *err)
+{
+    if (rep->status == 200 && json_is_object(rep->json))
+        return LM_OK;
+    char shown[256];
+    shown_url(base, shown, sizeof shown);
+    json_int_t code = json_integer_value(json_object_get(rep->json, "error_code"));
+    const char *message = json_string_value(json_object_get(rep->json, "message"));
+    message = message ? message : "";
+    lm_status st = LM_NET;
+    const char *what = "answered";
+    if (rep->status == 404 && (code == 404 || code / 100 == 404))
+        st = LM_NOT_FOUND, what = "does not know it:";
+    else if (rep->status == 409)
+        st = LM_MISMATCH, what = "finds the schema incompatible:";
+    else if (rep->status == 422)
+        st = LM_INVALID, what = "refuses it:";
+    else if (rep->status == 401 || rep->status == 403)
+        what = "refuses the credentials (registry.auth):";
+    else if (rep->status == 200 || rep->status == 404)
+        what = "does not answer like a schema registry (check registry.url):";
+    return lm_err_set(err, st, "schema registry %s %s HTTP %ld %.160s, to %s", shown, what,
+                      rep->status, message, path);
+}
+
+/* Tries each base URL until one gives a final answer. On LM_OK rep->json is an object. */
+static lm_status ask(registry *r, const char *path, const char *body, struct reply *rep,
+                     struct lm_err *err)
+{
+    struct lm_err e = { LM_NET, "" };
+    if (lm_now_us() < r->held_until) {
+        if (err)
+            *err = r->held;
+        return r->held.code;
+    }
+    for (int i = 0; i < r->n_urls; i++) {
+        int at = (r->current + i) % r->n_urls;
+        reply_release(rep);
+        lm_status st = exchange(r, r->urls[at], path, body, rep, &e);
+        if (!st)
+            st = judge(r->urls[at], path, rep, &e);
+        if (lm_status_disposition(st) != LM_DO_RETRY) {
+            r->current = at;
+            if (st && err)
+                *err = e;
+            return st;
+        }
+    }
+    r->held = e;
+    r->held_until = lm_now_us() + HOLD_OFF_US;
+    if (err)
+        *err = e;
+    return e.code;
+}
+
+/* ---- the questions ------------------------------------------------------------------------------ */
+
+static lm_status take_schema(const struct reply *rep, const char *name, char **text,
+                             struct lm_err *err)
+{
+    const json_t *schema = json_object_get(rep->json, "schema");
+    const json_t *type = json_object_get(rep->json, "schemaType");
+    const json_t *refs = json_object_get(rep->json, "references");
+    if (json_is_string(type) && strcmp(json_string_value(type), "AVRO") != 0)
+        return lm_err_set(err, LM_UNSUPPORTED, "schema %s is of type %.32s, not AVRO", name,
+                          json_string_value(type));
+    if (json_array_size(refs) > 0) {
+        const char *first = json_string_value(json_object_get(json_array_get(refs, 0), "name"));
+        return lm_err_set(err, LM_UNSUPPORTED, "schema %s refers to another schema, %.128s; "
+                          "references are not served yet: register one self-contained schema",
+                          name, first ? first : "?");
+    }
+    if (!json_is_string(schema))
+        return lm_err_set(err, LM_NET, "the schema registry's reply for schema %s has no schema in "
+                          "it", name);
+    *text = lm_strdup(json_string_value(schema));
+    return *text ? LM_OK : lm_err_set(err, LM_NOMEM, "out of memory");
+}
+
+static lm_status fetch(registry *r, const char *path, const char *name, char **text,
+                       struct lm_err *err)
+{
+    struct reply rep = { 0 };
+    lm_status st = ask(r, path, NULL, &rep, err);
+    if (!st)
+        st = take_schema(&rep, name, text, err);
+    reply_release(&rep);
+    return st;
+}
+
+lm_status registry_by_id(registry *r, int32_t id, char **text, struct lm_err *err)
+{
+    char path[64], name[32];
+    snprintf(path, sizeof path, "/schemas/ids/%d", (int)id);
+    snprintf(name, sizeof name, "id %d", (int)id);
+    return fetch(r, path, name, text, err);
+}
+
+lm_status registry_by_guid(registry *r, const unsigned char guid[16], char **text,
+                           struct lm_err *err)
+{
+    char name[48], path[80];
+    int n = 0;
+    for (int i = 0; i < 16; i++)
+        n += snprintf(name + n, sizeof name - (size_t)n, "%s%02x",
+                      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", guid[i]);
+    snprintf(path, sizeof path, "/schemas/guids/%s", name);
+    return fetch(r, path, name, text, err);
+}
+
+lm_status registry_id_of(registry *r, const char *subject, const char *text, bool create,
+                         int32_t *id, struct lm_err *err)
+{
+    struct reply rep = { 0 };
+    json_t *question = json_pack("{s:s}", "schema", text);
+    char *body = question ? json_dumps(question, JSON_COMPACT) : NULL;
+    char *escaped = curl_easy_escape(r->curl, subject, 0), *path = NULL;
+    lm_status st = LM_OK;
+    if (!body || !escaped ||
+        asprintf(&path, "/subjects/%s%s", escaped, create ? "/versions" : "") < 0) {
+        path = NULL;
+        st = lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    if (!st)
+        st = ask(r, path, body, &rep, err);
+    json_int_t n = json_integer_value(json_object_get(rep.json, "id"));
+    if (!st && (n <= 0 || n > INT32_MAX))
+        st = lm_err_set(err, LM_NET, "the schema registry's reply for subject %.200s has no id in "
+                        "it", subject);
+    if (!st)
+        *id = (int32_t)n;
+    reply_release(&rep);
+    curl_free(escaped);
+    free(path);
+    free(body);
+    json_decref(question);
+    return st;
+}
