@@ -3,8 +3,8 @@
  * avro_codec.h - Avro data to and from JSON trees, by field name, under a plan.
  *
  * Decoding: records and maps become objects, enums strings; a null field is left out, so that an
- * optional field that was dropped, added or not set looks the same. bytes and fixed have no place in
- * our messages and are refused by path, unless null.
+ * optional field that was dropped, added or not set looks the same. bytes and fixed have no place
+ * in our messages and are refused by path, unless null.
  *
  * Encoding: each field takes its member; an absent or null member needs a union with null; of a
  * union the first branch that fits the member's type is taken.

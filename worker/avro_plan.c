@@ -268,8 +268,8 @@ static lm_status build_items(struct build *b, avro_schema_t s, struct avro_node 
                               depth + 1, &n->child[0]);
     if (!st && n->child[0]->min_bytes == 0)
         return lm_err_set(b->err, LM_UNSUPPORTED,
-                          "the Avro schema has an %s of items that take no bytes",
-                          array ? "array" : "map");
+                          "the Avro schema has %s of items that take no bytes",
+                          array ? "an array" : "a map");
     n->min_bytes = 1;
     return st;
 }

@@ -7,11 +7,11 @@
  * disagree on what comes next.
  *
  * Vetted means: at most 256 KiB of JSON nested at most 48 deep; no recursion; at most 4,096 nodes,
- * 16 levels; no array or map whose items take no bytes (5 bytes could claim 10^8 nulls); fixed types
- * of at most 1,024 bytes; names of Avro's form, no field or symbol twice.
+ * 16 levels; no array or map whose items take no bytes (5 bytes could claim 10^8 nulls); fixed
+ * types of at most 1,024 bytes; names of Avro's form, no field or symbol twice.
  *
- * Threads: a plan is immutable. Avro C is not used outside avro_lock(), because its error text is one
- * static buffer for the whole process.
+ * Threads: a plan is immutable. Avro C is not used outside avro_lock(), because its error text is
+ * one static buffer for the whole process.
  */
 #ifndef LORAMILL_WORKER_AVRO_PLAN_H
 #define LORAMILL_WORKER_AVRO_PLAN_H

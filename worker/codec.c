@@ -50,6 +50,8 @@ static lm_status open_registry(codec *c, const struct codec_config *cfg, struct 
 {
     struct registry_config rc = { .url = cfg->registry_url, .auth = cfg->registry_auth,
                                   .ca_file = cfg->registry_ca };
+    if (!cfg->reply_topic || !cfg->reply_topic[0])
+        return lm_err_set(err, LM_INVALID, "Avro needs a reply topic, to name its subject by");
     lm_status st = registry_new(&rc, &c->prompts, err);
     if (!st)
         st = registry_new(&rc, &c->replies, err);
@@ -190,8 +192,8 @@ static lm_status parse_key(const unsigned char *at, size_t len, const char *wher
     }
     if (len > 0 && at[0] <= MAGIC_GUID)
         return lm_err_set(err, LM_FORMAT, "Avro: %s ends within the schema id", where);
-    return lm_err_set(err, LM_FORMAT, "Avro: %s starts with 0x%02x instead of a schema id (0x00 and "
-                      "4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
+    return lm_err_set(err, LM_FORMAT, "Avro: %s starts with 0x%02x instead of a schema id (0x00 "
+                      "and 4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
 }
 
 static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
@@ -207,8 +209,8 @@ static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
     lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, &used, err)
                       : parse_key(value, len, "the value", &key, &used, err);
     if (!st && id && used != id->len)
-        st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead of "
-                        "%zu", id->len, used);
+        st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead "
+                        "of %zu", id->len, used);
     if (id)
         used = 0;
     if (!st)

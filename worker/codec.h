@@ -8,8 +8,8 @@
  *
  * Avro decoding is guarded (caps on bytes, items and depth, vetted writer schemas) and reads by
  * field name from the writer's schema, with our own defaults. Schemas come from the registry by id,
- * cached for ever; that lookup may block (10 s a registry URL), so decode on the intake thread, never
- * on the poll thread.
+ * cached for ever; that lookup may block (10 s a registry URL), so decode on the intake thread,
+ * never on the poll thread.
  *
  * Threads: a codec is used by one thread at a time for decoding and another for encoding.
  */
@@ -24,9 +24,9 @@ typedef struct codec codec;
 struct header { const char *name; const void *value; size_t len; };
 
 struct codec_config {
-    const char *registry_url;   /* NULL: Avro is refused, by name */
-    const char *registry_auth;  /* "user:password" or NULL */
-    const char *registry_ca;    /* PEM file or NULL */
+    const char *registry_url;   /* one or several, comma-separated; NULL or "": Avro is refused */
+    const char *registry_auth;  /* "user:password", NULL or "" */
+    const char *registry_ca;    /* PEM file, NULL or "" */
     bool auto_register;         /* register the reply schema, else it must be there */
     const char *reply_topic;    /* subject <reply_topic>-value */
     size_t max_message_bytes;   /* 0: 16 MiB */

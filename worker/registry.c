@@ -34,7 +34,7 @@ struct reply {
     json_t *json;               /* object or NULL */
 };
 
-/* ---- life ------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static pthread_once_t curl_once = PTHREAD_ONCE_INIT;
 
@@ -81,6 +81,15 @@ static lm_status add_urls(registry *r, const char *list, struct lm_err *err)
     return st;
 }
 
+/* Unset options are NULL or "", as properties come. */
+static bool copy_option(const char *s, char **out)
+{
+    if (!s || !*s)
+        return true;
+    *out = lm_strdup(s);
+    return *out;
+}
+
 lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err)
 {
     pthread_once(&curl_once, curl_start);
@@ -97,9 +106,8 @@ lm_status registry_new(const struct registry_config *cfg, registry **out, struct
     r->curl = curl_easy_init();
     r->headers = curl_slist_append(NULL, "Accept: " MEDIA_TYPE ", application/json");
     struct curl_slist *more = curl_slist_append(r->headers, "Content-Type: " MEDIA_TYPE);
-    r->auth = cfg->auth ? lm_strdup(cfg->auth) : NULL;
-    r->ca_file = cfg->ca_file ? lm_strdup(cfg->ca_file) : NULL;
-    if (!r->curl || !more || (cfg->auth && !r->auth) || (cfg->ca_file && !r->ca_file)) {
+    if (!r->curl || !more || !copy_option(cfg->auth, &r->auth) ||
+        !copy_option(cfg->ca_file, &r->ca_file)) {
         registry_free(r);
         return lm_err_set(err, LM_NOMEM, "out of memory");
     }
@@ -120,7 +128,7 @@ void registry_free(registry *r)
     free(r);
 }
 
-/* ---- one exchange ------------------------------------------------------------------------------ */
+/* ---- one exchange ---------------------------------------------------------------------------- */
 
 static size_t take_body(char *data, size_t size, size_t n, void *user)
 {
@@ -251,7 +259,7 @@ static lm_status ask(registry *r, const char *path, const char *body, struct rep
     return e.code;
 }
 
-/* ---- the questions ------------------------------------------------------------------------------ */
+/* ---- the questions --------------------------------------------------------------------------- */
 
 static lm_status take_schema(const struct reply *rep, const char *name, char **text,
                              struct lm_err *err)

@@ -2,16 +2,16 @@
 /*
  * registry.h - the part of the Schema Registry's REST interface that a worker needs.
  *
- * Blocking, one request at a time, bounded: 3 s to connect and 10 s in all for each base URL, 1 MiB a
- * reply, http and https only, no redirects. Several base URLs, comma-separated, are tried in turn,
- * starting with the one that answered last.
+ * Blocking, one request at a time, bounded: 3 s to connect and 10 s in all for each base URL, 1 MiB
+ * a reply, http and https only, no redirects. Several base URLs, comma-separated, are tried in
+ * turn, starting with the one that answered last.
  *
  * Failures come in two kinds, and telling them apart is this module's main work:
  *   final      LM_NOT_FOUND (the registry itself says 404xx), LM_UNSUPPORTED (not Avro, or made of
  *              references), LM_TOO_LARGE, LM_MISMATCH (incompatible), LM_INVALID (422xx)
  *   retriable  LM_NET: no connection, timeout, 408, 429, 5xx, but also refused credentials and a
- *              404 or 200 that no registry wrote: an outage or a wrong URL must stop the intake, not
- *              send every prompt to the dead letters.
+ *              404 or 200 that no registry wrote: an outage or a wrong URL must stop the intake,
+ *              not send every prompt to the dead letters.
  * After a retriable failure the same answer is given for 500 ms without asking again.
  *
  * Threads: one at a time.
@@ -25,8 +25,8 @@ typedef struct registry registry;
 
 struct registry_config {
     const char *url;            /* "http://a:8081" or "http://a:8081,https://b/registry" */
-    const char *auth;           /* "user:password" or NULL */
-    const char *ca_file;        /* PEM or NULL */
+    const char *auth;           /* "user:password", NULL or "" */
+    const char *ca_file;        /* PEM, NULL or "" */
     int connect_ms, total_ms;   /* 0: 3000, 10000 */
 };
 

@@ -3,8 +3,8 @@
  * schema_cache.h - writers' schemas by id or GUID: fetched once, vetted once, kept.
  *
  * What an id means never changes, so plans stay until the 1,024 places are full; then the least
- * recently used goes, refusals first. An id that the registry doesn't know is remembered for 10 s (it
- * may be registered in a moment); a schema that we refuse is remembered as long as a plan.
+ * recently used goes, refusals first. An id that the registry doesn't know is remembered for 10 s
+ * (it may be registered in a moment); a schema that we refuse is remembered as long as a plan.
  * Retriable failures are not remembered here (registry.h holds off by itself).
  *
  * Threads: one at a time, the one that the registry handle belongs to.

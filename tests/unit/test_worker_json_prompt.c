@@ -40,9 +40,12 @@ static const struct refusal refusals[] = {
     { PARAMS("\"top_p\": NaN"), LM_FORMAT, "invalid token near 'NaN'" },
     { "{\"i\\u0000d\": \"1\"}", LM_FORMAT, "NUL byte in object key" },
     /* names */
-    { "{\"idd\": \"1\", \"prompt\": \"x\"}", LM_INVALID, "idd is not a known key; did you mean id?" },
-    { "{" P ", \"adaptor\": \"a\"}", LM_INVALID, "adaptor is not a known key; did you mean adapter?" },
-    { "{" P ", \"Adapter\": \"a\"}", LM_INVALID, "Adapter is not a known key; did you mean adapter?" },
+    { "{\"idd\": \"1\", \"prompt\": \"x\"}", LM_INVALID,
+      "idd is not a known key; did you mean id?" },
+    { "{" P ", \"adaptor\": \"a\"}", LM_INVALID,
+      "adaptor is not a known key; did you mean adapter?" },
+    { "{" P ", \"Adapter\": \"a\"}", LM_INVALID,
+      "Adapter is not a known key; did you mean adapter?" },
     { "{" P ", \"zebra\": 1}", LM_INVALID, "zebra is not a known key (docs" },
     { "{" P ", \"zebra\": null}", LM_INVALID, "zebra is not a known key" },
     { "{" P ", \"\": 1}", LM_INVALID, "is not a known key" },
@@ -79,7 +82,8 @@ static const struct refusal refusals[] = {
     { "{" P ", \"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}", LM_INVALID,
       "not prompt and messages" },
     { "{\"id\": \"1\", \"prompt\": [\"x\"]}", LM_INVALID, "prompt must be a string, not an array" },
-    { "{\"id\": \"1\", \"prompt_token_ids\": []}", LM_INVALID, "prompt_token_ids must not be empty" },
+    { "{\"id\": \"1\", \"prompt_token_ids\": []}", LM_INVALID,
+      "prompt_token_ids must not be empty" },
     { "{\"id\": \"1\", \"prompt_token_ids\": \"1\"}", LM_INVALID,
       "prompt_token_ids must be an array of token ids, not \"1\"" },
     { "{\"id\": \"1\", \"prompt_token_ids\": [1, -2]}", LM_INVALID,
@@ -98,7 +102,8 @@ static const struct refusal refusals[] = {
       "messages[0].content is missing" },
     { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": [{}]}]}", LM_UNSUPPORTED,
       "messages[0].content as an array of parts" },
-    { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": \"a\\u0000\"}]}", LM_INVALID,
+    { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": \"a\\u0000\"}]}",
+      LM_INVALID,
       "messages[0].content must not contain U+0000" },
     { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"text\": \"a\"}]}", LM_INVALID,
       "messages[0].text is not a known key" },
@@ -121,7 +126,8 @@ static const struct refusal refusals[] = {
     { PARAMS("\"top_k\": -2"), LM_INVALID, "params.top_k must be an integer, at least -1, not -2" },
     { PARAMS("\"top_k\": 2.0"), LM_INVALID, "params.top_k must be an integer" },
     { PARAMS("\"min_p\": 2"), LM_INVALID, "params.min_p must be a number" },
-    { PARAMS("\"max_tokens\": -1"), LM_INVALID, "params.max_tokens must be an integer, at least 0" },
+    { PARAMS("\"max_tokens\": -1"), LM_INVALID,
+      "params.max_tokens must be an integer, at least 0" },
     { PARAMS("\"max_tokens\": 4294967296"), LM_INVALID, "params.max_tokens must be an integer" },
     { PARAMS("\"max_tokens\": 0"), LM_INVALID, "params.max_tokens must be at least 1; 0 only" },
     { PARAMS("\"max_tokens\": 5, \"max_completion_tokens\": 5"), LM_INVALID,
@@ -134,7 +140,8 @@ static const struct refusal refusals[] = {
     { PARAMS("\"stop\": 5"), LM_INVALID, "params.stop must be a string or an array of strings" },
     { PARAMS("\"stop\": [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]"), LM_TOO_LARGE,
       "params.stop has 17 entries, more than 16" },
-    { PARAMS("\"stop_token_ids\": [\"a\"]"), LM_INVALID, "params.stop_token_ids[0] must be a token" },
+    { PARAMS("\"stop_token_ids\": [\"a\"]"), LM_INVALID,
+      "params.stop_token_ids[0] must be a token" },
     { PARAMS("\"logprobs\": 21"), LM_INVALID, "params.logprobs must be an integer from 0 to 20" },
     { PARAMS("\"logprobs\": \"3\""), LM_INVALID, "params.logprobs must be true, false or a count" },
     { PARAMS("\"top_logprobs\": 3"), LM_INVALID, "params.top_logprobs needs logprobs: true" },
@@ -157,7 +164,8 @@ static const struct refusal refusals[] = {
       "model is \"other\", but this worker serves \"tiny\"" },
     { "{" P ", \"metadata\": [1]}", LM_INVALID, "metadata must be an object of strings" },
     { "{" P ", \"metadata\": {\"n\": 5}}", LM_INVALID, "metadata.n must be a string, not 5" },
-    { "{" P ", \"metadata\": {\"n\": \"\\u0000\"}}", LM_INVALID, "metadata.n must not contain U+0" },
+    { "{" P ", \"metadata\": {\"n\": \"\\u0000\"}}", LM_INVALID,
+      "metadata.n must not contain U+0" },
 };
 
 static codec *make_codec(void)
@@ -238,7 +246,8 @@ static void nulls_mean_not_given(void **state)
                        "\"stream\": null, \"metadata\": null, \"messages\": null, \"tools\": null,"
                        "\"response_format\": null}"));
     struct prompt *p = decode("{\"id\": \"1\", \"prompt\": \"x\", \"stream\": false, \"params\": "
-                              "{\"top_p\": null, \"stop\": null, \"seed\": null, \"logprobs\": null,"
+                              "{\"top_p\": null, \"stop\": null, \"seed\": null,"
+                              "\"logprobs\": null,"
                               "\"logit_bias\": null}}");
     assert_int_equal(p->params.set, 0);
     assert_int_equal(p->params.n_stop, 0);
@@ -252,9 +261,10 @@ static void every_field_arrives(void **state)
     struct prompt *p = decode(
         "{\"id\": \"order-1\", \"adapter\": \"acme/warm-2\", \"messages\": [{\"role\": \"system\","
         "\"content\": \"\"}, {\"role\": \"user\", \"content\": \"h\\u00e9\"}], \"context\": [\"a\","
-        "\"b\"], \"params\": {\"max_tokens\": 64, \"min_tokens\": 2, \"temperature\": 0, \"top_p\": "
-        "0.5, \"top_k\": 40, \"min_p\": 0.25, \"seed\": -1, \"stop\": [\"x\", \"yz\"],"
-        "\"stop_token_ids\": [5, 6], \"logprobs\": true, \"top_logprobs\": 3, \"n\": 2, \"echo\": true,"
+        "\"b\"], \"params\": {\"max_tokens\": 64, \"min_tokens\": 2, \"temperature\": 0,"
+        "\"top_p\": 0.5, \"top_k\": 40, \"min_p\": 0.25, \"seed\": -1, \"stop\": [\"x\", \"yz\"],"
+        "\"stop_token_ids\": [5, 6], \"logprobs\": true, \"top_logprobs\": 3, \"n\": 2,"
+        "\"echo\": true,"
         "\"ignore_eos\": true, \"repetition_penalty\": 1.5, \"presence_penalty\": -1,"
         "\"frequency_penalty\": 0.5, \"skip_special_tokens\": false,"
         "\"include_stop_str_in_output\": true}, \"priority\": -3, \"deadline_ms\": 1700000000123,"
@@ -361,7 +371,8 @@ static void caps_hold(void **state)
                     "id has 513 bytes, more than 512");
     refuse_repeated("{" P ", \"adapter\": \"", "a", 257, "\"}", LM_TOO_LARGE,
                     "adapter has 257 bytes, more than 256");
-    refuse_repeated("{" P ", \"reply_topic\": \"", "a", 250, "\"}", LM_TOO_LARGE, "reply_topic has");
+    refuse_repeated("{" P ", \"reply_topic\": \"", "a", 250, "\"}", LM_TOO_LARGE,
+                    "reply_topic has");
     refuse_repeated("{" P ", \"correlation_id\": \"", "a", 1025, "\"}", LM_TOO_LARGE,
                     "correlation_id has 1025 bytes");
     refuse_repeated("{" P ", \"context\": [\"\"", ",\"\"", 1024, "]}", LM_TOO_LARGE,
@@ -401,8 +412,9 @@ static void brackets_in_strings_do_not_count(void **state)
 static void every_truncation_is_refused(void **state)
 {
     (void)state;
-    static const char json[] = "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": \"\\u"
-        "00e9\xc3\xa9\"}], \"params\": {\"stop\": [\"a\"], \"top_p\": 0.5}, \"metadata\": {\"a\": \"b\"}}";
+    static const char json[] = "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": "
+        "\"\\u00e9\xc3\xa9\"}], \"params\": {\"stop\": [\"a\"], \"top_p\": 0.5}, \"metadata\": "
+        "{\"a\": \"b\"}}";
     for (size_t n = 0; n < sizeof json - 1; n++) {
         char *cut = malloc(n ? n : 1);
         memcpy(cut, json, n);

@@ -1,0 +1,506 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_avro.c - Avro under guard: schemas that are refused, data that lie, schema evolution,
+ * and bytes that another implementation (fastavro) wrote.
+ *
+ * tests/fixtures/messages/make writes the fixtures.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "worker/avro_codec.h"
+#include "worker/json_prompt.h"
+#include "worker/schema_text.h"
+
+#define FIXTURES "tests/fixtures/messages/avro_cases.json"
+
+static struct avro_plan *plan_of(const char *schema)
+{
+    struct avro_plan *p = NULL;
+    struct lm_err err = { 0 };
+    if (avro_plan_new(schema, strlen(schema), &p, &err) != LM_OK)
+        fail_msg("%s: %s", schema, err.msg);
+    return p;
+}
+
+/* ---- writers' schemas ------------------------------------------------------------------------ */
+
+#define REC(fields) "{\"type\":\"record\",\"name\":\"R\",\"fields\":[" fields "]}"
+#define FIELD(type) REC("{\"name\":\"f\",\"type\":" type "}")
+
+static const struct { const char *schema; lm_status code; const char *says; } refused[] = {
+    { "", LM_FORMAT, "not valid JSON" },
+    { "{\"type\":", LM_FORMAT, "not valid JSON" },
+    { "5", LM_FORMAT, "a type is neither" },
+    { "{}", LM_FORMAT, "a type is neither" },
+    { "{\"type\":7}", LM_FORMAT, "a type is neither" },
+    { "\"nosuch\"", LM_FORMAT, "Avro refuses the schema" },
+    { "{\"type\":\"record\",\"fields\":[]}", LM_FORMAT, "no proper name" },
+    { "{\"type\":\"record\",\"name\":\"R\"}", LM_FORMAT, "a record has no fields" },
+    { FIELD("{\"type\":\"array\",\"items\":{\"type\":\"record\",\"name\":\"N\",\"fields\":"
+            "[]}}"), LM_UNSUPPORTED, "items that take no bytes" },
+    { REC("{\"type\":\"int\"}"), LM_FORMAT, "a field has no proper name" },
+    { REC("{\"name\":5,\"type\":\"int\"}"), LM_FORMAT, "a field has no proper name" },
+    { REC("{\"name\":\"a b\",\"type\":\"int\"}"), LM_FORMAT, "a field has no proper name" },
+    { REC("{\"name\":\"a\"}"), LM_FORMAT, "a type is neither" },
+    { REC("{\"name\":\"a\",\"type\":\"int\"},{\"name\":\"a\",\"type\":\"int\"}"), LM_FORMAT,
+      "has a twice" },
+    { "{\"type\":\"record\",\"name\":\"R\",\"namespace\":3,\"fields\":[]}", LM_FORMAT,
+      "a namespace is no proper name" },
+    { FIELD("\"R\""), LM_UNSUPPORTED, "recursive: R refers to itself" },
+    { FIELD("[\"null\",\"R\"]"), LM_UNSUPPORTED, "recursive" },
+    { FIELD("{\"type\":\"array\",\"items\":\"R\"}"), LM_UNSUPPORTED, "recursive" },
+    { FIELD("{\"type\":\"map\",\"values\":[\"null\",{\"type\":\"R\"}]}"), LM_UNSUPPORTED, "recurs" },
+    { FIELD("{\"type\":\"record\",\"name\":\"S\",\"fields\":[{\"name\":\"g\",\"type\":\"R\"}]}"),
+      LM_UNSUPPORTED, "recursive: R" },
+    { FIELD("{\"type\":\"array\",\"items\":\"null\"}"), LM_UNSUPPORTED,
+      "an array of items that take no bytes" },
+    { FIELD("{\"type\":\"map\",\"values\":\"null\"}"), LM_UNSUPPORTED,
+      "a map of items that take no bytes" },
+    { FIELD("{\"type\":\"array\",\"items\":{\"type\":\"record\",\"name\":\"N\",\"fields\":"
+            "[{\"name\":\"a\",\"type\":\"null\"}]}}"), LM_UNSUPPORTED, "items that take no bytes" },
+    { FIELD("{\"type\":\"fixed\",\"name\":\"F\",\"size\":0}"), LM_TOO_LARGE, "F has 0 bytes" },
+    { FIELD("{\"type\":\"fixed\",\"name\":\"F\",\"size\":-1}"), LM_TOO_LARGE, "F has -1 bytes" },
+    { FIELD("{\"type\":\"fixed\",\"name\":\"F\",\"size\":1000000000}"), LM_TOO_LARGE, "fixed F" },
+    { FIELD("{\"type\":\"fixed\",\"name\":\"F\"}"), LM_TOO_LARGE, "fixed F" },
+    { FIELD("{\"type\":\"enum\",\"name\":\"E\",\"symbols\":[\"A\",\"A\"]}"), LM_FORMAT, "A twice" },
+    { FIELD("{\"type\":\"enum\",\"name\":\"E\",\"symbols\":[5]}"), LM_FORMAT, "a symbol is no" },
+    { FIELD("{\"type\":\"enum\",\"name\":\"E\",\"symbols\":[]}"), LM_FORMAT, "Avro refuses" },
+    { FIELD("{\"type\":\"enum\",\"name\":\"E\"}"), LM_FORMAT, "Avro refuses" },
+    { FIELD("{\"type\":\"array\"}"), LM_FORMAT, "a type is neither" },
+    { FIELD("[]"), LM_FORMAT, "Avro refuses" },
+    { FIELD("\"\""), LM_FORMAT, "Avro refuses" },
+};
+
+static void bad_schemas_are_refused(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < LM_COUNT(refused); i++) {
+        struct avro_plan *p = NULL;
+        struct lm_err err = { 0 };
+        lm_status st = avro_plan_new(refused[i].schema, strlen(refused[i].schema), &p, &err);
+        if (st != refused[i].code || !strstr(err.msg, refused[i].says))
+            fail_msg("%s\n  expected %s: %s\n  got %s: %s", refused[i].schema,
+                     lm_status_wire(refused[i].code), refused[i].says, lm_status_wire(st), err.msg);
+        assert_null(p);
+    }
+}
+
+/* head, then unit n times, then tail n times. */
+static char *nest(const char *unit, const char *middle, const char *tail, int n)
+{
+    char *s = calloc(1, (strlen(unit) + strlen(tail)) * (size_t)n + strlen(middle) + 1), *at = s;
+    for (int i = 0; i < n; i++)
+        at = stpcpy(at, unit);
+    at = stpcpy(at, middle);
+    for (int i = 0; i < n; i++)
+        at = stpcpy(at, tail);
+    return s;
+}
+
+static void refuse_plan(char *schema, lm_status code, const char *says)
+{
+    struct avro_plan *p = NULL;
+    struct lm_err err = { 0 };
+    lm_status st = avro_plan_new(schema, strlen(schema), &p, &err);
+    if (st != code || !strstr(err.msg, says))
+        fail_msg("%.60s...: %s: %s", schema, lm_status_wire(st), err.msg);
+    free(schema);
+}
+
+static void large_schemas_are_refused(void **state)
+{
+    (void)state;
+    refuse_plan(nest("{\"type\":\"array\",\"items\":", "\"int\"", "}", 17), LM_TOO_LARGE,
+                "nested deeper than 16 levels");
+    refuse_plan(nest("[", "", "", 100000), LM_TOO_LARGE, "JSON is nested deeper than 48");
+    refuse_plan(nest("\"", "x", "", 300000), LM_TOO_LARGE, "300001 bytes, more than 262144");
+    char *wide = nest("", "", "", 0), *at = wide = realloc(wide, 1 << 18);
+    at = stpcpy(at, "{\"type\":\"record\",\"name\":\"R\",\"fields\":[");
+    for (int i = 0; i < 4200; i++)
+        at += sprintf(at, "%s{\"name\":\"f%d\",\"type\":\"int\"}", i ? "," : "", i);
+    strcpy(at, "]}");
+    refuse_plan(wide, LM_TOO_LARGE, "more than 4096 types");
+    /* Each type holds the one before twice: 2^14 places from a page of text. */
+    char *twice = malloc(1 << 14);
+    at = stpcpy(twice, "[{\"type\":\"record\",\"name\":\"T0\",\"fields\":[{\"name\":\"a\",\"type\":"
+                "\"int\"}]}");
+    for (int i = 1; i < 15; i++)
+        at += sprintf(at, ",{\"type\":\"record\",\"name\":\"T%d\",\"fields\":[{\"name\":\"a\","
+                      "\"type\":\"T%d\"},{\"name\":\"b\",\"type\":\"T%d\"}]}", i, i - 1, i - 1);
+    strcpy(at, "]");
+    refuse_plan(twice, LM_TOO_LARGE, "named types expanded");
+}
+
+/* ---- data that lie --------------------------------------------------------------------------- */
+
+static const struct { const char *type, *hex; lm_status code; const char *says; } lies[] = {
+    { "\"int\"", "", LM_FORMAT, "f: ends in the middle of a number" },
+    { "\"int\"", "80", LM_FORMAT, "f: ends in the middle of a number" },
+    { "\"int\"", "8080808010", LM_FORMAT, "f: 2147483648 is no 32-bit int" },
+    { "\"long\"", "ffffffffffffffffff02", LM_FORMAT, "f: a number has more than 64 bits" },
+    { "\"long\"", "80808080808080808080808000", LM_FORMAT, "more than 64 bits" },
+    { "\"boolean\"", "02", LM_FORMAT, "f: a boolean of 2" },
+    { "\"boolean\"", "", LM_FORMAT, "f: a boolean of 1 bytes, but 0 are left" },
+    { "\"float\"", "000000", LM_FORMAT, "f: a float of 4 bytes, but 3 are left" },
+    { "\"double\"", "00000000000000", LM_FORMAT, "f: a double of 8 bytes, but 7 are left" },
+    { "\"string\"", "0a6161", LM_FORMAT, "f: a string of 5 bytes, but 2 are left" },
+    { "\"string\"", "feffffff0f", LM_FORMAT, "f: a string of 2147483647 bytes, but 0 are left" },
+    { "\"string\"", "feffffffffffffffff01", LM_FORMAT, "f: a string of 9223372036854775807 bytes" },
+    { "\"string\"", "01", LM_FORMAT, "f: a string of -1 bytes" },
+    { "\"string\"", "0261ff", LM_FORMAT, "top: 1 bytes behind its end" },
+    { "\"string\"", "02ff", LM_FORMAT, "f is not valid UTF-8" },
+    { "\"bytes\"", "8080808008", LM_FORMAT, "f: bytes of 1073741824 bytes, but 0 are left" },
+    { "{\"type\":\"fixed\",\"name\":\"F\",\"size\":4}", "0000", LM_FORMAT,
+      "f: a fixed of 4 bytes" },
+    { "{\"type\":\"enum\",\"name\":\"E\",\"symbols\":[\"A\",\"B\"]}", "04", LM_FORMAT,
+      "f: enum symbol 2 of 2" },
+    { "{\"type\":\"enum\",\"name\":\"E\",\"symbols\":[\"A\",\"B\"]}", "01", LM_FORMAT,
+      "f: enum symbol -1 of 2" },
+    { "[\"null\",\"int\"]", "04", LM_FORMAT, "f: union branch 2 of 2" },
+    { "[\"null\",\"int\"]", "01", LM_FORMAT, "f: union branch -1 of 2" },
+    { "[\"null\",\"int\"]", "8080808080808001", LM_FORMAT, "f: union branch 281474976710656 of 2" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "80c2d72f", LM_FORMAT,
+      "f[]: a block of 50000000 items, but 0 bytes are left" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "0402", LM_FORMAT,
+      "f[]: a block of 2 items, but 1" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "0202", LM_FORMAT, "f[]: ends in the middle of a" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "ffffffffffffffffff01", LM_FORMAT,
+      "f[]: a block count of -9223372036854775808" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "0102", LM_FORMAT,
+      "f[]: a block of 1 bytes, but 0 are left" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "0101", LM_FORMAT, "f[]: a block of -1 bytes" },
+    { "{\"type\":\"array\",\"items\":\"int\"}", "0104020200", LM_FORMAT,
+      "f[]: a block says 2 bytes and has 1" },
+    { "{\"type\":\"map\",\"values\":\"int\"}", "020261", LM_FORMAT, "f[]: ends in the middle" },
+    { "{\"type\":\"map\",\"values\":\"int\"}", "0400", LM_FORMAT, "f[]: a block of 2 items" },
+    { "{\"type\":\"map\",\"values\":\"int\"}", "0204006102 00", LM_FORMAT,
+      "f[]: a map key contains U+0000" },
+    { "{\"type\":\"map\",\"values\":\"int\"}", "0203000000", LM_FORMAT,
+      "f[]: a map key of -2 bytes" },
+    { "{\"type\":\"map\",\"values\":\"int\"}", "0202ff0200", LM_FORMAT, "not valid UTF-8" },
+};
+
+static size_t from_hex(const char *hex, unsigned char *out)
+{
+    size_t n = 0;
+    for (unsigned byte; *hex; hex += hex[1] ? 2 : 1) {
+        if (*hex == ' ')
+            hex++;
+        if (hex[1] && sscanf(hex, "%2x", &byte) == 1)
+            out[n++] = (unsigned char)byte;
+    }
+    return n;
+}
+
+static lm_status decode_exact(const struct avro_plan *p, const unsigned char *data, size_t n,
+                              json_t **out, struct lm_err *err)
+{
+    unsigned char *exact = malloc(n ? n : 1);       /* ASan sees an overread */
+    memcpy(exact, data, n);
+    *out = NULL;
+    lm_status st = avro_decode(p, exact, n, out, err);
+    free(exact);
+    return st;
+}
+
+static void lying_data_are_refused(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < LM_COUNT(lies); i++) {
+        char schema[512];
+        unsigned char data[64];
+        snprintf(schema, sizeof schema, FIELD("%s"), lies[i].type);
+        struct avro_plan *p = plan_of(schema);
+        json_t *tree;
+        struct lm_err err = { 0 };
+        lm_status st = decode_exact(p, data, from_hex(lies[i].hex, data), &tree, &err);
+        if (st != lies[i].code || !strstr(err.msg, lies[i].says))
+            fail_msg("%s %s\n  expected %s\n  got %s: %s", lies[i].type, lies[i].hex, lies[i].says,
+                     lm_status_wire(st), err.msg);
+        assert_null(tree);
+        avro_plan_free(p);
+    }
+}
+
+static void blocks_with_sizes_are_read(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of(FIELD("{\"type\":\"array\",\"items\":\"int\"}"));
+    /* blocks of -2 (1 2), 1 (3) and -1 (4) */
+    static const unsigned char data[] = { 3, 4, 2, 4, 2, 6, 1, 2, 8, 0 };
+    json_t *tree;
+    struct lm_err err = { 0 };
+    assert_int_equal(decode_exact(p, data, sizeof data, &tree, &err), LM_OK);
+    json_t *want = json_pack("{s:[iiii]}", "f", 1, 2, 3, 4);
+    assert_true(json_equal(tree, want));
+    json_decref(tree);
+    json_decref(want);
+    avro_plan_free(p);
+}
+
+static long peak_kb(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return u.ru_maxrss;
+}
+
+/* 1,000 truncated strings, each claiming 1 GB; array and map bombs; all within time and memory. */
+static void bombs_cost_nothing(void **state)
+{
+    (void)state;
+    static const struct { const char *type, *hex; } bombs[] = {
+        { "\"string\"", "8094ebdc0361" }, { "\"bytes\"", "8094ebdc0361" },
+        { "{\"type\":\"array\",\"items\":\"int\"}", "8084af5f" },
+        { "{\"type\":\"array\",\"items\":[\"null\",\"int\"]}", "8084af5f00" },
+        { "{\"type\":\"map\",\"values\":\"int\"}", "8084af5f00" },
+    };
+    long before = peak_kb();
+    int64_t start = lm_now_us();
+    for (size_t i = 0; i < LM_COUNT(bombs); i++) {
+        char schema[256];
+        unsigned char data[64];
+        snprintf(schema, sizeof schema, FIELD("%s"), bombs[i].type);
+        struct avro_plan *p = plan_of(schema);
+        size_t n = from_hex(bombs[i].hex, data);
+        for (int k = 0; k < 1000; k++) {
+            json_t *tree;
+            struct lm_err err = { 0 };
+            assert_int_equal(decode_exact(p, data, n, &tree, &err), LM_FORMAT);
+        }
+        avro_plan_free(p);
+    }
+    assert_true(lm_now_us() - start < 5000000);
+    assert_true(peak_kb() - before < 16 * 1024);
+}
+
+static void refuse_many(const char *type, unsigned char fill, size_t n, const char *says)
+{
+    char schema[1024];
+    snprintf(schema, sizeof schema, FIELD("%s"), type);
+    struct avro_plan *p = plan_of(schema);
+    unsigned char *data = calloc(1, n + 8);
+    uint64_t count = (uint64_t)n << 1;
+    size_t at = 0;
+    for (; count > 0x7f; count >>= 7)
+        data[at++] = (unsigned char)(count | 0x80);
+    data[at++] = (unsigned char)count;
+    memset(data + at, fill, n);
+    json_t *tree = NULL;
+    struct lm_err err = { 0 };
+    assert_int_equal(avro_decode(p, data, at + n + 1, &tree, &err), LM_TOO_LARGE);
+    if (!strstr(err.msg, says))
+        fail_msg("%s", err.msg);
+    free(data);
+    avro_plan_free(p);
+}
+
+static void counts_are_capped(void **state)
+{
+    (void)state;
+    long before = peak_kb();
+    refuse_many("{\"type\":\"array\",\"items\":\"int\"}", 2, 1 << 20, "more than 524288 values");
+    /* One byte an item, but 20 null fields each: values are counted, not items. */
+    char wide[1024] = "{\"type\":\"array\",\"items\":{\"type\":\"record\",\"name\":\"W\","
+                      "\"fields\":[{\"name\":\"a\",\"type\":\"int\"}";
+    for (int i = 0; i < 20; i++)
+        sprintf(wide + strlen(wide), ",{\"name\":\"n%d\",\"type\":\"null\"}", i);
+    strcat(wide, "]}}");
+    refuse_many(wide, 2, 100000, "more than 524288 values");
+    assert_true(peak_kb() - before < 16 * 1024);
+
+    struct avro_plan *p = plan_of(FIELD("{\"type\":\"map\",\"values\":\"boolean\"}"));
+    unsigned char *data = calloc(1, 5000 * 2 + 8);
+    memcpy(data, "\x90\x4e", 2);        /* 5,000 pairs of "" and false */
+    json_t *tree = NULL;
+    struct lm_err err = { 0 };
+    assert_int_equal(avro_decode(p, data, 5000 * 2 + 3, &tree, &err), LM_TOO_LARGE);
+    assert_non_null(strstr(err.msg, "more than 4096 map entries"));
+    free(data);
+    avro_plan_free(p);
+}
+
+/* ---- what another implementation wrote ------------------------------------------------------- */
+
+static json_t *fixtures(void)
+{
+    json_error_t je;
+    json_t *root = json_load_file(FIXTURES, 0, &je);
+    if (!root)
+        fail_msg("%s: %s (run from the repository's root)", FIXTURES, je.text);
+    return root;
+}
+
+static size_t fixture_bytes(const json_t *c, unsigned char **out)
+{
+    const char *hex = json_string_value(json_object_get(c, "hex"));
+    *out = malloc(strlen(hex) / 2 + 1);
+    return from_hex(hex, *out);
+}
+
+static void check_case(const json_t *c)
+{
+    const char *name = json_string_value(json_object_get(c, "name"));
+    struct avro_plan *p = plan_of(json_string_value(json_object_get(c, "schema")));
+    unsigned char *data;
+    size_t n = fixture_bytes(c, &data);
+    json_t *tree;
+    struct prompt *prompt = NULL;
+    struct lm_err err = { 0 };
+    lm_status st = decode_exact(p, data, n, &tree, &err);
+    if (!st)
+        st = json_prompt_read(tree, ENCODING_AVRO, NULL, &prompt, &err);
+    const char *error = json_string_value(json_object_get(c, "error"));
+    if (error ? !strstr(err.msg, error) : !json_equal(tree, json_object_get(c, "json")))
+        fail_msg("%s: %s: %s", name, err.msg, json_dumps(tree, JSON_ENCODE_ANY));
+    /* "a map of params" carries a double for max_tokens, which is refused later, by name */
+    if (!error && st && !strstr(err.msg, "params.max_tokens must be an integer"))
+        fail_msg("%s: %s", name, err.msg);
+    prompt_free(prompt);
+    json_decref(tree);
+
+    /* Every cut is refused, and without a leak; each flipped byte is survived. */
+    for (size_t cut = 0; cut < n; cut++) {
+        assert_int_not_equal(decode_exact(p, data, cut, &tree, &err), LM_OK);
+        data[cut] ^= 0x55;
+        decode_exact(p, data, n, &tree, &err);
+        json_decref(tree);
+        data[cut] ^= 0x55;
+    }
+    free(data);
+    avro_plan_free(p);
+}
+
+static void prompts_of_fastavro_are_read(void **state)
+{
+    (void)state;
+    json_t *root = fixtures(), *cases = json_object_get(root, "prompts");
+    assert_true(json_array_size(cases) >= 20);
+    for (size_t i = 0; i < json_array_size(cases); i++)
+        check_case(json_array_get(cases, i));
+    json_decref(root);
+}
+
+static void completions_equal_fastavros(void **state)
+{
+    (void)state;
+    json_t *root = fixtures(), *c = json_object_get(root, "completion"), *back;
+    unsigned char *want;
+    size_t n = fixture_bytes(c, &want), len = 0;
+    struct avro_plan *p = plan_of(schema_completion_text);
+    void *got = NULL;
+    struct lm_err err = { 0 };
+    if (avro_encode(p, json_object_get(c, "json"), 5, &got, &len, &err) != LM_OK)
+        fail_msg("%s", err.msg);
+    assert_int_equal(len, n + 5);
+    assert_memory_equal((char *)got + 5, want, n);
+    assert_int_equal(decode_exact(p, want, n, &back, &err), LM_OK);
+    json_decref(back);
+    free(got);
+    free(want);
+    avro_plan_free(p);
+    json_decref(root);
+}
+
+static void encoding_names_what_does_not_fit(void **state)
+{
+    (void)state;
+    static const struct { const char *type, *json, *says; } rows[] = {
+        { "\"int\"", "{\"f\": \"x\"}", "f does not fit the schema" },
+        { "\"int\"", "{\"f\": 2147483648}", "f does not fit the schema" },
+        { "\"int\"", "{}", "f is missing" },
+        { "[\"null\",\"int\"]", "{\"f\": \"x\"}", "f fits no branch of the schema's union" },
+        { "{\"type\":\"array\",\"items\":\"int\"}", "{\"f\": [1, null]}", "f[] does not fit" },
+        { "{\"type\":\"map\",\"values\":\"int\"}", "{\"f\": {\"k\": []}}", "f.k does not fit" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        char schema[256];
+        snprintf(schema, sizeof schema, FIELD("%s"), rows[i].type);
+        struct avro_plan *p = plan_of(schema);
+        json_t *j = json_loads(rows[i].json, 0, NULL);
+        void *out = NULL;
+        size_t len = 0;
+        struct lm_err err = { 0 };
+        assert_int_equal(avro_encode(p, j, 0, &out, &len, &err), LM_MISMATCH);
+        if (!strstr(err.msg, rows[i].says))
+            fail_msg("%s: %s", rows[i].json, err.msg);
+        json_decref(j);
+        avro_plan_free(p);
+    }
+}
+
+/* ---- the shipped schemas ---------------------------------------------------------------------- */
+
+static void check_text(const char *path, const char *text)
+{
+    char buf[32768];
+    FILE *f = fopen(path, "rb");
+    assert_non_null(f);
+    size_t n = fread(buf, 1, sizeof buf - 1, f);
+    fclose(f);
+    buf[n] = '\0';
+    if (strcmp(buf, text) != 0)
+        fail_msg("%s differs from worker/schema_text.c: run schemas/embed", path);
+}
+
+static void embedded_text_is_the_files(void **state)
+{
+    (void)state;
+    check_text("schemas/prompt.avsc", schema_prompt_text);
+    check_text("schemas/completion.avsc", schema_completion_text);
+}
+
+static const struct avro_node *field_of(const struct avro_node *n, const char *name)
+{
+    for (int i = 0; i < n->n; i++)
+        if (strcmp(n->name[i], name) == 0)
+            return n->child[i];
+    return NULL;
+}
+
+/* Every parameter that JSON knows has its field, and no other: and so for the prompt itself. */
+static void prompt_schema_mirrors_json(void **state)
+{
+    (void)state;
+    static const char *const top[] = { "id", "adapter", "prompt", "prompt_token_ids", "messages",
+        "context", "params", "priority", "deadline_ms", "tenant", "reply_topic", "correlation_id",
+        "model", "stream", "metadata" };
+    struct avro_plan *p = plan_of(schema_prompt_text);
+    const struct avro_node *root = avro_plan_root(p);
+    assert_int_equal(root->n, LM_COUNT(top));
+    for (size_t i = 0; i < LM_COUNT(top); i++)
+        assert_non_null(field_of(root, top[i]));
+    const struct avro_node *params = field_of(root, "params")->child[1];
+    int missing = 0, known = 0;
+    for (const char *const *name = json_param_names; *name; name++, known++)
+        missing += !field_of(params, *name);
+    assert_int_equal(missing, 1);       /* max_completion_tokens, a second name for max_tokens */
+    assert_int_equal(params->n, known - 1);
+    avro_plan_free(p);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(bad_schemas_are_refused),
+        cmocka_unit_test(large_schemas_are_refused),
+        cmocka_unit_test(lying_data_are_refused),
+        cmocka_unit_test(blocks_with_sizes_are_read),
+        cmocka_unit_test(bombs_cost_nothing),
+        cmocka_unit_test(counts_are_capped),
+        cmocka_unit_test(prompts_of_fastavro_are_read),
+        cmocka_unit_test(completions_equal_fastavros),
+        cmocka_unit_test(encoding_names_what_does_not_fit),
+        cmocka_unit_test(embedded_text_is_the_files),
+        cmocka_unit_test(prompt_schema_mirrors_json),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
