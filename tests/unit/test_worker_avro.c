@@ -57,7 +57,7 @@ static const struct { const char *schema; lm_status code; const char *says; } re
     { FIELD("\"R\""), LM_UNSUPPORTED, "recursive: R refers to itself" },
     { FIELD("[\"null\",\"R\"]"), LM_UNSUPPORTED, "recursive" },
     { FIELD("{\"type\":\"array\",\"items\":\"R\"}"), LM_UNSUPPORTED, "recursive" },
-    { FIELD("{\"type\":\"map\",\"values\":[\"null\",{\"type\":\"R\"}]}"), LM_UNSUPPORTED, "recurs" },
+    { FIELD("{\"type\":\"map\",\"values\":[\"null\",{\"type\":\"R\"}]}"), LM_UNSUPPORTED, "recur" },
     { FIELD("{\"type\":\"record\",\"name\":\"S\",\"fields\":[{\"name\":\"g\",\"type\":\"R\"}]}"),
       LM_UNSUPPORTED, "recursive: R" },
     { FIELD("{\"type\":\"array\",\"items\":\"null\"}"), LM_UNSUPPORTED,
@@ -437,7 +437,7 @@ static void encoding_names_what_does_not_fit(void **state)
     }
 }
 
-/* ---- the shipped schemas ---------------------------------------------------------------------- */
+/* ---- the shipped schemas -------------------------------------------------------------------- */
 
 static void check_text(const char *path, const char *text)
 {
