@@ -269,7 +269,8 @@ static lm_status parse_part(safetensors *st, struct part *p, struct lm_err *err)
             return s;
         st->n++;
     }
-    return check_tiling(p, st->tensors + first, st->n - first, data, err);
+    struct st_tensor *mine = st->tensors ? st->tensors + first : NULL;     /* {} has none */
+    return check_tiling(p, mine, st->n - first, data, err);
 }
 
 /* ---- sets ------------------------------------------------------------------------------ */

@@ -6,7 +6,7 @@
 
 Writes, for each model, golden.safetensors beside its folder (families: tests/fixtures/families/NAME;
 the shipped models: tests/golden/NAME.safetensors). Names are "VARIANT/CASE/WHAT", VARIANT being
-"base" or an adapter's folder, CASE a number, WHAT one of
+"base" or an adapter's id (which may have slashes of its own), CASE a number, WHAT one of
 
     prompt            I32 [L]       token ids
     prompt_logprobs   F32 [L]       log p(prompt[i] | prompt[:i]); the first is NaN
@@ -131,7 +131,8 @@ def text_prompts(folder, gen):
 
 
 def golden(model_dir, adapters_dir, out, full, prompts, lengths):
-    names = sorted(os.listdir(adapters_dir)) if os.path.isdir(adapters_dir) else []
+    names = sorted(os.path.relpath(path, adapters_dir) for path, _, files in os.walk(adapters_dir)
+                   if "adapter_config.json" in files)
     tensors = {}
     for v, name in enumerate(["base"] + names):
         model = AutoModelForCausalLM.from_pretrained(
