@@ -34,8 +34,8 @@ static bool digest_file(EVP_MD_CTX *md, const char *name, const char *data, size
     uint8_t size[8];
     for (int i = 0; i < 8; i++)
         size[i] = (uint8_t)((uint64_t)n >> (56 - 8 * i));
-    return EVP_DigestUpdate(md, name, strlen(name) + 1) && EVP_DigestUpdate(md, size, sizeof size) &&
-           EVP_DigestUpdate(md, data, n);
+    return EVP_DigestUpdate(md, name, strlen(name) + 1) &&
+           EVP_DigestUpdate(md, size, sizeof size) && EVP_DigestUpdate(md, data, n);
 }
 
 static lm_status digest_files(const struct files *f, char out[ENGINE_DIGEST_CHARS],

@@ -464,7 +464,7 @@ static lm_status visit_all(struct resolver *r)
     int64_t start = lm_now_us();
     for (int l = 0; l < r->cfg->n_layers && !s; l++) {
         s = visit_layer(r, l);
-        /* Thousands of slow patterns, each within its own limit, must not hold a loader for hours. */
+        /* Thousands of slow patterns, each within its limit, must not hold a loader for hours. */
         if (!s && lm_now_us() - start > MAX_RESOLVE_US)
             s = lm_err_set(r->j.err, LM_INVALID, "%s: its patterns take too long to match",
                            r->j.file);

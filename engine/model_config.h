@@ -3,8 +3,8 @@
  * model_config.h - config.json and generation_config.json, read into plain numbers.
  *
  * Accepts what transformers 4 and 5 write (rope_theta + rope_scaling, or rope_parameters;
- * torch_dtype or dtype). A field that changes the maths and that we do not implement is refused by name; fields
- * that don't (initializer_range, use_cache, ...) are ignored. Sizes are bounded before use.
+ * torch_dtype or dtype). A field that changes the maths and that we do not implement is refused by
+ * name; fields that don't (initializer_range, use_cache, ...) are ignored. Sizes are bounded.
  */
 #ifndef LORAMILL_ENGINE_MODEL_CONFIG_H
 #define LORAMILL_ENGINE_MODEL_CONFIG_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * fuzz_adapter_config.c - any text as adapter_config.json. A plan that is accepted targets something,
- * with ranks in range and finite scales.
+ * fuzz_adapter_config.c - any text as adapter_config.json. A plan that is accepted targets
+ * something, with ranks in range and finite scales.
  */
 #include <math.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * fuzz_safetensors.c - any bytes as a safetensors file. Whatever the reader accepts must be readable
- * from end to end and found by name.
+ * fuzz_safetensors.c - any bytes as a safetensors file. Whatever the reader accepts must be
+ * readable from end to end and found by name.
  */
 #include <stdint.h>
 #include <stdlib.h>

@@ -45,7 +45,8 @@ static inline void st_writer_add(struct st_writer *w, const char *name, const ch
     if (strcmp(dtype, "F32") != 0)      /* same bytes, another claim: twice as many halves */
         cols *= 2;
     w->h += (size_t)snprintf(w->header + w->h, sizeof w->header - w->h,
-                             "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],\"data_offsets\":[%zu,%zu]}",
+                             "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],"
+                             "\"data_offsets\":[%zu,%zu]}",
                              w->h ? ',' : '{', name, dtype, rows, cols, begin,
                              w->n * sizeof(float));
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_adapter.c - settings resolve as PEFT resolves them (tests/golden/plans.json), images hold the
- * tensors exactly where kernels.h says, and what we don't serve is refused with its reason.
+ * test_adapter.c - settings resolve as PEFT resolves them (tests/golden/plans.json), images hold
+ * the tensors exactly where kernels.h says, and what we don't serve is refused with its reason.
  */
 #include <setjmp.h>
 #include <stdarg.h>

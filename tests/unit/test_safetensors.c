@@ -124,7 +124,8 @@ static void reads_tensors(void **state)
     (void)state;
     size_t n;
     uint8_t *p = st_image("{\"__metadata__\":{\"format\":\"pt\"},\"z\":" T("BF16", "[2,1,3]", 0, 12)
-                          ",\"scalar\":" T("F16", "[]", 12, 14) ",\"none\":" T("F32", "[0,5]", 14, 14)
+                          ",\"scalar\":" T("F16", "[]", 12, 14)
+                          ",\"none\":" T("F32", "[0,5]", 14, 14)
                           ",\"six\":" T("F6_E2M3", "[4]", 14, 17) "}   ", 17, &n);
     safetensors *st = NULL;
     struct lm_err err = { 0 };
