@@ -33,7 +33,7 @@ struct collect {
     const char *output, *job_file, *summary;
     int64_t expect, timeout_s;  /* 0: not given */
     int64_t since_ms;           /* epoch; -1: from the beginning */
-    bool quiet;
+    bool quiet, brief;          /* brief: dead letters are counted, not named */
 
     struct config config;
     struct cli_kafka kafka;
@@ -62,6 +62,7 @@ static const char help[] =
     "  -t, --timeout S       gives up after S seconds\n"
     "  -s, --since TIME      skips older records: 90s, 10m, 2h, 1d ago, or epoch milliseconds\n"
     "      --summary FILE    counts as one JSON object\n"
+    "  -b, --brief           counts dead letters without naming them\n"
     "  -q, --quiet           no progress, only problems and the last line\n"
     "\n"
     "Exit status: 0 every prompt was answered, 1 some were dead-lettered, missing or unreadable,\n"
@@ -101,17 +102,24 @@ static void take_reply(struct collect *c, const rd_kafka_message_t *m)
     reply_release(&r);
 }
 
+static void name_dead_letter(struct collect *c, const struct dead_letter *d)
+{
+    if (c->brief || ++c->named > REPORT_MAX + 1)
+        return;
+    if (c->named <= REPORT_MAX)
+        progress_say(c->bar, "dead letter: %s: %s: %s", d->id ? d->id : d->source, d->code,
+                     d->message);
+    else
+        progress_say(c->bar, "dead letter: further ones are in the output");
+}
+
 static void take_dead_letter(struct collect *c, const rd_kafka_message_t *m)
 {
     struct dead_letter d;
     dead_letter_read(m, &d);
     if (outcomes_dead_letter(c->job, m->payload, m->len, d.source) == OUTCOME_NEW) {
         tally_dead_letter(c->tally, &d, m);
-        if (++c->named <= REPORT_MAX)
-            progress_say(c->bar, "dead letter: %s: %s: %s", d.id ? d.id : d.source, d.code,
-                         d.message);
-        else if (c->named == REPORT_MAX + 1)
-            progress_say(c->bar, "dead letter: further ones are in the output");
+        name_dead_letter(c, &d);
         write_line(c, dead_letter_line(&d, m));
     }
     dead_letter_release(&d);
@@ -382,7 +390,7 @@ static lm_status check_options(struct collect *c, int argc, char **argv, struct 
     if (c->job_file && c->expect > 0)
         return lm_err_set(err, LM_INVALID, "--job and --expect exclude each other");
     if (c->job_file && !strcmp(c->job_file, c->output))
-        return lm_err_set(err, LM_INVALID, "--job and --output name the same file, %s", c->output);
+        return lm_err_set(err, LM_INVALID, "--job and --output are the same file, %s", c->output);
     return cli_settings_load(&c->settings, &c->config, err);
 }
 
@@ -393,14 +401,15 @@ static lm_status parse(struct collect *c, int argc, char **argv, struct lm_err *
         { "config", required_argument, NULL, 'c' },  { "set", required_argument, NULL, SET },
         { "output", required_argument, NULL, 'o' },  { "job", required_argument, NULL, 'j' },
         { "expect", required_argument, NULL, 'n' },  { "timeout", required_argument, NULL, 't' },
-        { "since", required_argument, NULL, 's' },   { "summary", required_argument, NULL, SUMMARY },
-        { "quiet", no_argument, NULL, 'q' },         { "help", no_argument, NULL, 'h' },
-        { NULL, 0, NULL, 0 },
+        { "since", required_argument, NULL, 's' },   { "quiet", no_argument, NULL, 'q' },
+        { "summary", required_argument, NULL, SUMMARY },
+        { "brief", no_argument, NULL, 'b' },
+        { "help", no_argument, NULL, 'h' },          { NULL, 0, NULL, 0 },
     };
     int opt;
     lm_status st = LM_OK;
     optind = 0;
-    while (st == LM_OK && (opt = getopt_long(argc, argv, "c:o:j:n:t:s:qh", options, NULL)) != -1) {
+    while (st == LM_OK && (opt = getopt_long(argc, argv, "c:o:j:n:t:s:bqh", options, NULL)) != -1) {
         switch (opt) {
         case 'c': c->settings.file = optarg; break;
         case 'o': c->output = optarg; break;
@@ -409,6 +418,7 @@ static lm_status parse(struct collect *c, int argc, char **argv, struct lm_err *
         case 't': st = cli_parse_number("--timeout", optarg, 1, 1000000000, &c->timeout_s, err);
             break;
         case 's': st = parse_since(optarg, &c->since_ms, err); break;
+        case 'b': c->brief = true; break;
         case 'q': c->quiet = true; break;
         case SET: st = cli_settings_add(&c->settings, optarg, err); break;
         case SUMMARY: c->summary = optarg; break;

@@ -135,7 +135,8 @@ enum outcome_news outcomes_reply(outcomes *j, const char *id, size_t len)
     return news;
 }
 
-enum outcome_news outcomes_dead_letter(outcomes *j, const void *value, size_t len, const char *source)
+enum outcome_news outcomes_dead_letter(outcomes *j, const void *value, size_t len,
+                                       const char *source)
 {
     struct key k = j->by_lines ? key_of_prompt(value, len)
                                : key_make('s', source, strlen(source));

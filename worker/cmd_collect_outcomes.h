@@ -17,7 +17,7 @@ typedef struct outcomes outcomes;
 outcomes *outcomes_new(void);
 void outcomes_free(outcomes *j);
 
-/* Awaits the prompt of this line; lines that are not JSON, or have no id, are known by their bytes. */
+/* Awaits the prompt of this line; one that is not JSON, or has no id, is known by its bytes. */
 lm_status outcomes_await_line(outcomes *j, const char *line, size_t len);
 void outcomes_await_count(outcomes *j, uint64_t n);
 
@@ -30,7 +30,8 @@ enum outcome_news {
 
 enum outcome_news outcomes_reply(outcomes *j, const char *id, size_t len);
 /* `source` names the prompt's place ("topic/3/17"): a job by count knows dead letters by it. */
-enum outcome_news outcomes_dead_letter(outcomes *j, const void *value, size_t len, const char *source);
+enum outcome_news outcomes_dead_letter(outcomes *j, const void *value, size_t len,
+                                       const char *source);
 
 struct outcome_counts {
     uint64_t awaited;           /* distinct; 0: whatever is there */

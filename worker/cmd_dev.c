@@ -45,9 +45,9 @@ static const char help[] =
     "DIR/loramill.properties for worker, submit and collect. For development only: the broker\n"
     "forgets everything at the end and keeps at most 5 MiB a partition.\n"
     "\n"
-    "  -d, --dir DIR         for the properties file and the adapter cache (default: loramill-dev)\n"
+    "  -d, --dir DIR         for properties and the adapter cache (default: loramill-dev)\n"
     "  -a, --adapters DIR    PEFT adapters to serve, one folder an id\n"
-    "  -m, --model DIR       model for the properties file (else give the worker --set model.path)\n"
+    "  -m, --model DIR       model for the properties (else give the worker --set model.path)\n"
     "  -p, --partitions N    partitions of the prompt topic (default: 8)\n"
     "      --store-port N    port of the adapter store (default: any free one)\n"
     "  -q, --quiet           says nothing but problems\n"
@@ -192,10 +192,13 @@ static lm_status parse(struct dev *d, int argc, char **argv, struct lm_err *err)
 {
     enum { STORE_PORT = 256 };
     static const struct option options[] = {
-        { "dir", required_argument, NULL, 'd' },        { "adapters", required_argument, NULL, 'a' },
-        { "model", required_argument, NULL, 'm' },      { "partitions", required_argument, NULL, 'p' },
+        { "dir", required_argument, NULL, 'd' },
+        { "adapters", required_argument, NULL, 'a' },
+        { "model", required_argument, NULL, 'm' },
+        { "partitions", required_argument, NULL, 'p' },
         { "store-port", required_argument, NULL, STORE_PORT },
-        { "quiet", no_argument, NULL, 'q' },            { "help", no_argument, NULL, 'h' },
+        { "quiet", no_argument, NULL, 'q' },
+        { "help", no_argument, NULL, 'h' },
         { NULL, 0, NULL, 0 },
     };
     int opt;

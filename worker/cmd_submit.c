@@ -26,7 +26,8 @@
 
 struct submit {
     struct cli_settings settings;
-    const char *input, *key;    /* key: field path; "" sends no keys */
+    const char *input, *summary;
+    const char *key;            /* field path; "" sends no keys */
     bool check, quiet;
 
     struct config config;
@@ -34,7 +35,8 @@ struct submit {
     rd_kafka_topic_t *topic;
     struct cli_lines lines;
     progress *bar;
-    uint64_t read, refused, delivered, undelivered;  /* read is the sum of the others, at the end */
+    uint64_t read;              /* at the end the sum of these */
+    uint64_t delivered, refused, undelivered;
 };
 
 static const char help[] =
@@ -49,6 +51,7 @@ static const char help[] =
     "  -k, --key FIELD       field that becomes the record key, dots descend (metadata.customer);\n"
     "                        '' sends no keys (default: id)\n"
     "      --no-check        sends lines as they are, valid prompts or not\n"
+    "      --summary FILE    counts as one JSON object\n"
     "  -q, --quiet           no progress, only problems and the last line\n"
     "\n"
     "Exit status: 0 all delivered, 1 a line was refused or not delivered, 2 usage.\n";
@@ -221,6 +224,17 @@ static void close_all(struct submit *s)
     config_release(&s->config);
 }
 
+static lm_status write_summary(const struct submit *s, struct lm_err *err)
+{
+    json_t *o = json_pack("{s:I, s:I, s:I, s:I}", "lines", (json_int_t)s->read,
+                          "delivered", (json_int_t)s->delivered,
+                          "refused", (json_int_t)s->refused,
+                          "undelivered", (json_int_t)s->undelivered);
+    int failed = o ? json_dump_file(o, s->summary, JSON_INDENT(2)) : -1;
+    json_decref(o);
+    return failed ? lm_err_set(err, LM_IO, "%s: can't write the summary", s->summary) : LM_OK;
+}
+
 static int run(struct submit *s)
 {
     char a[32], b[32], c[32], d[32];
@@ -240,16 +254,21 @@ static int run(struct submit *s)
             progress_count(c, s->refused), progress_count(d, s->undelivered),
             cli_interrupted() ? "; interrupted, later lines were not read" : "");
     bool complete = st == LM_OK && !cli_interrupted() && s->delivered == s->read;
+    if (s->summary && write_summary(s, &err) != LM_OK) {
+        fprintf(stderr, "loramill submit: %s\n", err.msg);
+        complete = false;
+    }
     return complete ? CLI_OK : CLI_FAILED;
 }
 
 static lm_status parse(struct submit *s, int argc, char **argv, struct lm_err *err)
 {
-    enum { SET = 256, NO_CHECK };
+    enum { SET = 256, NO_CHECK, SUMMARY };
     static const struct option options[] = {
         { "config", required_argument, NULL, 'c' }, { "set", required_argument, NULL, SET },
         { "input", required_argument, NULL, 'i' },  { "key", required_argument, NULL, 'k' },
         { "no-check", no_argument, NULL, NO_CHECK }, { "quiet", no_argument, NULL, 'q' },
+        { "summary", required_argument, NULL, SUMMARY },
         { "help", no_argument, NULL, 'h' },         { NULL, 0, NULL, 0 },
     };
     int opt;
@@ -261,6 +280,7 @@ static lm_status parse(struct submit *s, int argc, char **argv, struct lm_err *e
         case 'k': s->key = optarg; break;
         case 'q': s->quiet = true; break;
         case NO_CHECK: s->check = false; break;
+        case SUMMARY: s->summary = optarg; break;
         case SET:
             if (cli_settings_add(&s->settings, optarg, err) != LM_OK)
                 return err->code;

@@ -8,7 +8,7 @@
  *
  *   200 after a range request      the file starts again from its first byte
  *   206                            must be asked for, start where we stopped, and carry our ETag
- *   Content-Length, body           must agree; nothing may exceed max_bytes, chunked bodies included
+ *   Content-Length, body           must agree; nothing may exceed max_bytes, chunked or not
  *   redirects                      few, and to http or https only (https stays https)
  *   silence                        fewer than FETCH_STALL_BYTES in stall_timeout_ms end the attempt
  *

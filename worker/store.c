@@ -60,7 +60,7 @@ struct job {
     struct waiters waiters;
     TAILQ_ENTRY(job) all;
     STAILQ_ENTRY(job) queue;    /* INBOX, READY, BACKOFF or LOADING */
-    bool fresh;                 /* its files came just now: a fault is the store's, not the disk's */
+    bool fresh;                 /* its files came just now: a fault is not the disk's */
     bool refetch;               /* the cache's copy was bad: fetch, once */
     char *local;                /* a folder outside the cache, or NULL */
     /* fetching */
@@ -190,7 +190,7 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
         negative_add(s, j->id, err);
     pthread_mutex_unlock(&s->lock);
     if (status != LM_OK && status != LM_CANCELLED)
-        lm_log(LM_WARN, "store", "adapter '%s': %s", j->id, err->msg);
+        lm_log(LM_WARN, "store", "%s", err->msg);
     while ((w = STAILQ_FIRST(&j->waiters))) {
         STAILQ_REMOVE_HEAD(&j->waiters, link);
         bool last = STAILQ_EMPTY(&j->waiters);
@@ -205,6 +205,7 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
 
 static void fail(store *s, struct job *j, struct lm_err *err)
 {
+    lm_err_prefix(err, "adapter '%s'", j->id);
     finish(s, j, err->code, NULL, err);
 }
 
@@ -252,7 +253,7 @@ static lm_status join_job(store *s, const char *id, store_done *done, void *user
         j = job_new(s, id);
     if (!w || !j) {
         free(w);
-        return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory to look for it", id);
+        return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", id);
     }
     w->done = done;
     w->user = user;
@@ -449,8 +450,8 @@ static void to_fetch(store *s, struct job *j)
     struct lm_err err;
     if (!s->cfg.url) {
         lm_err_set(&err, LM_NOT_FOUND, s->cfg.local_dir || s->local_template
-                       ? "no adapter '%s' in the folder of adapters"
-                       : "no adapter '%s': neither adapters.url nor a folder is configured", j->id);
+                       ? "not in the folder of adapters"
+                       : "not to be had: adapters.url is not set");
         fail(s, j, &err);
         return;
     }
@@ -585,7 +586,10 @@ static void load(store *s, struct job *j)
         s->stats.disk_hits++;
         pthread_mutex_unlock(&s->lock);
     }
-    finish(s, j, st, a, &err);
+    if (st == LM_OK)
+        finish(s, j, LM_OK, a, NULL);
+    else
+        fail(s, j, &err);
 }
 
 static void *loader_main(void *arg)

@@ -2,8 +2,8 @@
 /*
  * hostile_http.h - an HTTP server for tests that can misbehave in every way we could think of.
  *
- * It is written on bare sockets, since a good library refuses to be this bad. One thread accepts, one
- * thread a connection serves one request and closes. A test registers behaviours by the first
+ * It is written on bare sockets, since a good library refuses to be this bad. One thread accepts,
+ * one thread a connection serves one request and closes. A test registers behaviours by the first
  * segment of the path; each gets the request and the number of requests that path has had before,
  * so that "bad once, then good" is easy to say.
  */

@@ -82,8 +82,8 @@ static void send_whole(struct request *r, const struct blob *b, const char *etag
 static void send_rest(struct request *r, const struct blob *b, const char *etag)
 {
     size_t from = (size_t)r->from;
-    sendf(r, PART_HEAD "Content-Length: %zu\r\nContent-Range: bytes %zu-%zu/%zu\r\nETag: %s\r\n\r\n",
-          b->len - from, from, b->len - 1, b->len, etag);
+    sendf(r, PART_HEAD "Content-Length: %zu\r\nContent-Range: bytes %zu-%zu/%zu\r\n"
+          "ETag: %s\r\n\r\n", b->len - from, from, b->len - 1, b->len, etag);
     send_bytes(r, b->bytes + from, b->len - from);
 }
 
@@ -738,7 +738,7 @@ static void test_local_folder(void **state)
         open_store(f, &cfgs[i]);
         expect_blob(f, "brand/voice", &weights);
         expect_blob(f, "brand", &weights);
-        expect_error(f, "brand/other", LM_NOT_FOUND, "no adapter 'brand/other'");
+        expect_error(f, "brand/other", LM_NOT_FOUND, "adapter 'brand/other': not in the folder");
         host_reset();
     }
     assert_int_equal(f->site->total, 0);
