@@ -1,0 +1,388 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_outbox.c - a whole worker, with the echo engine, against librdkafka's mock cluster that
+ * is told to misbehave: what a reply, a dead letter and a committed offset do under broker errors.
+ *
+ * The mock knows no transactions, no size limits and no real log; it is used for the injection of
+ * errors only. Delivery under crashes is proved on a real broker (tests/integration).
+ *
+ * Each test forks its worker before it makes a cluster, so that no thread of librdkafka lives across
+ * a fork; the worker waits on a pipe for the broker's address.
+ */
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include <librdkafka/rdkafka.h>
+#include <librdkafka/rdkafka_mock.h>
+
+#include "worker/worker.h"
+
+enum { API_PRODUCE = 0, API_OFFSET_COMMIT = 8, WAIT_S = 60 };
+
+struct fixture {
+    pid_t worker;
+    int start;                  /* write end: the worker's configuration lines */
+    rd_kafka_t *rk;             /* owns the cluster; produces */
+    rd_kafka_mock_cluster_t *mock;
+    rd_kafka_t *reader;
+};
+
+static void child_config(struct config *c, const char *assignment)
+{
+    struct lm_err err;
+    if (config_set(c, assignment, &err)) {
+        fprintf(stderr, "%s\n", err.msg);
+        _exit(99);
+    }
+}
+
+static void child(int fd)
+{
+    struct config c;
+    struct lm_err err;
+    char line[512];
+    FILE *f = fdopen(fd, "r");
+    if (config_init(&c, &err) || !f)
+        _exit(98);
+    child_config(&c, "engine.mode=echo");
+    child_config(&c, "topics.dead_letters=dead");
+    child_config(&c, "topics.replies_allowed=other");
+    child_config(&c, "http.port=0");
+    child_config(&c, "worker.name=w");
+    child_config(&c, "group.id=g");
+    child_config(&c, "commit.interval_ms=100");
+    child_config(&c, "retry.backoff_ms=50");
+    child_config(&c, "retry.backoff_max_ms=200");
+    child_config(&c, "kafka.session.timeout.ms=6000");
+    child_config(&c, "kafka.heartbeat.interval.ms=300");
+    while (fgets(line, sizeof line, f) && strcmp(line, "go\n"))
+        child_config(&c, line);
+    fclose(f);
+    int st = worker_run(&c);
+    config_release(&c);
+    _exit(st);
+}
+
+static int setup(void **state)
+{
+    int fds[2];
+    struct fixture *f = calloc(1, sizeof *f);
+    if (!f || pipe(fds))
+        return -1;
+    f->worker = fork();
+    if (f->worker == 0) {
+        close(fds[1]);
+        child(fds[0]);
+    }
+    close(fds[0]);
+    f->start = fds[1];
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    f->rk = rd_kafka_new(RD_KAFKA_PRODUCER, conf, NULL, 0);
+    f->mock = rd_kafka_mock_cluster_new(f->rk, 1);
+    rd_kafka_mock_topic_create(f->mock, "prompts", 1, 1);
+    rd_kafka_mock_topic_create(f->mock, "replies", 1, 1);
+    rd_kafka_mock_topic_create(f->mock, "dead", 1, 1);
+#if RD_KAFKA_VERSION >= 0x020b0000
+    rd_kafka_mock_group_initial_rebalance_delay_ms(f->mock, 100);
+#endif
+    *state = f;
+    return 0;
+}
+
+static rd_kafka_t *client(struct fixture *f, rd_kafka_type_t type, const char *group)
+{
+    char why[256];
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    rd_kafka_conf_set(conf, "bootstrap.servers", rd_kafka_mock_cluster_bootstraps(f->mock), why,
+                      sizeof why);
+    if (group)
+        rd_kafka_conf_set(conf, "group.id", group, why, sizeof why);
+    rd_kafka_t *rk = rd_kafka_new(type, conf, why, sizeof why);
+    assert_non_null(rk);
+    return rk;
+}
+
+static int end_worker(struct fixture *f)
+{
+    int st = -1;
+    if (!f->worker)
+        return 0;
+    kill(f->worker, SIGTERM);
+    waitpid(f->worker, &st, 0);
+    f->worker = 0;
+    return WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st);
+}
+
+static int teardown(void **state)
+{
+    struct fixture *f = *state;
+    if (f->worker) {
+        kill(f->worker, SIGKILL);
+        waitpid(f->worker, NULL, 0);
+    }
+    if (f->start >= 0)
+        close(f->start);
+    if (f->reader) {
+        rd_kafka_consumer_close(f->reader);
+        rd_kafka_destroy(f->reader);
+    }
+    rd_kafka_mock_cluster_destroy(f->mock);
+    rd_kafka_destroy(f->rk);
+    free(f);
+    return 0;
+}
+
+static void start_worker(struct fixture *f, const char *lines)
+{
+    char text[1024];
+    int n = snprintf(text, sizeof text, "kafka.bootstrap.servers=%s\n%sgo\n",
+                     rd_kafka_mock_cluster_bootstraps(f->mock), lines);
+    assert_int_equal(write(f->start, text, (size_t)n), n);
+    close(f->start);
+    f->start = -1;
+}
+
+static void send_prompt(struct fixture *f, const char *json)
+{
+    rd_kafka_t *p = client(f, RD_KAFKA_PRODUCER, NULL);
+    rd_kafka_headers_t *h = rd_kafka_headers_new(1);
+    rd_kafka_header_add(h, "kafka_correlationId", -1, "\0\1\xff", 3);
+    assert_int_equal(rd_kafka_producev(p, RD_KAFKA_V_TOPIC("prompts"), RD_KAFKA_V_KEY("k", 1),
+                                       RD_KAFKA_V_VALUE((void *)(uintptr_t)json, strlen(json)),
+                                       RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
+                                       RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_END), 0);
+    assert_int_equal(rd_kafka_flush(p, 10000), 0);
+    rd_kafka_destroy(p);
+}
+
+/* The next record of a topic, or NULL after `seconds`. */
+static rd_kafka_message_t *next_of(struct fixture *f, const char *topic, int seconds)
+{
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    if (!f->reader)
+        f->reader = client(f, RD_KAFKA_CONSUMER, "reader");
+    rd_kafka_topic_partition_list_add(l, topic, 0)->offset = 0;
+    rd_kafka_assign(f->reader, l);
+    rd_kafka_topic_partition_list_destroy(l);
+    for (int64_t end = lm_now_us() + seconds * 1000000ll; lm_now_us() < end;) {
+        rd_kafka_message_t *m = rd_kafka_consumer_poll(f->reader, 100);
+        if (m && !m->err)
+            return m;
+        if (m)
+            rd_kafka_message_destroy(m);
+    }
+    return NULL;
+}
+
+static int64_t committed(struct fixture *f)
+{
+    rd_kafka_t *c = client(f, RD_KAFKA_CONSUMER, "g");
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, "prompts", 0);
+    rd_kafka_resp_err_t e = rd_kafka_committed(c, l, 10000);
+    int64_t offset = e ? -2 : l->elems[0].offset;
+    rd_kafka_topic_partition_list_destroy(l);
+    rd_kafka_destroy(c);
+    return offset;
+}
+
+static void wait_committed(struct fixture *f, int64_t offset)
+{
+    int64_t got = -3;
+    for (int64_t end = lm_now_us() + 20 * 1000000ll; lm_now_us() < end; usleep(200000))
+        if ((got = committed(f)) == offset)
+            return;
+    fail_msg("committed %lld, expected %lld", (long long)got, (long long)offset);
+}
+
+static void has_header(const rd_kafka_message_t *m, const char *name, const void *value, size_t n)
+{
+    rd_kafka_headers_t *h;
+    const void *got;
+    size_t len;
+    assert_int_equal(rd_kafka_message_headers(m, &h), 0);
+    if (rd_kafka_header_get_last(h, name, &got, &len))
+        fail_msg("no header %s", name);
+    if (len != n || memcmp(got, value, n))
+        fail_msg("%s is '%.*s'", name, (int)len, (const char *)got);
+}
+
+static void expect(struct fixture *f, const char *topic, const char *code)
+{
+    rd_kafka_message_t *m = next_of(f, topic, WAIT_S);
+    if (!m)
+        fail_msg("nothing in %s", topic);
+    assert_int_equal(m->key_len, 1);
+    has_header(m, "kafka_correlationId", "\0\1\xff", 3);
+    if (code)
+        has_header(m, "loramill-error-code", code, strlen(code));
+    rd_kafka_message_destroy(m);
+}
+
+static const char good[] = "{\"id\":\"a\",\"prompt\":\"hello\"}";
+
+static void test_reply_then_commit(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
+static void test_produce_errors_heal(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_PRODUCE, 4,
+                                      RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+                                      RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+                                      RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+                                      RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    assert_null(next_of(f, "dead", 1));
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* A refusal for its size, of a reply that travels alone, is believed. */
+static void test_broker_refuses_size(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_PRODUCE, 1,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE);
+    start_worker(f, "kafka.producer.batch.size=1\n");
+    expect(f, "dead", "too_large");
+    wait_committed(f, 1);
+    assert_null(next_of(f, "replies", 1));
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* ... and of a small one, which shares its batch with others, only when it repeats. */
+static void test_small_reply_is_tried_again(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_PRODUCE, 2,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
+static void test_own_size_limit(void **state)
+{
+    struct fixture *f = *state;
+    char json[2048], text[900];
+    memset(text, '"', sizeof text);     /* each quote costs two bytes once escaped */
+    for (size_t i = 0; i < sizeof text; i += 2)
+        text[i] = '\\';
+    snprintf(json, sizeof json, "{\"id\":\"a\",\"prompt\":\"%.*s\",\"params\":{\"max_tokens\":999}}",
+             (int)sizeof text, text);
+    send_prompt(f, json);
+    start_worker(f, "message.max_bytes=1024\n");
+    expect(f, "dead", "too_large");
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* A dead letter that can't be produced blocks the offset: nothing may be lost. */
+static void test_dead_letter_blocks_offset(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, "{\"id\":\"a\"}");
+    send_prompt(f, good);
+    rd_kafka_mock_topic_set_error(f->mock, "dead", RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    sleep(2);
+    assert_true(committed(f) <= 0);          /* 0 says "read 0 next" */
+    rd_kafka_mock_topic_set_error(f->mock, "dead", RD_KAFKA_RESP_ERR_NO_ERROR);
+    expect(f, "dead", "invalid");
+    wait_committed(f, 2);
+    assert_int_equal(end_worker(f), 0);
+}
+
+static void test_commit_errors_heal(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_OFFSET_COMMIT, 2,
+                                      RD_KAFKA_RESP_ERR_NOT_COORDINATOR,
+                                      RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* The broker goes away under a running worker, and the prompts behind it are answered after. */
+static void test_broker_outage(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    rd_kafka_mock_broker_set_down(f->mock, 1);
+    sleep(2);
+    rd_kafka_mock_broker_set_up(f->mock, 1);
+    send_prompt(f, "no json");
+    expect(f, "dead", "malformed");
+    wait_committed(f, 2);
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* SIGTERM while a reply can't be delivered: the worker ends in its budget and commits nothing. */
+static void test_sigterm_with_unacknowledged(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_topic_set_error(f->mock, "replies",
+                                  RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+    start_worker(f, "drain.timeout_ms=1000\n");
+    sleep(5);
+    int64_t start = lm_now_us();
+    assert_int_equal(end_worker(f), 0);
+    assert_true(lm_now_us() - start < 10 * 1000000ll);
+    assert_true(committed(f) <= 0);          /* 0 says "read 0 next" */
+}
+
+static void test_bad_property_fails_at_once(void **state)
+{
+    struct fixture *f = *state;
+    int st;
+    start_worker(f, "kafka.no.such=1\n");
+    waitpid(f->worker, &st, 0);
+    f->worker = 0;
+    assert_true(WIFEXITED(st) && WEXITSTATUS(st) == 1);
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(test_reply_then_commit), TEST(test_produce_errors_heal),
+        TEST(test_broker_refuses_size), TEST(test_small_reply_is_tried_again),
+        TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
+        TEST(test_commit_errors_heal), TEST(test_broker_outage),
+        TEST(test_sigterm_with_unacknowledged), TEST(test_bad_property_fails_at_once),
+    };
+    signal(SIGPIPE, SIG_IGN);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
