@@ -26,6 +26,7 @@ struct bench {
     struct engine_info info;
     engine_adapter **adapter;
     int n_adapters;
+    int64_t serial;             /* of the request: no two share a prompt, so no cached prefix */
 };
 
 /* What one run of a batch of requests took. */
@@ -56,7 +57,8 @@ static lm_status submit_one(struct bench *b, int i, int prompt_tokens, int max_t
     struct engine_request r = { .id = id, .token_ids = ids, .n_token_ids = prompt_tokens };
     snprintf(id, sizeof id, "bench-%d", i);
     for (int t = 0; t < prompt_tokens; t++)
-        ids[t] = bench_token(i, t, b->info.vocab_size);
+        ids[t] = bench_token(b->serial, t, b->info.vocab_size);
+    b->serial++;
     engine_params_default(&r.params);
     r.params.max_tokens = max_tokens;
     r.params.temperature = 0;

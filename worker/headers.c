@@ -122,7 +122,7 @@ static lm_status read_topic(const struct header *h, char *out, size_t cap, struc
     memcpy(out, h->value, h->len);
     out[h->len] = '\0';
     for (size_t i = 0; i < h->len; i++)
-        if (!isalnum((unsigned char)out[i]) && !strchr("._-", out[i]))
+        if (!isalnum((unsigned char)out[i]) && !memchr("._-", out[i], 3))
             return lm_err_set(err, LM_INVALID, "header %s: '%s' can't be a topic's name", h->name,
                               out);
     return LM_OK;

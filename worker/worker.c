@@ -258,28 +258,41 @@ static lm_status start(struct worker *w, struct lm_err *err)
 
 /* ---- end -------------------------------------------------------------------------------- */
 
-struct watchdog { int64_t budget_ms; sigset_t signals; };
+struct watchdog {
+    pthread_t thread;
+    bool started;
+    int64_t end_us;
+    sigset_t signals;
+    atomic_bool done;
+};
 
-/* Ends the process when the shutdown takes too long or a second signal comes. Detached: it lives as
- * long as the process. */
+/* Ends the process when the shutdown takes too long or a second signal comes. */
 static void *watchdog_main(void *arg)
 {
     struct watchdog *d = arg;
-    struct timespec budget = { d->budget_ms / 1000, d->budget_ms % 1000 * 1000000 };
-    int got = sigtimedwait(&d->signals, NULL, &budget);
+    const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
+    int got = -1;
+    while (got < 0 && lm_now_us() < d->end_us) {
+        if (atomic_load(&d->done))
+            return NULL;
+        got = sigtimedwait(&d->signals, NULL, &tick);
+    }
     lm_log(LM_ERROR, "worker", "%s; unfinished prompts will be read again",
            got > 0 ? "second signal: ending at once" : "the shutdown hangs: ending at once");
     _exit(1);
 }
 
-static void start_watchdog(int64_t budget_ms, const sigset_t *signals)
+static void start_watchdog(struct watchdog *d, int64_t budget_ms)
 {
-    static struct watchdog d;
-    pthread_t t;
-    d.budget_ms = budget_ms;
-    d.signals = *signals;
-    if (!pthread_create(&t, NULL, watchdog_main, &d))
-        pthread_detach(t);
+    d->end_us = lm_now_us() + budget_ms * 1000;
+    d->started = !pthread_create(&d->thread, NULL, watchdog_main, d);
+}
+
+static void stop_watchdog(struct watchdog *d)
+{
+    atomic_store(&d->done, true);
+    if (d->started)
+        pthread_join(d->thread, NULL);
 }
 
 /* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
@@ -313,18 +326,18 @@ static void log_summary(struct worker *w)
 }
 
 /* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
-static void supervise(struct worker *w, const sigset_t *signals)
+static void supervise(struct worker *w, struct watchdog *dog)
 {
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
     while (got < 0 && !atomic_load(&w->failed))
-        got = sigtimedwait(signals, NULL, &tick);
+        got = sigtimedwait(&dog->signals, NULL, &tick);
     bool failed = atomic_load(&w->failed);
     if (!failed)
         lm_log(LM_INFO, "worker", "%s: finishing what runs, for at most %" PRId64 " ms",
                strsignal(got), w->cfg->drain_timeout_ms);
-    start_watchdog(failed ? FAILED_BUDGET_MS : w->cfg->drain_timeout_ms + CLOSE_BUDGET_MS,
-                   signals);
+    start_watchdog(dog, failed ? FAILED_BUDGET_MS
+                               : w->cfg->drain_timeout_ms + CLOSE_BUDGET_MS);
     if (failed)
         atomic_store(&w->cancelling, true);
     atomic_store(&w->stopping, true);
@@ -336,11 +349,11 @@ int worker_run(const struct config *cfg)
 {
     struct worker w;
     struct lm_err err = { LM_OK, "" };
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    struct watchdog dog = { 0 };
+    sigemptyset(&dog.signals);
+    sigaddset(&dog.signals, SIGTERM);
+    sigaddset(&dog.signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &dog.signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);
@@ -353,10 +366,11 @@ int worker_run(const struct config *cfg)
     } else {
         atomic_store(&w.started, true);
         lm_log(LM_INFO, "worker", "reading %s as group %s", cfg->topics_prompts, cfg->group_id);
-        supervise(&w, &signals);
+        supervise(&w, &dog);
         st = (lm_status)atomic_load(&w.failed);
     }
     end_threads(&w);
     log_summary(&w);
+    stop_watchdog(&dog);
     return st ? 1 : 0;
 }

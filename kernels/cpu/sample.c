@@ -288,10 +288,8 @@ static struct cand find_cut(const struct draw *d, double total)
         n = select_prefix(d->c, n, n, (k ? mass : total) * (double)p->top_p);
     }
     for (int i = 0; i < n; i++)
-        if (i == 0 || before(cut, d->c[i])) {
-            if (i == 0 || before(cut, d->c[i]))
-                cut = d->c[i];
-        }
+        if (i == 0 || before(cut, d->c[i]))
+            cut = d->c[i];
     return p->min_p > cut.w ? (struct cand){ p->min_p, INT32_MAX } : cut;
 }
 

@@ -13,7 +13,9 @@ prompt=$(head -1 tests/models/orders.txt)
 batch() { "$LORAMILL" batch --backend cpu --model $M "$@" 2> "$RUN/err"; }
 # line ID URL BODY
 line() { jq -cn --arg id "$1" --arg url "$2" --argjson body "$3" '{custom_id: $id, method: "POST", url: $url, body: $body}'; }
-result() { jq -e --arg p "$prompt" "select(.custom_id == \"$1\") | $2" "$RUN/out" > /dev/null; }
+result() {      # CUSTOM-ID CONDITION: true of the one line with that id
+    jq -se --arg p "$prompt" "[.[] | select(.custom_id == \"$1\") | $2] == [true]" "$RUN/out" > /dev/null
+}
 
 p=$(jq -Rn --arg p "$prompt" '$p')
 {
@@ -41,7 +43,8 @@ check "token ids are used as they are" result ids '.response.body.usage.prompt_t
 check "chat answers with chat logprobs" result chat '.response.body.object == "chat.completion" and (.response.body.choices[0].logprobs.content | length) > 0'
 check "echo with max_tokens 0 scores the prompt" result score '.response.body.choices[0].text == $p and .response.body.usage.completion_tokens == 0 and (.response.body.choices[0].logprobs.token_logprobs | .[0] == null and .[1] < 0)'
 check "n gives n choices" result two '(.response.body.choices | length) == 2'
-check "a line that is no JSON yields an error line" jq -se 'any(.custom_id == null and .response.status_code == 400)' "$RUN/out"
+result_without_id() { jq -se 'any(.custom_id == null and .response.status_code == 400)' "$RUN/out" > /dev/null; }
+check "a line that is no JSON yields an error line" result_without_id
 check "a typo in a parameter is named" result typo '.error.message | test("max_token")'
 check "an unknown adapter is 404, never the base model" result nobody '.response.status_code == 404'
 check "streaming is refused by name" result stream '.error.message | test("stream")'

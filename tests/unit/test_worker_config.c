@@ -1,0 +1,359 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_config.c - the parser by its table, every refusal by its words, and secrets.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "worker/config.h"
+#include "worker/kafka_conf.h"
+
+static struct config cfg;
+static struct lm_err err;
+
+static int setup(void **state)
+{
+    (void)state;
+    return config_init(&cfg, &err);
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    config_release(&cfg);
+    return 0;
+}
+
+static void good(const char *assignment)
+{
+    if (config_set(&cfg, assignment, &err))
+        fail_msg("%s: %s", assignment, err.msg);
+}
+
+static void says(const char *words)
+{
+    if (!strstr(err.msg, words))
+        fail_msg("expected '%s' in: %s", words, err.msg);
+}
+
+static void bad(const char *assignment, const char *words)
+{
+    memset(&err, 0, sizeof err);
+    if (!config_set(&cfg, assignment, &err))
+        fail_msg("%s was accepted", assignment);
+    says(words);
+}
+
+static void minimal(void)
+{
+    good("engine.mode=echo");
+    good("kafka.bootstrap.servers=localhost:9092");
+}
+
+static void bad_check(const char *assignment, const char *words)
+{
+    minimal();
+    good(assignment);
+    memset(&err, 0, sizeof err);
+    if (!config_check(&cfg, &err))
+        fail_msg("%s passed the check", assignment);
+    says(words);
+}
+
+static void test_defaults(void **state)
+{
+    (void)state;
+    assert_string_equal(cfg.topics_prompts, "prompts");
+    assert_int_equal(cfg.adapters_max_bytes, 4ll << 30);
+    assert_true(cfg.registry_auto_register);
+    assert_int_equal(cfg.n_kafka, 0);
+    minimal();
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
+}
+
+static void test_types(void **state)
+{
+    (void)state;
+    good(" intake.max_bytes = 3MiB ");
+    assert_int_equal(cfg.intake_max_bytes, 3 << 20);
+    good("intake.max_bytes=2k");
+    assert_int_equal(cfg.intake_max_bytes, 2048);
+    good("registry.auto_register=false");
+    assert_false(cfg.registry_auto_register);
+    good("model.path=/a = b");
+    assert_string_equal(cfg.model_path, "/a = b");
+    good("backend=cpu");
+    assert_string_equal(cfg.backend, "cpu");
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    bad("", "not key=value");
+    bad("model.path", "not key=value");
+    bad("=x", "no key");
+    bad("topic.prompts=x", "did you mean 'topics.prompts'");
+    bad("session.timeout.ms=1", "kafka.session.timeout.ms");
+    bad("http.port=eighty", "not a whole number");
+    bad("http.port=65536", "out of range 0..65535");
+    bad("http.port=-1", "out of range");
+    bad("http.port=80x", "not a whole number");
+    bad("http.port=99999999999999999999", "not a whole number");
+    bad("http.port=", "not a whole number");
+    bad("intake.max_bytes=1Q", "not a whole number of bytes");
+    bad("intake.max_bytes=9000000000G", "not a whole number of bytes");
+    bad("registry.auto_register=yes", "use true or false");
+    bad("replies.encoding=xml", "use one of same|json|avro");
+    bad("backend=", "use one of");
+    bad("kafka.=1", "lacks a librdkafka property");
+    bad("kafka.consumer.=1", "lacks a librdkafka property");
+    char longer[400];
+    memset(longer, 'k', sizeof longer);
+    memcpy(longer + 300, "=1", 3);
+    bad(longer, "unknown key");
+}
+
+static void test_owned_are_refused(void **state)
+{
+    (void)state;
+    int n;
+    const struct config_owned *o = config_owned(&n);
+    assert_true(n > 10);
+    for (int i = 0; i < n; i++) {
+        char text[200];
+        snprintf(text, sizeof text, "kafka.%s=1", o[i].key);
+        bad(text, o[i].why);
+        snprintf(text, sizeof text, "kafka.consumer.%s=1", o[i].key);
+        bad(text, o[i].key);
+    }
+}
+
+static void test_checks(void **state)
+{
+    (void)state;
+    assert_int_equal(config_check(&cfg, &err), LM_INVALID);
+    says("model.path is not set");
+    good("engine.mode=echo");
+    assert_int_equal(config_check(&cfg, &err), LM_INVALID);
+    says("kafka.bootstrap.servers is not set");
+}
+
+static const struct { const char *set, *words; } check_rows[] = {
+    { "topics.prompts=", "topics.prompts may not be empty" },
+    { "topics.replies=", "topics.replies may not be empty" },
+    { "topics.replies=a b", "holds ' '" },
+    { "topics.prompts=ok,b@d", "holds '@'" },
+    { "topics.prompts=one, replies", "also topics.replies" },
+    { "topics.prompts=dead-letters", "also topics.dead_letters" },
+    { "topics.dead_letters=..", "can't be a topic's name" },
+    { "adapters.url=ftp://x/{adapter}", "use http://" },
+    { "adapters.url=http://x/loras", "{adapter} is missing" },
+    { "replies.encoding=avro", "needs registry.url" },
+    { "in_flight.max_messages=10", "less than intake.max_messages" },
+    { "retry.backoff_max_ms=1", "less than retry.backoff_ms" },
+    { "kafka.max.poll.interval.ms=6000", "more than half" },
+    { "group.id=", "group.id may not be empty" },
+};
+
+static void test_check_refusals(void **state)
+{
+    for (size_t i = 0; i < LM_COUNT(check_rows); i++) {
+        teardown(state);
+        setup(state);
+        bad_check(check_rows[i].set, check_rows[i].words);
+    }
+}
+
+static void test_passthrough(void **state)
+{
+    (void)state;
+    good("kafka.client.rack=a");
+    good("kafka.consumer.client.rack=b");
+    good("kafka.producer.linger.ms=7");
+    good("kafka.client.id=x");
+    assert_string_equal(config_kafka(&cfg, CONFIG_CONSUMER, "client.rack"), "b");
+    assert_string_equal(config_kafka(&cfg, CONFIG_PRODUCER, "client.rack"), "a");
+    assert_null(config_kafka(&cfg, CONFIG_CONSUMER, "linger.ms"));
+    assert_string_equal(config_kafka(&cfg, CONFIG_PRODUCER, "linger.ms"), "7");
+}
+
+static const char *effective(enum config_scope scope, const char *key)
+{
+    static char value[256];
+    size_t n = sizeof value;
+    rd_kafka_conf_t *conf;
+    if (kafka_conf_new(&cfg, scope, "me", &conf, &err))
+        fail_msg("%s", err.msg);
+    if (rd_kafka_conf_get(conf, key, value, &n) != RD_KAFKA_CONF_OK)
+        snprintf(value, sizeof value, "?");
+    rd_kafka_conf_destroy(conf);
+    return value;
+}
+
+static void test_librdkafka_settings(void **state)
+{
+    (void)state;
+    minimal();
+    assert_string_equal(effective(CONFIG_CONSUMER, "enable.auto.commit"), "false");
+    assert_string_equal(effective(CONFIG_CONSUMER, "enable.auto.offset.store"), "false");
+    assert_string_equal(effective(CONFIG_CONSUMER, "partition.assignment.strategy"),
+                        "cooperative-sticky");
+    assert_string_equal(effective(CONFIG_CONSUMER, "group.id"), "loramill");
+    assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "smallest");
+    assert_string_equal(effective(CONFIG_PRODUCER, "enable.idempotence"), "true");
+    assert_string_equal(effective(CONFIG_PRODUCER, "acks"), "-1");
+    assert_string_equal(effective(CONFIG_PRODUCER, "partitioner"), "murmur2_random");
+    good("kafka.auto.offset.reset=latest");
+    good("kafka.producer.compression.type=zstd");
+    assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "largest");
+    assert_string_equal(effective(CONFIG_PRODUCER, "compression.codec"), "zstd");
+}
+
+static void conf_refused(const char *assignment, const char *words, const char *never)
+{
+    rd_kafka_conf_t *conf;
+    good(assignment);
+    assert_int_equal(kafka_conf_new(&cfg, CONFIG_CONSUMER, "me", &conf, &err), LM_INVALID);
+    says(words);
+    if (never)
+        assert_null(strstr(err.msg, never));
+}
+
+static void test_librdkafka_refusals(void **state)
+{
+    conf_refused("kafka.no.such.property=1", "kafka.no.such.property", NULL);
+    teardown(state);
+    setup(state);
+    conf_refused("kafka.session.timeout.ms=soon", "kafka.session.timeout.ms=soon", NULL);
+    teardown(state);
+    setup(state);
+    conf_refused("kafka.ssl.key.no.such=hunter2", "kafka.ssl.key.no.such", "hunter2");
+}
+
+static void test_secrets(void **state)
+{
+    (void)state;
+    assert_true(config_is_secret("registry.auth"));
+    assert_true(config_is_secret("adapters.auth_header"));
+    assert_true(config_is_secret("sasl.password"));
+    assert_true(config_is_secret("ssl.key.pem"));
+    assert_true(config_is_secret("sasl.oauthbearer.client.secret"));
+    assert_true(config_is_secret("sasl.oauthbearer.config"));
+    assert_false(config_is_secret("model.path"));
+    assert_false(config_is_secret("bootstrap.servers"));
+}
+
+static char seen[65536];
+
+static void collect(void *ctx, enum lm_level level, const char *component, const char *line)
+{
+    (void)ctx;
+    (void)level;
+    (void)component;
+    size_t n = strlen(seen);
+    snprintf(seen + n, sizeof seen - n, "%s\n", line);
+}
+
+static void test_log_hides_secrets(void **state)
+{
+    (void)state;
+    good("kafka.sasl.password=hunter2");
+    good("registry.auth=joe:hunter2");
+    good("adapters.auth_header=Authorization: Bearer hunter2");
+    seen[0] = '\0';
+    lm_log_set_sink(collect, NULL);
+    lm_log_set_level(LM_DEBUG);
+    config_log(&cfg);
+    lm_log_set_level(LM_INFO);
+    lm_log_set_sink(NULL, NULL);
+    assert_non_null(strstr(seen, "kafka.sasl.password=[set]"));
+    assert_non_null(strstr(seen, "topics.prompts=prompts"));
+    assert_null(strstr(seen, "hunter2"));
+}
+
+/* ---- files ------------------------------------------------------------------------------ */
+
+static char path[] = "/tmp/loramill-config-XXXXXX";
+
+static lm_status read_text(const char *text, size_t n)
+{
+    char name[sizeof path];
+    memcpy(name, path, sizeof path);
+    int fd = mkstemp(name);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, text, n), (ssize_t)n);
+    close(fd);
+    lm_status st = config_read_file(&cfg, name, &err);
+    unlink(name);
+    return st;
+}
+
+static void test_file(void **state)
+{
+    (void)state;
+    static const char text[] = "# comment\n\n  ! also\nmodel.path = /m \r\nthreads=2\nthreads=3";
+    assert_int_equal(read_text(text, sizeof text - 1), LM_OK);
+    assert_string_equal(cfg.model_path, "/m");
+    assert_int_equal(cfg.threads, 3);
+}
+
+static void test_file_errors_name_the_line(void **state)
+{
+    (void)state;
+    static const char nul[] = "threads=1\nmodel.path=\0x\n";
+    assert_int_equal(read_text("threads=1\nthread=2\n", 19), LM_INVALID);
+    says(":2: unknown key 'thread'; did you mean 'threads'?");
+    assert_int_equal(read_text(nul, sizeof nul - 1), LM_FORMAT);
+    says(":2: holds a NUL");
+    char *longer = malloc(70000);
+    memset(longer, '#', 70000);
+    assert_int_equal(read_text(longer, 70000), LM_TOO_LARGE);
+    free(longer);
+    assert_int_equal(config_read_file(&cfg, "/no/such/file", &err), LM_NOT_FOUND);
+    says("/no/such/file");
+}
+
+/* The sample, with its comment signs taken off, must be a configuration. */
+static void test_sample_is_valid(void **state)
+{
+    (void)state;
+    char *text = NULL;
+    size_t n = 0;
+    FILE *f = open_memstream(&text, &n);
+    config_print_sample(f);
+    fclose(f);
+    int keys = 0;
+    for (char *save = NULL, *line = strtok_r(text, "\n", &save); line;
+         line = strtok_r(NULL, "\n", &save)) {
+        if (line[0] == '#' && (line[1] == ' ' || !line[1]))
+            continue;
+        good(line + (line[0] == '#'));
+        keys++;
+    }
+    free(text);
+    assert_true(keys > 40);
+    good("engine.mode=echo");
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
+        TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
+        TEST(test_librdkafka_settings), TEST(test_librdkafka_refusals), TEST(test_secrets),
+        TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
+        TEST(test_sample_is_valid),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
