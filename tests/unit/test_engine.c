@@ -1,0 +1,618 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_engine.c - how requests behave on a real (tiny) model: ends of every kind, stop strings,
+ * choices and seeds, scoring, refusals, versions, tight pools, threads.
+ *
+ * spm-tiny with its two adapters serves all of it; the numbers themselves are test_golden.c's.
+ */
+#include "engine_fixture.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define ADAPTERS "tests/models/spm-tiny-adapters"
+#define SAL ADAPTERS "/captain-sal"
+#define TERSE ADAPTERS "/nordwind-terse"
+#define PROMPT "Order 1042 was shipped today to Anna"
+
+static engine *open_with(void (*change)(struct engine_config *c))
+{
+    struct engine_config cfg = fixture_config(SPM_TINY);
+    if (change)
+        change(&cfg);
+    return fixture_engine(&cfg);
+}
+
+static struct engine_request text_request(const char *id, const char *prompt, int max_tokens)
+{
+    struct engine_request r = fixture_request(id, NULL, 0);
+    r.prompt = prompt;
+    r.prompt_len = strlen(prompt);
+    r.params.max_tokens = max_tokens;
+    r.params.ignore_eos = true;
+    return r;
+}
+
+static char *run_text(engine *e, const struct engine_request *r)
+{
+    struct engine_result *res = fixture_run(e, r);
+    char *text = strdup(res->choices[0].text);
+    engine_result_free(res);
+    return text;
+}
+
+/* ---- stops ----------------------------------------------------------------------------- */
+
+/* Every substring of the greedy text must stop it where it first occurs, whatever tokens it spans. */
+static void stop_strings_anywhere(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_request r = text_request("stop", PROMPT, 40);
+    char *all = run_text(e, &r);
+    int len = (int)strlen(all);
+    assert_true(len > 30);
+    for (int at = 0; at + 9 < len; at += 3) {
+        char stop[16];
+        int n = 1 + at % 9;
+        while (at > 0 && ((unsigned char)all[at] & 0xc0) == 0x80)
+            at++;               /* not inside a character */
+        snprintf(stop, sizeof stop, "%.*s", n, all + at);
+        r.params.stop[0] = "never in this text";
+        r.params.stop[1] = stop;
+        r.params.n_stop = 2;
+        r.params.include_stop = at % 2;
+        struct engine_result *res = fixture_run(e, &r);
+        size_t want = (size_t)(strstr(all, stop) - all) + (at % 2 ? strlen(stop) : 0);
+        assert_int_equal(res->choices[0].reason, ENGINE_STOP);
+        assert_int_equal(res->choices[0].text_len, want);
+        assert_memory_equal(res->choices[0].text, all, want);
+        engine_result_free(res);
+    }
+    free(all);
+    engine_close(e);
+}
+
+static void streamed_pieces_make_the_text(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_request r = text_request("stream", PROMPT, 40);
+    char *all = run_text(e, &r), stop[8], got[1024] = "";
+    snprintf(stop, sizeof stop, "%.5s", all + strlen(all) / 2);
+    r.stream = true;
+    r.params.stop[0] = stop;
+    r.params.n_stop = 1;
+    fixture_submit(e, &r);
+    struct engine_event ev = { 0 };
+    int pieces = 0;
+    while (engine_poll(e, &ev, 1, 5000, NULL) == 1 && ev.kind == ENGINE_TOKENS) {
+        strncat(got, ev.text, sizeof got - strlen(got) - 1);
+        free(ev.text);
+        pieces++;
+    }
+    assert_int_equal(ev.kind, ENGINE_FINISHED);
+    assert_true(pieces > 0);
+    assert_string_equal(got, ev.result->choices[0].text);
+    assert_null(strstr(got, stop));
+    engine_result_free(ev.result);
+    free(all);
+    engine_close(e);
+}
+
+static void stop_token_ids_and_min_tokens(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_request r = text_request("ids", PROMPT, 20);
+    struct engine_result *all = fixture_run(e, &r);
+    int32_t stop = all->choices[0].token_ids[6];
+    int first = 0;
+    while (all->choices[0].token_ids[first] != stop)
+        first++;
+    r.params.stop_token_ids = &stop;
+    r.params.n_stop_token_ids = 1;
+    struct engine_result *res = fixture_run(e, &r);
+    assert_int_equal(res->choices[0].reason, ENGINE_STOP);
+    assert_int_equal(res->choices[0].n_tokens, first + 1);
+    assert_int_equal(res->completion_tokens, first + 1);
+    assert_int_equal(res->choices[0].token_ids[first], stop);
+    assert_true(res->choices[0].text_len < all->choices[0].text_len);
+    engine_result_free(res);
+    r.params.min_tokens = 15;           /* the id is banned until then */
+    res = fixture_run(e, &r);
+    assert_true(res->choices[0].n_tokens >= 15);
+    for (int i = 0; i < 15 - 1; i++)
+        assert_true(res->choices[0].token_ids[i] != stop);
+    engine_result_free(res);
+    engine_result_free(all);
+    engine_close(e);
+}
+
+static void max_model_len_ends_with_length(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_info info;
+    engine_info(e, &info);
+    int32_t ids[512];
+    int n = info.max_model_len - 5;
+    assert_true(n <= 512);
+    for (int i = 0; i < n; i++)
+        ids[i] = 5 + i % 300;
+    struct engine_request r = fixture_request("edge", ids, n);
+    r.params.max_tokens = 100;
+    r.params.ignore_eos = true;
+    struct engine_result *res = fixture_run(e, &r);
+    assert_int_equal(res->choices[0].reason, ENGINE_LENGTH);
+    assert_int_equal(res->choices[0].n_tokens, 5);
+    engine_result_free(res);
+    engine_close(e);
+}
+
+/* ---- choices and seeds ----------------------------------------------------------------- */
+
+static void seeds_reproduce(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_request r = text_request("seed-a", PROMPT, 24);
+    r.params.temperature = 1.2f;
+    char *a = run_text(e, &r), *b = run_text(e, &r);
+    assert_string_equal(a, b);          /* the default seed comes from the id */
+    free(b);
+    r.id = "seed-b";
+    b = run_text(e, &r);
+    assert_string_not_equal(a, b);
+    free(b);
+    r.params.has_seed = true;
+    r.params.seed = 7;
+    r.params.n = 4;
+    struct engine_result *four = fixture_run(e, &r);
+    assert_int_equal(four->n_choices, 4);
+    assert_int_equal(four->completion_tokens, 4 * 24);
+    r.params.n = 1;
+    r.id = "seed-c";
+    b = run_text(e, &r);
+    assert_string_equal(four->choices[0].text, b);      /* the seed alone decides */
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(four->choices[i].index, i);
+        for (int k = 0; k < i; k++)
+            assert_string_not_equal(four->choices[i].text, four->choices[k].text);
+    }
+    engine_result_free(four);
+    free(a);
+    free(b);
+    engine_close(e);
+}
+
+/* Choices share the prompt's full blocks; what they say does not change by it. */
+static void choices_share_the_prompt(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    int32_t ids[100];
+    for (int i = 0; i < 100; i++)
+        ids[i] = 10 + i * 7 % 500;
+    struct engine_request r = fixture_request("share", ids, 100);
+    r.params.n = 8;
+    r.params.max_tokens = 12;
+    r.params.ignore_eos = true;
+    struct engine_result *res = fixture_run(e, &r);
+    for (int i = 1; i < 8; i++)         /* greedy: all the same */
+        assert_memory_equal(res->choices[i].token_ids, res->choices[0].token_ids,
+                            12 * sizeof(int32_t));
+    struct engine_stats st;
+    engine_stats(e, &st);
+    assert_int_equal(st.prefill_tokens, 100 + 7 * (100 - 96));
+    engine_result_free(res);
+    res = fixture_run(e, &r);
+    assert_int_equal(res->cached_tokens, 96);
+    engine_result_free(res);
+    engine_close(e);
+}
+
+/* ---- scoring --------------------------------------------------------------------------- */
+
+static void echo_scores_the_prompt(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    struct engine_request r = text_request("score", PROMPT, 8);
+    r.params.echo = true;
+    r.params.logprobs = 3;
+    struct engine_result *with = fixture_run(e, &r);
+    r.params.max_tokens = 0;
+    r.params.n = 2;
+    struct engine_result *only = fixture_run(e, &r);
+    struct engine_choice *a = &with->choices[0], *b = &only->choices[0];
+    assert_string_equal(b->text, PROMPT);
+    assert_int_equal(b->reason, ENGINE_LENGTH);
+    assert_int_equal(only->completion_tokens, 0);
+    assert_int_equal(b->n_logprobs, only->prompt_tokens);
+    assert_int_equal(only->choices[1].n_logprobs, only->prompt_tokens);
+    assert_int_equal(a->n_logprobs, with->prompt_tokens + 8);
+    assert_memory_equal(a->text, PROMPT, strlen(PROMPT));
+    for (int i = 1; i < b->n_logprobs; i++) {
+        assert_int_equal(a->logprobs[i].id, b->logprobs[i].id);
+        assert_true(fabsf(a->logprobs[i].logprob - b->logprobs[i].logprob) < 1e-4f);
+        assert_int_equal(b->logprobs[i].n_top, 3);
+        assert_true(b->logprobs[i].text_offset >= b->logprobs[i - 1].text_offset);
+        assert_true(b->logprobs[i].top[0].logprob >= b->logprobs[i].top[1].logprob);
+    }
+    engine_result_free(with);
+    engine_result_free(only);
+    r.params.logprobs = -1;             /* nothing to compute at all */
+    only = fixture_run(e, &r);
+    assert_string_equal(only->choices[1].text, PROMPT);
+    assert_int_equal(only->steps, 0);
+    engine_result_free(only);
+    engine_close(e);
+}
+
+/* ---- early ends ------------------------------------------------------------------------ */
+
+static void small_batch(struct engine_config *c)
+{
+    c->max_seqs = 1;
+}
+
+static void cancelled_and_expired(void **state)
+{
+    (void)state;
+    engine *e = open_with(small_batch);
+    struct engine_request r = text_request("long", PROMPT, 400);
+    engine_handle run = fixture_submit(e, &r), wait = fixture_submit(e, &r);
+    r.deadline_ms = lm_wall_ms() - 1;
+    engine_handle late = fixture_submit(e, &r);
+    assert_int_equal(engine_cancel(e, wait), LM_OK);
+    assert_int_equal(engine_cancel(e, run), LM_OK);
+    for (int i = 0; i < 3; i++) {
+        struct engine_event ev = fixture_finished(e);
+        assert_int_equal(ev.result->status, LM_OK);
+        assert_int_equal(ev.result->choices[0].reason,
+                         ev.handle == late ? ENGINE_EXPIRED : ENGINE_CANCELLED);
+        assert_true(ev.result->choices[0].n_tokens < 400);
+        engine_result_free(ev.result);
+    }
+    assert_int_equal(engine_cancel(e, run), LM_NOT_FOUND);
+    assert_int_equal(engine_cancel(e, 12345), LM_NOT_FOUND);
+    engine_close(e);
+}
+
+/* A running request is cut off by its deadline and keeps what it has. */
+static void expires_while_running(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    for (int ms = 2; ms < 2000; ms *= 2) {
+        struct engine_request r = text_request("deadline", PROMPT, 400);
+        r.params.n = 64;
+        r.deadline_ms = lm_wall_ms() + ms;
+        struct engine_result *res = fixture_run(e, &r);
+        int some = 0, expired = 0;
+        for (int i = 0; i < 64; i++) {
+            expired += res->choices[i].reason == ENGINE_EXPIRED;
+            some += res->choices[i].n_tokens > 0;
+        }
+        engine_result_free(res);
+        if (expired && some) {
+            engine_close(e);
+            return;
+        }
+    }
+    fail_msg("no deadline hit a running request");
+}
+
+static void closes_with_work_in_flight(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    engine_adapter *a = NULL;
+    CHECK(engine_adapter_load(e, "sal", SAL, &a, err));
+    for (int i = 0; i < 100; i++) {
+        struct engine_request r = text_request("drop", PROMPT, 400);
+        r.adapter = i % 2 ? a : NULL;
+        r.stream = true;
+        fixture_submit(e, &r);
+    }
+    usleep(20000);
+    engine_adapter_unref(a);
+    engine_close(e);
+}
+
+/* ---- refusals -------------------------------------------------------------------------- */
+
+static void tiny_pool(struct engine_config *c)
+{
+    c->pool_bytes = 10 * 3 * 4096;      /* ten blocks of 16 tokens */
+}
+
+static void expect_refusal(engine *e, const struct engine_request *r, lm_status want,
+                           const char *word)
+{
+    struct lm_err err = { 0 };
+    engine_handle h;
+    lm_status got = engine_submit(e, r, &h, &err);
+    if (got != want || !strstr(err.msg, word))
+        fail_msg("got %s, '%s'; want %s, '%s'", lm_status_wire(got), err.msg, lm_status_wire(want),
+                 word);
+}
+
+static void refuses_with_reasons(void **state)
+{
+    (void)state;
+    engine *e = open_with(tiny_pool);
+    struct engine_info info;
+    engine_info(e, &info);
+    static int32_t ids[600];
+    for (int i = 0; i < 600; i++)
+        ids[i] = 7;
+    struct engine_request r = fixture_request("r", ids, 600);
+    expect_refusal(e, &r, LM_TOO_LARGE, "600 tokens");
+    r.n_token_ids = 200;
+    expect_refusal(e, &r, LM_TOO_LARGE, "blocks of KV cache");
+    r.n_token_ids = 10;
+    r.params.max_tokens = 300;
+    expect_refusal(e, &r, LM_TOO_LARGE, "max_tokens 300");
+    r.params.max_tokens = 10;
+    ids[3] = info.vocab_size;
+    expect_refusal(e, &r, LM_INVALID, "prompt token 3");
+    ids[3] = -1;
+    expect_refusal(e, &r, LM_INVALID, "prompt token 3 is -1");
+    r.n_token_ids = 0;
+    expect_refusal(e, &r, LM_INVALID, "empty");
+    struct engine_request t = text_request("t", "caf\xe9 \xff", 4);
+    expect_refusal(e, &t, LM_FORMAT, "UTF-8");
+    const struct engine_message m[] = { { "user", "hi" } };
+    t.prompt = NULL;
+    t.messages = m;
+    t.n_messages = 1;
+    expect_refusal(e, &t, LM_UNSUPPORTED, "chat");
+    engine_close(e);
+}
+
+static void refuses_bad_openings(void **state)
+{
+    (void)state;
+    struct lm_err err = { 0 };
+    engine *e = NULL;
+    struct engine_config cfg = fixture_config("/nonexistent/model");
+    assert_int_not_equal(engine_open(&cfg, &e, &err), LM_OK);
+    assert_non_null(strstr(err.msg, "/nonexistent/model"));
+    cfg = fixture_config(NULL);
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    cfg = fixture_config(SPM_TINY);
+    cfg.backend = "abacus";
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    assert_non_null(strstr(err.msg, "abacus"));
+    cfg = fixture_config(SPM_TINY);
+    cfg.pool_bytes = 100;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_TOO_LARGE);
+    cfg = fixture_config(SPM_TINY);
+    cfg.max_model_len = 1 << 20;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    cfg = fixture_config(SPM_TINY);
+    cfg.block_tokens = 12;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+}
+
+/* ---- adapters -------------------------------------------------------------------------- */
+
+/* The same id with other content: a new version; who holds the old one is served by it. */
+static void versions_live_side_by_side(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    engine_adapter *a = NULL, *b = NULL, *c = NULL;
+    CHECK(engine_adapter_load(e, "voice", SAL, &a, err));
+    struct engine_request r = text_request("v", PROMPT, 24);
+    char *base = run_text(e, &r);
+    r.adapter = a;
+    char *sal = run_text(e, &r);
+    CHECK(engine_adapter_load(e, "voice", TERSE, &b, err));
+    assert_string_not_equal(engine_adapter_digest(a), engine_adapter_digest(b));
+    c = engine_adapter_find(e, "voice");
+    assert_ptr_equal(b, c);
+    engine_adapter_unref(c);
+    CHECK(engine_adapter_load(e, "voice", TERSE, &c, err));
+    assert_ptr_equal(b, c);             /* same content: the version already held */
+    engine_adapter_unref(c);
+    r.adapter = b;
+    char *terse = run_text(e, &r);
+    r.adapter = a;
+    char *again = run_text(e, &r);      /* the prefix cache must not mix versions */
+    assert_string_equal(sal, again);
+    assert_string_not_equal(sal, terse);
+    assert_string_not_equal(sal, base);
+    engine_adapter_unref(a);            /* the old version goes for good */
+    engine_adapter_unref(b);
+    struct engine_stats st = { .adapters_resident = 2 };
+    for (int i = 0; i < 200 && st.adapters_resident > 1; i++) {
+        usleep(5000);
+        engine_stats(e, &st);
+    }
+    assert_int_equal(st.adapters_host, 1);
+    assert_int_equal(st.adapters_resident, 1);
+    free(base);
+    free(sal);
+    free(terse);
+    free(again);
+    engine_close(e);
+}
+
+static size_t image_bytes[2];
+
+static void two_images(struct engine_config *c)
+{
+    c->host_adapter_bytes = image_bytes[0] + image_bytes[1];
+}
+
+static void host_budget_evicts_the_unused(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    engine_adapter *a = NULL, *b = NULL, *c = NULL;
+    struct lm_err err;
+    CHECK(engine_adapter_load(e, "a", SAL, &a, err));
+    CHECK(engine_adapter_load(e, "b", TERSE, &b, err));
+    image_bytes[0] = engine_adapter_bytes(a);
+    image_bytes[1] = engine_adapter_bytes(b);
+    engine_adapter_unref(a);
+    engine_adapter_unref(b);
+    engine_close(e);
+
+    e = open_with(two_images);
+    CHECK(engine_adapter_load(e, "a", SAL, &a, err));
+    CHECK(engine_adapter_load(e, "b", TERSE, &b, err));
+    assert_int_equal(engine_adapter_load(e, "c", SAL, &c, &err), LM_BUSY);
+    engine_adapter_unref(a);
+    CHECK(engine_adapter_load(e, "c", SAL, &c, err));
+    assert_null(engine_adapter_find(e, "a"));
+    a = engine_adapter_find(e, "c");
+    assert_ptr_equal(a, c);
+    engine_adapter_unref(a);
+    engine_adapter_unref(b);
+    engine_adapter_unref(c);
+    engine_close(e);
+}
+
+static int one_adapter_blocks;
+
+static void room_for_one(struct engine_config *c)
+{
+    c->pool_bytes = (size_t)(one_adapter_blocks + 8) * 3 * 4096;
+}
+
+/* A pool that holds one adapter and little else still serves two, by turns. */
+static void a_tight_pool_swaps_adapters(void **state)
+{
+    (void)state;
+    engine *e = open_with(NULL);
+    engine_adapter *a[2] = { NULL, NULL };
+    struct engine_info info;
+    engine_info(e, &info);
+    assert_int_equal(info.block_bytes, 4096);
+    CHECK(engine_adapter_load(e, "a", SAL, &a[0], err));
+    CHECK(engine_adapter_load(e, "b", TERSE, &a[1], err));
+    size_t row = info.block_bytes * (size_t)info.n_layers, most = 0;
+    char *want[3];
+    for (int i = 0; i < 3; i++) {
+        struct engine_request r = text_request("w", PROMPT, 24);
+        r.adapter = i < 2 ? a[i] : NULL;
+        want[i] = run_text(e, &r);
+        if (i < 2)
+            most = LM_MAX(most, LM_DIV_UP(engine_adapter_bytes(a[i]), row));
+    }
+    engine_adapter_unref(a[0]);
+    engine_adapter_unref(a[1]);
+    engine_close(e);
+
+    one_adapter_blocks = (int)most;
+    e = open_with(room_for_one);
+    CHECK(engine_adapter_load(e, "a", SAL, &a[0], err));
+    CHECK(engine_adapter_load(e, "b", TERSE, &a[1], err));
+    for (intptr_t i = 0; i < 60; i++) {
+        struct engine_request r = text_request("t", PROMPT, 24);
+        r.adapter = i % 3 < 2 ? a[i % 3] : NULL;
+        r.user = (void *)(i % 3);
+        fixture_submit(e, &r);
+    }
+    for (int i = 0; i < 60; i++) {
+        struct engine_event ev = fixture_finished(e);
+        assert_string_equal(ev.result->choices[0].text, want[(intptr_t)ev.user]);
+        engine_result_free(ev.result);
+    }
+    struct engine_stats st;
+    engine_stats(e, &st);
+    assert_true(st.adapter_evictions > 0);
+    assert_true(st.adapter_loads > 2);
+    assert_int_equal(st.finished, 60);
+    for (int i = 0; i < 3; i++)
+        free(want[i]);
+    engine_adapter_unref(a[0]);
+    engine_adapter_unref(a[1]);
+    engine_close(e);
+}
+
+/* ---- threads --------------------------------------------------------------------------- */
+
+#define THREADS 3
+#define EACH 20
+
+struct crowd {
+    engine *e;
+    atomic_int submitted;
+};
+
+static void *submitter(void *arg)
+{
+    struct crowd *c = arg;
+    static const char *const dirs[] = { SAL, TERSE };
+    for (int i = 0; i < EACH; i++) {
+        struct engine_request r = text_request("crowd", PROMPT, 3 + i % 7);
+        engine_adapter *a = NULL;
+        engine_handle h;
+        if (i % 3) {                    /* versions come and go under the same id */
+            if (engine_adapter_load(c->e, "shared", dirs[i % 2], &a, NULL) != LM_OK)
+                return NULL;
+            r.adapter = a;
+        }
+        while (engine_submit(c->e, &r, &h, NULL) == LM_BUSY)
+            usleep(500);
+        engine_adapter_unref(a);
+        if (i % 5 == 0)
+            engine_cancel(c->e, h);
+        atomic_fetch_add(&c->submitted, 1);
+        struct engine_stats st;
+        engine_stats(c->e, &st);
+    }
+    return NULL;
+}
+
+static void few_slots(struct engine_config *c)
+{
+    c->max_waiting = 8;
+}
+
+static void many_threads(void **state)
+{
+    (void)state;
+    struct crowd c = { .e = open_with(few_slots) };
+    pthread_t t[THREADS];
+    for (int i = 0; i < THREADS; i++)
+        pthread_create(&t[i], NULL, submitter, &c);
+    for (int i = 0; i < THREADS * EACH; i++) {
+        struct engine_event ev = fixture_finished(c.e);
+        assert_int_equal(ev.result->status, LM_OK);
+        engine_result_free(ev.result);
+    }
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(t[i], NULL);
+    assert_int_equal(atomic_load(&c.submitted), THREADS * EACH);
+    engine_close(c.e);
+}
+
+int main(void)
+{
+    lm_log_set_level(LM_WARN);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(stop_strings_anywhere),
+        cmocka_unit_test(streamed_pieces_make_the_text),
+        cmocka_unit_test(stop_token_ids_and_min_tokens),
+        cmocka_unit_test(max_model_len_ends_with_length),
+        cmocka_unit_test(seeds_reproduce),
+        cmocka_unit_test(choices_share_the_prompt),
+        cmocka_unit_test(echo_scores_the_prompt),
+        cmocka_unit_test(cancelled_and_expired),
+        cmocka_unit_test(expires_while_running),
+        cmocka_unit_test(closes_with_work_in_flight),
+        cmocka_unit_test(refuses_with_reasons),
+        cmocka_unit_test(refuses_bad_openings),
+        cmocka_unit_test(versions_live_side_by_side),
+        cmocka_unit_test(host_budget_evicts_the_unused),
+        cmocka_unit_test(a_tight_pool_swaps_adapters),
+        cmocka_unit_test(many_threads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
