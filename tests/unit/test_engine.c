@@ -364,12 +364,50 @@ static void refuses_with_reasons(void **state)
     expect_refusal(e, &r, LM_INVALID, "empty");
     struct engine_request t = text_request("t", "caf\xe9 \xff", 4);
     expect_refusal(e, &t, LM_FORMAT, "UTF-8");
-    const struct engine_message m[] = { { "user", "hi" } };
-    t.prompt = NULL;
-    t.messages = m;
-    t.n_messages = 1;
-    expect_refusal(e, &t, LM_UNSUPPORTED, "chat");
     engine_close(e);
+}
+
+/* Messages with documents ahead are what the documents in the system message are; a model without a
+ * template takes no messages. */
+static void chat_takes_context(void **state)
+{
+    (void)state;
+    static const struct engine_message ask[] = { { "user", "Where is my order?" } };
+    static const struct engine_message told[] = {
+        { "system", "Order 7 is late.\n\nBe kind." }, { "user", "Where is my order?" },
+    };
+    static const char *const docs[] = { "Order 7 is late.", "Be kind." };
+    engine *e = open_with(NULL);
+    struct engine_info info;
+    engine_info(e, &info);
+    assert_non_null(info.chat_family);
+    struct engine_request r = text_request("chat", "", 12);
+    r.prompt = NULL;
+    r.messages = told;
+    r.n_messages = 2;
+    char *want = run_text(e, &r);
+    r.messages = ask;
+    r.n_messages = 1;
+    char *plain = run_text(e, &r);
+    r.context = docs;
+    r.n_context = 2;
+    char *got = run_text(e, &r);
+    assert_string_equal(got, want);
+    assert_string_not_equal(plain, want);
+    engine_close(e);
+
+    struct fixture_dir d = fixture_open("tests/fixtures/families/llama2/model");
+    char path[128];
+    snprintf(path, sizeof path, "%s/tokenizer_config.json", d.path);
+    unlink(path);
+    struct engine_config cfg = fixture_config(d.path);
+    e = fixture_engine(&cfg);
+    expect_refusal(e, &r, LM_UNSUPPORTED, "chat");
+    engine_close(e);
+    fixture_close(&d);
+    free(want);
+    free(plain);
+    free(got);
 }
 
 static void refuses_bad_openings(void **state)
@@ -608,6 +646,7 @@ int main(void)
         cmocka_unit_test(expires_while_running),
         cmocka_unit_test(closes_with_work_in_flight),
         cmocka_unit_test(refuses_with_reasons),
+        cmocka_unit_test(chat_takes_context),
         cmocka_unit_test(refuses_bad_openings),
         cmocka_unit_test(versions_live_side_by_side),
         cmocka_unit_test(host_budget_evicts_the_unused),
