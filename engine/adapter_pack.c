@@ -132,14 +132,11 @@ static uint32_t to_bits(float f)
 
 static float f16_to_f32(uint16_t h)
 {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = h >> 10 & 31, frac = h & 1023;
-    if (exp == 31)
-        return from_bits(sign | 0x7f800000 | frac << 13);
-    if (exp == 0) {
-        float f = (float)frac * 0x1p-24f;
-        return sign ? -f : f;
-    }
-    return from_bits(sign | (exp + 112) << 23 | frac << 13);
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    if (magnitude >= 0x7c00)
+        return from_bits(sign | 0x7f800000 | magnitude << 13);
+    /* The exponent's bias differs by 112; multiplying also puts subnormals right. */
+    return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
 
 /* Round to nearest, ties to even; overflow gives infinity, which the caller refuses. */
@@ -149,7 +146,7 @@ static uint16_t f32_to_f16(float f)
     float a = fabsf(f);
     if (a >= 65520.0f)
         return (uint16_t)(sign | 0x7c00);
-    if (a < 0x1p-14f)           /* subnormal: adding 2^-1 * ulp steps rounds for us */
+    if (a < 0x1p-14f)           /* subnormal: the sum's last place is 2^-24 and rounds for us */
         return (uint16_t)(sign | (to_bits(a + 0.5f) - 0x3f000000));
     u = (u & 0x7fffffff) - (112u << 23);
     return (uint16_t)(sign | (u + 0xfff + (u >> 13 & 1)) >> 13);
@@ -161,23 +158,46 @@ static uint16_t f32_to_bf16(float f)
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-static float load(const void *data, enum kn_dtype t, int64_t i)
+/* Elements at.. at + n - 1 of a tensor as float32. */
+static void widen(const struct st_tensor *t, int64_t at, int64_t n, float *dst)
 {
-    if (t == KN_F32)
-        return ((const float *)data)[i];
-    uint16_t h = ((const uint16_t *)data)[i];
-    return t == KN_F16 ? f16_to_f32(h) : from_bits((uint32_t)h << 16);
+    const uint16_t *half = (const uint16_t *)t->data + (t->dtype == KN_F32 ? 0 : at);
+    if (t->dtype == KN_F32)
+        memcpy(dst, (const float *)t->data + at, (size_t)n * sizeof *dst);
+    else if (t->dtype == KN_BF16)
+        for (int64_t i = 0; i < n; i++)
+            dst[i] = from_bits((uint32_t)half[i] << 16);
+    else
+        for (int64_t i = 0; i < n; i++)
+            dst[i] = f16_to_f32(half[i]);
 }
 
-static float store(void *data, enum kn_dtype t, int64_t i, float f)
+static bool all_finite(const float *src, int64_t n)
 {
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; i++)
+        bad |= (to_bits(src[i]) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+/* float32 to the pool's dtype; false if a value is too large for it. */
+static bool narrow(const float *src, int64_t n, enum kn_dtype t, void *dst)
+{
+    uint16_t *half = dst, infinity = t == KN_F16 ? 0x7c00 : 0x7f80;
+    bool bad = false;
     if (t == KN_F32) {
-        ((float *)data)[i] = f;
-        return f;
+        memcpy(dst, src, (size_t)n * sizeof *src);
+        return true;
     }
-    uint16_t h = t == KN_F16 ? f32_to_f16(f) : f32_to_bf16(f);
-    ((uint16_t *)data)[i] = h;
-    return t == KN_F16 ? f16_to_f32(h) : from_bits((uint32_t)h << 16);
+    if (t == KN_F16)
+        for (int64_t i = 0; i < n; i++)
+            half[i] = f32_to_f16(src[i]);
+    else
+        for (int64_t i = 0; i < n; i++)
+            half[i] = f32_to_bf16(src[i]);
+    for (int64_t i = 0; i < n; i++)
+        bad |= (half[i] & 0x7fff) >= infinity;
+    return !bad;
 }
 
 /* ---- filling --------------------------------------------------------------------------- */
@@ -188,6 +208,8 @@ struct filler {
     int rank;
     int64_t n;                  /* long dimension */
     enum kn_dtype dtype;
+    float *tile;                /* a chunk in float32 */
+    float *row;                 /* [rank] */
     struct lm_err *err;
 };
 
@@ -202,22 +224,28 @@ static uint8_t *chunk_at(const struct adapter_image *img, const struct kn_lora_m
     return img->cells + cell * img->cell_bytes + offset;
 }
 
+/* Columns i0 .. i0 + cols - 1 of the matrix into the tile, rows `width` apart. */
+static void load_tile(const struct filler *f, int64_t i0, int64_t cols, int width)
+{
+    if (cols < width)
+        memset(f->tile, 0, (size_t)f->rank * (size_t)width * sizeof *f->tile);
+    for (int j = 0; j < f->rank && !f->transposed; j++)
+        widen(f->t, j * f->n + i0, cols, f->tile + (int64_t)j * width);
+    for (int64_t i = 0; i < cols && f->transposed; i++) {
+        widen(f->t, (i0 + i) * f->rank, f->rank, f->row);
+        for (int j = 0; j < f->rank; j++)
+            f->tile[(int64_t)j * width + i] = f->row[j];
+    }
+}
+
 static lm_status fill_chunk(const struct filler *f, int64_t i0, int width, void *chunk)
 {
-    int64_t cols = LM_MIN(width, f->n - i0);
-    bool in_ok = true, out_ok = true;
-    for (int j = 0; j < f->rank; j++) {
-        for (int64_t i = 0; i < cols; i++) {
-            int64_t src = f->transposed ? (i0 + i) * f->rank + j : j * f->n + i0 + i;
-            float x = load(f->t->data, f->t->dtype, src);
-            in_ok &= isfinite(x) != 0;
-            out_ok &= isfinite(store(chunk, f->dtype, (int64_t)j * width + i, x)) != 0;
-        }
-    }
-    if (!in_ok)
+    int64_t count = (int64_t)f->rank * width;
+    load_tile(f, i0, LM_MIN(width, f->n - i0), width);
+    if (!all_finite(f->tile, count))
         return lm_err_set(f->err, LM_INVALID, ADAPTER_WEIGHTS_FILE ": tensor %s has an element that"
                           " is not finite", f->t->name);
-    if (!out_ok)
+    if (!narrow(f->tile, count, f->dtype, chunk))
         return lm_err_set(f->err, LM_INVALID, ADAPTER_WEIGHTS_FILE ": tensor %s has an element too"
                           " large for %s", f->t->name, kn_dtype_name(f->dtype));
     return LM_OK;
@@ -232,34 +260,39 @@ static lm_status fill_matrix(const struct filler *f, const struct kn_lora_matrix
     return s;
 }
 
+static lm_status fill_slot(struct filler *f, const struct adapter_slot *slot, int64_t in,
+                           int64_t out, const struct kn_lora_entry *e, struct adapter_image *img)
+{
+    f->rank = slot->rank;
+    f->t = slot->a;
+    f->n = in;
+    f->transposed = false;
+    lm_status s = fill_matrix(f, &e->a, img);
+    f->t = slot->b;
+    f->n = out;
+    f->transposed = true;
+    return s ? s : fill_matrix(f, &e->b, img);
+}
+
 static lm_status fill(const struct adapter_plan *plan, const struct model_config *cfg,
-                      enum kn_dtype dtype, const struct kn_lora_row *rows,
-                      struct adapter_image *img, struct lm_err *err)
+                      struct filler *f, const struct kn_lora_row *rows, struct adapter_image *img)
 {
     int64_t per_cell = img->cell_bytes / (int64_t)sizeof *rows;
+    lm_status s = LM_OK;
     for (int l = 0; l < plan->n_layers; l++) {
         memcpy(img->cells + l / per_cell * img->cell_bytes +
                l % per_cell * (int64_t)sizeof *rows, &rows[l], sizeof *rows);
-        for (int m = 0; m < KN_MODULES; m++) {
+        for (int m = 0; m < KN_MODULES && !s; m++) {
             const struct adapter_slot *slot = &plan->slots[l][m];
+            int64_t in, out;
             if (slot->rank == 0)
                 continue;
-            int64_t in, out;
             adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
-            struct filler f = { .t = slot->a, .rank = slot->rank, .n = in, .dtype = dtype,
-                                .err = err };
-            lm_status s = fill_matrix(&f, &rows[l].module[m].a, img);
-            f.t = slot->b;
-            f.n = out;
-            f.transposed = true;
-            if (!s)
-                s = fill_matrix(&f, &rows[l].module[m].b, img);
-            if (s)
-                return s;
+            s = fill_slot(f, slot, in, out, &rows[l].module[m], img);
             img->rank_max = LM_MAX(img->rank_max, slot->rank);
         }
     }
-    return LM_OK;
+    return s;
 }
 
 static void *image_alloc(const struct adapter_alloc *a, size_t bytes)
@@ -272,28 +305,32 @@ lm_status adapter_pack(const struct adapter_plan *plan, const struct model_confi
                        struct adapter_image *out, struct lm_err *err)
 {
     struct cursor at = { .cell_bytes = cell_bytes };
+    struct filler f = { .dtype = dtype, .err = err };
     struct kn_lora_row *rows = lm_calloc((size_t)plan->n_layers, sizeof *rows);
+    out->cells = NULL;
     if (!rows)
         return lm_err_set(err, LM_NOMEM, "no memory for the adapter's directory");
-    out->cells = NULL;
     lm_status s = lay_out(plan, cfg, kn_dtype_size(dtype), &at, rows, err);
     if (s)
         goto out;
-    size_t bytes;
+    size_t bytes, tile = (size_t)cell_bytes / kn_dtype_size(dtype);     /* a chunk fits a cell */
+    f.tile = lm_calloc(tile + ADAPTER_MAX_RANK, sizeof *f.tile);
+    f.row = f.tile ? f.tile + tile : NULL;
     out->n_cells = (int)at.cell + 1;
     out->cell_bytes = cell_bytes;
     out->rank_max = 0;
-    if (__builtin_mul_overflow((size_t)out->n_cells, (size_t)cell_bytes, &bytes) ||
+    if (!f.tile || __builtin_mul_overflow((size_t)out->n_cells, (size_t)cell_bytes, &bytes) ||
         !(out->cells = image_alloc(alloc, bytes))) {
         s = lm_err_set(err, LM_NOMEM, "no memory for an adapter of %d cells of %lld bytes",
                        out->n_cells, (long long)cell_bytes);
         goto out;
     }
     memset(out->cells, 0, bytes);
-    s = fill(plan, cfg, dtype, rows, out, err);
+    s = fill(plan, cfg, &f, rows, out);
     if (s)
         adapter_image_release(out, alloc);
 out:
+    free(f.tile);
     free(rows);
     return s;
 }
