@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "worker/commands.h"
+#include "worker/kafka_conf.h"
 #include "worker/worker.h"
 
 static const char usage_text[] =
@@ -117,7 +118,7 @@ static int run(int argc, char **argv, struct config *c)
         return st;
     if (!o.any)
         return fail_usage("-c FILE is missing", "");
-    if (config_check(c, &err))
+    if (config_check(c, &err) || kafka_conf_check(c, &err))
         return fail(err.msg);
     if (o.check) {
         puts("configuration ok");

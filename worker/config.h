@@ -54,9 +54,6 @@ lm_status config_read_file(struct config *c, const char *path, struct lm_err *er
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
 
-/* adapters.cache_dir, or its default under the user's cache folder; malloc'ed. */
-char *config_cache_dir(const struct config *c);
-
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
 

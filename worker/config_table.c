@@ -53,7 +53,8 @@ static const struct config_property adapter_rows[] = {
         "under it. http, https or file. Empty: prompts that name an adapter are dead letters."),
     STR("adapters.cache_dir", adapters_cache_dir, "", 0,
         "Disk cache, which all workers of a host may share. Empty: "
-        "$XDG_CACHE_HOME/loramill/adapters, or ~/.cache/loramill/adapters."),
+        "$XDG_CACHE_HOME/loramill/adapters, or ~/.cache/loramill/adapters, or "
+        "/var/cache/loramill/adapters without a home."),
     BYTES("adapters.max_bytes", adapters_max_bytes, "4G", 1, TiB,
         "An adapter's files together may not be larger."),
     BYTES("adapters.host_bytes", adapters_host_bytes, "1G", 1, 64 * TiB,

@@ -158,6 +158,19 @@ lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const 
     return LM_OK;
 }
 
+lm_status kafka_conf_check(const struct config *c, struct lm_err *err)
+{
+    static const enum config_scope scopes[] = { CONFIG_CONSUMER, CONFIG_PRODUCER };
+    for (size_t i = 0; i < LM_COUNT(scopes); i++) {
+        rd_kafka_conf_t *conf;
+        lm_status st = kafka_conf_new(c, scopes[i], "check", &conf, err);
+        if (st)
+            return st;
+        rd_kafka_conf_destroy(conf);
+    }
+    return LM_OK;
+}
+
 lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
                      struct lm_err *err)
 {

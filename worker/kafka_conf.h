@@ -15,6 +15,9 @@
 lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const char *client_id,
                          rd_kafka_conf_t **out, struct lm_err *err);
 
+/* Would kafka_conf_new() take this configuration, for both handles? */
+lm_status kafka_conf_check(const struct config *c, struct lm_err *err);
+
 /* rd_kafka_new() with our log and error text; consumes *conf on success, destroys it on failure. */
 lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
                      struct lm_err *err);

@@ -191,20 +191,15 @@ static lm_status open_store(struct worker *w, struct lm_err *err)
     const struct config *c = w->cfg;
     if (!*c->adapters_url)
         return LM_OK;
-    char *cache = config_cache_dir(c);
-    if (!cache)
-        return lm_err_set(err, LM_NOMEM, "out of memory");
     struct store_config sc = {
-        .engine = w->engine, .url = c->adapters_url, .cache_dir = cache,
+        .engine = w->engine, .url = c->adapters_url, .cache_dir = or_null(c->adapters_cache_dir),
         .ca_file = or_null(c->adapters_ca_file), .auth_header = or_null(c->adapters_auth_header),
         .max_adapter_bytes = (size_t)c->adapters_max_bytes,
         .concurrency = (int)c->adapters_concurrency,
         .max_attempts = (int)c->adapters_max_attempts,
         .negative_ttl_ms = (int)c->adapters_negative_ttl_ms,
     };
-    lm_status st = store_new(&sc, &w->store, err);
-    free(cache);
-    return st;
+    return store_new(&sc, &w->store, err);
 }
 
 static void set_name(struct worker *w)
@@ -258,15 +253,16 @@ static lm_status start(struct worker *w, struct lm_err *err)
 
 /* ---- end -------------------------------------------------------------------------------- */
 
+/* Two lives: while starting, a signal ends the process with status 0, for nothing was accepted yet
+ * and loading may take minutes; while ending, it guards the budget. */
 struct watchdog {
     pthread_t thread;
-    bool started;
+    bool started, starting;
     int64_t end_us;
     sigset_t signals;
     atomic_bool done;
 };
 
-/* Ends the process when the shutdown takes too long or a second signal comes. */
 static void *watchdog_main(void *arg)
 {
     struct watchdog *d = arg;
@@ -277,14 +273,21 @@ static void *watchdog_main(void *arg)
             return NULL;
         got = sigtimedwait(&d->signals, NULL, &tick);
     }
+    if (d->starting) {
+        lm_log(LM_INFO, "worker", "%s while starting", strsignal(got));
+        _exit(0);
+    }
     lm_log(LM_ERROR, "worker", "%s; unfinished prompts will be read again",
            got > 0 ? "second signal: ending at once" : "the shutdown hangs: ending at once");
     _exit(1);
 }
 
+/* budget_ms < 0: while starting, without a limit. */
 static void start_watchdog(struct watchdog *d, int64_t budget_ms)
 {
-    d->end_us = lm_now_us() + budget_ms * 1000;
+    d->starting = budget_ms < 0;
+    d->end_us = d->starting ? INT64_MAX : lm_now_us() + budget_ms * 1000;
+    atomic_store(&d->done, false);
     d->started = !pthread_create(&d->thread, NULL, watchdog_main, d);
 }
 
@@ -293,6 +296,7 @@ static void stop_watchdog(struct watchdog *d)
     atomic_store(&d->done, true);
     if (d->started)
         pthread_join(d->thread, NULL);
+    d->started = false;
 }
 
 /* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
@@ -358,7 +362,9 @@ int worker_run(const struct config *cfg)
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);
     config_log(cfg);
+    start_watchdog(&dog, -1);
     lm_status st = start(&w, &err);
+    stop_watchdog(&dog);
     if (!st)
         st = consumer_start(w.consumer, &err);
     if (st) {
