@@ -26,7 +26,7 @@
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
-enum { SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000 };
+enum { LOG_DEAD_LETTERS = 10, SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -54,6 +54,20 @@ bool worker_gives_up(struct worker *w, struct job *j)
     return atomic_load(&w->stopping) || lease_revoked(j->lease);
 }
 
+/* A flood of bad prompts must not become a flood of lines: some a second, then their number. */
+static void log_dead_letter(struct worker *w, const struct job *j, const struct lm_err *why)
+{
+    int64_t second = lm_now_us() / 1000000, before = atomic_exchange(&w->log_second, second);
+    int shown = before == second ? atomic_fetch_add(&w->log_shown, 1) + 1
+                                 : atomic_exchange(&w->log_shown, 1);
+    if (before != second && shown > LOG_DEAD_LETTERS)
+        lm_log(LM_INFO, "worker", "and %d more dead letters", shown - LOG_DEAD_LETTERS);
+    bool show = before != second || shown <= LOG_DEAD_LETTERS;
+    lm_log(show ? LM_INFO : LM_DEBUG, "worker", "%s [%d] @%" PRId64 " to %s: %s: %s",
+           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
+           lm_status_wire(why->code), why->msg);
+}
+
 void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
                         const char *stage)
 {
@@ -72,9 +86,7 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
         worker_end_job(w, j, OUTCOME_DROPPED);
         return;
     }
-    lm_log(LM_INFO, "worker", "%s [%d] @%" PRId64 " to %s: %s: %s", j->lease->topic,
-           (int)j->lease->partition, j->record.offset, j->out.topic, lm_status_wire(cause.code),
-           cause.msg);
+    log_dead_letter(w, j, &cause);
     producer_send(w->producer, j);
 }
 

@@ -50,6 +50,8 @@ struct worker {
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
+    atomic_llong log_second;    /* dead letters shown in this second */
+    atomic_int log_shown;
     atomic_llong consumer_beat_us, outbox_beat_us;
 };
 
