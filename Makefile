@@ -93,7 +93,8 @@ UNITS   := $(patsubst %.c,$(BUILD)/%,$(UNIT_SRC))
 REPLAYS := $(patsubst %.c,$(BUILD)/%,$(FUZZ_SRC))
 
 # The kernels are where the cycles go; instruction sets are chosen at run time, file by file.
-$(BUILD)/kernels/cpu/%.o: OPT := -O3 -g -fno-math-errno -fno-trapping-math
+# (-O3 under a sanitizer compiles for minutes.)
+$(BUILD)/kernels/cpu/%.o: OPT := $(if $(SANITIZE),-O1,-O3) -g -fno-math-errno -fno-trapping-math
 $(BUILD)/kernels/cpu/%_avx2.o: CFLAGS += -mavx2 -mfma -mf16c
 $(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 
