@@ -156,12 +156,10 @@ static lm_status replace_in(const struct tok_dec_op *op, const char *s, size_t n
 
 static lm_status replace(struct tok_decrun *r, int i, const char *s, size_t n, struct lm_err *err)
 {
-    struct tok_buf out = {0};
-    lm_status st = replace_in(&r->d->op[i], s, n, &out, err);
-    if (!st)
-        st = push(r, i + 1, out.p ? out.p : "", out.len, WHOLE, err);
-    tok_buf_release(&out);
-    return st;
+    struct tok_buf *out = &r->st[i].scratch;
+    tok_buf_clear(out);
+    lm_status st = replace_in(&r->d->op[i], s, n, out, err);
+    return st ? st : push(r, i + 1, out->p ? out->p : "", out->len, WHOLE, err);
 }
 
 /* held: up to `stop` trailing copies of the character, dropped if the token ends behind them. */
@@ -170,7 +168,8 @@ static lm_status strip(struct tok_decrun *r, int i, const char *s, size_t n, int
 {
     const struct tok_dec_op *op = &r->d->op[i];
     struct tok_decstate *st = &r->st[i];
-    struct tok_buf out = {0};
+    struct tok_buf *out = &r->st[i].scratch;
+    tok_buf_clear(out);
     if (flags & BEGIN) {
         st->cut = 0;
         st->cutting = op->start > 0;
@@ -185,21 +184,20 @@ static lm_status strip(struct tok_decrun *r, int i, const char *s, size_t n, int
         }
         st->cutting = false;
         if (!same) {
-            tok_buf_add(&out, st->held.p, st->held.len);
+            tok_buf_add(out, st->held.p, st->held.len);
             tok_buf_clear(&st->held);
-            tok_buf_add(&out, s + at, len);
+            tok_buf_add(out, s + at, len);
         } else if (st->held.len < (size_t)op->stop * len) {
             tok_buf_add(&st->held, op->text, len);
         } else {
-            tok_buf_add(&out, op->text, len);
+            tok_buf_add(out, op->text, len);
         }
     }
-    lm_status rc = tok_buf_check(&out, err);
+    lm_status rc = tok_buf_check(out, err);
     if (!rc)
         rc = tok_buf_check(&st->held, err);
     if (!rc)
-        rc = push(r, i + 1, out.p ? out.p : "", out.len, flags, err);
-    tok_buf_release(&out);
+        rc = push(r, i + 1, out->p ? out->p : "", out->len, flags, err);
     return rc;
 }
 
@@ -208,21 +206,21 @@ static lm_status metaspace(struct tok_decrun *r, int i, const char *s, size_t n,
                            struct lm_err *err)
 {
     const struct tok_dec_op *op = &r->d->op[i];
-    struct tok_buf out = {0};
+    struct tok_buf *out = &r->st[i].scratch;
     bool eat = op->eat_first && r->st[i].first;
+    tok_buf_clear(out);
     for (size_t at = 0, len; at < n; at += len) {
         len = (size_t)tok_utf8_len((unsigned char)s[at]);
         if (len != op->pat.literal_len || memcmp(s + at, op->pat.literal, len) != 0)
-            tok_buf_add(&out, s + at, len);
+            tok_buf_add(out, s + at, len);
         else if (!eat)
-            tok_buf_add(&out, " ", 1);
+            tok_buf_add(out, " ", 1);
     }
     if (flags & END)
         r->st[i].first = false;
-    lm_status st = tok_buf_check(&out, err);
+    lm_status st = tok_buf_check(out, err);
     if (!st)
-        st = push(r, i + 1, out.p ? out.p : "", out.len, flags, err);
-    tok_buf_release(&out);
+        st = push(r, i + 1, out->p ? out->p : "", out->len, flags, err);
     return st;
 }
 
@@ -290,6 +288,7 @@ void tok_decrun_release(struct tok_decrun *r)
     for (int i = 0; r->d && i < r->d->n; i++) {
         tok_buf_release(&r->st[i].held);
         tok_buf_release(&r->st[i].part);
+        tok_buf_release(&r->st[i].scratch);
     }
     tok_buf_release(&r->out);
 }

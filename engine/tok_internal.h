@@ -307,6 +307,7 @@ struct tok_decrun {             /* one decoding; zero it first */
     struct tok_decstate {
         struct tok_buf held;    /* what waits for what follows */
         struct tok_buf part;    /* fragments of a token that is wanted whole */
+        struct tok_buf scratch; /* this stage's output; kept, so that a warm stream allocates not */
         bool began;             /* this stage makes one token of all, and has begun it */
         bool first;             /* no token has gone through yet */
         int cut;                /* STRIP: characters cut at this token's start */

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_engine_alloc.c - the step path allocates nothing once it is warm.
+ *
+ * This program's own malloc, calloc and realloc stand before the C library's and count calls made
+ * off the main thread while `counting` is on: the engine thread is then in the middle of decoding
+ * a mixed batch, with no request coming or ending. What remains is text that outgrows a buffer of
+ * its streaming decoder: each of its stages doubles its own, so in this window every sequence may
+ * do so for the text and for two stages, where a single allocation a token would make 1,600.
+ *
+ * Sanitizers bring their own allocator, so under them the test only runs the batch.
+ */
+#include "engine_fixture.h"
+
+#include <stdatomic.h>
+#include <sys/syscall.h>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define COUNTS 0
+#else
+#define COUNTS 1
+#endif
+
+static atomic_bool counting;
+static atomic_int allocations;
+
+#if COUNTS
+extern void *__libc_malloc(size_t n);
+extern void *__libc_calloc(size_t n, size_t size);
+extern void *__libc_realloc(void *p, size_t n);
+
+static void count(void)
+{
+    if (atomic_load_explicit(&counting, memory_order_relaxed) && syscall(SYS_gettid) != getpid())
+        atomic_fetch_add(&allocations, 1);
+}
+
+void *malloc(size_t n)
+{
+    count();
+    return __libc_malloc(n);
+}
+
+void *calloc(size_t n, size_t size)
+{
+    count();
+    return __libc_calloc(n, size);
+}
+
+void *realloc(void *p, size_t n)
+{
+    count();
+    return __libc_realloc(p, n);
+}
+#endif
+
+#define SEQS 16
+#define WINDOW 100      /* steps */
+
+static uint64_t steps(engine *e)
+{
+    struct engine_stats st;
+    engine_stats(e, &st);
+    return st.steps;
+}
+
+static void wait_for_step(engine *e, uint64_t n)
+{
+    int64_t until = lm_now_us() + 60 * 1000000;
+    while (steps(e) < n && lm_now_us() < until)
+        usleep(100);
+    assert_true(steps(e) >= n);
+}
+
+static void a_warm_step_allocates_nothing(void **state)
+{
+    (void)state;
+    static const char *const dirs[] = { "tests/models/spm-tiny-adapters/captain-sal",
+                                        "tests/models/spm-tiny-adapters/nordwind-terse" };
+    struct engine_config cfg = fixture_config(SPM_TINY);
+    engine *e = fixture_engine(&cfg);
+    engine_adapter *a[3] = { NULL };
+    for (int i = 0; i < 2; i++)
+        CHECK(engine_adapter_load(e, i ? "terse" : "sal", dirs[i], &a[i], err));
+    int32_t ids[20];
+    for (int i = 0; i < 20; i++)
+        ids[i] = 20 + i;
+    for (int i = 0; i < SEQS; i++) {
+        struct engine_request r = fixture_request("alloc", ids, 20);
+        r.adapter = a[i % 3];
+        r.params.max_tokens = 480;
+        r.params.ignore_eos = true;
+        r.params.temperature = i % 2 ? 1.0f : 0;
+        r.params.repetition_penalty = i % 4 ? 1.0f : 1.1f;
+        fixture_submit(e, &r);
+    }
+    uint64_t from = 200;
+    wait_for_step(e, from);
+    atomic_store(&counting, true);
+    wait_for_step(e, from + WINDOW);
+    atomic_store(&counting, false);
+    struct engine_stats st;
+    engine_stats(e, &st);
+    assert_int_equal(st.running, SEQS);         /* the window lay inside the work */
+    print_message("%d allocations in %d steps of %d sequences\n", atomic_load(&allocations),
+                  WINDOW, SEQS);
+    assert_true(atomic_load(&allocations) <= 3 * SEQS);
+    engine_adapter_unref(a[0]);
+    engine_adapter_unref(a[1]);
+    engine_close(e);
+}
+
+int main(void)
+{
+    lm_log_set_level(LM_WARN);
+    const struct CMUnitTest tests[] = { cmocka_unit_test(a_warm_step_allocates_nothing) };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
