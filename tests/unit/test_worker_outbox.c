@@ -9,6 +9,8 @@
  * Each test forks its worker before it makes a cluster, so that no thread of librdkafka lives across
  * a fork; the worker waits on a pipe for the broker's address.
  */
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -17,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -362,6 +365,115 @@ static void test_sigterm_with_unacknowledged(void **state)
     assert_true(committed(f) <= 0);          /* 0 says "read 0 next" */
 }
 
+/* A second signal doesn't wait for the drain. */
+static void test_second_signal(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_topic_set_error(f->mock, "replies",
+                                  RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+    start_worker(f, "drain.timeout_ms=60000\n");
+    sleep(5);
+    kill(f->worker, SIGTERM);
+    sleep(1);
+    assert_int_equal(waitpid(f->worker, &(int){ 0 }, WNOHANG), 0);
+    int64_t start = lm_now_us();
+    assert_int_equal(end_worker(f), 1);
+    assert_true(lm_now_us() - start < 2 * 1000000ll);
+}
+
+/* ---- HTTP ------------------------------------------------------------------------------- */
+
+static int local_socket(struct sockaddr_in *at, int port)
+{
+    *at = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+                                .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    return socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+}
+
+/* A port that is taken, so that the worker must find the next one. */
+static int take_port(int *fd)
+{
+    struct sockaddr_in at;
+    for (int port = 21000 + (int)getpid() % 8000; port < 31000; port += 7) {
+        *fd = local_socket(&at, port);
+        if (!bind(*fd, (struct sockaddr *)&at, sizeof at) && !listen(*fd, 1))
+            return port;
+        close(*fd);
+    }
+    return -1;
+}
+
+/* The whole response, NUL-terminated; "" when nobody answers. */
+static const char *get(int port, const char *path)
+{
+    static char text[65536];
+    struct sockaddr_in at;
+    char request[128];
+    size_t n = 0;
+    int fd = local_socket(&at, port);
+    text[0] = '\0';
+    if (!connect(fd, (struct sockaddr *)&at, sizeof at)) {
+        int len = snprintf(request, sizeof request, "GET %s HTTP/1.0\r\n\r\n", path);
+        assert_int_equal(write(fd, request, (size_t)len), len);
+        for (ssize_t r; n < sizeof text - 1 && (r = read(fd, text + n, sizeof text - 1 - n)) > 0;)
+            n += (size_t)r;
+        text[n] = '\0';
+    }
+    close(fd);
+    return text;
+}
+
+static bool is_sample(const char *line)
+{
+    char *end;
+    const char *value = strrchr(line, ' ');
+    if (strncmp(line, "loramill_", 9) || !value)
+        return false;
+    strtod(value + 1, &end);
+    return end != value + 1 && !*end;
+}
+
+static void check_exposition(const char *body)
+{
+    char *copy = strdup(body), *save = NULL;
+    int samples = 0;
+    for (char *line = strtok_r(copy, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+        if (!strncmp(line, "# HELP loramill_", 16) || !strncmp(line, "# TYPE loramill_", 16))
+            continue;
+        if (!is_sample(line))
+            fail_msg("not a sample: %s", line);
+        samples++;
+    }
+    free(copy);
+    assert_true(samples > 100);
+}
+
+static void test_http(void **state)
+{
+    struct fixture *f = *state;
+    char lines[128];
+    int taken, port = take_port(&taken);
+    assert_true(port > 0);
+    snprintf(lines, sizeof lines, "http.address=127.0.0.1\nhttp.port=%d\n", port);
+    send_prompt(f, good);
+    start_worker(f, lines);
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    sleep(2);                           /* partition rows are a second old */
+    assert_non_null(strstr(get(port + 1, "/startupz"), " 200 "));
+    assert_non_null(strstr(get(port + 1, "/readyz"), " 200 "));
+    assert_non_null(strstr(get(port + 1, "/livez"), " 200 "));
+    assert_non_null(strstr(get(port + 1, "/"), " 404 "));
+    const char *page = get(port + 1, "/metrics");
+    assert_non_null(strstr(page, "\nloramill_records_total{outcome=\"completed\"} 1\n"));
+    assert_non_null(strstr(page, "\nloramill_consumed_records_total 1\n"));
+    assert_non_null(strstr(page, "offset_committed{topic=\"prompts\",partition=\"0\"} 1\n"));
+    check_exposition(strstr(page, "\r\n\r\n") + 4);
+    assert_int_equal(end_worker(f), 0);
+    close(taken);
+}
+
 static void test_bad_property_fails_at_once(void **state)
 {
     struct fixture *f = *state;
@@ -381,7 +493,8 @@ int main(void)
         TEST(test_broker_refuses_size), TEST(test_small_reply_is_tried_again),
         TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
-        TEST(test_sigterm_with_unacknowledged), TEST(test_bad_property_fails_at_once),
+        TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_http),
+        TEST(test_bad_property_fails_at_once),
     };
     signal(SIGPIPE, SIG_IGN);
     return cmocka_run_group_tests(tests, NULL, NULL);
