@@ -93,8 +93,9 @@ UNITS   := $(patsubst %.c,$(BUILD)/%,$(UNIT_SRC))
 REPLAYS := $(patsubst %.c,$(BUILD)/%,$(FUZZ_SRC))
 
 # The kernels are where the cycles go; instruction sets are chosen at run time, file by file.
-# (-O3 under a sanitizer compiles for minutes.)
-$(BUILD)/kernels/cpu/%.o: OPT := $(if $(SANITIZE),-O1,-O3) -g -fno-math-errno -fno-trapping-math
+# Instrumented, their unrolled loops would take minutes to compile: there they stay loops.
+$(BUILD)/kernels/cpu/%.o: OPT := $(if $(SANITIZE),-O1 -g -DKN_NO_UNROLL,-O3 -g) -fno-math-errno \
+    -fno-trapping-math
 $(BUILD)/kernels/cpu/%_avx2.o: CFLAGS += -mavx2 -mfma -mf16c
 $(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 
@@ -125,6 +126,10 @@ $(BIN): $(call obj,worker/main.c) $(LIB)
 $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
+
+$(BUILD)/tests/bench/%: $(BUILD)/tests/bench/%.o $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/replay.o $(LIB)
 	$(say) LD $@

@@ -18,7 +18,17 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) ||                     \
+    __has_feature(undefined_behavior_sanitizer)
+#define KN_NO_UNROLL
+#endif
+#endif
+#if defined(KN_NO_UNROLL) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define UNROLL                  /* see the Makefile */
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 typedef float vf __attribute__((vector_size(4 * VW)));
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
