@@ -194,11 +194,11 @@ json_t *completion_json(const struct completion *done)
     failed |= json_object_set_new(o, "id", json_string(p->id));
     failed |= json_object_set_new(o, "adapter", string_or_null(p->adapter));
     failed |= json_object_set_new(o, "adapter_digest", string_or_null(done->adapter_digest));
-    failed |= json_object_set_new(o, "model", json_string(done->model));
+    failed |= json_object_set_new(o, "model", json_string(done->model ? done->model : ""));
     failed |= json_object_set_new(o, "choices", choices_json(done->result));
     failed |= json_object_set_new(o, "usage", usage_json(done->result));
     failed |= json_object_set_new(o, "timings", timings_json(done));
-    failed |= json_object_set_new(o, "worker", json_string(done->worker));
+    failed |= json_object_set_new(o, "worker", json_string(done->worker ? done->worker : ""));
     failed |= json_object_set_new(o, "metadata", metadata_json(p));
     if (failed) {
         json_decref(o);

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fuzz_avro_prompt.c - a writer's schema and a datum from any bytes.
+ *
+ * Input: the schema's JSON, a NUL, the datum. Without a NUL, all is a datum of the shipped prompt
+ * schema. Besides the sanitizers' checks: what our scan lets pass, Avro C must be able to read, so
+ * LM_NOMEM, which stands for its failures, is a bug (inputs are far too small to exhaust memory).
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/avro_codec.h"
+#include "worker/json_prompt.h"
+#include "worker/schema_text.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void check(lm_status st, const struct lm_err *err)
+{
+    if (st == LM_NOMEM || (st && !err->msg[0]))
+        abort();
+}
+
+static void try_datum(const struct avro_plan *plan, const uint8_t *data, size_t size)
+{
+    json_t *tree = NULL;
+    struct prompt *p = NULL;
+    void *back = NULL;
+    size_t len = 0;
+    struct lm_err err = { 0 };
+    lm_status st = avro_decode(plan, data, size, &tree, &err);
+    check(st, &err);
+    if (!st) {
+        check(avro_encode(plan, tree, 0, &back, &len, &err), &err);
+        check(json_prompt_read(tree, ENCODING_AVRO, NULL, &p, &err), &err);
+    }
+    free(back);
+    prompt_free(p);
+    json_decref(tree);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static struct avro_plan *shipped;
+    struct avro_plan *plan = NULL;
+    struct lm_err err = { 0 };
+    if (!shipped)
+        check(avro_plan_new(schema_prompt_text, strlen(schema_prompt_text), &shipped, &err), &err);
+    const uint8_t *nul = size ? memchr(data, 0, size) : NULL;
+    if (!nul || data[0] < 0x20) {
+        try_datum(shipped, data, size);
+        return 0;
+    }
+    size_t n = (size_t)(nul - data);
+    lm_status st = avro_plan_new((const char *)data, n, &plan, &err);
+    check(st, &err);
+    if (!st)
+        try_datum(plan, nul + 1, size - n - 1);
+    avro_plan_free(plan);
+    return 0;
+}
