@@ -23,18 +23,11 @@ void kn_cpu_force_isa(enum cpu_isa isa)
     atomic_store(&isa_limit, (int)isa);
 }
 
-/* Clang 14 doesn't know this name; a CPU with AVX2 and FMA has F16C. */
-#if defined(__clang__) && __clang_major__ < 17
-#define HAS_F16C() true
-#else
-#define HAS_F16C() __builtin_cpu_supports("f16c")
-#endif
-
 bool cpu_isa_runs(enum cpu_isa isa)
 {
 #if defined(__x86_64__)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                HAS_F16C();
+                __builtin_cpu_supports("f16c");
     if (isa == CPU_ISA_AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -246,8 +246,8 @@ static struct engine_result result = {
     "{\"index\": 1, \"text\": \"\", \"finish_reason\": \"length\", \"logprobs\": null}], " \
     "\"usage\": {\"prompt_tokens\": 7, \"cached_tokens\": 4, \"completion_tokens\": 3}, " \
     "\"timings\": {\"intake_ms\": 12.346, \"fetch_ms\": 10.0, \"queue_ms\": 1.5, " \
-    "\"adapter_ms\": 0.25, \"prefill_ms\": 2.5, \"decode_ms\": 5.0, \"total_ms\": 21.346}, \"worker\": \"w\", " \
-    "\"metadata\": {\"k\": \"v\"}}"
+    "\"adapter_ms\": 0.25, \"prefill_ms\": 2.5, \"decode_ms\": 5.0, \"total_ms\": 21.346}, " \
+    "\"worker\": \"w\", \"metadata\": {\"k\": \"v\"}}"
 
 static struct completion make_completion(const char *json, struct prompt **p)
 {
