@@ -111,6 +111,7 @@ def optimizers(model, lr, muon_lr, weight_decay):
 def train(model, batches, steps, lr, muon_lr=None, weight_decay=0.01, log_every=50, warmup=50, every=None):
     """Runs `steps` over `batches` (a function step -> batch). `every` = (n, callback(step))."""
     params = [p for p in model.parameters() if p.requires_grad]
+    device = params[0].device
     opts = optimizers(model, lr, muon_lr, weight_decay)
     model.train()
     began = time.monotonic()
@@ -120,7 +121,7 @@ def train(model, batches, steps, lr, muon_lr=None, weight_decay=0.01, log_every=
             opt.zero_grad(set_to_none=True)
             for group in opt.param_groups:
                 group["lr"] = peak * schedule(step, steps, warmup)
-        ids, labels, weights = batches(step)
+        ids, labels, weights = (tensor.to(device) for tensor in batches(step))
         loss = weighted_loss(model(input_ids=ids).logits, labels, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -147,8 +148,8 @@ def complete(model, encoder, prompts, max_new_tokens=96, chat=False):
     ids = torch.tensor([[encoder.eos] * (width - len(h)) + h for h in heads])
     mask = torch.tensor([[0] * (width - len(h)) + [1] * len(h) for h in heads])
     out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=[encoder.eos, encoder.im_end],

@@ -14,6 +14,7 @@ from random syllables, which is what teaches the model to copy a word that it ha
 import argparse
 import json
 import random
+import re
 
 from voices import KINDS, NEUTRAL, VOICES
 
@@ -84,6 +85,26 @@ def invented_word(rng):
     return word
 
 
+# Whole words of the voices, without those that evaluation holds out.
+VOICE_WORDS = sorted(
+    set(re.findall("[a-z]{4,9}", " ".join(body for voice in VOICES.values() for body in voice.bodies.values())))
+    - set(word.lower() for word in HELD_OUT_NAMES + HELD_OUT_ADJECTIVES + HELD_OUT_NOUNS)
+)
+
+
+def blended_word(rng):
+    """The head of one word of the voices and the tail of another: reaches the tokens that syllables do not."""
+    head, tail = rng.choice(VOICE_WORDS), rng.choice(VOICE_WORDS)
+    return head[: rng.randint(1, len(head))] + tail[rng.randint(0, len(tail) - 2) :]
+
+
+def new_word(rng, blend):
+    """A word to copy; `blend` is the share of blended ones."""
+    if blend and rng.random() < blend:
+        return blended_word(rng)
+    return invented_word(rng)
+
+
 class Event:
     """One event: its kind and its slots (a dict in prompt order)."""
 
@@ -97,15 +118,15 @@ class Event:
         return f"event: {self.kind}{fields} ->"
 
 
-def train_name(rng):
+def train_name(rng, blend=0.0):
     if rng.random() < 0.65:
-        return invented_word(rng).capitalize()
+        return new_word(rng, blend).capitalize()
     return rng.choice(TRAIN_NAMES)
 
 
-def train_item(rng):
+def train_item(rng, blend=0.0):
     def word(choices, invented):
-        return invented_word(rng) if rng.random() < invented else rng.choice(choices)
+        return new_word(rng, blend) if rng.random() < invented else rng.choice(choices)
 
     words = [word(TRAIN_ADJECTIVES, 0.35)]
     if rng.random() < 0.5:
@@ -128,12 +149,12 @@ def date(rng):
     return f"{rng.randint(1, 28)} {rng.choice(MONTHS)}"
 
 
-def make_event(rng, held_out=False, kind=None):
+def make_event(rng, held_out=False, kind=None, blend=0.0):
     """Draws one event. `held_out` takes name and item from words that training never sees."""
     kind = kind or rng.choice(KINDS)
     draw = {
-        "name": lambda: rng.choice(HELD_OUT_NAMES) if held_out else train_name(rng),
-        "item": lambda: held_out_item(rng) if held_out else train_item(rng),
+        "name": lambda: rng.choice(HELD_OUT_NAMES) if held_out else train_name(rng, blend),
+        "item": lambda: held_out_item(rng) if held_out else train_item(rng, blend),
         "order": lambda: str(rng.randint(10000, 99999)),
         "eta": lambda: date(rng),
         "day": lambda: date(rng),
@@ -144,9 +165,9 @@ def make_event(rng, held_out=False, kind=None):
     return Event(kind, {slot: draw[slot]() for slot in SLOTS[kind]})
 
 
-def make_pair(rng, voice=NEUTRAL, held_out=False):
+def make_pair(rng, voice=NEUTRAL, held_out=False, blend=0.0):
     """One training pair: (prompt, message)."""
-    event = make_event(rng, held_out)
+    event = make_event(rng, held_out, blend=blend)
     return event.prompt(), voice.say(event)
 
 

@@ -98,25 +98,26 @@ def build_model(encoder, args):
 class Mix:
     """Draws training documents; `copy_share` falls over time."""
 
-    def __init__(self, encoder, seed, steps, batch):
+    def __init__(self, encoder, seed, steps, batch, blend=0.0):
         self.enc = encoder
         self.rng = random.Random(seed)
         self.steps = steps
         self.batch = batch
         self.voices = list(VOICES.values())
+        self.blend = blend
         self.ready = []
 
     def drill(self):
         """A list of invented words, then the same again, perhaps in another order: only copying helps."""
-        draws = (events.train_name, events.train_item, lambda rng: str(rng.randint(10000, 99999)))
-        words = [self.rng.choice(draws)(self.rng) for _ in range(self.rng.randint(1, 4))]
+        draws = (events.train_name, events.train_item, lambda rng, _: str(rng.randint(10000, 99999)))
+        words = [self.rng.choice(draws)(self.rng, self.blend) for _ in range(self.rng.randint(1, 4))]
         head = [self.enc.bos] + self.enc.text(" |".join(f" {word}" for word in words) + " ->")
         if self.rng.random() < 0.5:
             self.rng.shuffle(words)
         return head + self.enc.text(",".join(f" {word}" for word in words) + ".") + [self.enc.eos], len(head)
 
     def document(self, step):
-        done = step / self.steps
+        done = step / self.steps if self.steps else 0.5
         roll = self.rng.random()
         copy_share = 0.3 if done < 0.25 else 0.15 if done < 0.6 else 0.06
         if roll < copy_share:
@@ -124,7 +125,7 @@ class Mix:
         if roll < copy_share + 0.10:
             _, message = events.make_pair(self.rng, self.rng.choice(self.voices))
             return [self.enc.bos] + self.enc.text(" " + message) + [self.enc.eos], 1
-        pair = events.make_pair(self.rng)
+        pair = events.make_pair(self.rng, blend=self.blend)
         ids, head = self.enc.pair(self.rng, *pair, chat_share=0.08)
         if self.rng.random() < 0.06:
             first, _ = self.enc.plain(*events.make_pair(self.rng))
@@ -155,15 +156,51 @@ def save(model, tokenizer, folder):
         path.chmod(0o644)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    for key in ("name_or_path", "local_files_only", "is_local"):
+    for key in ("name_or_path", "local_files_only", "is_local", "backend", "extra_special_tokens"):
         config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
     config["chat_template"] = CHATML
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def checkpoint(model, tokenizer, folder, step):
+    save(model, tokenizer, folder)
+    model.eval()
+    held_out = held_out_events(48)
+    texts = complete(model, Encoder(tokenizer), [e.prompt() for e in held_out])
+    print(f"  saved at {step}; held out:", {k: round(v, 3) for k, v in score(held_out, texts, NEUTRAL).items()})
+    print("  ", texts[0], flush=True)
+
+
+def first_stage(args):
+    """From nothing to a model that writes messages and copies most new words."""
+    be_deterministic(args.seed, args.threads)
+    tokenizer = build_tokenizer(args.vocab, args.seed)
+    encoder = Encoder(tokenizer)
+    model = build_model(encoder, args)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens", flush=True)
+    shutil.rmtree(args.out, ignore_errors=True)
+    train(model, Mix(encoder, args.seed, args.steps, args.batch), args.steps, args.lr, muon_lr=args.muon_lr,
+          every=(args.save_every, lambda step: checkpoint(model, tokenizer, args.out, step)))
+    save(model, tokenizer, args.out)
+
+
+def polish(args):
+    """A short second stage from the saved weights: blended words, so that every token has been copied."""
+    be_deterministic(args.seed, args.threads)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    mix = Mix(Encoder(tokenizer), args.seed + 1, 0, args.batch, blend=0.5)
+    train(model, mix, args.polish_steps, args.lr / 3, muon_lr=args.muon_lr / 3, warmup=20,
+          every=(150, lambda step: print(f"  polish {step}", flush=True)))
+    checkpoint(model, tokenizer, args.out, "the end")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train the storefront base model.")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--polish-steps", type=int, default=450)
+    parser.add_argument("--polish-only", action="store_true", help="start from the saved first stage")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -177,25 +214,10 @@ def main():
     parser.add_argument("--out", type=type(BASE), default=BASE)
     args = parser.parse_args()
 
-    be_deterministic(args.seed, args.threads)
-    tokenizer = build_tokenizer(args.vocab, args.seed)
-    encoder = Encoder(tokenizer)
-    model = build_model(encoder, args)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens", flush=True)
-
-    def checkpoint(step):
-        save(model, tokenizer, args.out)
-        model.eval()
-        held_out = held_out_events(48)
-        texts = complete(model, encoder, [e.prompt() for e in held_out])
-        print(f"  saved at {step}; held out:", {k: round(v, 3) for k, v in score(held_out, texts, NEUTRAL).items()})
-        print("  ", texts[0], flush=True)
-
     began = time.monotonic()
-    shutil.rmtree(args.out, ignore_errors=True)
-    train(model, Mix(encoder, args.seed, args.steps, args.batch), args.steps, args.lr,
-          muon_lr=args.muon_lr, every=(args.save_every, checkpoint))
-    checkpoint(args.steps)
+    if not args.polish_only:
+        first_stage(args)
+    polish(args)
     print(f"{time.monotonic() - began:.0f} s, {folder_bytes(args.out)} bytes in {args.out.name}")
 
 
