@@ -45,7 +45,7 @@ static const char *const harmless_fields[] = {
 };
 
 /* What a dangerous field may hold without changing anything, besides null. */
-enum neutral { OFF, ONE, TRUE_OR_OFF, NEVER };
+enum neutral { OFF, ONE, TRUE_ONLY, NEVER };
 
 static const struct danger {
     const char *name;
@@ -53,28 +53,29 @@ static const struct danger {
 } danger_fields[] = {
     { "quantization_config", OFF }, { "compression_config", OFF }, { "attention_bias", OFF },
     { "mlp_bias", OFF }, { "use_bias", OFF }, { "bias", OFF }, { "lm_head_bias", OFF },
-    { "qkv_bias", NEVER }, { "no_bias", TRUE_OR_OFF }, { "alibi", OFF }, { "use_alibi", OFF },
+    { "qkv_bias", NEVER }, { "no_bias", TRUE_ONLY }, { "alibi", OFF }, { "use_alibi", OFF },
     { "clip_qkv", OFF }, { "qk_layernorm", OFF }, { "use_qk_norm", OFF }, { "qk_norm", OFF },
     { "parallel_attn", OFF }, { "use_parallel_residual", OFF }, { "parallel_residual", OFF },
     { "attn_logit_softcapping", OFF }, { "final_logit_softcapping", OFF },
     { "query_pre_attn_scalar", OFF }, { "attn_scale", ONE }, { "logit_scale", ONE },
     { "logits_scaling", ONE }, { "embedding_multiplier", ONE }, { "residual_multiplier", ONE },
     { "attention_multiplier", OFF }, { "scale_emb", ONE }, { "scale_depth", OFF },
-    { "dim_model_base", OFF }, { "mup_width_multiplier", ONE },
-    { "layer_norm_type", OFF }, { "norm_type", OFF }, { "no_rope_layers", OFF },
-    { "no_rope_layer_interval", OFF }, { "attention_chunk_size", OFF },
-    { "attn_temperature_tuning", OFF }, { "llama_4_scaling", OFF }, { "rope_interleaved", OFF },
-    { "rope_traditional", OFF }, { "rope_ratio", ONE }, { "rope_local_base_freq", OFF },
-    { "rotary_pct", ONE }, { "rotary_dim", OFF }, { "global_attn_every_n_layers", OFF },
-    { "local_attention", OFF }, { "attention_window", OFF }, { "cross_attention_layers", OFF },
-    { "add_cross_attention", OFF }, { "is_encoder_decoder", OFF }, { "cross_attention_hidden_size",
-    OFF }, { "vision_config", OFF }, { "text_config", OFF }, { "audio_config", OFF },
+    { "dim_model_base", OFF }, { "mup_width_multiplier", ONE }, { "layer_norm_type", OFF },
+    { "norm_type", OFF }, { "no_rope_layers", OFF }, { "no_rope_layer_interval", OFF },
+    { "attention_chunk_size", OFF }, { "attn_temperature_tuning", OFF },
+    { "llama_4_scaling", OFF }, { "rope_interleaved", OFF }, { "rope_traditional", OFF },
+    { "rope_ratio", ONE }, { "rope_local_base_freq", OFF }, { "rotary_pct", ONE },
+    { "rotary_dim", OFF }, { "global_attn_every_n_layers", OFF }, { "local_attention", OFF },
+    { "dual_chunk_attention_config", OFF }, { "attention_window", OFF },
+    { "cross_attention_layers", OFF }, { "add_cross_attention", OFF },
+    { "is_encoder_decoder", OFF }, { "cross_attention_hidden_size", OFF },
+    { "vision_config", OFF }, { "text_config", OFF }, { "audio_config", OFF },
     { "kv_lora_rank", OFF }, { "q_lora_rank", OFF }, { "qk_rope_head_dim", OFF },
     { "v_head_dim", OFF }, { "use_mla", OFF }, { "ssm_cfg", OFF }, { "mamba_d_state", OFF },
     { "linear_attention", OFF }, { "num_kv_shared_layers", OFF }, { "use_cla", OFF },
-    { "pruned_heads", OFF }, { "is_causal", TRUE_OR_OFF },
-    { "use_bidirectional_attention", OFF }, { "diffusion", OFF }, { "block_configs", OFF },
-    { "attention_sinks", OFF }, { "sink_token_length", OFF },
+    { "pruned_heads", OFF }, { "is_causal", TRUE_ONLY }, { "use_bidirectional_attention", OFF },
+    { "diffusion", OFF }, { "block_configs", OFF }, { "attention_sinks", OFF },
+    { "sink_token_length", OFF },
 };
 
 static const char *const danger_words[] = {
@@ -88,9 +89,11 @@ static bool is_neutral(const json_t *v, enum neutral n)
         return true;
     if (n == NEVER)
         return false;
+    if (n == TRUE_ONLY)
+        return json_is_true(v);
     if (n == ONE && json_is_number(v))
         return json_number_value(v) == 1;
-    return ju_is_off(v) || (n == TRUE_OR_OFF && json_is_true(v));
+    return ju_is_off(v);
 }
 
 static bool sounds_dangerous(const char *name)

@@ -170,7 +170,8 @@ def shipped():
             print(f"{name}: not there yet, passed over")
             continue
         golden(folder, os.path.join(MODELS, f"{name}-adapters"),
-               os.path.join(HERE, f"{name}.safetensors"), False, lambda vocab, gen, folder=folder: text_prompts(folder, gen), LENGTHS)
+               os.path.join(HERE, f"{name}.safetensors"), False,
+               lambda vocab, gen, folder=folder: text_prompts(folder, gen), LENGTHS)
 
 
 # ---- RoPE alone ---------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ ROPE_CASES = {
 
 def rope():
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+    default = LlamaRotaryEmbedding.compute_default_rope_parameters
     cases = []
     for name, scaling in ROPE_CASES.items():
         for dim, theta in ((64, 500000.0), (128, 10000.0), (80, 1e6)):
@@ -213,7 +215,7 @@ def rope():
             for style, config in (("v4", v4), ("v5", v5)):
                 c = LlamaConfig.from_dict(json.loads(json.dumps(config)))
                 kind = c.rope_parameters["rope_type"]
-                fn = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
+                fn = ROPE_INIT_FUNCTIONS.get(kind, default)
                 inv, factor = fn(c)
                 # float32 as the bits of an integer: exact in any JSON reader
                 bits = inv.numpy().astype(np.float32).view(np.uint32).tolist()
@@ -257,6 +259,11 @@ PLAN_CASES = [
     {"target_modules": r"(?i).*Q_PROJ"},
     {"target_modules": r".*\.(\w)_proj"},
     {"target_modules": r"[^.]+(\.[^.]+){2}\.mlp\.\w+_proj"},
+    {"target_modules":                                  # what a well-known trainer writes
+     r"(?:.*?(?:vision|image|visual|patch|embed|encoder|language|text).*?(?:self_attn|attention|attn|"
+     r"mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+     r"(?:(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj)))"},
     {"target_modules": r".*q_proj", "layers_to_transform": [0]},
     {"target_modules": r".*q_proj", "layers_pattern": "layers"},
     {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},

@@ -167,6 +167,7 @@ static const char *const good_patches[] = {
     "{\"an_unheard_of_field\":{\"x\":1},\"logit_scale\":1.0,\"partial_rotary_factor\":1.0}",
     "{\"layer_types\":[\"full_attention\",\"full_attention\",\"full_attention\"]}",
     "{\"torch_dtype\":\"torch.float16\",\"hidden_act\":\"swish\",\"eos_token_id\":[2,2,3]}",
+    "{\"is_llama_config\":true,\"rope_interleaved\":false,\"transformers.js_config\":{\"a\":1}}",
     "{\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"finetuned\":true,\"long_factor\":null}}",
 };
 
@@ -249,6 +250,10 @@ static const struct bad bad_patches[] = {
     { "{\"logit_scale\":0.0625}", LM_UNSUPPORTED, "logit_scale = 0.0625" },
     { "{\"no_rope_layers\":[1,0]}", LM_UNSUPPORTED, "no_rope_layers" },
     { "{\"vision_config\":{\"a\":1}}", LM_UNSUPPORTED, "vision_config" },
+    { "{\"dual_chunk_attention_config\":{\"chunk_size\":8}}", LM_UNSUPPORTED,
+      "dual_chunk_attention_config" },
+    { "{\"is_causal\":false}", LM_UNSUPPORTED, "is_causal = false" },
+    { "{\"embedding_multiplier\":0}", LM_UNSUPPORTED, "embedding_multiplier = 0" },
     { "{\"clip_qkv\":8}", LM_UNSUPPORTED, "clip_qkv = 8" },
     { "{\"sliding_window\":16}", LM_UNSUPPORTED, "sliding_window is set" },
     { "{\"layer_types\":[\"full_attention\"]}", LM_FORMAT, "not a list of 3 names" },
