@@ -57,7 +57,8 @@ CC      ?= gcc
 ifeq ($(origin CC),default)
 CC      := gcc
 endif
-OPT     ?= -O2 -g
+# Sanitizers instrument what the optimiser unrolled: -O1 keeps their builds to seconds a file.
+OPT     ?= $(if $(SANITIZE),-O1,-O2) -g
 WARN    := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wwrite-strings \
            -Wpointer-arith -Wformat=2 -fno-common
 WERROR  ?= $(if $(CI),-Werror)
