@@ -45,12 +45,37 @@ enum lm_disposition lm_status_disposition(lm_status s)
     return status_row(s)->disposition;
 }
 
-/* Messages quote hostile input and end in logs and headers: no control bytes. */
+/* Bytes of the UTF-8 character (RFC 3629) at s, which a NUL ends; 0 if there is none. */
+static size_t utf8_len(const unsigned char *s)
+{
+    if (s[0] < 0x80)
+        return 1;
+    if (s[0] < 0xc2 || s[0] > 0xf4)
+        return 0;
+    /* The second byte rules out overlong forms, surrogates and what lies beyond U+10FFFF. */
+    unsigned char lo = s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
+    unsigned char hi = s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
+    if (s[1] < lo || s[1] > hi)
+        return 0;
+    size_t n = s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    for (size_t i = 2; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+    return n;
+}
+
+/* Messages quote hostile input, cut at some length, and end in logs, JSON and headers: no control
+ * bytes, and nothing that isn't UTF-8. */
 static void make_printable(char *s)
 {
-    for (; *s; s++)
-        if ((unsigned char)*s < 0x20 || *s == 0x7f)
+    while (*s) {
+        size_t n = utf8_len((const unsigned char *)s);
+        if (n == 0 || (unsigned char)*s < 0x20 || *s == 0x7f) {
             *s = '?';
+            n = 1;
+        }
+        s += n;
+    }
 }
 
 lm_status lm_err_set(struct lm_err *err, lm_status code, const char *fmt, ...)

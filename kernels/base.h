@@ -70,7 +70,7 @@ struct lm_err {
 #define LM_PRINTF(f, a) __attribute__((format(printf, f, a)))
 
 /* Fills `err` (if not NULL) and returns `code`, so that `return lm_err_set(...)` reads well.
- * Untrusted text in the arguments is made printable (control bytes become '?'). */
+ * Untrusted text in the arguments is made printable (control bytes and broken UTF-8 become '?'). */
 lm_status lm_err_set(struct lm_err *err, lm_status code, const char *fmt, ...) LM_PRINTF(3, 4);
 
 /* Puts "prefix: " before the message and returns err->code (LM_INTERNAL when err is NULL). */
