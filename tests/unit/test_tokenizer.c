@@ -371,6 +371,274 @@ static void split_agrees_in_behaviour_and_regex_dialect(void **state)
     assert_int_equal(bad, 0);
 }
 
+/* ---- single tokens ----------------------------------------------------------------------- */
+
+/* Of byte-level tokenizers the pieces, put together, are the text's bytes exactly. */
+static void pieces_together_are_the_text(void **state)
+{
+    (void)state;
+    static const char *const exact[] = {"gpt2", "llama3", "tekken"};
+    struct reader r;
+    size_t n, len;
+    struct text *strings = all_strings(&r, &n);
+    struct token_ids ids = {0};
+    for (size_t k = 0; k < LM_COUNT(exact); k++) {
+        tokenizer *t = load(exact[k]);
+        for (size_t i = 0; i < n; i += 7) {
+            struct tok_buf b = {0};
+            ids.n = 0;
+            assert_int_equal(tokenizer_encode(t, strings[i].s, strings[i].n, false, &ids, NULL),
+                             LM_OK);
+            for (int j = 0; j < ids.n; j++) {
+                char *piece;
+                assert_int_equal(tokenizer_piece(t, ids.id[j], &piece, &len, NULL), LM_OK);
+                tok_buf_add(&b, piece, len);
+                free(piece);
+            }
+            assert_int_equal(b.len, strings[i].n);
+            if (b.len)
+                assert_memory_equal(b.p, strings[i].s, b.len);
+            tok_buf_release(&b);
+        }
+        tokenizer_free(t);
+    }
+    token_ids_release(&ids);
+    free(strings);
+    free(r.base);
+}
+
+static void expect_piece(const tokenizer *t, const char *token, const char *want, size_t n)
+{
+    char *piece = NULL;
+    size_t len = 0;
+    int32_t id = tokenizer_token_id(t, token);
+    assert_true(id >= 0);
+    assert_int_equal(tokenizer_piece(t, id, &piece, &len, NULL), LM_OK);
+    assert_int_equal(len, n);
+    assert_memory_equal(piece, want, n);
+    free(piece);
+}
+
+static void a_piece_may_be_part_of_a_character(void **state)
+{
+    (void)state;
+    char *piece = NULL;
+    size_t len;
+    tokenizer *t = load("llama2");
+    expect_piece(t, "<0xE2>", "\xE2", 1);
+    expect_piece(t, "\xE2\x96\x81the", " the", 4);
+    expect_piece(t, "<s>", "<s>", 3);
+    assert_int_equal(tokenizer_piece(t, tokenizer_vocab_size(t), &piece, &len, NULL), LM_NOT_FOUND);
+    assert_int_equal(tokenizer_piece(t, -1, &piece, &len, NULL), LM_NOT_FOUND);
+    tokenizer_free(t);
+    t = load("gpt2");
+    expect_piece(t, "\xC3\xA2", "\xE2", 1);      /* the byte alphabet's name of 0xE2 */
+    expect_piece(t, "\xC4\xA0the", " the", 4);
+    expect_piece(t, "<|endoftext|>", "<|endoftext|>", 13);
+    tokenizer_free(t);
+}
+
+static void tokens_are_known_by_text_and_kind(void **state)
+{
+    (void)state;
+    tokenizer *t = load("qwen2");
+    int32_t start = tokenizer_token_id(t, "<|im_start|>"), think = tokenizer_token_id(t, "<think>");
+    assert_int_equal(tokenizer_vocab_size(t), 1007);
+    assert_true(start >= 0 && tokenizer_is_special(t, start));
+    assert_true(think >= 0 && !tokenizer_is_special(t, think));
+    assert_false(tokenizer_is_special(t, 0));
+    assert_false(tokenizer_is_special(t, -1));
+    assert_int_equal(tokenizer_token_id(t, "no such token"), -1);
+    tokenizer_free(t);
+}
+
+/* ---- hostile text ------------------------------------------------------------------------ */
+
+static void text_that_is_not_utf8_is_refused(void **state)
+{
+    (void)state;
+    static const char *const bad[] = {"\xFF", "a\x80", "\xC3", "\xE2\x82", "\xED\xA0\x80",
+                                      "\xC0\xAF", "\xF4\x90\x80\x80", "12345678\xF0\x9F\x98"};
+    tokenizer *t = load("llama3");
+    for (size_t i = 0; i < LM_COUNT(bad); i++) {
+        struct token_ids ids = {0};
+        struct lm_err err = {0};
+        assert_int_equal(tokenizer_encode(t, bad[i], strlen(bad[i]), true, &ids, &err), LM_FORMAT);
+        assert_non_null(strstr(err.msg, "not UTF-8"));
+        assert_int_equal(ids.n, 0);
+        token_ids_release(&ids);
+    }
+    tokenizer_free(t);
+}
+
+/* A quarter of a megabyte of one kind of character: linear or n log n, never a runaway or a deep stack. */
+static void long_runs_take_little_time(void **state)
+{
+    (void)state;
+    static const char *const unit[] = {"a", " ", "\n", "A", "1", "!", "\xE2\x80\x83", "\xF0\x9F\x98\x80",
+                                       "e\xCC\x81", "ab", " \n", "<|", "\xE2\x96\x81"};
+    const size_t size = 1 << 18;
+    char *text = malloc(size);
+    for (size_t k = 0; k < LM_COUNT(KINDS); k++) {
+        tokenizer *t = load(KINDS[k]);
+        for (size_t u = 0; u < LM_COUNT(unit); u++) {
+            size_t len = strlen(unit[u]), n = size / len * len;
+            for (size_t i = 0; i < n; i += len)
+                memcpy(text + i, unit[u], len);
+            struct token_ids ids = {0};
+            int64_t start = lm_now_us();
+            struct lm_err err = {0};
+            if (tokenizer_encode(t, text, n, true, &ids, &err))
+                fail_msg("%s: %s", KINDS[k], err.msg);
+            if (lm_now_us() - start > 15 * 1000000)
+                fail_msg("%s: a quarter megabyte of '%s' took %lld us", KINDS[k], unit[u],
+                         (long long)(lm_now_us() - start));
+            token_ids_release(&ids);
+        }
+        tokenizer_free(t);
+    }
+    free(text);
+}
+
+/* ---- threads ----------------------------------------------------------------------------- */
+
+struct worker {
+    const tokenizer *t;
+    const struct text *strings;
+    size_t n;
+    uint32_t crc;
+};
+
+static void *encode_all(void *arg)
+{
+    struct worker *w = arg;
+    struct token_ids ids = {0};
+    for (size_t i = 0; i < w->n; i++) {
+        char *text = NULL;
+        size_t len = 0;
+        ids.n = 0;
+        if (tokenizer_encode(w->t, w->strings[i].s, w->strings[i].n, true, &ids, NULL) ||
+            tokenizer_decode(w->t, ids.id, ids.n, false, &text, &len, NULL))
+            break;
+        w->crc = crc32_add(w->crc, ids.id, (size_t)ids.n * sizeof *ids.id);
+        w->crc = crc32_add(w->crc, text, len);
+        free(text);
+    }
+    token_ids_release(&ids);
+    return NULL;
+}
+
+static void one_tokenizer_serves_many_threads(void **state)
+{
+    (void)state;
+    struct reader r;
+    size_t n;
+    struct text *strings = all_strings(&r, &n);
+    static const char *const kinds[] = {"qwen2", "added", "llama2"};
+    for (size_t k = 0; k < LM_COUNT(kinds); k++) {
+        tokenizer *t = load(kinds[k]);
+        struct worker w[4];
+        pthread_t id[4];
+        for (int i = 0; i < 4; i++) {
+            w[i] = (struct worker){t, strings, LM_MIN(n, (size_t)1500), 0};
+            assert_int_equal(pthread_create(&id[i], NULL, encode_all, &w[i]), 0);
+        }
+        for (int i = 0; i < 4; i++)
+            pthread_join(id[i], NULL);
+        for (int i = 1; i < 4; i++)
+            assert_int_equal(w[i].crc, w[0].crc);
+        tokenizer_free(t);
+    }
+    free(strings);
+    free(r.base);
+}
+
+/* ---- files that are refused -------------------------------------------------------------- */
+
+#define MODEL "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}"
+#define FLAGS "\"special\":true,\"single_word\":false,\"lstrip\":false,\"rstrip\":false," \
+              "\"normalized\":false"
+
+static const struct {
+    const char *json;
+    lm_status code;
+    const char *says;
+} REFUSED[] = {
+    {"", LM_FORMAT, "not valid JSON"},
+    {"{\"model\":", LM_FORMAT, "not valid JSON"},
+    {"[]", LM_FORMAT, "must hold a JSON object"},
+    {"{}", LM_FORMAT, "\"model\" must be an object"},
+    {"{\"version\":\"2.0\"," MODEL "}", LM_UNSUPPORTED, "version \"2.0\""},
+    {"{\"model\":{\"type\":\"Unigram\"}}", LM_UNSUPPORTED, "model: type \"Unigram\""},
+    {"{\"model\":{\"type\":\"BPE\",\"merges\":[]}}", LM_FORMAT, "model.vocab"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}", LM_FORMAT, "id of \"a\""},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":99999999},\"merges\":[]}}", LM_FORMAT, "id of"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]}}", LM_FORMAT, "share id 0"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"a\":1},\"merges\":[]}}", LM_FORMAT, "duplicate"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0}}}", LM_FORMAT, "\"merges\" must be an array"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[\"a\"]}}", LM_FORMAT, "merges[0]"},
+    {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[\"a a\"]}}", LM_FORMAT, "\"aa\" is not in"},
+    {"{\"model\":{\"type\":\"BPE\",\"dropout\":0.1,\"vocab\":{},\"merges\":[]}}", LM_UNSUPPORTED, "dropout"},
+    {"{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}}",
+     LM_UNSUPPORTED, "end_of_word_suffix"},
+    {"{\"model\":{\"type\":\"BPE\",\"continuing_subword_prefix\":\"##\",\"vocab\":{},\"merges\":[]}}",
+     LM_UNSUPPORTED, "continuing_subword_prefix"},
+    {"{\"normalizer\":{\"type\":\"Precompiled\"}," MODEL "}", LM_UNSUPPORTED, "normalizer: type \"Precompiled\""},
+    {"{\"normalizer\":{\"type\":\"BertNormalizer\"}," MODEL "}", LM_UNSUPPORTED, "BertNormalizer"},
+    {"{\"normalizer\":[]," MODEL "}", LM_FORMAT, "normalizer: an object with a \"type\""},
+    {"{\"pre_tokenizer\":{\"type\":\"Punctuation\"}," MODEL "}", LM_UNSUPPORTED, "pre_tokenizer: type"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_FORMAT, "does not compile"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\bx\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "\\b in a regex"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a)\\\\1\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "\\1 in a regex"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(?m:a)\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "(?...)"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a&&b]\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "&&"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"\"},\"behavior\":\"Isolated\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "empty pattern"},
+    {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"x\"},\"behavior\":\"Sideways\","
+     "\"invert\":false}," MODEL "}", LM_UNSUPPORTED, "\"Sideways\""},
+    {"{\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"ab\"}," MODEL "}", LM_FORMAT, "one character"},
+    {"{\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"last\"}," MODEL "}",
+     LM_UNSUPPORTED, "\"last\""},
+    {"{\"normalizer\":{\"type\":\"Strip\",\"strip_left\":true,\"strip_right\":true},\"pre_tokenizer\":"
+     "{\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"first\"}," MODEL "}",
+     LM_UNSUPPORTED, "prepend_scheme \"first\""},
+    {"{\"post_processor\":{\"type\":\"RobertaProcessing\"}," MODEL "}", LM_UNSUPPORTED, "RobertaProcessing"},
+    {"{\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"B\"}}]}," MODEL "}",
+     LM_UNSUPPORTED, "Sequence A"},
+    {"{\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\"}}]}," MODEL "}",
+     LM_FORMAT, "not in special_tokens"},
+    {"{\"decoder\":{\"type\":\"WordPiece\"}," MODEL "}", LM_UNSUPPORTED, "decoder: type \"WordPiece\""},
+    {"{\"decoder\":{\"type\":\"Strip\",\"content\":\" \",\"start\":-1,\"stop\":0}," MODEL "}", LM_FORMAT, "\"start\""},
+    {"{\"added_tokens\":{}," MODEL "}", LM_FORMAT, "added_tokens must be an array"},
+    {"{\"added_tokens\":[{\"id\":7,\"content\":\"<s>\"," FLAGS "}]," MODEL "}", LM_MISMATCH, "makes it 3"},
+    {"{\"added_tokens\":[{\"id\":3,\"content\":\"<s>\"}]," MODEL "}", LM_FORMAT, "\"special\" must be"},
+    {"{\"added_tokens\":[{\"id\":3,\"content\":\"x\"," FLAGS "},{\"id\":4,\"content\":\"x\"," FLAGS "}]," MODEL "}",
+     LM_FORMAT, "\"x\" is there twice"},
+};
+
+static void files_that_are_refused_name_the_reason(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < LM_COUNT(REFUSED); i++) {
+        struct lm_err err = {0};
+        tokenizer *t = NULL;
+        lm_status st = tok_parse(REFUSED[i].json, strlen(REFUSED[i].json), &t, &err);
+        if (st != REFUSED[i].code || !strstr(err.msg, REFUSED[i].says))
+            fail_msg("case %zu: status %s, message '%s', expected '%s'", i, lm_status_wire(st),
+                     err.msg, REFUSED[i].says);
+        assert_null(t);
+    }
+    struct lm_err err = {0};
+    tokenizer *t = NULL;
+    assert_int_equal(tokenizer_load("tests/no-such-model", &t, &err), LM_NOT_FOUND);
+    assert_non_null(strstr(err.msg, "tests/no-such-model/tokenizer.json"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -378,6 +646,13 @@ int main(void)
         cmocka_unit_test(random_ids_decode_as_the_reference_does),
         cmocka_unit_test(every_assigned_code_point_encodes_as_in_the_reference),
         cmocka_unit_test(split_agrees_in_behaviour_and_regex_dialect),
+        cmocka_unit_test(pieces_together_are_the_text),
+        cmocka_unit_test(a_piece_may_be_part_of_a_character),
+        cmocka_unit_test(tokens_are_known_by_text_and_kind),
+        cmocka_unit_test(text_that_is_not_utf8_is_refused),
+        cmocka_unit_test(long_runs_take_little_time),
+        cmocka_unit_test(one_tokenizer_serves_many_threads),
+        cmocka_unit_test(files_that_are_refused_name_the_reason),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
