@@ -232,16 +232,6 @@ void cache_discard(const char *tmp)
 
 /* ---- opening ---------------------------------------------------------------------------- */
 
-static char *default_dir(void)
-{
-    const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
-    if (xdg && *xdg == '/')
-        return format("%s/loramill/adapters", xdg);
-    if (home && *home == '/')
-        return format("%s/.cache/loramill/adapters", home);
-    return lm_strdup("/var/cache/loramill/adapters");
-}
-
 static lm_status open_source(cache *c, const char *source, struct lm_err *err)
 {
     char hex[HEX_CHARS + 1];
@@ -256,14 +246,16 @@ lm_status cache_open(const char *dir, const char *source, cache **out, struct lm
     *out = NULL;
     if (c) {
         c->own_fd = -1;
-        c->dir = dir && *dir ? lm_strdup(dir) : default_dir();
+        c->dir = lm_strdup(dir ? dir : "");
     }
     if (!c || !c->dir) {
         cache_close(c);
         return lm_err_set(err, LM_NOMEM, "adapter cache: no memory");
     }
     lm_status st = LM_OK;
-    if (strlen(c->dir) > PATH_MAX - 512)
+    if (!*c->dir)
+        st = lm_err_set(err, LM_INVALID, "adapters.cache_dir: adapters from a URL need a folder");
+    else if (strlen(c->dir) > PATH_MAX - 512)
         st = lm_err_set(err, LM_INVALID, "adapters.cache_dir: the path is too long");
     if (st == LM_OK)
         st = make_folders(c->dir, err);

@@ -33,7 +33,7 @@
 
 typedef struct cache cache;
 
-/* Makes the folders where missing, and sweeps. `dir` NULL or "": the user's cache folder. */
+/* Makes the folders where missing, and sweeps. */
 lm_status cache_open(const char *dir, const char *source, cache **out, struct lm_err *err);
 void cache_close(cache *c);             /* removes what is ours in tmp/ */
 

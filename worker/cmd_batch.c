@@ -131,7 +131,8 @@ static lm_status open_store(const struct options *o, engine *e, store **out, str
     lm_status st = config_init(&defaults, err);
     if (st)
         return st;
-    cfg.cache_dir = o->cache_dir ? o->cache_dir : defaults.adapters_cache_dir;
+    char *cache = config_cache_dir(&defaults);
+    cfg.cache_dir = o->cache_dir ? o->cache_dir : cache;
     if (remote) {
         int n = snprintf(url, sizeof url, "%s%s", o->adapters,
                          strstr(o->adapters, "{adapter}") ? "" : "/{adapter}");
@@ -143,6 +144,7 @@ static lm_status open_store(const struct options *o, engine *e, store **out, str
     }
     if (!st)
         st = store_new(&cfg, out, err);
+    free(cache);
     config_release(&defaults);
     return st;
 }

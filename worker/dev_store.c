@@ -8,7 +8,6 @@
  */
 #include "worker/dev_store.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -22,8 +21,8 @@
 #include <unistd.h>
 
 #include "engine/engine.h"
+#include "worker/adapter_dirs.h"
 
-#define NEST_MAX 8              /* segments of an id that dev_store_count() follows */
 #define IDLE_TIMEOUT_S 60
 
 static const char *const served[] = { "adapter_config.json", "adapter_model.safetensors" };
@@ -255,29 +254,19 @@ void dev_store_stats(const dev_store *s, struct dev_store_stats *out)
     *out = (struct dev_store_stats){ s->requests, s->adapters, s->not_found, s->bytes };
 }
 
-static int count_below(int parent, const char *name, int depth)
+static lm_status count_one(void *ctx, const char *id, const char *dir, struct lm_err *err)
 {
-    int n = 0;
-    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
-    if (!dir) {
-        if (fd >= 0)
-            close(fd);
-        return 0;
-    }
-    for (struct dirent *e; (e = readdir(dir)) != NULL;) {
-        if (!strcmp(e->d_name, served[0]))
-            n++;
-        else if (depth < NEST_MAX && e->d_name[0] != '.' && (e->d_type == DT_DIR ||
-                                                             e->d_type == DT_LNK ||
-                                                             e->d_type == DT_UNKNOWN))
-            n += count_below(dirfd(dir), e->d_name, depth + 1);
-    }
-    closedir(dir);
-    return n;
+    int *n = ctx;
+    (void)id;
+    (void)dir;
+    (void)err;
+    ++*n;
+    return LM_OK;
 }
 
 int dev_store_count(const char *folder)
 {
-    return count_below(AT_FDCWD, folder, 0);
+    int n = 0;
+    (void)adapter_dirs_each(folder, count_one, &n, NULL);
+    return n;
 }

@@ -23,7 +23,7 @@ lm_status dev_store_new(const char *folder, int port, dev_store **out, struct lm
 void dev_store_free(dev_store *s);
 int dev_store_port(const dev_store *s);
 
-/* Counts adapters below a folder (folders that hold an adapter_config.json), nested ids too. */
+/* How many adapters lie below a folder. */
 int dev_store_count(const char *folder);
 
 struct dev_store_stats { uint64_t requests, adapters, not_found, bytes; };

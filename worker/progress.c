@@ -87,9 +87,7 @@ static enum progress_style choose_style(enum progress_style wanted, FILE *out)
 {
     if (wanted != PROGRESS_AUTO)
         return wanted;
-    const char *term = getenv("TERM");
-    bool redraws = isatty(fileno(out)) && term && strcmp(term, "dumb") != 0;
-    return redraws ? PROGRESS_BAR : PROGRESS_LINES;
+    return isatty(fileno(out)) ? PROGRESS_BAR : PROGRESS_LINES;
 }
 
 progress *progress_new(const struct progress_config *cfg)
@@ -179,7 +177,7 @@ static void format_bar(const progress *p, int cells, char *buf)
     buf[0] = '[';
     memset(buf + 1, '#', (size_t)full);
     memset(buf + 1 + full, '-', (size_t)(cells - full));
-    strcpy(buf + 1 + cells, "]  ");
+    memcpy(buf + 1 + cells, "]  ", sizeof "]  ");
 }
 
 static void draw(progress *p, int64_t now)

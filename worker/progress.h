@@ -26,7 +26,7 @@ struct progress_config {
     const char *label;          /* "submit" */
     const char *unit;           /* plural: "prompts" */
     uint64_t total;             /* 0: not known; no bar's end, no percentage, no ETA */
-    enum progress_style style;  /* AUTO: a bar when `out` is a terminal that can redraw */
+    enum progress_style style;  /* AUTO: a bar when `out` is a terminal */
     int columns;                /* 0: the terminal's width, else 80 */
     int64_t (*now_us)(void);    /* NULL: lm_now_us; tests have their own */
 };
