@@ -14,6 +14,7 @@
 
 #include <jansson.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,6 +54,8 @@ void avro_unlock(void)
 struct vet {
     const char *enclosing[MAX_DEPTH];   /* short names of the named types around here */
     int n_enclosing;
+    const char *space;                  /* namespace around here, or NULL */
+    json_t *defined;                    /* full names so far */
     int nodes;
     struct lm_err *err;
 };
@@ -119,15 +122,59 @@ static lm_status vet_fields(struct vet *v, const json_t *fields, int depth)
     return st;
 }
 
+/* The namespace of a named type: its name's, else its own, else the one around it. NULL: none. */
+static lm_status vet_space(struct vet *v, const json_t *t, const char *name, char *buf,
+                           size_t size, const char **out)
+{
+    const json_t *own = json_object_get(t, "namespace");
+    if (own && (!json_is_string(own) || (json_string_length(own) > 0 &&
+                                         !name_ok(json_string_value(own), true))))
+        return bad(v, "a namespace is no proper name");
+    const char *space = own ? json_string_value(own) : v->space;
+    if (short_name(name) != name)
+        snprintf(buf, size, "%.*s", (int)(short_name(name) - name - 1), name);
+    else if (space)
+        snprintf(buf, size, "%s", space);
+    else
+        buf = NULL;
+    *out = buf;
+    return LM_OK;
+}
+
+/* Avro C fails on a second definition, too, but loses memory by it. */
+static lm_status vet_first(struct vet *v, const char *space, const char *name)
+{
+    char full[2 * MAX_NAME + 2];
+    snprintf(full, sizeof full, "%s.%s", space ? space : "", short_name(name));
+    if (json_object_get(v->defined, full))
+        return lm_err_set(v->err, LM_FORMAT, "the Avro schema defines %s twice", name);
+    return json_object_set_new(v->defined, full, json_true())
+           ? lm_err_set(v->err, LM_NOMEM, "out of memory") : LM_OK;
+}
+
+static lm_status vet_record(struct vet *v, const json_t *t, const char *name, const char *space,
+                            int depth)
+{
+    const char *outer = v->space;
+    v->space = space;
+    v->enclosing[v->n_enclosing++] = short_name(name);
+    lm_status st = vet_fields(v, json_object_get(t, "fields"), depth);
+    v->n_enclosing--;
+    v->space = outer;
+    return st;
+}
+
 static lm_status vet_named(struct vet *v, const json_t *t, const char *type, int depth)
 {
-    const char *name = json_string_value(json_object_get(t, "name"));
-    const json_t *space = json_object_get(t, "namespace");
+    const char *name = json_string_value(json_object_get(t, "name")), *space = NULL;
+    char buf[MAX_NAME + 1];
     if (!name || !name_ok(name, true) || !name_ok(short_name(name), false))
         return bad(v, "a named type has no proper name");
-    if (space && (!json_is_string(space) || (json_string_length(space) > 0 &&
-                                             !name_ok(json_string_value(space), true))))
-        return bad(v, "a namespace is no proper name");
+    lm_status st = vet_space(v, t, name, buf, sizeof buf, &space);
+    if (!st)
+        st = vet_first(v, space, name);
+    if (st)
+        return st;
     if (strcmp(type, "enum") == 0) {
         const json_t *symbols = json_object_get(t, "symbols");
         if (json_array_size(symbols) > MAX_SYMBOLS)
@@ -143,10 +190,7 @@ static lm_status vet_named(struct vet *v, const json_t *t, const char *type, int
                               (long long)size, MAX_FIXED);
         return LM_OK;
     }
-    v->enclosing[v->n_enclosing++] = short_name(name);
-    lm_status st = vet_fields(v, json_object_get(t, "fields"), depth);
-    v->n_enclosing--;
-    return st;
+    return vet_record(v, t, name, space, depth);
 }
 
 static lm_status vet_type(struct vet *v, const json_t *t, int depth)
@@ -207,8 +251,9 @@ static lm_status vet_json(const char *json, size_t len, struct lm_err *err)
     json_t *root = json_loadb(json, len, JSON_DECODE_ANY, &je);     /* Avro C's own flags */
     if (!root)
         return lm_err_set(err, LM_FORMAT, "the Avro schema is not valid JSON: %s", je.text);
-    struct vet v = { .err = err };
-    lm_status st = vet_type(&v, root, 0);
+    struct vet v = { .err = err, .defined = json_object() };
+    lm_status st = v.defined ? vet_type(&v, root, 0) : lm_err_set(err, LM_NOMEM, "out of memory");
+    json_decref(v.defined);
     json_decref(root);
     return st;
 }

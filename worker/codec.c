@@ -259,7 +259,7 @@ lm_status codec_prepare_replies(codec *c, struct lm_err *err)
                                   &c->reply_id, err);
     if (st == LM_NOT_FOUND)
         return lm_err_set(err, st, "subject %.200s lacks the reply schema: register "
-                          "schemas/completion.avsc, or set registry.auto.register=true",
+                          "schemas/completion.avsc, or set registry.auto_register=true",
                           c->subject);
     return st;
 }

@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_STOP_BYTES = 1024, MAX_STOP_TOKENS = 1024 };
+enum { MAX_STOP_BYTES = 1024, MAX_STOP_TOKENS = 256 };
 
 enum kind { INT, REAL, BOOL };
 

@@ -54,6 +54,10 @@ static const struct { const char *schema; lm_status code; const char *says; } re
       "has a twice" },
     { "{\"type\":\"record\",\"name\":\"R\",\"namespace\":3,\"fields\":[]}", LM_FORMAT,
       "a namespace is no proper name" },
+    { FIELD("{\"type\":\"enum\",\"name\":\"R\",\"symbols\":[\"A\"]}"), LM_FORMAT, "R twice" },
+    { REC("{\"name\":\"a\",\"type\":{\"type\":\"record\",\"name\":\"n.S\",\"fields\":[{\"name\":"
+          "\"b\",\"type\":{\"type\":\"fixed\",\"name\":\"S\",\"size\":1}}]}}"), LM_FORMAT,
+      "defines S twice" },
     { FIELD("\"R\""), LM_UNSUPPORTED, "recursive: R refers to itself" },
     { FIELD("[\"null\",\"R\"]"), LM_UNSUPPORTED, "recursive" },
     { FIELD("{\"type\":\"array\",\"items\":\"R\"}"), LM_UNSUPPORTED, "recursive" },
@@ -487,6 +491,38 @@ static void prompt_schema_mirrors_json(void **state)
     avro_plan_free(p);
 }
 
+static void documented(const struct avro_node *n, const char *doc)
+{
+    for (int i = 0; i < n->n && n->type != AVRO_ENUM; i++) {
+        char quoted[300], member[300];
+        const char *name = n->type == AVRO_RECORD ? n->name[i] : NULL;
+        if (name) {
+            snprintf(quoted, sizeof quoted, "`%s`", name);
+            snprintf(member, sizeof member, ".%s`", name);
+            if (!strstr(doc, quoted) && !strstr(doc, member) && strcmp(name, "role") != 0 &&
+                strcmp(name, "content") != 0)
+                fail_msg("docs/messages.md doesn't explain %s", name);
+        }
+        documented(n->child[i], doc);
+    }
+}
+
+static void every_field_is_documented(void **state)
+{
+    (void)state;
+    static char doc[1 << 16];
+    FILE *f = fopen("docs/messages.md", "rb");
+    assert_non_null(f);
+    doc[fread(doc, 1, sizeof doc - 1, f)] = '\0';
+    fclose(f);
+    struct avro_plan *prompt = plan_of(schema_prompt_text);
+    struct avro_plan *completion = plan_of(schema_completion_text);
+    documented(avro_plan_root(prompt), doc);
+    documented(avro_plan_root(completion), doc);
+    avro_plan_free(prompt);
+    avro_plan_free(completion);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -501,6 +537,7 @@ int main(void)
         cmocka_unit_test(encoding_names_what_does_not_fit),
         cmocka_unit_test(embedded_text_is_the_files),
         cmocka_unit_test(prompt_schema_mirrors_json),
+        cmocka_unit_test(every_field_is_documented),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -352,7 +352,7 @@ static void reply_schema_must_be_there(void **state)
     server_set(&server, 404, none, sizeof none - 1);
     assert_int_equal(codec_prepare_replies(c, &err), LM_NOT_FOUND);
     assert_non_null(strstr(err.msg, "subject replies-value lacks the reply schema: register "
-                           "schemas/completion.avsc, or set registry.auto.register=true"));
+                           "schemas/completion.avsc, or set registry.auto_register=true"));
     assert_string_equal(server_seen(&server)->path, "/subjects/replies-value");
     server_set(&server, 200, "{\"id\": 3, \"version\": 1}", 23);
     assert_int_equal(codec_prepare_replies(c, &err), LM_OK);
