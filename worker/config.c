@@ -481,6 +481,19 @@ lm_status config_check(const struct config *c, struct lm_err *err)
     return check_flow(c, err);
 }
 
+char *config_cache_dir(const struct config *c)
+{
+    if (*c->adapters_cache_dir)
+        return lm_strdup(c->adapters_cache_dir);
+    const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    char path[4096];
+    if (xdg && *xdg == '/')
+        snprintf(path, sizeof path, "%s/loramill/adapters", xdg);
+    else
+        snprintf(path, sizeof path, "%s/.cache/loramill/adapters", home && *home ? home : "/tmp");
+    return lm_strdup(path);
+}
+
 /* ---- secrets ---------------------------------------------------------------------------- */
 
 bool config_is_secret(const char *key)

@@ -57,6 +57,9 @@ lm_status config_check(const struct config *c, struct lm_err *err); /* required 
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
 
+/* adapters.cache_dir or the user's default; malloc'ed, NULL when memory is exhausted. */
+char *config_cache_dir(const struct config *c);
+
 /* Must this key's value stay out of logs? Accepts our keys and librdkafka's. */
 bool config_is_secret(const char *key);
 /* One DEBUG line a property, secrets as "[set]". */

@@ -203,15 +203,18 @@ static lm_status open_store(struct worker *w, struct lm_err *err)
     const struct config *c = w->cfg;
     if (!*c->adapters_url)
         return LM_OK;
+    char *cache = config_cache_dir(c);
     struct store_config sc = {
-        .engine = w->engine, .url = c->adapters_url, .cache_dir = or_null(c->adapters_cache_dir),
+        .engine = w->engine, .url = c->adapters_url, .cache_dir = cache,
         .ca_file = or_null(c->adapters_ca_file), .auth_header = or_null(c->adapters_auth_header),
         .max_adapter_bytes = (size_t)c->adapters_max_bytes,
         .concurrency = (int)c->adapters_concurrency,
         .max_attempts = (int)c->adapters_max_attempts,
         .negative_ttl_ms = (int)c->adapters_negative_ttl_ms,
     };
-    return store_new(&sc, &w->store, err);
+    lm_status st = store_new(&sc, &w->store, err);
+    free(cache);
+    return st;
 }
 
 static void set_name(struct worker *w)
