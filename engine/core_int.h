@@ -55,4 +55,13 @@ struct core {
     adapters *reg;
 };
 
+/* Every invariant of the books; LM_INTERNAL names the broken one. See core_check.c. */
+lm_status core_check(const struct core *c, struct lm_err *err);
+
+#if defined(LORAMILL_CHECKS) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CORE_CHECKS 1
+#else
+#define CORE_CHECKS 0
+#endif
+
 #endif

@@ -475,6 +475,8 @@ void core_run(struct core *c, mailbox *mail, adapters *reg)
         adapters_reap(reg, drop_adapter, c);
         if (!c->failed) {
             lm_status st = turn(c, &idle, &err);
+            if (CORE_CHECKS && st == LM_OK)
+                st = core_check(c, &err);
             if (st != LM_OK)
                 fail_all(c, st, err.msg);
         } else if (c->waiting.n > 0) {

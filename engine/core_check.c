@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * core_check.c - the engine's books against each other, after every turn of a checking build (any
+ * sanitizer, or -DLORAMILL_CHECKS). O(blocks) a step, so not in others.
+ *
+ * The one question is whether every reference has a holder: a block's count must equal the running
+ * sequences that list it, plus one if the prefix cache has it, plus one if a resident adapter lies
+ * in it. A leak and a double release both show here, in the step that made them.
+ */
+#include "engine/core_int.h"
+
+#include <stdlib.h>
+
+static void add_blocks(int32_t *held, const int32_t *blocks, int n)
+{
+    for (int i = 0; i < n; i++)
+        held[blocks[i]]++;
+}
+
+static void add_list(int32_t *held, const struct adapter_list *l, int *idle_blocks)
+{
+    for (const struct engine_adapter *a = l->head; a; a = a->res.next) {
+        add_blocks(held, a->res.blocks, a->n_blocks);
+        *idle_blocks += a->n_blocks;
+    }
+}
+
+/* An adapter in use is on no list: it is met through its running sequences, the first of which adds
+ * its blocks. */
+static lm_status add_running(const struct core *c, int32_t *held, struct lm_err *err)
+{
+    for (int i = 0; i < c->running.n; i++) {
+        const struct seq *s = c->running.at[i];
+        const struct engine_adapter *a = s->req->adapter;
+        int users = 0, earlier = 0;
+        add_blocks(held, s->blocks, s->n_blocks);
+        for (int k = 0; a && k < c->running.n; k++) {
+            users += c->running.at[k]->req->adapter == a;
+            earlier += k < i && c->running.at[k]->req->adapter == a;
+        }
+        if (a && (users != a->res.users || a->res.state != RES_RESIDENT))
+            return lm_err_set(err, LM_INTERNAL, "adapter '%s' has %d users and state %d; %d "
+                                                "sequences use it", a->id, a->res.users,
+                              a->res.state, users);
+        if (a && earlier == 0)
+            add_blocks(held, a->res.blocks, a->n_blocks);
+        if (s->state != SEQ_RUNNING || s->n_computed > s->n_blocks * c->p.block_tokens ||
+            s->n_computed >= s->n_tokens + 1)
+            return lm_err_set(err, LM_INTERNAL, "request '%s': %d of %d tokens computed in %d "
+                                                "blocks", s->req->id, s->n_computed, s->n_tokens,
+                              s->n_blocks);
+    }
+    return LM_OK;
+}
+
+static lm_status check_waiting(const struct core *c, struct lm_err *err)
+{
+    for (int i = 0; i < c->waiting.n; i++) {
+        const struct seq *s = c->waiting.at[i];
+        if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed)
+            return lm_err_set(err, LM_INTERNAL, "request '%s' waits in state %d with %d blocks",
+                              s->req->id, s->state, s->n_blocks);
+        if (i > 0 && !seq_before(c->waiting.at[i - 1], s))
+            return lm_err_set(err, LM_INTERNAL, "request '%s' waits out of rank", s->req->id);
+    }
+    return LM_OK;
+}
+
+lm_status core_check(const struct core *c, struct lm_err *err)
+{
+    int idle = 0, loading = 0;
+    lm_status st = pool_check(&c->pool, err);
+    if (st == LM_OK)
+        st = prefix_check(&c->prefix, err);
+    if (st == LM_OK)
+        st = check_waiting(c, err);
+    int32_t *held = lm_calloc((size_t)c->pool.n_blocks, sizeof *held);
+    if (st != LM_OK || !held) {
+        free(held);
+        return st;
+    }
+    st = add_running(c, held, err);
+    add_list(held, &c->tier.idle, &idle);
+    add_list(held, &c->tier.loading, &loading);
+    if (st == LM_OK && idle != c->tier.idle_blocks)
+        st = lm_err_set(err, LM_INTERNAL, "idle adapters have %d blocks, the book says %d", idle,
+                        c->tier.idle_blocks);
+    for (int32_t b = 0; st == LM_OK && b < c->pool.n_blocks; b++)
+        if (held[b] + c->prefix.entry[b].cached != c->pool.refs[b])
+            st = lm_err_set(err, LM_INTERNAL, "block %d has %d references and %d holders", b,
+                            c->pool.refs[b], held[b] + c->prefix.entry[b].cached);
+    free(held);
+    return st;
+}
