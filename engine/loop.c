@@ -390,8 +390,8 @@ static lm_status run_step(struct core *c, struct lm_err *err)
     c->tier.clock++;
     c->prefix.clock++;
     COUNT(c, steps, 1);
-    COUNT(c, step_us, t1 - t0);
-    COUNT(c, host_us, lm_now_us() - t1);
+    COUNT(c, step_us, t1 - t0 - step_layout_us(c->step));
+    COUNT(c, host_us, step_layout_us(c->step) + lm_now_us() - t1);
     return LM_OK;
 }
 
@@ -435,7 +435,9 @@ static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
         return st;
     make_plan(c);
     if (!plan_is_empty(&c->plan)) {
+        int64_t t0 = lm_now_us();
         st = apply(c, &c->plan, err);
+        COUNT(c, host_us, lm_now_us() - t0);
         return st == LM_OK && c->plan.n_items > 0 ? run_step(c, err) : st;
     }
     if (c->tier.n_loading > 0)

@@ -51,6 +51,7 @@ struct step {
     struct step_row *row;       /* [max_tokens] */
     int n_rows;
     bool want_tops;
+    int64_t layout_us;
 
     /* pinned results */
     int32_t *id, *top_id;
@@ -436,6 +437,7 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
                       struct lm_err *err)
 {
     bool dynamic = s->p.model->rope == ROPE_DYNAMIC;
+    int64_t t0 = lm_now_us();
     group_items(s, item, n_items);
     struct sizes z = measure(s, n_items);
     struct layout l = lay_out(&z, dynamic);
@@ -454,6 +456,7 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
         .row_idx = on_device(s, l.row_idx), .rows = on_device(s, l.rows),
         .history = on_device(s, l.history),
     };
+    s->layout_us = lm_now_us() - t0;
     st = kn_copy_in(stream, s->device, s->host, l.bytes);
     if (st == LM_OK)
         st = forward_run(f, stream, pool, &b);
@@ -461,6 +464,11 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
         st = copy_back(s, forward_output(f), stream);
     return st == LM_OK ? LM_OK : lm_err_set(err, st, "a step of %d tokens failed: %s", z.n_tok,
                                             lm_status_text(st));
+}
+
+int64_t step_layout_us(const struct step *s)
+{
+    return s->layout_us;
 }
 
 lm_status step_finish(struct step *s, kn_stream *stream, const struct step_row **rows, int *n_rows,

@@ -36,6 +36,8 @@ void step_free(struct step *s);
 lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
                       const struct kn_pool *pool, const struct plan_item *item, int n_items,
                       struct lm_err *err);
+/* Microseconds that the last launch spent on its layout, before the device was given anything. */
+int64_t step_layout_us(const struct step *s);
 /* Waits for the step; rows are valid until the next launch. A sequence's rows are consecutive, in
  * order of position. */
 lm_status step_finish(struct step *s, kn_stream *stream, const struct step_row **rows, int *n_rows,

@@ -515,14 +515,14 @@ static void host_budget_evicts_the_unused(void **state)
     engine_close(e);
 }
 
-static int one_adapter_blocks;
+static int one_adapter_blocks, one_request_blocks;
 
 static void room_for_one(struct engine_config *c)
 {
-    c->pool_bytes = (size_t)(one_adapter_blocks + 8) * 3 * 4096;
+    c->pool_bytes = (size_t)(one_adapter_blocks + one_request_blocks) * 3 * 4096;
 }
 
-/* A pool that holds one adapter and little else still serves two, by turns. */
+/* A pool that holds one adapter and one request of it still serves two, by turns. */
 static void a_tight_pool_swaps_adapters(void **state)
 {
     (void)state;
@@ -538,7 +538,10 @@ static void a_tight_pool_swaps_adapters(void **state)
     for (int i = 0; i < 3; i++) {
         struct engine_request r = text_request("w", PROMPT, 24);
         r.adapter = i < 2 ? a[i] : NULL;
-        want[i] = run_text(e, &r);
+        struct engine_result *res = fixture_run(e, &r);
+        want[i] = strdup(res->choices[0].text);
+        one_request_blocks = LM_DIV_UP(res->prompt_tokens + 24 - 1, info.block_tokens);
+        engine_result_free(res);
         if (i < 2)
             most = LM_MAX(most, LM_DIV_UP(engine_adapter_bytes(a[i]), row));
     }
@@ -561,11 +564,18 @@ static void a_tight_pool_swaps_adapters(void **state)
         assert_string_equal(ev.result->choices[0].text, want[(intptr_t)ev.user]);
         engine_result_free(ev.result);
     }
+    for (int i = 0; i < 4; i++) {       /* one after the other: each must push the other out */
+        struct engine_request r = text_request("t", PROMPT, 24);
+        r.adapter = a[i % 2];
+        char *got = run_text(e, &r);
+        assert_string_equal(got, want[i % 2]);
+        free(got);
+    }
     struct engine_stats st;
     engine_stats(e, &st);
-    assert_true(st.adapter_evictions > 0);
-    assert_true(st.adapter_loads > 2);
-    assert_int_equal(st.finished, 60);
+    assert_true(st.adapter_evictions >= 3);
+    assert_true(st.adapter_loads >= 4);
+    assert_int_equal(st.finished, 64);
     for (int i = 0; i < 3; i++)
         free(want[i]);
     engine_adapter_unref(a[0]);
