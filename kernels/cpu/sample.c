@@ -231,66 +231,95 @@ static int select_prefix(struct cand *c, int n, int count, double mass)
     return hi;
 }
 
-/* A weight that at least `k` candidates reach: the k-th largest of the maxima of disjoint runs. */
-static float lower_bound(const struct draw *d, int k)
+/* Weights by size, 8 bins an octave: bin 0 holds the largest, the last all below 2^-31. Filters
+ * walk the bins and select inside one of them, so the whole vocabulary is read but never sorted. */
+#define BINS 256
+
+struct bins {
+    double mass[BINS];
+    int32_t count[BINS];
+};
+
+static int bin_of(float w)
 {
-    enum { RUN = 64, MAX_RUNS = 4096 };
-    float best[MAX_RUNS];
-    int run = LM_MAX(RUN, LM_DIV_UP(d->vocab, MAX_RUNS)), runs = d->vocab / run;
-    if (runs < 2 * k)
-        return 0;
-    for (int i = 0; i < runs; i++)
-        best[i] = d->v->max(d->w + (int64_t)i * run, run);
-    /* k is small against runs: insertion into the head, which stays sorted. */
-    for (int i = 1; i < runs; i++) {
-        float x = best[i];
-        int at = LM_MIN(i, k);
-        if (i > k && x <= best[k - 1])
-            continue;
-        for (; at > 0 && best[at - 1] < x; at--)
-            best[at] = best[at - 1];
-        best[at] = x;
-    }
-    return best[k - 1];
+    uint32_t bits;
+    memcpy(&bits, &w, sizeof bits);
+    return (int)LM_MIN((0x3f800000u - bits) >> 20, (uint32_t)BINS - 1);
 }
 
-static int gather(const struct draw *d, float at_least)
+static void bins_fill(struct bins *b, const float *w, int n)
+{
+    memset(b, 0, sizeof *b);
+    for (int i = 0; i < n; i++) {
+        int at = bin_of(w[i]);
+        b->mass[at] += (double)w[i];
+        b->count[at] += w[i] > 0;
+    }
+}
+
+static int gather_bin(const struct draw *d, int bin)
 {
     int n = 0;
     for (int i = 0; i < d->vocab; i++)
-        if (d->w[i] >= at_least && d->w[i] > 0)
+        if (d->w[i] > 0 && bin_of(d->w[i]) == bin)
             d->c[n++] = (struct cand){ d->w[i], i };
     return n;
 }
 
+/* What is kept: candidates up to `cut` in order; it lies in `bin`, whose part that is kept lies in
+ * c[0..n). `mass` is that of everything kept. */
+struct kept {
+    struct cand cut;
+    int bin, n;
+    double mass;
+};
+
+/* Keeps the shortest prefix with `count` candidates or `mass`, whichever is less, of what `k`
+ * keeps; bins after k->bin are gone already. */
+static void keep_prefix(const struct draw *d, const struct bins *b, struct kept *k, int64_t count,
+                        double mass)
+{
+    double above = 0;
+    int64_t before_bin = 0;
+    int i = 0;
+    for (; i < k->bin; i++) {
+        if (before_bin + b->count[i] >= count || above + b->mass[i] >= mass)
+            break;
+        before_bin += b->count[i];
+        above += b->mass[i];
+    }
+    if (i != k->bin || k->n < 0) {
+        k->n = gather_bin(d, i);
+        k->bin = i;
+    }
+    if (k->n == 0)
+        return;                 /* an empty last bin: nothing to cut */
+    int64_t want = LM_MIN(count - before_bin, INT32_MAX);
+    k->n = select_prefix(d->c, k->n, (int)want, mass - above);
+    k->cut = d->c[k->n - 1];
+    k->mass = above;
+    for (int j = 0; j < k->n; j++)
+        k->mass += (double)d->c[j].w;
+}
+
 /* The last candidate that survives top-k, top-p and min-p. Weights are e^(logit - max), so the
- * largest is 1 and min-p is a bound on the weight itself. `total` is their sum. */
-static struct cand find_cut(const struct draw *d, double total)
+ * largest is 1 and min-p is a bound on the weight itself. */
+static struct cand find_cut(const struct draw *d)
 {
     const struct kn_sample_row *p = d->p;
-    const int k = p->top_k > 0 && p->top_k < d->vocab ? p->top_k : 0;
-    const bool nucleus = p->top_p < 1.0f;
-    struct cand cut = { p->min_p > 0 ? p->min_p : 0, INT32_MAX };
-    if (!k && !nucleus)
-        return cut;
-    /* Weights under (1 - top_p) total / vocab add up to less than what top-p drops. */
-    float bound = k ? lower_bound(d, LM_MIN(k, 64))
-                    : (float)((1.0 - p->top_p) * total / d->vocab * 0.999);
-    if (k > 64)
-        bound = 0;
-    int n = gather(d, bound);
-    if (k && k < n)
-        n = select_prefix(d->c, n, k, INFINITY);
-    if (nucleus) {
-        double mass = 0;
-        for (int i = 0; k && i < n; i++)
-            mass += d->c[i].w;
-        n = select_prefix(d->c, n, n, (k ? mass : total) * (double)p->top_p);
+    const bool top_k = p->top_k > 0 && p->top_k < d->vocab;
+    struct kept k = { .cut = { 0, INT32_MAX }, .bin = BINS - 1, .n = -1 };
+    struct bins b;
+    if (top_k || p->top_p < 1.0f) {
+        bins_fill(&b, d->w, d->vocab);
+        for (int i = 0; i < BINS; i++)
+            k.mass += b.mass[i];
     }
-    for (int i = 0; i < n; i++)
-        if (i == 0 || before(cut, d->c[i]))
-            cut = d->c[i];
-    return p->min_p > cut.w ? (struct cand){ p->min_p, INT32_MAX } : cut;
+    if (top_k)
+        keep_prefix(d, &b, &k, p->top_k, INFINITY);
+    if (p->top_p < 1.0f)
+        keep_prefix(d, &b, &k, INT64_MAX, k.mass * (double)p->top_p);
+    return p->min_p > k.cut.w ? (struct cand){ p->min_p, INT32_MAX } : k.cut;
 }
 
 static int32_t draw_token(const struct draw *d)
@@ -305,8 +334,8 @@ static int32_t draw_token(const struct draw *d)
     const float inv_t = 1.0f / p->temperature;
     for (int i = 0; i < d->vocab; i++)
         d->w[i] = (x[i] - m) * inv_t;
-    double total = d->v->exp_sum(d->w, d->w, d->vocab, 0);
-    struct cand cut = find_cut(d, total);
+    d->v->exp_sum(d->w, d->w, d->vocab, 0);
+    struct cand cut = find_cut(d);
     double kept = 0;
     for (int i = 0; i < d->vocab; i++) {
         bool keep = d->w[i] > cut.w || (d->w[i] == cut.w && i <= cut.id);
