@@ -42,7 +42,7 @@ static lm_status find_backend(const char *name, const struct kn_backend **out, s
 lm_status kn_open(const char *backend, const struct kn_open_params *p, kn_device **dev,
                   struct lm_err *err)
 {
-    const struct kn_backend *be;
+    const struct kn_backend *be = NULL;
     lm_status st = find_backend(backend, &be, err);
     if (st == LM_OK)
         st = be->probe(err);
