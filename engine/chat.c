@@ -8,9 +8,9 @@
  * by what it begins with, and every chat is refused with that.
  *
  * The rendered text equals transformers' apply_chat_template(messages, add_generation_prompt=True);
- * where the template raises an exception, chat_render() returns LM_INVALID. Special tokens that occur
- * in a message's own content are recognised when the text is encoded, as in transformers: whoever
- * passes on foreign text must take them out.
+ * where the template raises an exception, chat_render() returns LM_INVALID. Special tokens that
+ * occur in a message's own content are recognised when the text is encoded, as in transformers:
+ * whoever passes on foreign text must take them out.
  *
  * A chat_template is immutable after load and may be used from any thread.
  */
@@ -474,7 +474,7 @@ static void set_date(struct rendering *r, time_t now)
 {
     struct tm tm;
     if (*r->f->date_format && localtime_r(&now, &tm)) {
-        /* The format is the template's; strftime checks it at run time and the buffer is bounded. */
+        /* The format is the template's; strftime copes with any, and the buffer is bounded. */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
         if (strftime(r->date, sizeof r->date, r->f->date_format, &tm) == 0)

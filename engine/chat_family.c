@@ -4,10 +4,10 @@
  *
  * A family is recognised when the statements that write messages have its shape and the ones that
  * place the system message are among those we know. The texts themselves (spaces around [INST], a
- * default system message, the date) are taken from the template, so variants of a family need no list.
- * A template that doesn't mention tools must consist of recognised writes alone; one that does has
- * writes for tool calls besides, which never run without tools. Whatever doesn't fit stays unknown:
- * a refused chat is better than a prompt that the model was not trained on.
+ * default system message, the date) are taken from the template, so variants of a family need no
+ * list. A template that doesn't mention tools must consist of recognised writes alone; one that
+ * does has writes for tool calls besides, which never run without tools. Whatever doesn't fit stays
+ * unknown: a refused chat is better than a prompt that the model was not trained on.
  *
  * Sources: the chat_template entries that Meta, Mistral AI and Qwen publish with their models.
  */

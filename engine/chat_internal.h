@@ -2,9 +2,9 @@
 /*
  * chat_internal.h - what the chat files share: a recognised template as data.
  *
- * chat_parse.c reads a Jinja template's statements, chat_family.c turns those of a known family into
- * a struct chat_form, chat.c loads files and renders. Nothing is executed: the form says which texts
- * surround a message of each role and where the system message goes.
+ * chat_parse.c reads a Jinja template's statements, chat_family.c turns those of a known family
+ * into a struct chat_form, chat.c loads files and renders. Nothing is executed: the form says which
+ * texts surround a message of each role and where the system message goes.
  */
 #ifndef LORAMILL_ENGINE_CHAT_INTERNAL_H
 #define LORAMILL_ENGINE_CHAT_INTERNAL_H

@@ -3,12 +3,12 @@
  * chat_parse.c - the statements of a Jinja chat template, in one spelling.
  *
  * Templates of one family differ in quotes, white space, comments, attribute syntax and trim marks.
- * All of that is ironed out here so that chat_family.c can compare statements as strings. White space
- * control follows transformers' environment (trim_blocks, lstrip_blocks); what text would remain
- * outside the braces is only noted, since no family that we know writes any.
+ * All of that is ironed out here so that chat_family.c can compare statements as strings. White
+ * space control follows transformers' environment (trim_blocks, lstrip_blocks); what text would
+ * remain outside the braces is only noted, since no family that we know writes any.
  *
- * Nothing is evaluated, and no input can make this fail except by memory: a template that isn't well
- * formed ends up with statements that match no family.
+ * Nothing is evaluated, and no input can make this fail except by memory: a template that isn't
+ * well formed ends up with statements that match no family.
  */
 #include "engine/chat_internal.h"
 

@@ -2,12 +2,12 @@
 /*
  * detok.c - streaming decode.
  *
- * tokenizer_decode() pushes ids through the decoder's stages; this does the same, one id a call, and
- * shows what has come out so far. What the stages hold back is what later ids may still change, so
- * everything shown is final, and all of it together is the whole decode by construction.
+ * tokenizer_decode() pushes ids through the decoder's stages; this does the same, one id a call,
+ * and shows what has come out so far. What the stages hold back is what later ids may still change,
+ * so everything shown is final, and all of it together is the whole decode by construction.
  *
- * A detok belongs to one thread at a time and to one sequence of ids; the tokenizer must outlive it.
- * After detok_finish() nothing more may be pushed.
+ * A detok belongs to one thread at a time and to one sequence of ids; the tokenizer must outlive
+ * it. After detok_finish() nothing more may be pushed.
  */
 #include "engine/tok_internal.h"
 

@@ -4,9 +4,10 @@
  *
  * Two rounds, as the reference does it. Tokens with normalized = false are looked for in the raw
  * text; what lies between is normalised, and tokens with normalized = true are looked for there, in
- * their own normalised form. At each place the longest token wins, the leftmost place first, matches
- * don't overlap. A match that single_word forbids is passed over as a whole: the search goes on
- * behind it, not inside it. lstrip and rstrip make a token swallow the white space beside it.
+ * their own normalised form. At each place the longest token wins, the leftmost place first,
+ * matches don't overlap. A match that single_word forbids is passed over as a whole: the search
+ * goes on behind it, not inside it. lstrip and rstrip make a token swallow the white space beside
+ * it.
  *
  * The search is a walk through a trie from every position whose byte begins a token; the length of
  * a token is bounded (TOK_MAX_ADDED_LEN), so the walk is too.
@@ -183,9 +184,9 @@ static lm_status check_id(const struct tok_added_token *tok, json_t *j,
     if (id < 0)
         id = (*next)++;
     if (!json_is_integer(json_object_get(j, "id")) || listed != id || id >= TOK_MAX_ID)
-        return lm_err_set(err, LM_MISMATCH, WHERE ": \"%.64s\" is listed with id %lld but its place "
-                          "in vocabulary and list makes it %d; renumber the list", tok->content,
-                          (long long)listed, id);
+        return lm_err_set(err, LM_MISMATCH, WHERE ": \"%.64s\" is listed with id %lld but its "
+                          "place in vocabulary and list makes it %d; renumber the list",
+                          tok->content, (long long)listed, id);
     return LM_OK;
 }
 

@@ -10,8 +10,8 @@
  *   ByteFallback  the run of byte tokens: one bad byte spoils the whole run
  *   Strip         trailing characters that would be cut if the token ended here
  *
- * Between stages a token may travel in fragments (behind Fuse and ByteLevel, which make one token of
- * all); BEGIN and END mark its first and last one. A fragment is always whole characters. Stages
+ * Between stages a token may travel in fragments (behind Fuse and ByteLevel, which make one token
+ * of all); BEGIN and END mark its first and last one. A fragment is always whole characters. Stages
  * that need whole tokens collect them first; behind Fuse that means until the end.
  */
 #include "engine/tok_internal.h"

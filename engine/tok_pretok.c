@@ -9,8 +9,8 @@
  *   Metaspace  = METASPACE [SPLIT by its character, merged with next]
  *   Digits     = SPLIT by numeric characters       Whitespace = SPLIT by runs of \w, of neither
  *
- * A rewriting operation fills the other of two text buffers; a cutting one leaves the text and fills
- * the other of two piece lists. Empty pieces vanish, as in the reference.
+ * A rewriting operation fills the other of two text buffers; a cutting one leaves the text and
+ * fills the other of two piece lists. Empty pieces vanish, as in the reference.
  */
 #include "engine/tok_internal.h"
 
@@ -322,7 +322,8 @@ static lm_status parse_replacement(struct tok_pattern *p, json_t *j, struct lm_e
     if (st)
         return st;
     if (n == 0 || n != (size_t)tok_utf8_len((unsigned char)s[0]))
-        return lm_err_set(err, LM_FORMAT, WHERE ": Metaspace \"replacement\" must be one character");
+        return lm_err_set(err, LM_FORMAT, WHERE ": Metaspace \"replacement\" must be one "
+                          "character");
     p->literal = lm_strndup(s, n);
     p->literal_len = n;
     return p->literal ? LM_OK : tok_nomem(err);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tok_regex.c - the patterns of tokenizer.json, run by PCRE2 as the reference's Oniguruma runs them.
+ * tok_regex.c - the patterns of tokenizer.json, run by PCRE2 as the reference's Oniguruma runs
+ * them.
  *
  * The two dialects agree on nearly all that tokenizers use, and differ silently on the rest. So a
  * regex is translated before it is compiled, and what we do not know to mean the same is refused:
@@ -10,12 +11,12 @@
  *   \p{L}      gets the code points that newer Unicode versions added (tok_unicode.c)
  *   \v, \uHHHH translated
  *   ^ $        match at lines in both (PCRE2_MULTILINE)
- *   refused    (?flags) except i, back references, \b \h \R \X \K \G ..., {n}+ {n}? {,n}, sets within
- *              sets, && and [:names:]
+ *   refused    (?flags) except i, back references, \b \h \R \X \K \G ..., {n}+ {n}? {,n}, sets
+ *              within sets, && and [:names:]
  *
- * A pattern is compiled once, with JIT where the machine allows it, and only read from then on. Each
- * call brings its own match data and context (tok_match_iter). Hostile text meets PCRE2's match
- * limit and a bounded JIT stack; both end in LM_TOO_LARGE, never in a hang or an overflow.
+ * A pattern is compiled once, with JIT where the machine allows it, and only read from then on.
+ * Each call brings its own match data and context (tok_match_iter). Hostile text meets PCRE2's
+ * match limit and a bounded JIT stack; both end in LM_TOO_LARGE, never in a hang or an overflow.
  */
 #include "engine/tok_internal.h"
 

@@ -2,8 +2,8 @@
 /*
  * tok_unicode.c - character classes as the reference sees them.
  *
- * The reference is not of one Unicode version: its regex engine knows 16, Rust's standard library 16
- * or 17, its normalisation tables 9. PCRE2 and utf8proc know what the distribution packages. The
+ * The reference is not of one Unicode version: its regex engine knows 16, Rust's standard library
+ * 16 or 17, its normalisation tables 9. PCRE2 and utf8proc know what the distribution packages. The
  * tables of tok_unicode_data.h bridge the gaps; they only add, so a newer library agrees too.
  */
 #include "engine/tok_internal.h"

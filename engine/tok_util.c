@@ -79,7 +79,7 @@ void tok_buf_add_cp(struct tok_buf *b, int32_t cp)
 
 lm_status tok_nomem(struct lm_err *err)
 {
-    return lm_err_set(err, LM_NOMEM, "the tokenizer ran out of memory");
+    return lm_err_set(err, LM_NOMEM, "out of memory in the tokenizer");
 }
 
 lm_status tok_buf_check(const struct tok_buf *b, struct lm_err *err)

@@ -4,7 +4,8 @@
  *
  * An input that begins like a Jinja tag goes through chat template recognition. Any other is a
  * tokenizer.json, optionally followed by a NUL and a text. If the file loads, the text is encoded
- * and decoded, and so are ids taken from the text's bytes; streaming must agree with the whole decode.
+ * and decoded, and so are ids taken from the text's bytes; streaming must agree with the whole
+ * decode.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,7 +26,8 @@ static void decode_both_ways(const tokenizer *t, const struct token_ids *ids, bo
     if (tok_utf8_check(whole, n) != n || detok_new(t, skip, &d, NULL))
         abort();
     for (int i = 0; i < ids->n; i++)
-        if (detok_push(d, ids->id[i], &shown, &seen, NULL) || seen > n || memcmp(shown, whole, seen))
+        if (detok_push(d, ids->id[i], &shown, &seen, NULL) || seen > n ||
+            memcmp(shown, whole, seen))
             abort();
     if (detok_finish(d, &shown, &seen, NULL) || seen != n || memcmp(shown, whole, n))
         abort();

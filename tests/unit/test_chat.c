@@ -198,7 +198,8 @@ static void bad_messages_have_clear_errors(void **state)
 /* ---- where templates lie ----------------------------------------------------------------- */
 
 #define PLAIN "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + " \
-              "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+              "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}" \
+              "{{ '<|im_start|>assistant\\n' }}"
 #define OTHER "{{ 'something else' }}"
 
 static void expect_family(const struct folder *f, const char *family)
