@@ -134,10 +134,8 @@ static void intake_one(struct core *c, struct request *r)
         post_result(c, r);
         return;
     }
-    for (int i = 0; i < r->n_seqs; i++) {
-        seq_list_insert(&c->waiting, &r->seqs[i]);
-        c->waiting_prompt_tokens += (uint64_t)r->seqs[i].n_prompt;
-    }
+    seq_list_insert(&c->waiting, r->seqs, r->n_seqs);
+    c->waiting_prompt_tokens += (uint64_t)r->prompt.n * (uint64_t)r->n_seqs;
     if (r->deadline_ms)
         c->next_deadline_ms = LM_MIN(c->next_deadline_ms, r->deadline_ms);
     end_idle_choices(c, r);
@@ -195,7 +193,7 @@ static void preempt(struct core *c, struct seq *s)
 {
     leave_running(c, s);
     s->state = SEQ_WAITING;
-    seq_list_insert(&c->waiting, s);
+    seq_list_insert(&c->waiting, s, 1);
     c->waiting_prompt_tokens += (uint64_t)s->n_prompt;
     s->req->preemptions++;
     COUNT(c, preemptions, 1);
@@ -208,7 +206,7 @@ static void pin(struct core *c, struct seq *s)
     int max = seq_cacheable_blocks(s, c->p.block_tokens);
     leave_waiting(c, s);
     s->state = SEQ_RUNNING;
-    seq_list_insert(&c->running, s);
+    seq_list_insert(&c->running, s, 1);
     s->n_blocks = prefix_acquire(&c->prefix, seq_version(s), s->tokens, max, s->blocks);
     s->n_hashed = s->n_blocks;
     s->prefix_tail = s->n_blocks ? s->blocks[s->n_blocks - 1] : -1;
@@ -263,6 +261,18 @@ static void note_adapter_waits(struct core *c)
     }
 }
 
+/* False when one of them got no memory: its request has ended, and the plan is void. */
+static bool open_admitted(struct core *c, const struct plan *p)
+{
+    for (int i = 0; i < p->n_admit; i++) {
+        if (seq_open(p->admit[i]) != LM_OK) {
+            end_request(c, p->admit[i]->req, ENGINE_ERROR, LM_NOMEM, "no memory for a choice");
+            return false;
+        }
+    }
+    return true;
+}
+
 static lm_status apply(struct core *c, struct plan *p, struct lm_err *err)
 {
     lm_status st = LM_OK;
@@ -272,6 +282,8 @@ static lm_status apply(struct core *c, struct plan *p, struct lm_err *err)
         p->overtaken[i]->bypassed++;
     for (int i = 0; i < p->n_admit; i++)
         pin(c, p->admit[i]);
+    for (int i = 0; i < p->n_charged; i++)
+        residency_touch(&c->tier, p->charged[i]);
     for (int i = 0; st == LM_OK && i < p->n_admit; i++)
         st = grow(c, p->admit[i], p->admit[i]->n_tokens, err);
     for (int i = 0; st == LM_OK && i < p->n_items; i++) {
@@ -434,6 +446,8 @@ static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
     if (st != LM_OK)
         return st;
     make_plan(c);
+    if (!open_admitted(c, &c->plan))
+        return LM_OK;
     if (!plan_is_empty(&c->plan)) {
         int64_t t0 = lm_now_us();
         st = apply(c, &c->plan, err);

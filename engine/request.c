@@ -63,37 +63,43 @@ static uint64_t sub_seed(uint64_t seed, int index)
     return z ^ (z >> 31);
 }
 
-static lm_status prime_decoder(struct seq *s, const tokenizer *tok, bool skip_special)
+static lm_status prime_decoder(struct seq *s)
 {
+    const struct request *r = s->req;
     struct lm_err err;
-    lm_status st = detok_new(tok, skip_special, &s->dec, &err);
-    s->text = "";
+    lm_status st = detok_new(r->tok, r->params.skip_special_tokens, &s->dec, &err);
     for (int i = LM_MAX(0, s->n_prompt - DECODE_PRIMER); st == LM_OK && i < s->n_prompt; i++)
         st = detok_push(s->dec, s->tokens[i], &s->text, &s->text_base, &err);
     return st;
 }
 
-static lm_status seq_init(struct seq *s, struct request *r, int index, const tokenizer *tok,
-                          const struct request_limits *lim)
+lm_status seq_open(struct seq *s)
+{
+    if (s->dec)
+        return LM_OK;
+    if (!s->tokens)
+        s->tokens = lm_reallocarray(NULL, (size_t)s->cap_tokens, sizeof *s->tokens);
+    if (!s->blocks)
+        s->blocks = lm_reallocarray(NULL, (size_t)s->cap_blocks, sizeof *s->blocks);
+    if (!s->tokens || !s->blocks)
+        return LM_NOMEM;
+    memcpy(s->tokens, s->req->prompt.id, (size_t)s->n_prompt * sizeof *s->tokens);
+    return prime_decoder(s);
+}
+
+static void seq_init(struct seq *s, struct request *r, int index, const struct request_limits *lim)
 {
     int n_prompt = r->prompt.n;
     s->req = r;
     s->index = index;
     s->state = SEQ_WAITING;
     s->prefix_tail = -1;
+    s->text = "";
     s->n_prompt = s->n_tokens = n_prompt;
     s->cap_tokens = LM_MIN(n_prompt + r->params.max_tokens, lim->max_model_len);
+    s->cap_blocks = LM_DIV_UP(seq_max_kv(s), lim->block_tokens);
     s->seed = sub_seed(r->params.seed, index);
     s->out_scores.top_n = LM_MAX(r->params.logprobs, 0);
-    if (!tok)
-        return LM_OK;
-    s->tokens = lm_reallocarray(NULL, (size_t)s->cap_tokens, sizeof *s->tokens);
-    s->cap_blocks = LM_DIV_UP(seq_max_kv(s), lim->block_tokens);
-    s->blocks = lm_reallocarray(NULL, (size_t)s->cap_blocks, sizeof *s->blocks);
-    if (!s->tokens || !s->blocks)
-        return LM_NOMEM;
-    memcpy(s->tokens, r->prompt.id, (size_t)n_prompt * sizeof *s->tokens);
-    return prime_decoder(s, tok, r->params.skip_special_tokens);
 }
 
 static lm_status copy_params(struct request *r, const struct engine_params *p)
@@ -145,9 +151,10 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     if (!r->seqs)
         return LM_NOMEM;
     r->n_seqs = r->n_live = params->n;
-    for (int i = 0; i < params->n && st == LM_OK; i++)
-        st = seq_init(&r->seqs[i], r, i, tok, lim);
-    return st;
+    for (int i = 0; i < params->n; i++)
+        seq_init(&r->seqs[i], r, i, lim);
+    r->tok = tok;
+    return tok ? seq_open(&r->seqs[0]) : LM_OK;
 }
 
 lm_status request_new(const struct engine_request *in, const struct engine_params *params,

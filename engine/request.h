@@ -4,7 +4,8 @@
  *
  * A request is what the caller submitted; a sequence is one of its n choices and the unit that the
  * scheduler moves. Everything a sequence needs while it runs (tokens, block table, decoder) is
- * allocated by request_new() on the caller's thread, so that the step path does not allocate.
+ * allocated before: the first choice's by request_new() on the caller's thread, those of further
+ * ones when they are admitted, so that a queue full of large n holds each prompt once.
  *
  * Life of a sequence                                         who moves it
  *
@@ -56,7 +57,7 @@ struct seq {
     enum seq_state state;
     enum engine_reason reason;
 
-    int32_t *tokens;            /* [cap_tokens] prompt, then output */
+    int32_t *tokens;            /* [cap_tokens] prompt, then output; NULL until seq_open() */
     int n_prompt, n_tokens, cap_tokens;
     int n_computed;             /* positions whose KV is in the pool */
     int n_sched;                /* of them plus this step's; set by apply, committed after the step */
@@ -94,6 +95,7 @@ struct request {
     int64_t deadline_ms;
     uint64_t order;             /* arrival */
 
+    const tokenizer *tok;       /* NULL in echo mode */
     struct seq *seqs;           /* [params.n] */
     int n_seqs, n_live;
     bool ended;                 /* cancelled, expired or failed: its sequences are on the way out */
@@ -120,6 +122,15 @@ lm_status request_new(const struct engine_request *r, const struct engine_params
                       struct token_ids *prompt, const tokenizer *tok,
                       const struct request_limits *lim, struct request **out, struct lm_err *err);
 void request_free(struct request *r);
+
+/* Allocates what a sequence runs with; nothing if that was done. LM_NOMEM otherwise. */
+lm_status seq_open(struct seq *s);
+
+/* Its tokens so far, opened or not. */
+static inline const int32_t *seq_tokens(const struct seq *s)
+{
+    return s->tokens ? s->tokens : s->req->prompt.id;
+}
 
 /* Tokens whose KV the sequence may need at most: its last token's is never read. */
 static inline int seq_max_kv(const struct seq *s)

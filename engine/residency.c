@@ -150,6 +150,15 @@ void residency_unuse(struct residency_tier *t, struct engine_adapter *a)
         make_idle(t, a);
 }
 
+void residency_touch(struct residency_tier *t, struct engine_adapter *a)
+{
+    if (a->res.state != RES_RESIDENT || a->res.users > 0)
+        return;
+    list_remove(&t->idle, a);
+    list_append(&t->idle, a);
+    a->res.idle_since = t->clock;
+}
+
 void residency_drop(struct residency_tier *t, struct engine_adapter *a)
 {
     assert(a->res.users == 0);

@@ -49,6 +49,8 @@ lm_status residency_wait(struct residency_tier *t, struct lm_err *err);
 
 void residency_use(struct residency_tier *t, struct engine_adapter *a);     /* a running sequence */
 void residency_unuse(struct residency_tier *t, struct engine_adapter *a);
+/* Someone waits for it: an idle one becomes the last to be evicted. */
+void residency_touch(struct residency_tier *t, struct engine_adapter *a);
 
 /* Gives the blocks back; the adapter has no users. Waits for an upload under way. */
 void residency_drop(struct residency_tier *t, struct engine_adapter *a);

@@ -144,7 +144,8 @@ static void fill_choice(struct builder *b, struct seq *s, struct engine_choice *
     memcpy(c->text + b->echo_len, s->text + s->text_base, s->text_len);
     c->text_len = b->echo_len + s->text_len;
     c->text[c->text_len] = '\0';
-    memcpy(c->token_ids, s->tokens + s->n_prompt, (size_t)n * sizeof *c->token_ids);
+    if (n > 0)                  /* a choice that never ran has no tokens of its own */
+        memcpy(c->token_ids, s->tokens + s->n_prompt, (size_t)n * sizeof *c->token_ids);
     c->n_tokens = n;
     fill_scores(b, s, c);
 }

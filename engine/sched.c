@@ -63,12 +63,13 @@ static int list_position(const struct seq_list *l, const struct seq *s)
     return lo;
 }
 
-void seq_list_insert(struct seq_list *l, struct seq *s)
+void seq_list_insert(struct seq_list *l, struct seq *s, int n)
 {
     int i = list_position(l, s);
-    memmove(l->at + i + 1, l->at + i, (size_t)(l->n - i) * sizeof *l->at);
-    l->at[i] = s;
-    l->n++;
+    memmove(l->at + i + n, l->at + i, (size_t)(l->n - i) * sizeof *l->at);
+    for (int k = 0; k < n; k++)
+        l->at[i + k] = &s[k];
+    l->n += n;
 }
 
 void seq_list_remove(struct seq_list *l, const struct seq *s)
@@ -231,7 +232,7 @@ static int admission_blocks(const struct sched_view *v, const struct plan *p, co
     if (need + cost + reserve <= p->budget)
         return need;            /* fits even without: no need to look */
     int idle, max = seq_cacheable_blocks(s, v->block_tokens);
-    int hit = prefix_match(v->prefix, seq_version(s), s->tokens, max, &idle);
+    int hit = prefix_match(v->prefix, seq_version(s), seq_tokens(s), max, &idle);
     return need - hit + idle;
 }
 

@@ -36,7 +36,8 @@ struct seq_list {               /* in rank order */
 /* True when a goes before b. */
 bool seq_before(const struct seq *a, const struct seq *b);
 lm_status seq_list_reserve(struct seq_list *l, int n);
-void seq_list_insert(struct seq_list *l, struct seq *s);        /* room must be reserved */
+/* Room must be reserved. The `n` sequences are neighbours in rank, as one request's choices are. */
+void seq_list_insert(struct seq_list *l, struct seq *s, int n);
 void seq_list_remove(struct seq_list *l, const struct seq *s);
 void seq_list_release(struct seq_list *l);
 
@@ -58,13 +59,13 @@ struct plan {
     struct seq **admit;         /* [max_seqs] to running; an item may follow */
     struct seq **overtaken;     /* [SCHED_LOOKAHEAD] waiting ones that a later one passed */
     struct engine_adapter **load;       /* [SCHED_LOOKAHEAD] uploads to start */
-    int n_items, n_preempt, n_admit, n_overtaken, n_load;
+    struct engine_adapter **charged;    /* [SCHED_LOOKAHEAD] idle or loaded ones it relies on */
+    int n_items, n_preempt, n_admit, n_overtaken, n_load, n_charged;
     int n_tok;
 
     /* scratch of sched_plan() */
     int budget, tokens;         /* blocks and tokens left */
-    struct engine_adapter **charged;    /* [n_charged] idle adapters this plan relies on */
-    int n_charged, cap_seqs;
+    int cap_seqs;
 };
 
 lm_status plan_init(struct plan *p, int max_seqs, struct lm_err *err);

@@ -72,7 +72,7 @@ static struct seq *add(struct world *w, int priority, int n_prompt)
 static struct seq *add_waiting(struct world *w, int priority, int n_prompt)
 {
     struct seq *s = add(w, priority, n_prompt);
-    seq_list_insert(&w->view.waiting, s);
+    seq_list_insert(&w->view.waiting, s, 1);
     return s;
 }
 
@@ -88,7 +88,7 @@ static struct seq *add_running(struct world *w, int priority, int n_prompt, int 
     bool decode = n_out > 0 && n_computed == s->n_tokens - 1;
     s->n_blocks = blocks_for(decode ? n_computed : s->n_tokens, BT);
     assert_int_equal(pool_take(&w->pool, POOL_KV, s->n_blocks, s->blocks), LM_OK);
-    seq_list_insert(&w->view.running, s);
+    seq_list_insert(&w->view.running, s, 1);
     return s;
 }
 
@@ -276,7 +276,7 @@ static void choices_wait_for_the_first(void **state)
     a->req->seqs = two;
     a->req->n_seqs = 2;
     w->view.waiting.at[0] = &two[0];
-    seq_list_insert(&w->view.waiting, &two[1]);
+    seq_list_insert(&w->view.waiting, &two[1], 1);
     const struct plan *p = plan(w, 0);
     assert_int_equal(p->n_admit, 1);
     assert_ptr_equal(p->admit[0], &two[0]);
