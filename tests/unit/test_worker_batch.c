@@ -94,8 +94,8 @@ static void test_base_model_is_no_adapter(void **state)
 {
     (void)state;
     const char line[] = CHAT("{\"model\":\"base\",\"messages\":[{\"role\":\"user\",\"content\":"
-                             "[{\"type\":\"text\",\"text\":\"a\"},{\"type\":\"text\",\"text\":\"b\"}"
-                             "]}],\"logprobs\":true,\"top_logprobs\":3,"
+                             "[{\"type\":\"text\",\"text\":\"a\"},"
+                             "{\"type\":\"text\",\"text\":\"b\"}]}],\"logprobs\":true,\"top_logprobs\":3,"
                              "\"response_format\":{\"type\":\"text\"},\"tools\":[]}");
     struct openai_request *q;
     struct lm_err err = { 0 };
@@ -122,7 +122,8 @@ static const struct bad_line {
     { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/embeddings\",\"body\":{}}",
       "/v1/embeddings", LM_INVALID },
     { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/completions\"}", "body", LM_INVALID },
-    { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{},\"bodi\":1}",
+    { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{},"
+      "\"bodi\":1}",
       "bodi", LM_INVALID },
     { COMPLETION("{\"prompt\":\"x\"}"), "body.model", LM_INVALID },
     { COMPLETION("{\"model\":\"../x\",\"prompt\":\"x\"}"), "neither the base model", LM_INVALID },
