@@ -135,30 +135,12 @@ static lm_status bytefallback(struct tok_decrun *r, int i, const char *s, size_t
     return st ? st : push(r, i + 1, s, n, WHOLE, err);
 }
 
-static lm_status replace_in(const struct tok_dec_op *op, const char *s, size_t n,
-                            struct tok_buf *out, struct lm_err *err)
-{
-    struct tok_match_iter it = {0};
-    size_t from = 0, start, end;
-    lm_status st = tok_match_init(&it, &op->pat, err);
-    tok_match_text(&it, s, n);
-    while (!st && n && tok_match_next(&it, &start, &end, err)) {
-        tok_buf_add(out, s + from, start - from);
-        tok_buf_add(out, op->text, op->text_len);
-        from = end;
-    }
-    tok_buf_add(out, s + from, n - from);
-    if (!st)
-        st = it.status;
-    tok_match_release(&it);
-    return st ? st : tok_buf_check(out, err);
-}
-
 static lm_status replace(struct tok_decrun *r, int i, const char *s, size_t n, struct lm_err *err)
 {
+    const struct tok_dec_op *op = &r->d->op[i];
     struct tok_buf *out = &r->st[i].scratch;
     tok_buf_clear(out);
-    lm_status st = replace_in(&r->d->op[i], s, n, out, err);
+    lm_status st = tok_pattern_replace(&op->pat, op->text, op->text_len, s, n, out, err);
     return st ? st : push(r, i + 1, out->p ? out->p : "", out->len, WHOLE, err);
 }
 
@@ -325,11 +307,9 @@ static lm_status piece_step(const struct tok_dec_op *op, const char *s, size_t n
         bytelevel_bytes(s, n, out);
         return tok_buf_check(out, err);
     case DEC_REPLACE:
-        return replace_in(op, s, n, out, err);
-    case DEC_METASPACE: {
-        struct tok_dec_op blank = {.pat = op->pat, .text = (char[]){" "}, .text_len = 1};
-        return replace_in(&blank, s, n, out, err);
-    }
+        return tok_pattern_replace(&op->pat, op->text, op->text_len, s, n, out, err);
+    case DEC_METASPACE:
+        return tok_pattern_replace(&op->pat, " ", 1, s, n, out, err);
     case DEC_BYTEFALLBACK:
         if ((b = byte_token(s, n)) >= 0) {
             char c = (char)b;

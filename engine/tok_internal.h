@@ -148,6 +148,9 @@ void tok_match_text(struct tok_match_iter *it, const char *s, size_t n);
 /* True: *start and *end hold the next match; false: no more, or it->status is an error. */
 bool tok_match_next(struct tok_match_iter *it, size_t *start, size_t *end, struct lm_err *err);
 void tok_match_release(struct tok_match_iter *it);
+/* Appends s with every match replaced. Nothing is replaced in empty text. */
+lm_status tok_pattern_replace(const struct tok_pattern *p, const char *by, size_t by_len,
+                              const char *s, size_t n, struct tok_buf *out, struct lm_err *err);
 
 /* ---- JSON helpers (tok_util.c) ----------------------------------------------------------- */
 

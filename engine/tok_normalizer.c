@@ -90,25 +90,6 @@ static void lowercase(const char *s, size_t n, struct tok_buf *out)
     }
 }
 
-static lm_status replace(const struct tok_norm_op *op, const char *s, size_t n,
-                         struct tok_buf *out, struct lm_err *err)
-{
-    struct tok_match_iter it = {0};
-    size_t from = 0, start, end;
-    lm_status st = tok_match_init(&it, &op->pat, err);
-    tok_match_text(&it, s, n);
-    while (!st && n && tok_match_next(&it, &start, &end, err)) {
-        tok_buf_add(out, s + from, start - from);
-        tok_buf_add(out, op->text, op->text_len);
-        from = end;
-    }
-    tok_buf_add(out, s + from, n - from);
-    if (!st)
-        st = it.status;
-    tok_match_release(&it);
-    return st;
-}
-
 static void strip(const struct tok_norm_op *op, const char *s, size_t n, struct tok_buf *out)
 {
     size_t from = 0, to = n;
@@ -146,7 +127,7 @@ static lm_status apply(const struct tok_norm_op *op, const char *s, size_t n, st
         tok_buf_add(out, s, n);
         return LM_OK;
     case NORM_REPLACE:
-        return replace(op, s, n, out, err);
+        return tok_pattern_replace(&op->pat, op->text, op->text_len, s, n, out, err);
     case NORM_STRIP:
         strip(op, s, n, out);
         return LM_OK;

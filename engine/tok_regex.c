@@ -464,3 +464,22 @@ bool tok_match_next(struct tok_match_iter *it, size_t *start, size_t *end, struc
     }
     return false;
 }
+
+lm_status tok_pattern_replace(const struct tok_pattern *p, const char *by, size_t by_len,
+                              const char *s, size_t n, struct tok_buf *out, struct lm_err *err)
+{
+    struct tok_match_iter it = {0};
+    size_t from = 0, start, end;
+    lm_status st = tok_match_init(&it, p, err);
+    tok_match_text(&it, s, n);
+    while (!st && n && tok_match_next(&it, &start, &end, err)) {
+        tok_buf_add(out, s + from, start - from);
+        tok_buf_add(out, by, by_len);
+        from = end;
+    }
+    tok_buf_add(out, s + from, n - from);
+    if (!st)
+        st = it.status;
+    tok_match_release(&it);
+    return st ? st : tok_buf_check(out, err);
+}
