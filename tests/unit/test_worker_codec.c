@@ -343,6 +343,46 @@ static void avro_reply_equals_the_json_one(void **state)
     codec_free(c);
 }
 
+struct encoder { codec *c; const struct completion *done; int failed; };
+
+static void *encode_many(void *user)
+{
+    struct encoder *e = user;
+    for (int i = 0; i < 300; i++) {
+        void *out = NULL;
+        size_t len = 0;
+        e->failed |= codec_encode_completion(e->c, e->done, i % 3 ? ENCODING_AVRO : ENCODING_JSON,
+                                             &out, &len, NULL);
+        free(out);
+    }
+    return NULL;
+}
+
+/* One decodes, good and bad, while the other encodes: for ThreadSanitizer. */
+static void two_threads_share_a_codec(void **state)
+{
+    (void)state;
+    codec *c = make_codec(true);
+    struct prompt *p, *got;
+    struct completion done = make_completion(PROMPT, &p);
+    struct lm_err err = { 0 };
+    server_set(&server, 200, "{\"id\": 1}", 9);
+    assert_int_equal(codec_prepare_replies(c, &err), LM_OK);
+    answer_schema(LEAST);
+    struct encoder e = { c, &done, 0 };
+    pthread_t t;
+    assert_int_equal(pthread_create(&t, NULL, encode_many, &e), 0);
+    for (int i = 0; i < 300; i++) {
+        assert_int_equal(decode(c, "\0\0\0\0\7" BODY, 10, NULL, &got, &err), LM_OK);
+        prompt_free(got);
+        assert_int_equal(decode(c, "\0\0\0\0\7" BODY, 9, NULL, &got, &err), LM_FORMAT);
+    }
+    pthread_join(t, NULL);
+    assert_int_equal(e.failed, 0);
+    prompt_free(p);
+    codec_free(c);
+}
+
 static void reply_schema_must_be_there(void **state)
 {
     (void)state;
@@ -373,6 +413,7 @@ int main(void)
         cmocka_unit_test(json_reply_has_every_field),
         cmocka_unit_test(base_model_reply_has_nulls),
         cmocka_unit_test(avro_reply_equals_the_json_one),
+        cmocka_unit_test(two_threads_share_a_codec),
         cmocka_unit_test(reply_schema_must_be_there),
     };
     return cmocka_run_group_tests(tests, start, stop);
