@@ -22,6 +22,7 @@ struct registry {
     int n_urls, current;
     char *auth, *ca_file;
     int connect_ms, total_ms;
+    long status;                /* HTTP status of the last reply */
     int64_t held_until;         /* lm_now_us(); `held` is the answer until then */
     struct lm_err held;
 };
@@ -191,6 +192,7 @@ static lm_status exchange(registry *r, const char *base, const char *path, const
     CURLcode rc = curl_easy_perform(r->curl);
     curl_easy_setopt(r->curl, CURLOPT_ERRORBUFFER, NULL);
     curl_easy_getinfo(r->curl, CURLINFO_RESPONSE_CODE, &rep->status);
+    r->status = rep->status;
     free(url);
     if (rep->too_large)
         return lm_err_set(err, LM_TOO_LARGE, "schema registry %s: the reply to %s has more than %d "
@@ -302,6 +304,21 @@ lm_status registry_by_id(registry *r, int32_t id, char **text, struct lm_err *er
     return fetch(r, path, name, text, err);
 }
 
+/* Is there a registry at all? Every one lists its schema types, in a short array. */
+static bool is_registry(registry *r)
+{
+    bool yes = false;
+    for (int i = 0; i < r->n_urls && !yes; i++) {
+        struct reply rep = { 0 };
+        yes = exchange(r, r->urls[i], "/schemas/types", NULL, &rep, NULL) == LM_OK &&
+              rep.status == 200 && json_is_array(rep.json);
+        reply_release(&rep);
+    }
+    return yes;
+}
+
+/* Registries that are too old for GUIDs answer as for any wrong path. That would read as a wrong
+ * URL, and the prompt would wait for ever. */
 lm_status registry_by_guid(registry *r, const unsigned char guid[16], char **text,
                            struct lm_err *err)
 {
@@ -311,7 +328,14 @@ lm_status registry_by_guid(registry *r, const unsigned char guid[16], char **tex
         n += snprintf(name + n, sizeof name - (size_t)n, "%s%02x",
                       i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", guid[i]);
     snprintf(path, sizeof path, "/schemas/guids/%s", name);
-    return fetch(r, path, name, text, err);
+    r->status = 0;
+    lm_status st = fetch(r, path, name, text, err);
+    if (st == LM_NET && r->status == 404 && is_registry(r)) {
+        r->held_until = 0;
+        return lm_err_set(err, LM_NOT_FOUND, "the schema registry does not know schemas by GUID, "
+                          "so %s can't be looked up: write schema ids instead", name);
+    }
+    return st;
 }
 
 lm_status registry_id_of(registry *r, const char *subject, const char *text, bool create,

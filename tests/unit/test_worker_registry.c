@@ -162,6 +162,34 @@ static void registering_fails_by_name(void **state)
     }
 }
 
+/* A registry without GUIDs answers like a wrong URL; a wrong URL has no schema types. */
+static void a_registry_without_guids_is_told_from_a_wrong_url(void **state)
+{
+    (void)state;
+    static const unsigned char guid[16] = { 1 };
+    char *text = NULL;
+    struct lm_err err = { 0 };
+    answer(404, "{\"message\": \"RESTEASY003210: Could not find resource\"}");
+    registry *r = open_url(server.url, NULL, 2000);
+    assert_int_equal(registry_by_guid(r, guid, &text, &err), LM_NET);
+    registry_free(r);
+
+    pthread_mutex_lock(&server.lock);
+    server.types = "[\"AVRO\"]";
+    pthread_mutex_unlock(&server.lock);
+    r = open_url(server.url, NULL, 2000);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(registry_by_guid(r, guid, &text, &err), LM_NOT_FOUND);
+        assert_non_null(strstr(err.msg, "does not know schemas by GUID, so 01000000-0000-0000-0000"
+                               "-000000000000 can't be looked up"));
+    }
+    assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
+    pthread_mutex_lock(&server.lock);
+    server.types = NULL;
+    pthread_mutex_unlock(&server.lock);
+    registry_free(r);
+}
+
 /* ---- limits ---------------------------------------------------------------------------------- */
 
 static void slow_and_huge_are_bounded(void **state)
@@ -320,6 +348,7 @@ int main(void)
         cmocka_unit_test(bad_answers_have_their_errors),
         cmocka_unit_test(requests_are_what_a_registry_expects),
         cmocka_unit_test(registering_fails_by_name),
+        cmocka_unit_test(a_registry_without_guids_is_told_from_a_wrong_url),
         cmocka_unit_test(slow_and_huge_are_bounded),
         cmocka_unit_test(nobody_there),
         cmocka_unit_test(urls_are_tried_in_turn),

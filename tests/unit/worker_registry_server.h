@@ -10,6 +10,8 @@
 
 #include <microhttpd.h>
 #include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +26,7 @@ struct server {
     char *body;
     size_t body_len;
     int delay_ms;
+    const char *types;          /* answered to /schemas/types, or NULL */
     /* what was asked */
     int requests;
     char path[512], method[16], accept[128], content_type[128], authorization[128];
@@ -67,8 +70,11 @@ static enum MHD_Result server_answer(void *user, struct MHD_Connection *c, const
     copy_header(c, "Content-Type", s->content_type, sizeof s->content_type);
     copy_header(c, "Authorization", s->authorization, sizeof s->authorization);
     int delay = s->delay_ms;
-    unsigned status = s->status;
-    struct MHD_Response *r = MHD_create_response_from_buffer(s->body_len, s->body,
+    bool types = s->types && strcmp(url, "/schemas/types") == 0;
+    unsigned status = types ? 200 : s->status;
+    const char *body = types ? s->types : s->body;
+    struct MHD_Response *r = MHD_create_response_from_buffer(types ? strlen(body) : s->body_len,
+                                                             (void *)(uintptr_t)body,
                                                              MHD_RESPMEM_MUST_COPY);
     pthread_mutex_unlock(&s->lock);
     MHD_add_response_header(r, "Location", "http://127.0.0.1:9/elsewhere");
