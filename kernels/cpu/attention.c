@@ -92,21 +92,6 @@ static void soften_row(struct tile *t, int r, int pos0, int n)
     t->sum[r] += t->v->exp_sum(s + lo, s + lo, hi - lo, m);
 }
 
-/* Blocks of one head lie a whole block apart, which defeats the hardware's prefetch: K of the next
- * block and V of this one are asked for while this K is read. */
-static void prefetch_block(const struct tile *t, int b, bool more, int64_t k_floats)
-{
-    const float *v = head_block(t, b) + k_floats;
-    const int64_t v_floats = (int64_t)t->a->block_tokens * t->a->head_dim;
-    for (int64_t i = 0; i < v_floats; i += 16)
-        __builtin_prefetch(v + i);
-    if (!more)
-        return;
-    const float *k = head_block(t, b + 1);
-    for (int64_t i = 0; i < k_floats; i += 16)
-        __builtin_prefetch(k + i);
-}
-
 /* Blocks [b0, b1) of the sequence, at most SPAN lanes: positions b0 * block_tokens onwards. Blocks
  * of more than SPAN lanes come in slices of SPAN starting at `lane0`. */
 static void add_span(struct tile *t, int b0, int b1, int lane0, int keys_end)
@@ -120,8 +105,6 @@ static void add_span(struct tile *t, int b0, int b1, int lane0, int keys_end)
         const float *k = head_block(t, b) + lane0;
         int valid = LM_MIN(bt - lane0, SPAN);
         float lane_s[TILE_ROWS][CPU_LANES];
-        if (lane0 == 0)
-            prefetch_block(t, b, b + 1 < b1, lanes * hd);
         for (int l = 0; l < valid; l += CPU_LANES) {
             t->v->scores(lane_s[0], CPU_LANES, t->q, hd, t->rows, k + l, lanes, hd);
             int take = LM_MIN(CPU_LANES, valid - l);

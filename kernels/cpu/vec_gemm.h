@@ -165,7 +165,7 @@ INLINE void gemm_rows(const struct cpu_gemm_panel *g, int m0, int mr, enum kn_dt
 }
 
 /* Tiles of nearly equal height: 13 rows are 7 + 6, not 12 + 1. */
-INLINE void gemm_panel(const struct cpu_gemm_panel *g, enum kn_dtype t)
+INLINE void gemm_tiles(const struct cpu_gemm_panel *g, enum kn_dtype t)
 {
     int tiles = LM_DIV_UP(g->m, GEMM_MR);
     for (int i = 0, m0 = 0; i < tiles; i++) {
@@ -173,6 +173,40 @@ INLINE void gemm_panel(const struct cpu_gemm_panel *g, enum kn_dtype t)
         gemm_rows(g, m0, mr, t);
         m0 += mr;
     }
+}
+
+/* Where tiles are low, widening the weights anew for each tile would cost as much as the FMAs: so
+ * a strip of the panel is widened once, into 16 KB on the stack, and all tiles read that. */
+#define STRIP 128
+
+INLINE void gemm_strips(const struct cpu_gemm_panel *g, enum kn_dtype t)
+{
+    float wide[STRIP * CPU_PANEL];
+    const char *p = g->panel;
+    for (int k0 = 0; k0 < g->k; k0 += STRIP) {
+        struct cpu_gemm_panel strip = *g;
+        strip.k = LM_MIN(STRIP, g->k - k0);
+        for (int k = 0; k < strip.k; k++, p += CPU_PANEL * 2) {
+            vf w[NV];
+            widen(w, p, t);
+            UNROLL
+            for (int v = 0; v < NV; v++)
+                store(wide + k * CPU_PANEL + v * VW, w[v]);
+        }
+        strip.panel = wide;
+        strip.x = g->x + k0;
+        strip.bias = k0 == 0 ? g->bias : NULL;
+        strip.accumulate = g->accumulate || k0 > 0;
+        gemm_tiles(&strip, KN_F32);
+    }
+}
+
+INLINE void gemm_panel(const struct cpu_gemm_panel *g, enum kn_dtype t)
+{
+    if (t != KN_F32 && VW < 16 && g->m > 2 * GEMM_MR)
+        gemm_strips(g, t);
+    else
+        gemm_tiles(g, t);
 }
 
 static void gemm_f32(const struct cpu_gemm_panel *g)
