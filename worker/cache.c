@@ -34,6 +34,7 @@ struct cache {
     char *source;               /* DIR/SOURCE */
     char *own;                  /* DIR/tmp/PID.RANDOM */
     int own_fd;                 /* its lock */
+    int claims_fd;
     atomic_uint next;           /* N */
 };
 
@@ -211,6 +212,49 @@ static lm_status open_tmp(cache *c, struct lm_err *err)
     return st;
 }
 
+/* ---- claims ----------------------------------------------------------------------------- */
+
+static lm_status open_claims(cache *c, struct lm_err *err)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/claims", c->dir);
+    c->claims_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (c->claims_fd < 0)
+        return lm_err_set(err, LM_IO, "adapter cache %s: %s", path, strerror(errno));
+    return LM_OK;
+}
+
+/* Locks of the open file, not of the process (F_OFD): they work between threads' caches too. Two
+ * entries on one byte, once in 2^60, would wait for each other needlessly. */
+static bool set_claim(cache *c, const char *id, short type)
+{
+    uint64_t h = 0;
+    char hex[HEX_CHARS + 1];
+    char *path = cache_path(c, id);
+    if (!path || hash_text(path + strlen(c->dir), hex) != LM_OK) {
+        free(path);
+        return true;
+    }
+    free(path);
+    for (int i = 0; i < 15; i++)
+        h = h << 4 | (uint64_t)(hex[i] <= '9' ? hex[i] - '0' : hex[i] - 'a' + 10);
+    struct flock l = { .l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)h, .l_len = 1 };
+    /* Any other failure, such as a file system without locks, must not stop the fetching. */
+    return fcntl(c->claims_fd, F_OFD_SETLK, &l) == 0 || (errno != EAGAIN && errno != EACCES);
+}
+
+bool cache_claim(cache *c, const char *id)
+{
+    return set_claim(c, id, F_WRLCK);
+}
+
+void cache_unclaim(cache *c, const char *id)
+{
+    set_claim(c, id, F_UNLCK);
+}
+
+/* ---- opening a folder to fill ----------------------------------------------------------- */
+
 lm_status cache_tmp(cache *c, char **path, struct lm_err *err)
 {
     *path = format("%s/%u", c->own, c->next++);
@@ -245,7 +289,7 @@ lm_status cache_open(const char *dir, const char *source, cache **out, struct lm
     cache *c = lm_calloc(1, sizeof *c);
     *out = NULL;
     if (c) {
-        c->own_fd = -1;
+        c->own_fd = c->claims_fd = -1;
         c->dir = lm_strdup(dir ? dir : "");
     }
     if (!c || !c->dir) {
@@ -263,6 +307,8 @@ lm_status cache_open(const char *dir, const char *source, cache **out, struct lm
         st = open_source(c, source, err);
     if (st == LM_OK)
         st = open_tmp(c, err);
+    if (st == LM_OK)
+        st = open_claims(c, err);
     if (st != LM_OK) {
         cache_close(c);
         return st;
@@ -279,6 +325,8 @@ void cache_close(cache *c)
         remove_tree(c->own);
     if (c->own_fd >= 0)
         close(c->own_fd);
+    if (c->claims_fd >= 0)
+        close(c->claims_fd);
     free(c->own);
     free(c->source);
     free(c->dir);

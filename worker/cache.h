@@ -3,6 +3,7 @@
  * cache.h - adapters on disk, shared by any number of processes.
  *
  *   DIR/lock                         held while entries of tmp/ come to be or are swept
+ *   DIR/claims                       empty; a lock on byte hash(entry) is a claim
  *   DIR/tmp/PID.RANDOM/N/            folders being written; PID.RANDOM is locked by its owner
  *   DIR/SOURCE/ENTRY/                a whole adapter: adapter_config.json,
  *                                    adapter_model.safetensors, SHA256SUMS
@@ -40,6 +41,12 @@ void cache_close(cache *c);             /* removes what is ours in tmp/ */
 /* Where the adapter lies, or would; malloc'ed, NULL without memory. `id` was checked. */
 char *cache_path(const cache *c, const char *id);
 bool cache_has(const cache *c, const char *id);
+
+/* Says to other processes that this one is fetching the adapter, so that one download serves a host.
+ * False: another one is at it; look again later. A claim ends with its process, and is a courtesy
+ * only: nothing breaks when two fetch the same. Claims of one process do not exclude each other. */
+bool cache_claim(cache *c, const char *id);
+void cache_unclaim(cache *c, const char *id);
 
 /* An empty folder in tmp/ for one adapter; malloc'ed path. */
 lm_status cache_tmp(cache *c, char **path, struct lm_err *err);

@@ -15,6 +15,9 @@
  *                   |      `---------->+     files whole: form check, install, load
  *                   `------------------'     a damaged cache entry: removed, fetched once more
  *
+ * A job that would fetch what another process on this host is fetching waits in BACKOFF, without a
+ * claim, and is admitted anew: as a rule it then finds the cache filled.
+ *
  * The store thread has INBOX to READY, BACKOFF and FETCHING; the loader thread has LOADING. A job
  * belongs to one of them at a time and changes hands through a queue under the lock, so only the
  * queues, the tables and the waiters need it. Order of locks: there is just one, and no callback,
@@ -47,6 +50,8 @@
 #define RETRY_AFTER_MAX_MS 30000
 #define NEGATIVES_MAX 10000
 #define IDLE_WAIT_MS 1000
+#define CLAIM_LOOK_MS 50
+#define CLAIM_WAIT_MS 120000    /* another process that takes longer is helped by a second try */
 
 struct waiter {
     store_done *done;
@@ -68,7 +73,8 @@ struct job {
     int which;                  /* index into files[] */
     struct fetch file;
     int attempts;
-    int64_t due_us, began_us;
+    bool claimed;               /* other processes are told that we fetch it */
+    int64_t due_us, began_us;   /* began: to fetch, or to wait for another process */
 };
 STAILQ_HEAD(jobs, job);
 
@@ -198,6 +204,8 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
         free(w);
     }
     job_drop_files(j);
+    if (j->claimed)
+        cache_unclaim(s->cache, j->id);
     free(j->local);
     free(j->id);
     free(j);
@@ -455,7 +463,17 @@ static void to_fetch(store *s, struct job *j)
         fail(s, j, &err);
         return;
     }
-    j->began_us = lm_now_us();
+    int64_t now = lm_now_us();
+    if (j->began_us == 0)
+        j->began_us = now;
+    if (!j->claimed && !cache_claim(s->cache, j->id) &&
+        now - j->began_us < CLAIM_WAIT_MS * INT64_C(1000)) {
+        j->due_us = now + CLAIM_LOOK_MS * 1000;
+        STAILQ_INSERT_TAIL(&s->backoff, j, queue);
+        return;
+    }
+    j->claimed = true;
+    j->began_us = now;
     j->attempts = 0;
     STAILQ_INSERT_TAIL(&s->ready, j, queue);
 }
@@ -473,22 +491,29 @@ static void admit(store *s, struct job *j)
         to_fetch(s, j);
 }
 
-/* Moves what is due to READY; returns the milliseconds until the next one. */
+/* Moves on what is due; returns the milliseconds until the next one. */
 static int serve_backoff(store *s)
 {
-    struct jobs later = STAILQ_HEAD_INITIALIZER(later);
+    struct jobs later = STAILQ_HEAD_INITIALIZER(later), look = STAILQ_HEAD_INITIALIZER(look);
     struct job *j;
     int64_t now = lm_now_us(), next = now + IDLE_WAIT_MS * 1000;
     while ((j = STAILQ_FIRST(&s->backoff))) {
         STAILQ_REMOVE_HEAD(&s->backoff, queue);
-        if (j->due_us <= now) {
+        if (j->due_us <= now && j->claimed) {
             STAILQ_INSERT_TAIL(&s->ready, j, queue);
+        } else if (j->due_us <= now) {
+            STAILQ_INSERT_TAIL(&look, j, queue);
         } else {
             STAILQ_INSERT_TAIL(&later, j, queue);
             next = LM_MIN(next, j->due_us);
         }
     }
     STAILQ_CONCAT(&s->backoff, &later);
+    while ((j = STAILQ_FIRST(&look))) {
+        STAILQ_REMOVE_HEAD(&look, queue);
+        admit(s, j);
+        next = LM_MIN(next, now + CLAIM_LOOK_MS * 1000);
+    }
     return (int)((next - now + 999) / 1000);
 }
 

@@ -257,6 +257,14 @@ static void serve_silent(struct request *r)
     usleep(600000);
 }
 
+static void serve_first_silent(struct request *r)
+{
+    if (r->site->total == 1)
+        usleep(1500000);
+    else
+        serve_good(r);
+}
+
 static void serve_trickle(struct request *r)
 {
     if (is_config(r)) {
@@ -371,7 +379,7 @@ static const struct rule rules[] = {
     { "closing", serve_closing }, { "gzip", serve_gzip }, { "headers", serve_headers },
     { "garbage", serve_garbage }, { "to-file", serve_to_file }, { "loop", serve_loop },
     { "moved", serve_moved }, { "auth", serve_auth }, { "stranger", serve_stranger },
-    { "slow", serve_slow }, { "signed", serve_signed }, { NULL, NULL },
+    { "slow", serve_slow }, { "first-silent", serve_first_silent }, { "signed", serve_signed }, { NULL, NULL },
 };
 
 /* ---- the engine's side ------------------------------------------------------------------ */
@@ -1114,6 +1122,29 @@ static void test_race_of_processes(void **state)
     snprintf(tmp, sizeof tmp, "%s/tmp", f->dir);
     assert_int_equal(entries(tmp), 0);
     assert_true(installed(f, "slow"));
+    assert_int_equal(hits(f, "/slow/" CACHE_WEIGHTS), 1);       /* one download for all */
+}
+
+/* A process that is stopped while it fetches holds the others up for a while, not for ever; one
+ * that dies does not at all. */
+static void test_claim_ends_with_its_process(void **state)
+{
+    struct fix *f = *state;
+    int status;
+    pid_t pid = spawn_get(f, "first-silent");
+    for (int i = 0; i < 5000 && f->site->total == 0; i++)
+        usleep(1000);
+    struct answer w;
+    answer_init(&w);
+    open_store(f, NULL);
+    store_get(f->s, "first-silent", on_done, &w);
+    usleep(200000);
+    assert_int_equal(w.calls, 0);
+    assert_int_equal(f->site->total, 1);
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    await(&w, 1);
+    assert_int_equal(w.status, LM_OK);
 }
 
 static void test_kill_and_sweep(void **state)
@@ -1224,7 +1255,7 @@ int main(int argc, char **argv)
         TEST(test_not_an_adapter), TEST(test_nonsense_protocol), TEST(test_redirects),
         TEST(test_credentials_stay_home), TEST(test_messages_hide_credentials),
         TEST(test_damage_heals), TEST(test_bad_copy_is_fetched_once_more_only),
-        TEST(test_race_of_processes), TEST(test_kill_and_sweep),
+        TEST(test_race_of_processes), TEST(test_claim_ends_with_its_process), TEST(test_kill_and_sweep),
         TEST(test_sweep_spares_the_living), TEST(test_free_cancels_transfers),
         TEST(test_free_while_loading),
     };
