@@ -40,7 +40,8 @@ enum {
     DRAIN_POLL_MS = 10,
     SETTLE_MS = 40,             /* how long a short burst may take before it costs a pause */
     COMMITTED_TIMEOUT_MS = 10000,
-    COMMIT_WAIT_MS = 10000,
+    COMMIT_WAIT_MS = 5000,
+    CLOSE_WAIT_MS = 6000,       /* librdkafka gives LeaveGroup 5 s */
     SNAPSHOT_US = 1000000,
     COMPLAIN_EVERY_US = 10 * 1000000,
 };
@@ -271,6 +272,8 @@ static void start_commit(consumer *c, const rd_kafka_topic_partition_list_t *onl
 static void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only)
 {
     wait_for_commit(c);
+    if (c->committing)          /* the broker is silent; one such wait is enough */
+        return;
     start_commit(c, only);
     wait_for_commit(c);
 }
@@ -665,6 +668,26 @@ static void drain_all(consumer *c)
     hand_back(c, NULL);
 }
 
+/* Leaves the group. rd_kafka_consumer_close() would wait for ever for a commit that a silent broker
+ * doesn't answer, so the close is driven from here, within a budget. */
+static void close_consumer(consumer *c)
+{
+    rd_kafka_queue_t *q = rd_kafka_queue_new(c->rk);
+    rd_kafka_error_t *error = rd_kafka_consumer_close_queue(c->rk, q);
+    int64_t end = lm_now_us() + (int64_t)CLOSE_WAIT_MS * 1000;
+    if (error) {
+        lm_log(LM_WARN, "consumer", "close: %s", rd_kafka_error_string(error));
+        rd_kafka_error_destroy(error);
+    }
+    while (!error && !rd_kafka_consumer_closed(c->rk) && lm_now_us() < end) {
+        rd_kafka_queue_poll_callback(q, DRAIN_POLL_MS);
+        serve_commits(c, 0);
+    }
+    if (!rd_kafka_consumer_closed(c->rk))
+        lm_log(LM_WARN, "consumer", "the brokers are silent: ending without leaving the group");
+    rd_kafka_queue_destroy(q);
+}
+
 static void *consumer_main(void *arg)
 {
     consumer *c = arg;
@@ -675,7 +698,7 @@ static void *consumer_main(void *arg)
     drain_all(c);
     take_finished(c, 0);
     commit_now(c, NULL);
-    rd_kafka_consumer_close(c->rk);
+    close_consumer(c);
     return NULL;
 }
 
@@ -756,7 +779,7 @@ void consumer_free(consumer *c)
     while (c->n_parts)
         remove_part(c, &c->parts[0]);
     rd_kafka_queue_destroy(c->commit_queue);
-    rd_kafka_destroy(c->rk);
+    rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
     ledger_free(c->ledger);
     free(c->parts);
     free(c->pending);

@@ -26,7 +26,8 @@
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
-enum { LOG_DEAD_LETTERS = 10, SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000 };
+enum { LOG_DEAD_LETTERS = 10, SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000,
+       RELEASE_BUDGET_MS = 5000 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -273,9 +274,10 @@ static lm_status start(struct worker *w, struct lm_err *err)
 struct watchdog {
     pthread_t thread;
     bool started, starting;
-    int64_t end_us;
+    atomic_llong end_us;
     sigset_t signals;
     atomic_bool done;
+    atomic_int orderly;         /* all is drained; the status to end with is this - 1 */
 };
 
 static void *watchdog_main(void *arg)
@@ -283,7 +285,7 @@ static void *watchdog_main(void *arg)
     struct watchdog *d = arg;
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
-    while (got < 0 && lm_now_us() < d->end_us) {
+    while (got < 0 && lm_now_us() < atomic_load(&d->end_us)) {
         if (atomic_load(&d->done))
             return NULL;
         got = sigtimedwait(&d->signals, NULL, &tick);
@@ -291,6 +293,10 @@ static void *watchdog_main(void *arg)
     if (d->starting) {
         lm_log(LM_INFO, "worker", "%s while starting", strsignal(got));
         _exit(0);
+    }
+    if (got < 0 && atomic_load(&d->orderly)) {
+        lm_log(LM_WARN, "worker", "librdkafka waits for a silent broker: ended without it");
+        _exit(atomic_load(&d->orderly) - 1);
     }
     lm_log(LM_ERROR, "worker", "%s; unfinished prompts will be read again",
            got > 0 ? "second signal: ending at once" : "the shutdown hangs: ending at once");
@@ -301,7 +307,7 @@ static void *watchdog_main(void *arg)
 static void start_watchdog(struct watchdog *d, int64_t budget_ms)
 {
     d->starting = budget_ms < 0;
-    d->end_us = d->starting ? INT64_MAX : lm_now_us() + budget_ms * 1000;
+    atomic_store(&d->end_us, d->starting ? INT64_MAX : lm_now_us() + budget_ms * 1000);
     atomic_store(&d->done, false);
     d->started = !pthread_create(&d->thread, NULL, watchdog_main, d);
 }
@@ -314,25 +320,6 @@ static void stop_watchdog(struct watchdog *d)
     d->started = false;
 }
 
-/* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
-static void end_threads(struct worker *w)
-{
-    store_free(w->store);
-    atomic_store(&w->ending, true);
-    intake_free(w->intake);
-    outbox_free(w->outbox);
-    producer_stop(w->producer);
-    http_free(w->http);
-    consumer_free(w->consumer);         /* drops the ledger's references */
-    producer_free(w->producer);
-    job_queue_release(&w->to_intake);
-    job_queue_release(&w->done);
-    codec_free(w->codec);
-    if (w->engine)
-        engine_close(w->engine);
-    metrics_release(&w->metrics);
-}
-
 static void log_summary(struct worker *w)
 {
     struct metrics *m = &w->metrics;
@@ -342,6 +329,35 @@ static void log_summary(struct worker *w)
     lm_log(LM_INFO, "worker", "read %llu, completed %llu, expired %llu, dead-lettered %llu, "
            "handed back %llu", atomic_load(&m->consumed), atomic_load(&m->completed),
            atomic_load(&m->expired), dead, atomic_load(&m->dropped));
+}
+
+/* From here on only librdkafka's own ending may take its time. */
+static void allow_release(struct watchdog *d, int status)
+{
+    atomic_store(&d->orderly, status + 1);
+    atomic_store(&d->end_us, LM_MIN(atomic_load(&d->end_us),
+                                    lm_now_us() + (int64_t)RELEASE_BUDGET_MS * 1000));
+}
+
+/* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
+static void end_threads(struct worker *w, struct watchdog *dog, int status)
+{
+    store_free(w->store);
+    atomic_store(&w->ending, true);
+    intake_free(w->intake);
+    outbox_free(w->outbox);
+    producer_stop(w->producer);
+    http_free(w->http);
+    log_summary(w);
+    allow_release(dog, status);
+    consumer_free(w->consumer);         /* drops the ledger's references */
+    producer_free(w->producer);
+    job_queue_release(&w->to_intake);
+    job_queue_release(&w->done);
+    codec_free(w->codec);
+    if (w->engine)
+        engine_close(w->engine);
+    metrics_release(&w->metrics);
 }
 
 /* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
@@ -390,8 +406,7 @@ int worker_run(const struct config *cfg)
         supervise(&w, &dog);
         st = (lm_status)atomic_load(&w.failed);
     }
-    end_threads(&w);
-    log_summary(&w);
+    end_threads(&w, &dog, st ? 1 : 0);
     stop_watchdog(&dog);
     return st ? 1 : 0;
 }

@@ -126,6 +126,15 @@ static int end_worker(struct fixture *f)
     return WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st);
 }
 
+static void close_reader(struct fixture *f)
+{
+    if (f->reader) {
+        rd_kafka_consumer_close(f->reader);
+        rd_kafka_destroy(f->reader);
+    }
+    f->reader = NULL;
+}
+
 static int teardown(void **state)
 {
     struct fixture *f = *state;
@@ -135,10 +144,7 @@ static int teardown(void **state)
     }
     if (f->start >= 0)
         close(f->start);
-    if (f->reader) {
-        rd_kafka_consumer_close(f->reader);
-        rd_kafka_destroy(f->reader);
-    }
+    close_reader(f);
     rd_kafka_mock_cluster_destroy(f->mock);
     rd_kafka_destroy(f->rk);
     free(f);
@@ -382,6 +388,22 @@ static void test_second_signal(void **state)
     assert_true(lm_now_us() - start < 2 * 1000000ll);
 }
 
+/* A broker that takes requests and never answers: librdkafka's own close would wait for ever. */
+static void test_silent_broker(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    start_worker(f, "commit.interval_ms=10\ndrain.timeout_ms=1000\n");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    close_reader(f);                    /* it would hang as well */
+    rd_kafka_mock_broker_set_rtt(f->mock, 1, 300000);
+    sleep(1);
+    int64_t start = lm_now_us();
+    assert_int_equal(end_worker(f), 0);
+    assert_true(lm_now_us() - start < 25 * 1000000ll);
+}
+
 /* ---- HTTP ------------------------------------------------------------------------------- */
 
 static int local_socket(struct sockaddr_in *at, int port)
@@ -493,7 +515,8 @@ int main(void)
         TEST(test_broker_refuses_size), TEST(test_small_reply_is_tried_again),
         TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
-        TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_http),
+        TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
+        TEST(test_http),
         TEST(test_bad_property_fails_at_once),
     };
     signal(SIGPIPE, SIG_IGN);
