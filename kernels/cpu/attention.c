@@ -315,7 +315,7 @@ lm_status cpu_op_attention(kn_stream *s, const struct kn_attention *a)
     int64_t keys = 0;
     for (int i = 0; i < a->n_seqs; i++)
         keys += (int64_t)(a->q_start[i + 1] - a->q_start[i]) * a->kv_len[i];
-    int64_t work = keys * a->q_heads * a->head_dim / 16;
+    int64_t work = keys * a->q_heads * a->head_dim / 10;
     cpu_parallel(st, n, LM_MAX(1, n / (st->dev->threads * 8)), work, attn_range, &j);
     if (j.splits > 1)
         merge_splits(&j);

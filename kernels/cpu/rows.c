@@ -166,8 +166,8 @@ lm_status cpu_op_gemm(kn_stream *s, const struct kn_gemm *a)
     j.row_blocks = LM_DIV_UP(a->m, GEMM_ROWS);
     j.block_rows = LM_DIV_UP(a->m, j.row_blocks);
     int items = j.w->panels * j.row_blocks;
-    int64_t work = (int64_t)a->m * a->w->rows * a->w->cols / 24 +
-                   (int64_t)j.w->panel_bytes * j.w->panels / 24;
+    int64_t work = LM_MAX((int64_t)a->m * a->w->rows * a->w->cols / 50,
+                          (int64_t)j.w->panel_bytes * j.w->panels / 60);
     cpu_parallel(st, items, LM_MAX(1, items / (st->dev->threads * 8)), work, gemm_range, &j);
     return LM_OK;
 }
