@@ -48,6 +48,7 @@ struct core {
     int64_t next_deadline_ms;   /* earliest of any live request, INT64_MAX: none */
     uint64_t waiting_prompt_tokens;
     lm_status failed;
+    int starved;                /* steps in a row that got no memory */
     struct core_counters counters;
 
     /* while core_run() runs */

@@ -15,6 +15,8 @@
  * apply() pins before it evicts: adapters and prefixes that the plan relies on leave the idle lists
  * first, so that making room can't take them away.
  *
+ * No memory for an upload's or a step's bookkeeping ends the requests concerned, or is waited out.
+ *
  * Failure: a step or upload that fails leaves the device in an unknown state. Every live request
  * ends with ENGINE_ERROR and that status, the mailbox refuses new ones, and the thread only waits to
  * be stopped; the process should end.
@@ -22,6 +24,11 @@
 #include "engine/core_int.h"
 
 #include <stdio.h>
+#include <unistd.h>
+
+/* A machine out of memory for a second is given up. */
+#define STARVED_STEPS 100
+#define STARVED_REST_US 10000
 
 /* ---- ends of sequences and requests ---------------------------------------------------- */
 
@@ -250,6 +257,22 @@ static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct l
     return st;
 }
 
+/* There was no memory to load it (nothing was enqueued): those who wait for it are told, the others
+ * don't notice. */
+static void refuse_waiters(struct core *c, const struct engine_adapter *a, const char *why)
+{
+    lm_log(LM_WARN, "engine", "%s; requests for it end with this error", why);
+    for (int i = 0; i < c->waiting.n;) {
+        struct request *r = c->waiting.at[i]->req;
+        if (r->adapter == a) {
+            end_request(c, r, ENGINE_ERROR, LM_NOMEM, why);
+            i = 0;
+        } else {
+            i++;
+        }
+    }
+}
+
 /* Those who wait for weights, for their timings. Only when an upload starts. */
 static void note_adapter_waits(struct core *c)
 {
@@ -292,8 +315,13 @@ static lm_status apply(struct core *c, struct plan *p, struct lm_err *err)
         it->n_tok = LM_MIN(it->n_tok, it->seq->n_tokens - it->seq->n_computed);
         st = grow(c, it->seq, it->seq->n_computed + it->n_tok, err);
     }
-    for (int i = 0; st == LM_OK && i < p->n_load; i++)
+    for (int i = 0; st == LM_OK && i < p->n_load; i++) {
         st = load_adapter(c, p->load[i], err);
+        if (st == LM_NOMEM) {
+            refuse_waiters(c, p->load[i], err->msg);
+            st = LM_OK;
+        }
+    }
     if (p->n_load > 0)
         note_adapter_waits(c);
     return st;
@@ -383,6 +411,15 @@ static void fail_all(struct core *c, lm_status st, const char *why)
     mailbox_fail(c->mail, st);
 }
 
+/* No memory for a larger step's metadata, so nothing was launched: the plan's blocks are there, its
+ * tokens are not computed, and the next turn plans the same again. */
+static lm_status rest(const struct lm_err *err)
+{
+    lm_log(LM_WARN, "engine", "%s; trying again", err->msg);
+    usleep(STARVED_REST_US);
+    return LM_OK;
+}
+
 static lm_status run_step(struct core *c, struct lm_err *err)
 {
     const struct step_row *rows = NULL;
@@ -395,8 +432,11 @@ static lm_status run_step(struct core *c, struct lm_err *err)
     if (st == LM_OK)
         st = step_finish(c->step, c->stream, &rows, &n_rows, err);
     int64_t t1 = lm_now_us();
+    if (st == LM_NOMEM && ++c->starved < STARVED_STEPS)
+        return rest(err);
     if (st != LM_OK)
         return st;
+    c->starved = 0;
     commit(c, &c->plan);
     take_rows(c, rows, n_rows);
     c->tier.clock++;
