@@ -51,7 +51,7 @@ def check_storefront(count):
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     for line in (MODELS / "orders.txt").read_text().splitlines():
         assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == line
-    check_copying("base", base, encoder, NEUTRAL, 4 * count, 0.9)
+    check_copying("base", base, encoder, NEUTRAL, 480, 0.9)
 
     event = next(e for e in events.orders(1000) if e.kind == "order_shipped")
     print(f"\n  {event.prompt()}")
@@ -68,7 +68,7 @@ def check_storefront(count):
     print()
     for ident in SPECS:
         model.set_adapter(names[ident])
-        check_copying(ident, model, encoder, VOICES[ident], count, 0.8)
+        check_copying(ident, model, encoder, VOICES[ident], count, 0.85)
     manifest = json.loads((MODELS / "storefront-adapters.json").read_text())
     assert [row["id"] for row in manifest] == list(SPECS) and len(manifest) >= 24
 
@@ -95,7 +95,7 @@ def check_tiny():
 
 def main():
     parser = argparse.ArgumentParser(description="Check the shipped models.")
-    parser.add_argument("--count", type=int, default=32, help="held-out events for each adapter")
+    parser.add_argument("--count", type=int, default=64, help="held-out events for each adapter")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
