@@ -15,6 +15,7 @@
  */
 #include <errno.h>
 #include <getopt.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -27,6 +28,8 @@
 #define REPORT_MAX 20           /* dead letters, and missing ids, that are named */
 #define BROKER_TIMEOUT_MS 15000
 #define OFFSETS_TIMEOUT_MS 15000
+#define REGISTRY_TRIES 10
+#define REGISTRY_PAUSE_MS 1000
 
 struct collect {
     struct cli_settings settings;
@@ -39,6 +42,7 @@ struct collect {
     struct cli_kafka kafka;
     rd_kafka_topic_partition_list_t *parts;     /* with .opaque set once its end was seen */
     int ends_seen;
+    codec *codec;
     outcomes *job;
     FILE *out;
     progress *bar;
@@ -86,11 +90,22 @@ static void unreadable(struct collect *c, const rd_kafka_message_t *m, const str
                      rd_kafka_topic_name(m->rkt), m->partition, (long long)m->offset, err->msg);
 }
 
+/* The schema registry is away: the reply is not at fault. */
+static bool may_heal(lm_status st)
+{
+    return lm_status_disposition(st) == LM_DO_RETRY;
+}
+
 static void take_reply(struct collect *c, const rd_kafka_message_t *m)
 {
     struct lm_err err;
     struct reply r;
-    if (reply_read(m, &r, &err) != LM_OK) {
+    lm_status st = reply_read(c->codec, m, &r, &err);
+    for (int i = 0; may_heal(st) && i < REGISTRY_TRIES && !cli_interrupted(); i++) {
+        poll(NULL, 0, REGISTRY_PAUSE_MS);
+        st = reply_read(c->codec, m, &r, &err);
+    }
+    if (st != LM_OK) {
         unreadable(c, m, &err);
         return;
     }
@@ -216,13 +231,24 @@ static lm_status read_job(struct collect *c, struct lm_err *err)
     return LM_OK;
 }
 
+static lm_status open_codec(struct collect *c, struct lm_err *err)
+{
+    struct codec_config cc = {
+        .registry_url = c->config.registry_url, .registry_auth = c->config.registry_auth,
+        .registry_ca = c->config.registry_ca_file, .reply_topic = c->config.topics_replies,
+    };
+    return codec_new(&cc, &c->codec, err);
+}
+
 static lm_status open_all(struct collect *c, struct lm_err *err)
 {
     struct outcome_counts counts;
     c->started_us = lm_now_us();
     if (!(c->job = outcomes_new()) || !(c->tally = tally_new()))
         return lm_err_set(err, LM_NOMEM, "no memory");
-    lm_status st = c->job_file ? read_job(c, err) : LM_OK;
+    lm_status st = open_codec(c, err);
+    if (st == LM_OK && c->job_file)
+        st = read_job(c, err);
     if (st != LM_OK)
         return st;
     if (c->expect > 0)
@@ -260,6 +286,7 @@ static void close_all(struct collect *c)
     cli_kafka_close(&c->kafka);
     tally_free(c->tally);
     outcomes_free(c->job);
+    codec_free(c->codec);
     config_release(&c->config);
 }
 

@@ -12,24 +12,29 @@
 
 /* ---- replies ---------------------------------------------------------------------------- */
 
-static bool looks_like_avro(const rd_kafka_message_t *m)
+#define HEADERS_MAX 64          /* of those that say how a value is encoded */
+
+static int collect_headers(const rd_kafka_message_t *m, struct header *out)
 {
-    const unsigned char *v = m->payload;
-    return m->len >= 5 && v[0] <= 1;
+    rd_kafka_headers_t *h;
+    int n = 0;
+    if (rd_kafka_message_headers(m, &h) != RD_KAFKA_RESP_ERR_NO_ERROR)
+        return 0;
+    while (n < HEADERS_MAX &&
+           rd_kafka_header_get_all(h, (size_t)n, &out[n].name, &out[n].value, &out[n].len) ==
+               RD_KAFKA_RESP_ERR_NO_ERROR)
+        n++;
+    return n;
 }
 
-lm_status reply_read(const rd_kafka_message_t *m, struct reply *r, struct lm_err *err)
+lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, struct lm_err *err)
 {
-    json_error_t je;
+    struct header h[HEADERS_MAX];
+    int n = collect_headers(m, h);
     *r = (struct reply){ 0 };
-    if (!m->payload)
-        return lm_err_set(err, LM_FORMAT, "no value");
-    if (looks_like_avro(m))
-        return lm_err_set(err, LM_UNSUPPORTED, "an Avro reply; set replies.encoding=json for the "
-                          "workers, or read it with an Avro consumer");
-    r->root = json_loadb(m->payload, m->len, 0, &je);
-    if (!r->root)
-        return lm_err_set(err, LM_FORMAT, "not JSON: %s", je.text);
+    lm_status st = codec_decode_tree(c, m->payload, m->len, h, n, &r->root, err);
+    if (st != LM_OK)
+        return st;
     const json_t *id = json_object_get(r->root, "id");
     if (!json_is_string(id)) {
         reply_release(r);
@@ -37,6 +42,8 @@ lm_status reply_read(const rd_kafka_message_t *m, struct reply *r, struct lm_err
     }
     r->id = json_string_value(id);
     r->id_len = json_string_length(id);
+    r->as_it_came = codec_detect(m->payload, m->len, h, n) == ENCODING_JSON &&
+                    !memchr(m->payload, '\n', m->len) && !memchr(m->payload, '\r', m->len);
     return LM_OK;
 }
 
@@ -46,12 +53,11 @@ void reply_release(struct reply *r)
     *r = (struct reply){ 0 };
 }
 
-/* The reply's own bytes, unless they would break the one-line rule. */
 char *reply_line(const struct reply *r, const rd_kafka_message_t *m)
 {
-    if (memchr(m->payload, '\n', m->len) || memchr(m->payload, '\r', m->len))
-        return json_dumps(r->root, JSON_COMPACT | JSON_ENCODE_ANY);
-    return lm_strndup(m->payload, m->len);
+    if (r->as_it_came)
+        return lm_strndup(m->payload, m->len);
+    return json_dumps(r->root, JSON_COMPACT);
 }
 
 /* ---- headers ---------------------------------------------------------------------------- */

@@ -2,7 +2,7 @@
 /*
  * cmd_collect_record.h - what a collector reads out of one record, and the line it makes of it.
  *
- * Replies are JSON (docs/messages.md). Dead letters are prompts with headers that say why; our own
+ * Replies are JSON or Avro (docs/messages.md). Dead letters are prompts with headers that say why; our own
  * names and both families in use elsewhere are understood (binary numbers under kafka_dlt-*, text
  * under __connect.errors.*), so that dead letters of other tools can be read too.
  * Nothing in a record is trusted: a header that is missing or odd reads as unknown.
@@ -13,6 +13,7 @@
 #include <jansson.h>
 #include <librdkafka/rdkafka.h>
 #include "worker/cmd_collect_outcomes.h"
+#include "worker/codec.h"
 
 /* ---- replies ---------------------------------------------------------------------------- */
 
@@ -20,9 +21,11 @@ struct reply {
     json_t *root;
     const char *id;             /* in root */
     size_t id_len;
+    bool as_it_came;            /* the record's value is the line */
 };
 
-lm_status reply_read(const rd_kafka_message_t *m, struct reply *r, struct lm_err *err);
+/* Disposition LM_DO_RETRY: the registry does not answer. */
+lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, struct lm_err *err);
 void reply_release(struct reply *r);
 char *reply_line(const struct reply *r, const rd_kafka_message_t *m);   /* malloc'ed, or NULL */
 

@@ -196,16 +196,16 @@ static lm_status parse_key(const unsigned char *at, size_t len, const char *wher
                       "and 4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
 }
 
-static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
-                             const struct header *id, struct prompt **out, struct lm_err *err)
+static lm_status decode_avro_tree(codec *c, const unsigned char *value, size_t len,
+                                  const struct header *id, json_t **out, struct lm_err *err)
 {
     struct schema_key key;
     size_t used = 0;
     const struct avro_plan *plan = NULL;
-    json_t *root = NULL;
+    *out = NULL;
     if (!c->cache)
-        return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but this worker has no "
-                          "registry.url");
+        return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but the configuration "
+                          "has no registry.url");
     lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, &used, err)
                       : parse_key(value, len, "the value", &key, &used, err);
     if (!st && id && used != id->len)
@@ -216,7 +216,15 @@ static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
     if (!st)
         st = schema_cache_get(c->cache, &key, &plan, err);
     if (!st)
-        st = avro_decode(plan, value + used, len - used, &root, err);
+        st = avro_decode(plan, value + used, len - used, out, err);
+    return st;
+}
+
+static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
+                             const struct header *id, struct prompt **out, struct lm_err *err)
+{
+    json_t *root = NULL;
+    lm_status st = decode_avro_tree(c, value, len, id, &root, err);
     if (!st)
         st = json_prompt_read(root, ENCODING_AVRO, c->model_name, out, err);
     json_decref(root);
@@ -245,6 +253,22 @@ lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const str
     if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
         return decode_avro(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out, err);
     return decode_json(value, len, c->model_name, out, err);
+}
+
+lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struct header *h,
+                            int n_headers, struct json_t **out, struct lm_err *err)
+{
+    json_error_t je;
+    *out = NULL;
+    if (!value || len == 0)
+        return lm_err_set(err, LM_FORMAT, "no value");
+    if (len > c->max_message)
+        return lm_err_set(err, LM_TOO_LARGE, "%zu bytes, more than %zu", len, c->max_message);
+    if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
+        return decode_avro_tree(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out,
+                                err);
+    *out = json_loadb(value, len, 0, &je);
+    return *out ? LM_OK : lm_err_set(err, LM_FORMAT, "not JSON: %s", je.text);
 }
 
 /* ---- encoding ------------------------------------------------------------------------------ */

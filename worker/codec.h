@@ -45,6 +45,12 @@ enum encoding codec_detect(const void *value, size_t len, const struct header *h
 lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,
                               int n_headers, struct prompt **out, struct lm_err *err);
 
+/* Any message, a completion for instance, as a tree of jansson's; the caller json_decref()s it.
+ * Fields that are null in Avro are left out. Nothing about its fields is checked. */
+struct json_t;
+lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struct header *h,
+                            int n_headers, struct json_t **out, struct lm_err *err);
+
 /* JSON only, no codec state: for the command line tools. */
 lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
                              struct lm_err *err);

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "hostile_http.h"
 #include "worker/cmd_collect_outcomes.h"
 #include "worker/commands.h"
 #include "worker/dev_broker.h"
@@ -520,13 +521,45 @@ static void test_collect_hostile_records(void **state)
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--summary", f->summary,
                          NULL), 1);
     expect_said(f, "1 answered, 2 dead-lettered, 0 missing, 4 unreadable");
-    expect_said(f, "an Avro reply");
+    expect_said(f, "has no registry.url");
     assert_int_equal(count_lines(f->out), 3);   /* the reply's own newline is gone */
     json_decref(line_of(f, "ok"));
     char *text = read_file(f->out);
     assert_non_null(strstr(text, "\"value\":{\"hex\":\"fffe\"}"));
     assert_non_null(strstr(text, "\"message\":\"caf?\""));
     free(text);
+}
+
+static void serve_schema(struct request *r)
+{
+    const char body[] = "{\"schema\":\"{\\\"type\\\":\\\"record\\\",\\\"name\\\":\\\"c\\\","
+                        "\\\"fields\\\":[{\\\"name\\\":\\\"id\\\",\\\"type\\\":\\\"string\\\"},"
+                        "{\\\"name\\\":\\\"worker\\\",\\\"type\\\":\\\"string\\\"}]}\"}";
+    if (r->nth == 0)            /* it has a bad moment first */
+        sendf(r, "HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n");
+    else
+        sendf(r, "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.schemaregistry.v1+json\r\n"
+              "Content-Length: %zu\r\n\r\n%s", sizeof body - 1, body);
+}
+
+static void test_collect_avro(void **state)
+{
+    struct fix *f = *state;
+    static const struct rule rules[] = { { "schemas", serve_schema }, { NULL, NULL } };
+    static const char record[] = "\0\0\0\0\7" "\x0a" "avro1" "\x04" "w9";
+    struct site *site = site_open(rules);
+    char url[64];
+    rd_kafka_producev(f->producer, RD_KAFKA_V_TOPIC(f->replies),
+                      RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
+                      RD_KAFKA_V_VALUE((void *)(uintptr_t)record, sizeof record - 1),
+                      RD_KAFKA_V_END);
+    assert_int_equal(rd_kafka_flush(f->producer, WAIT_MS), 0);
+    snprintf(url, sizeof url, "registry.url=http://127.0.0.1:%d", site->port);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--set", url, NULL), 0);
+    json_t *o = line_of(f, "avro1");
+    assert_string_equal(json_string_value(json_object_get(o, "worker")), "w9");
+    json_decref(o);
+    site_close(site);
 }
 
 static void test_collect_since(void **state)
@@ -601,7 +634,7 @@ int main(void)
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
-        TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
+        TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
         cmocka_unit_test(test_outcomes_by_count),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
