@@ -319,8 +319,8 @@ static lm_status check_room(const engine *e, const struct request *r, struct lm_
     if (kv + lora > pool)
         return lm_err_set(err, LM_TOO_LARGE,
                           "%d prompt tokens and max_tokens %d need %d blocks of KV cache and the "
-                          "adapter %d; the pool has %d", r->prompt.n, r->params.max_tokens, kv, lora,
-                          pool);
+                          "adapter %d; the pool has %d", r->prompt.n, r->params.max_tokens, kv,
+                          lora, pool);
     return LM_OK;
 }
 

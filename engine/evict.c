@@ -3,8 +3,8 @@
  * evict.c - least recently used first, over both kinds of idle content.
  *
  * What is idle costs nothing until someone needs its blocks, so nothing leaves early. Adapters and
- * cached prefixes age on one clock (steps). On a tie the prefix goes: it frees one block at the cost
- * of 16 tokens' prefill at most, an adapter frees many at the cost of a copy.
+ * cached prefixes age on one clock (steps). On a tie the prefix goes: it frees one block at the
+ * cost of 16 tokens' prefill at most, an adapter frees many at the cost of a copy.
  */
 #include "engine/evict.h"
 

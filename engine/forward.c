@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * forward.c - the layers of Llama, Mistral, Qwen2 and Qwen3, which differ in data only: biases, head
- * norms, windows.
+ * forward.c - the layers of Llama, Mistral, Qwen2 and Qwen3, which differ in data only: biases,
+ * head norms, windows.
  *
  *     res = embed(ids)
  *     for each layer:

@@ -18,8 +18,8 @@
  * No memory for an upload's or a step's bookkeeping ends the requests concerned, or is waited out.
  *
  * Failure: a step or upload that fails leaves the device in an unknown state. Every live request
- * ends with ENGINE_ERROR and that status, the mailbox refuses new ones, and the thread only waits to
- * be stopped; the process should end.
+ * ends with ENGINE_ERROR and that status, the mailbox refuses new ones, and the thread only waits
+ * to be stopped; the process should end.
  */
 #include "engine/core_int.h"
 

@@ -5,7 +5,7 @@
  * Invariants, which pool_check() verifies:
  *  1. free_ids[0 .. n_free) are distinct ids in [0, n_blocks), each with refs 0 and owner FREE.
  *  2. Every other id has refs >= 1 and an owner that is not FREE.
- *  3. count[o] is the number of blocks of owner o; the counts sum to n_blocks; count[FREE] = n_free.
+ *  3. count[o] is the number of blocks of owner o; they sum to n_blocks; count[FREE] = n_free.
  *
  * A stack, not a queue: the block freed last is the one whose lines are likeliest still in a cache,
  * and both ends of the operation are one store. Nothing here allocates after pool_init().

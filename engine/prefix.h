@@ -7,8 +7,8 @@
  * beginning, the choices of one request, and a sequence that is recomputed after a preemption take
  * such blocks instead of computing them. Never shared across adapters or their versions.
  *
- * The cache holds one reference on each of its blocks; a block that only the cache holds is idle and
- * stays until someone needs the room (evict.c).
+ * The cache holds one reference on each of its blocks; a block that only the cache holds is idle
+ * and stays until someone needs the room (evict.c).
  *
  * Threads: belongs to the engine thread.
  */

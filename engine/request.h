@@ -60,7 +60,6 @@ struct seq {
     int32_t *tokens;            /* [cap_tokens] prompt, then output; NULL until seq_open() */
     int n_prompt, n_tokens, cap_tokens;
     int n_computed;             /* positions whose KV is in the pool */
-    int n_sched;                /* of them plus this step's; set by apply, committed after the step */
 
     int32_t *blocks;            /* [cap_blocks] */
     int n_blocks, cap_blocks;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * result_build.c - the result of a finished request. Runs once a request, not once a step, so it may
- * allocate; when memory is short the result says so instead of not existing.
+ * result_build.c - the result of a finished request. Runs once a request, not once a step, so it
+ * may allocate; when memory is short the result says so instead of not existing.
  */
 #include <math.h>
 #include <stdio.h>

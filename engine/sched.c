@@ -9,9 +9,9 @@
  *     were admitted.
  *  3. Admission, unless something was preempted: whoever fits, with all blocks of its prompt and a
  *     reserve for those that decode. Who does not fit, or whose adapter is still on its way, is
- *     passed over and blocks nobody, until it was overtaken SCHED_MAX_BYPASS times. A wanted adapter
- *     that is not resident is loaded if it and its sequence fit, and both are charged, so that the
- *     room is still there when the upload has passed.
+ *     passed over and blocks nobody, until it was overtaken SCHED_MAX_BYPASS times. A wanted
+ *     adapter that is not resident is loaded if it and its sequence fit, and both are charged, so
+ *     that the room is still there when the upload has passed.
  *
  * Why every admitted request ends: engine_submit() let in only what fits an empty pool. The first
  * in rank is never preempted while another could be; when it runs alone, all other blocks are
@@ -223,8 +223,8 @@ static void charge(struct plan *p, struct engine_adapter *a, int cost, int block
         p->charged[p->n_charged++] = a;
 }
 
-/* Blocks that admitting `s` takes out of the budget, given what the prefix cache has: matched blocks
- * are not taken, but the idle ones among them are no longer reclaimable. */
+/* Blocks that admitting `s` takes out of the budget, given what the prefix cache has: matched
+ * blocks are not taken, but the idle ones among them are no longer reclaimable. */
 static int admission_blocks(const struct sched_view *v, const struct plan *p, const struct seq *s,
                             int cost, int reserve)
 {

@@ -7,7 +7,7 @@
  * loop.c applies it. So the policy is tested without a device, and can later be planned while the
  * device is busy with the step before.
  *
- * Rank: priority (higher first), then arrival, then choice index. Both lists are kept in rank order.
+ * Rank: priority (higher first), then arrival, then choice. Both lists are kept in rank order.
  */
 #ifndef LORAMILL_ENGINE_SCHED_H
 #define LORAMILL_ENGINE_SCHED_H

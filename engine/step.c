@@ -7,9 +7,9 @@
  * over the adapters met in this step: its cost depends on the batch, not on how many adapters are
  * known.
  *
- * Rows (positions whose logits are wanted): the last known token of a sequence, unless nothing is to
- * be generated; and for a scored prompt every position but the last, each with the next prompt token
- * forced. Everything else of a prompt never reaches the head.
+ * Rows (positions whose logits are wanted): the last known token of a sequence, unless nothing is
+ * to be generated; and for a scored prompt every position but the last, each with the next prompt
+ * token forced. Everything else of a prompt never reaches the head.
  *
  * Results are laid out structure by structure behind each other, so that copying back n rows is two
  * copies, four if alternatives were asked for.
@@ -452,7 +452,8 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
         .max_kv = z.max_kv, .ids = on_device(s, l.ids), .pos = on_device(s, l.pos),
         .slot = on_device(s, l.slot), .dyn_len = dynamic ? on_device(s, l.dyn_len) : NULL,
         .q_start = on_device(s, l.q_start), .kv_len = on_device(s, l.kv_len),
-        .block_table = on_device(s, l.table), .table_ld = z.table_ld, .lora = fill_lora(s, &l, z.n_tok),
+        .block_table = on_device(s, l.table), .table_ld = z.table_ld,
+        .lora = fill_lora(s, &l, z.n_tok),
         .row_idx = on_device(s, l.row_idx), .rows = on_device(s, l.rows),
         .history = on_device(s, l.history),
     };

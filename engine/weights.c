@@ -170,7 +170,7 @@ static lm_status load_vector(struct loader *l, int layer, const char *suffix, in
 
 /* ---- matrices -------------------------------------------------------------------------- */
 
-/* A matrix from up to three tensors stacked by rows; each gives its shard of rows, or of columns. */
+/* A matrix from up to three tensors stacked by rows; each gives its shard of rows or columns. */
 struct part {
     const char *suffix;
     int rows, cols;             /* of the whole tensor */

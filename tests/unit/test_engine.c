@@ -43,7 +43,7 @@ static char *run_text(engine *e, const struct engine_request *r)
 
 /* ---- stops ----------------------------------------------------------------------------- */
 
-/* Every substring of the greedy text must stop it where it first occurs, whatever tokens it spans. */
+/* Any piece of the greedy text must stop it where it first occurs, whatever tokens it spans. */
 static void stop_strings_anywhere(void **state)
 {
     (void)state;

@@ -11,8 +11,8 @@
  * exactly once, the engine serves the next request as if nothing had been, and closing gives back
  * every allocation.
  *
- * Only calls from this program's own code fail: how libraries bear it is their affair (libcrypto 3.0
- * leaks when fetching a digest fails).
+ * Only calls from this program's own code fail: how libraries bear it is their affair (libcrypto
+ * 3.0 leaks when fetching a digest fails).
  *
  * Sanitizers bring their own allocator, so under them nothing is made to fail.
  */

@@ -4,11 +4,11 @@
  * random pools, batch sizes and token budgets; each that ran to its end must say what it says
  * alone, and every one must end exactly once.
  *
- * Requests differ in adapter (two versions under one id among them), prompt (with shared beginnings,
- * so that the prefix cache is hit), length, choices, priority, scoring, deadline, and some are
- * cancelled at a random moment. Greedy, so that words can be compared; spm-tiny's top two may be
- * near, so a difference is allowed exactly where the reference run says that they are nearer than
- * 1e-4. Checking builds (sanitizers) also verify the pool's books after every step.
+ * Requests differ in adapter (two versions under one id among them), prompt (with shared
+ * beginnings, so that the prefix cache is hit), length, choices, priority, scoring, deadline, and
+ * some are cancelled at a random moment. Greedy, so that words can be compared; spm-tiny's top two
+ * may be near, so a difference is allowed exactly where the reference run says that they are nearer
+ * than 1e-4. Checking builds (sanitizers) also verify the pool's books after every step.
  */
 #include "engine_fixture.h"
 

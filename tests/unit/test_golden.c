@@ -24,7 +24,7 @@
 #define MAX_CASES 512
 
 struct golden_case {
-    char variant[128];          /* "base" or an adapter's folder */
+    char variant[256];          /* "base" or an adapter's folder */
     const int32_t *prompt;
     int n_prompt;
     const float *prompt_logprobs;
