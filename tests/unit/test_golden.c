@@ -352,6 +352,7 @@ int main(void)
         FAMILY("llama2"), FAMILY("llama3"), FAMILY("mistral"), FAMILY("qwen2"),
         FAMILY("qwen2-window"), FAMILY("qwen3"), FAMILY("tied"), FAMILY("rope-linear"),
         FAMILY("rope-dynamic"), FAMILY("rope-yarn"), SHIPPED("spm-tiny"),
+        SHIPPED("storefront"),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
