@@ -229,7 +229,7 @@ void engine_wake(engine *e);    /* makes a waiting engine_poll() return */
 /* ---- numbers --------------------------------------------------------------------------- */
 
 struct engine_stats {
-    int waiting, running, loading;      /* requests; loading: waiting for adapter weights */
+    int waiting, running, loading;      /* sequences; loading: of the waiting, for weights */
     int pool_blocks, free_blocks, kv_blocks, adapter_blocks;
     int adapters_host, adapters_resident;
     size_t host_adapter_bytes;

@@ -451,7 +451,7 @@ static void publish(struct core *c)
 {
     GAUGE(c, waiting, c->waiting.n);
     GAUGE(c, running, c->running.n);
-    GAUGE(c, loading, c->tier.n_loading);
+    GAUGE(c, loading, c->plan.n_unready);
     GAUGE(c, free_blocks, c->pool.n_free);
     GAUGE(c, kv_blocks, c->pool.count[POOL_KV]);
     GAUGE(c, adapter_blocks, c->pool.count[POOL_ADAPTER]);

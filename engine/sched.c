@@ -258,6 +258,7 @@ static enum verdict consider(const struct sched_view *v, struct plan *p, struct 
                              int n_running)
 {
     struct engine_adapter *a = s->req->adapter;
+    p->n_unready += a && a->res.state != RES_RESIDENT;
     if (waits_for_leader(s) || (a && a->res.state == RES_LOADING))
         return PASS;
     int cost = adapter_cost(p, a);
@@ -298,7 +299,7 @@ static void plan_admissions(const struct sched_view *v, struct plan *p, int n_ru
 void sched_plan(const struct sched_view *v, struct plan *p)
 {
     p->n_items = p->n_preempt = p->n_admit = p->n_overtaken = p->n_load = p->n_tok = 0;
-    p->n_charged = 0;
+    p->n_charged = p->n_unready = 0;
     p->budget = v->reclaimable;
     p->tokens = v->max_step_tokens;
     int end = plan_decodes(v, p);

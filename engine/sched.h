@@ -62,6 +62,7 @@ struct plan {
     struct engine_adapter **charged;    /* [SCHED_LOOKAHEAD] idle or loaded ones it relies on */
     int n_items, n_preempt, n_admit, n_overtaken, n_load, n_charged;
     int n_tok;
+    int n_unready;              /* waiting ones looked at whose adapter is not in blocks */
 
     /* scratch of sched_plan() */
     int budget, tokens;         /* blocks and tokens left */
