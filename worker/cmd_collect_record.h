@@ -2,9 +2,9 @@
 /*
  * cmd_collect_record.h - what a collector reads out of one record, and the line it makes of it.
  *
- * Replies are JSON or Avro (docs/messages.md). Dead letters are prompts with headers that say why; our own
- * names and both families in use elsewhere are understood (binary numbers under kafka_dlt-*, text
- * under __connect.errors.*), so that dead letters of other tools can be read too.
+ * Replies are JSON or Avro (docs/messages.md). Dead letters are prompts with headers that say why;
+ * our own names and both families in use elsewhere are understood (binary numbers under
+ * kafka_dlt-*, text under __connect.errors.*), so that dead letters of other tools can be read too.
  * Nothing in a record is trusted: a header that is missing or odd reads as unknown.
  */
 #ifndef LORAMILL_WORKER_CMD_COLLECT_RECORD_H

@@ -62,6 +62,10 @@ static void write_properties(const struct dev *d, FILE *f, const char *model)
                "kafka.bootstrap.servers=%s\n"
                "topics.prompts=%s\ntopics.replies=%s\ntopics.dead_letters=%s\n",
             dev_broker_address(d->broker), TOPIC_PROMPTS, TOPIC_REPLIES, TOPIC_DEAD_LETTERS);
+    /* The embedded broker waits for a group's members as long as their session, less a second, at
+     * each rebalance after the first. */
+    fprintf(f, "kafka.consumer.session.timeout.ms=4000\n"
+               "kafka.consumer.heartbeat.interval.ms=500\n");
     if (d->store)
         fprintf(f, "adapters.url=http://127.0.0.1:%d/{adapter}\n", dev_store_port(d->store));
     fprintf(f, "adapters.cache_dir=%s/cache\n", d->folder);

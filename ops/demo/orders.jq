@@ -3,11 +3,15 @@
 # orders.jq - lines of orders.txt in, prompts (JSONL) out, with a few bad ones among them.
 # Needs: --slurpfile voices storefront-adapters.json, and jq -nRr.
 #
-# The last six orders are the same event in six voices, greedily, for the table at the end.
+# The last six orders are the same event in six voices, greedily, for the table at the end: those
+# named here, as far as they exist, then others.
+
+def favourites:
+  [ "captain-sal", "sterling/formal", "globe-theatre", "nordwind-terse", "noir-files", "grumbles" ];
 
 def prompt($n; $event; $voice; $temperature):
   { id: "order-\($n)", adapter: $voice.id, prompt: $event,
-    params: { max_tokens: 60, temperature: $temperature, seed: $n } };
+    params: { max_tokens: 80, temperature: $temperature, seed: $n } };
 
 # Each of these must come back as a dead letter that says what is wrong.
 def bad($event; $voice):
@@ -23,10 +27,12 @@ $voices[0] as $v
 | [ inputs | select(length > 0) ] as $orders
 | ($v | length) as $nv
 | ($orders | length) as $n
-| ([6, $nv] | min) as $shown
+| ([ favourites[] as $f | $v[] | select(.id == $f) ]
+   + [ $v[] | select(.id | IN(favourites[]) | not) ])[:6] as $six
+| ($six | length) as $shown
 | [ range($n - $shown) | prompt(. + 1; $orders[.]; $v[. % $nv]; 0.3) | tojson ] as $good
 | [ range($shown)
-    | prompt($n - $shown + . + 1; $orders[$n - $shown]; $v[. * $nv / $shown | floor]; 0)
+    | prompt($n - $shown + . + 1; $orders[$n - $shown]; $six[.]; 0)
     | .metadata = { shown: "yes" } | tojson ] as $table
 | bad($orders[0]; $v[0]) as $bad
 | ($good[:100] + $bad + $good[100:] + $table)[]

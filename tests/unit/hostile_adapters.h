@@ -366,7 +366,8 @@ static const struct rule rules[] = {
     { "closing", serve_closing }, { "gzip", serve_gzip }, { "headers", serve_headers },
     { "garbage", serve_garbage }, { "to-file", serve_to_file }, { "loop", serve_loop },
     { "moved", serve_moved }, { "auth", serve_auth }, { "stranger", serve_stranger },
-    { "slow", serve_slow }, { "first-silent", serve_first_silent }, { "signed", serve_signed }, { NULL, NULL },
+    { "slow", serve_slow }, { "first-silent", serve_first_silent }, { "signed", serve_signed },
+    { NULL, NULL },
 };
 
 #endif

@@ -895,7 +895,8 @@ int main(int argc, char **argv)
         TEST(test_not_an_adapter), TEST(test_nonsense_protocol), TEST(test_redirects),
         TEST(test_credentials_stay_home), TEST(test_messages_hide_credentials),
         TEST(test_damage_heals), TEST(test_bad_copy_is_fetched_once_more_only),
-        TEST(test_race_of_processes), TEST(test_claim_ends_with_its_process), TEST(test_kill_and_sweep),
+        TEST(test_race_of_processes), TEST(test_claim_ends_with_its_process),
+        TEST(test_kill_and_sweep),
         TEST(test_sweep_spares_the_living), TEST(test_free_cancels_transfers),
         TEST(test_free_while_loading),
     };

@@ -515,7 +515,8 @@ static void test_collect_hostile_records(void **state)
     produce(f, f->replies, NULL, "[1,2", NULL);
     produce(f, f->replies, NULL, "", NULL);
     produce(f, f->replies, NULL, "\x01""abcdefgh", NULL);
-    produce(f, f->replies, NULL, "{\"id\":\"ok\",\n \"choices\":7,\"usage\":[],\"worker\":{}}", NULL);
+    produce(f, f->replies, NULL,
+            "{\"id\":\"ok\",\n \"choices\":7,\"usage\":[],\"worker\":{}}", NULL);
     produce(f, f->dead, "\xff\xfe", "\xff\xfe", h);
     produce(f, f->dead, NULL, "[]", NULL);
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--summary", f->summary,
