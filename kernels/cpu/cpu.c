@@ -7,6 +7,7 @@
  * one device may run at once on different host threads: they share nothing but the pool, which
  * serves one of them at a time (pool.c, invariant 2).
  */
+#include <cblas.h>
 #include "kernels/cpu/cpu_int.h"
 
 #include <stdio.h>
@@ -41,6 +42,7 @@ static lm_status cpu_open(const struct kn_open_params *p, kn_device **out, struc
         return lm_err_set(err, LM_NOMEM, "out of memory opening the CPU backend");
     d->base.be = &kn_backend_cpu;
     d->v = cpu_vec_pick();
+    openblas_set_num_threads(1);        /* the cores are shared out by our own pool */
     d->threads = threads ? threads : cpu_sys_threads();
     lm_status st = cpu_pool_new(d->threads, &d->pool, err);
     if (st != LM_OK) {
@@ -117,26 +119,30 @@ static lm_status cpu_scatter_cells(kn_stream *s, void *base, const int64_t *offs
 
 /* ---- streams and events ---------------------------------------------------------------- */
 
+static void cpu_stream_free(kn_stream *s)
+{
+    free(cpu_stream_of(s)->partial);
+    free(cpu_stream_of(s)->gemm_scratch);
+    free(s);
+}
+
 static lm_status cpu_stream_new(kn_device *dev, kn_stream **out, struct lm_err *err)
 {
     struct cpu_device *d = (struct cpu_device *)dev;
     struct cpu_stream *s = lm_calloc(1, sizeof *s);
-    if (s)
-        s->partial = cpu_aligned_alloc((size_t)d->threads * cpu_split_floats() * sizeof(float));
-    if (!s || !s->partial) {
-        free(s);
+    if (!s)
+        return lm_err_set(err, LM_NOMEM, "out of memory for a stream");
+    size_t floats = (size_t)d->threads * sizeof(float);
+    s->partial = cpu_aligned_alloc(floats * cpu_split_floats());
+    s->gemm_scratch = cpu_aligned_alloc(floats * cpu_gemm_scratch_floats());
+    if (!s->partial || !s->gemm_scratch) {
+        cpu_stream_free(&s->base);
         return lm_err_set(err, LM_NOMEM, "out of memory for a stream");
     }
     s->base.be = &kn_backend_cpu;
     s->dev = d;
     *out = &s->base;
     return LM_OK;
-}
-
-static void cpu_stream_free(kn_stream *s)
-{
-    free(cpu_stream_of(s)->partial);
-    free(s);
 }
 
 static lm_status cpu_stream_sync(kn_stream *s, struct lm_err *err)

@@ -91,6 +91,7 @@ struct cpu_stream {
     struct kn_stream base;
     struct cpu_device *dev;
     float *partial;             /* attention's split sequences, cpu_split_floats() a thread */
+    float *gemm_scratch;        /* cpu_gemm_scratch_floats() a thread */
 };
 
 struct cpu_mat {
@@ -165,6 +166,9 @@ static inline bool cpu_pool_valid(const struct kn_pool *p, int layer)
 }
 
 size_t cpu_split_floats(void);
+
+/* Floats that gemm.c wants a thread. */
+size_t cpu_gemm_scratch_floats(void);
 
 /* ---- backend functions, one group a file ----------------------------------------------- */
 

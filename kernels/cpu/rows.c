@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * rows.c - operations that treat each token's row alone: embed, rmsnorm, silu_mul, gather_rows, and
- * the GEMM, whose rows are shared out by panels of the weight instead.
+ * rows.c - operations that treat each token's row alone: embed, rmsnorm, silu_mul, gather_rows.
  *
  * `work` given to cpu_parallel is nanoseconds on one thread, from bench_kernels on one core.
  */
@@ -115,59 +114,5 @@ lm_status cpu_op_gather_rows(kn_stream *s, const struct kn_gather_rows *a)
                (const float *)a->x + (int64_t)a->idx[i] * a->hidden,
                (size_t)a->hidden * sizeof(float));
     }
-    return LM_OK;
-}
-
-/* ---- gemm ------------------------------------------------------------------------------ */
-
-#define GEMM_ROWS 96            /* rows of x a job item takes: 12-row tiles, x block in L2 */
-
-struct gemm_job {
-    const struct kn_gemm *a;
-    const struct cpu_mat *w;
-    const struct cpu_vec *v;
-    int row_blocks, block_rows;
-};
-
-/* Items run over row blocks within a panel, so that a panel read once serves them all. */
-static void gemm_range(void *ctx, int slot, int begin, int end)
-{
-    const struct gemm_job *j = ctx;
-    const struct kn_gemm *a = j->a;
-    (void)slot;
-    for (int i = begin; i < end; i++) {
-        int panel = i / j->row_blocks, m0 = i % j->row_blocks * j->block_rows;
-        int n0 = panel * CPU_PANEL;
-        struct cpu_gemm_panel g = {
-            .y = (float *)a->y + m0 * a->ldy + n0,
-            .x = (const float *)a->x + m0 * a->ldx,
-            .panel = j->w->data + (size_t)panel * j->w->panel_bytes,
-            .bias = a->bias ? a->bias + n0 : NULL,
-            .ldx = a->ldx, .ldy = a->ldy,
-            .m = LM_MIN(j->block_rows, a->m - m0),
-            .k = a->w->cols,
-            .cols = LM_MIN(CPU_PANEL, a->w->rows - n0),
-            .accumulate = a->accumulate,
-        };
-        j->v->gemm[a->w->dtype](&g);
-    }
-}
-
-lm_status cpu_op_gemm(kn_stream *s, const struct kn_gemm *a)
-{
-    if (a->m < 0 || !a->w || (a->m && (!a->y || !a->x)))
-        return cpu_refuse("gemm", "null pointer or negative row count");
-    if (a->m > 1 && (a->ldx < a->w->cols || a->ldy < a->w->rows))
-        return cpu_refuse("gemm", "a row stride is shorter than a row");
-    if (!a->m)
-        return LM_OK;
-    struct cpu_stream *st = cpu_stream_of(s);
-    struct gemm_job j = { .a = a, .w = cpu_mat_of(a->w), .v = st->dev->v };
-    j.row_blocks = LM_DIV_UP(a->m, GEMM_ROWS);
-    j.block_rows = LM_DIV_UP(a->m, j.row_blocks);
-    int items = j.w->panels * j.row_blocks;
-    int64_t work = LM_MAX((int64_t)a->m * a->w->rows * a->w->cols / 50,
-                          (int64_t)j.w->panel_bytes * j.w->panels / 60);
-    cpu_parallel(st, items, LM_MAX(1, items / (st->dev->threads * 8)), work, gemm_range, &j);
     return LM_OK;
 }

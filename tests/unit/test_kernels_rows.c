@@ -119,8 +119,10 @@ static void gemm_case(struct env *e, enum kn_dtype t, int m, int n, int k, bool 
     for (int i = 0; i < m; i++) {
         for (int j = 0; j < n; j++) {
             double sum = bias ? (double)b[j] : 0, mag = fabs(sum);
-            if (acc)
+            if (acc) {          /* the float that is added to rounds as the products do */
                 sum += y0[i * ldy + j];
+                mag += fabs((double)y0[i * ldy + j]);
+            }
             for (int l = 0; l < k; l++) {
                 double p = (double)x[i * ldx + l] * round_to(w[j * k + l], t);
                 sum += p;
@@ -147,6 +149,10 @@ static void gemm_env(struct env *e)
     gemm_case(e, KN_F16, 2, 333, 257, false, false);
     gemm_case(e, KN_F32, 1, 1, 1, true, false);
     gemm_case(e, KN_BF16, 200, 130, 65, true, false);
+    /* OpenBLAS: more than one strip of panels, more than one strip deep */
+    gemm_case(e, KN_BF16, 130, 300, 1030, true, true);
+    gemm_case(e, KN_F16, 128, 545, 513, false, true);
+    gemm_case(e, KN_F32, 131, 33, 1025, true, false);
 }
 
 static void gemm(void **state)
