@@ -149,14 +149,17 @@ unit: $(UNITS) $(REPLAYS)
 setup:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build
 
+# People type `make demo`: all cores build then, unless -j says otherwise.
+jobs = $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc))
+
 demo:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build
-	$(Q)$(MAKE) --no-print-directory all
+	$(Q)$(MAKE) $(jobs) --no-print-directory all
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ops/demo.sh
 
 test:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
-	$(Q)$(MAKE) --no-print-directory programs
+	$(Q)$(MAKE) $(jobs) --no-print-directory programs
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/run all
 
 lint:
@@ -164,7 +167,7 @@ lint:
 
 bench:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build bench
-	$(Q)$(MAKE) --no-print-directory all
+	$(Q)$(MAKE) $(jobs) --no-print-directory all
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/bench/run.sh
 
 # Coverage-guided fuzzing of one target: make fuzz TARGET=json SECONDS=60
