@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -51,11 +52,11 @@ lm_status cli_parse_number(const char *option, const char *text, int64_t min, in
 
 /* ---- signals ---------------------------------------------------------------------------- */
 
-static volatile sig_atomic_t interrupted;
+static atomic_bool interrupted;         /* lock-free, so a handler may set it */
 
 static void on_signal(int sig)
 {
-    interrupted = 1;
+    interrupted = true;
     signal(sig, SIG_DFL);
 }
 
@@ -63,7 +64,7 @@ void cli_catch_signals(void)
 {
     struct sigaction sa = { .sa_handler = on_signal };
     sigemptyset(&sa.sa_mask);
-    interrupted = 0;
+    interrupted = false;
     sigaction(SIGINT, &sa, NULL);
     sigaction(SIGTERM, &sa, NULL);
     signal(SIGPIPE, SIG_IGN);
@@ -71,7 +72,7 @@ void cli_catch_signals(void)
 
 bool cli_interrupted(void)
 {
-    return interrupted != 0;
+    return interrupted;
 }
 
 /* ---- lines of input --------------------------------------------------------------------- */
