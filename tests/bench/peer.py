@@ -4,7 +4,8 @@
 The same work as `loramill bench`: prompts from the trace formula, greedy, end-of-sequence ignored;
 prefill of one long prompt; decode of one sequence; decode of BATCH sequences, each with its own
 adapter, by switching adapters between single sequences (what PEFT users do) and by PEFT's mixed
-batch (`adapter_names`). One JSON line a figure; every figure is the best of REPEAT runs.
+batch (`adapter_names`). Decode rates leave out the first tokens: the time of TOKENS tokens less
+the time of one. One JSON line a figure; every figure is the best of REPEAT runs.
 """
 import json
 import os
@@ -33,13 +34,19 @@ def figure(name, value):
     print(json.dumps({"name": name, "value": value, "unit": "tokens/s"}), flush=True)
 
 
-def best(work, count):
+def fastest(work):
     took = []
     for _ in range(repeat):
         start = time.perf_counter()
         work()
         took.append(time.perf_counter() - start)
-    return count / min(took)
+    return min(took)
+
+
+def decode(name, sequences, work):
+    """work(n) generates n tokens of each of the sequences."""
+    took = fastest(lambda: work(tokens)) - fastest(lambda: work(1))
+    figure(name, sequences * (tokens - 1) / took)
 
 
 @torch.inference_mode()
@@ -50,10 +57,10 @@ def generate(m, ids, n, **kw):
 
 long = min(model.config.max_position_embeddings - 1, 512)
 generate(model, prompt(0, 8), 2)
-figure("prefill", best(lambda: generate(model, prompt(0, long), 1), long))
-figure("decode_batch1", best(lambda: generate(model, prompt(0, prompt_len), tokens), tokens))
+figure("prefill", long / fastest(lambda: generate(model, prompt(0, long), 1)))
+decode("decode_batch1", 1, lambda n: generate(model, prompt(0, prompt_len), n))
 many = torch.cat([prompt(i, prompt_len) for i in range(batch)])
-figure("decode_base", best(lambda: generate(model, many, tokens), tokens * batch))
+decode("decode_base", batch, lambda n: generate(model, many, n))
 
 if adapters_dir != "-":
     from peft import PeftModel
@@ -64,15 +71,15 @@ if adapters_dir != "-":
         m.load_adapter(d, adapter_name=f"a{i}")
     repeat = 1
 
-    def switching():
+    def switching(n):
         for i in range(batch):
             m.set_adapter(f"a{i % len(dirs)}")
-            generate(m, prompt(i, prompt_len), tokens)
+            generate(m, prompt(i, prompt_len), n)
 
-    figure("decode_adapters", best(switching, tokens * batch))
+    decode("decode_adapters", batch, switching)
     names = [f"a{i % len(dirs)}" for i in range(batch)]
     try:
-        figure("decode_adapters_mixed",
-               best(lambda: generate(m, many, tokens, adapter_names=names), tokens * batch))
+        decode("decode_adapters_mixed", batch,
+               lambda n: generate(m, many, n, adapter_names=names))
     except Exception as e:      # PEFT refuses some combinations in one batch
         print(f"# mixed batch: {type(e).__name__}: {e}", file=sys.stderr)
