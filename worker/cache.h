@@ -43,8 +43,9 @@ char *cache_path(const cache *c, const char *id);
 bool cache_has(const cache *c, const char *id);
 
 /* Says to other processes that this one is fetching the adapter, so that one download serves a
- * host. False: another one is at it; look again later. A claim ends with its process, and is a courtesy
- * only: nothing breaks when two fetch the same. Claims of one process do not exclude each other. */
+ * host. False: another one is at it; look again later. A claim ends with its process, and is a
+ * courtesy only: nothing breaks when two fetch the same. Claims of one process do not exclude each
+ * other. */
 bool cache_claim(cache *c, const char *id);
 void cache_unclaim(cache *c, const char *id);
 

@@ -24,11 +24,13 @@ struct config_pair {
 };
 
 struct config {
-    /* Strings are owned, "" when unset. Filled from the table in config.c; see there for meaning. */
+    /* Strings are owned, "" when unset. Filled from the table in config_table.c. */
     char *model_path, *model_name, *backend, *engine_mode;
-    int64_t device_index, threads, pool_bytes, max_seqs, max_step_tokens, max_waiting, max_model_len;
+    int64_t device_index, threads, pool_bytes;
+    int64_t max_seqs, max_step_tokens, max_waiting, max_model_len;
     char *adapters_url, *adapters_cache_dir, *adapters_ca_file, *adapters_auth_header;
-    int64_t adapters_max_bytes, adapters_concurrency, adapters_max_attempts, adapters_negative_ttl_ms;
+    int64_t adapters_max_bytes, adapters_concurrency, adapters_max_attempts;
+    int64_t adapters_negative_ttl_ms;
     int64_t adapters_host_bytes;
     char *topics_prompts, *topics_replies, *topics_dead_letters, *topics_replies_allowed;
     char *replies_encoding;

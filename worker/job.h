@@ -121,7 +121,7 @@ struct job_queue {
 void job_queue_init(struct job_queue *q);
 void job_queue_release(struct job_queue *q);            /* drops what is left */
 void job_queue_push(struct job_queue *q, struct job *j);
-/* Everything that is there, in order, after waiting up to timeout_ms for the first; NULL: nothing. */
+/* Everything that is there, in order, after waiting up to timeout_ms for the first; NULL: none. */
 struct job *job_queue_take(struct job_queue *q, int timeout_ms);
 void job_queue_wake(struct job_queue *q);               /* makes a waiting take return */
 

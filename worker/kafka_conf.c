@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * kafka_conf.c - see kafka_conf.h. Every default below that differs from librdkafka's is there for a
- * reason given beside it; docs/configuration.md lists them.
+ * kafka_conf.c - see kafka_conf.h. Every default below that differs from librdkafka's is there for
+ * a reason given beside it; docs/configuration.md lists them.
  */
 #include "worker/kafka_conf.h"
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * metrics.c - counters into Prometheus text. Names follow prometheus.io/docs/practices/naming: one
- * prefix, base units, _total for counters. No adapter id is ever a label: there may be ten thousand.
+ * prefix, base units, _total for counters. No adapter id is ever a label: there may be ten
+ * thousand.
  */
 #include "worker/metrics.h"
 

@@ -5,8 +5,9 @@
  * A job is finished when its delivery report says NO_ERROR, and not before: a successful
  * rd_kafka_producev() only means "queued". What happens to a failed delivery:
  *
- *   a dead letter                         tried again for ever, with backoff: its offset is blocked,
- *                                         lag grows and the log says why. Dropping it would be a loss.
+ *   a dead letter                         tried again for ever, with backoff: its offset is
+ *                                         blocked, lag grows and the log says why. Dropping it
+ *                                         would be a loss.
  *   a reply that can never fit            dead letter that names the sizes
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write

@@ -8,8 +8,8 @@
  *        |                       +----------------------------------------+     v
  *        +----- [done] <-- producer thread (acknowledgements) <--produce-- outbox thread
  *
- * Each arrow is a job_queue or a thread-safe library call; there is no other sharing, except for the
- * atomics below. Only the consumer thread touches the consumer handle and the ledger.
+ * Each arrow is a job_queue or a thread-safe library call; there is no other sharing, except for
+ * the atomics below. Only the consumer thread touches the consumer handle and the ledger.
  */
 #ifndef LORAMILL_WORKER_WORKER_H
 #define LORAMILL_WORKER_WORKER_H
@@ -72,8 +72,9 @@ bool worker_gives_up(struct worker *w, struct job *j);
 void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
                         const char *stage);
 
-/* Encodes j->result and produces the reply; a failure that can't heal becomes a dead letter. Returns
- * LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the job). */
+/* Encodes j->result and produces the reply; a failure that can't heal becomes a dead letter.
+ * Returns LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the
+ * job). */
 lm_status worker_reply(struct worker *w, struct job *j);
 
 /* ---- the parts -------------------------------------------------------------------------- */

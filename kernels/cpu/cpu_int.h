@@ -45,7 +45,7 @@ struct cpu_vec {
 
     void (*add)(float *y, const float *x, int n);       /* y += x */
     float (*max)(const float *x, int n);                /* -inf when empty; NaN is skipped */
-    float (*exp_sum)(float *y, const float *x, int n, float sub);   /* y = e^(x-sub); y may be NULL */
+    float (*exp_sum)(float *y, const float *x, int n, float sub);   /* y = e^(x-sub), or NULL */
     void (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);
     void (*silu_mul)(float *out, const float *gate, const float *up, int n);
     /* c, s [n] = factor * cos, sin of (float)pos * freq[i], the product rounded to float. */

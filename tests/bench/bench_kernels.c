@@ -166,7 +166,8 @@ static void bench_attention(int seqs, int q, int len, int nq, int nk, int hd)
                             .head_dim = hd };
     double keys = (double)seqs * q * (len - (q - 1) / 2.0);
     double us = best_us(run_attention, &a);
-    printf("attention %3d seqs q=%-4d kv=%-5d heads %d/%d hd %d %9.1f us %7.1f GFLOP/s %6.1f GB/s\n",
+    printf("attention %3d seqs q=%-4d kv=%-5d heads %d/%d hd %d "
+           "%9.1f us %7.1f GFLOP/s %6.1f GB/s\n",
            seqs, q, len, nq, nk, hd, us, 4e-3 * keys * nq * hd / us,
            8e-3 * seqs * (double)len * nk * hd / us);
     us = best_us(run_rope, &r);

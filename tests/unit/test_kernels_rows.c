@@ -423,7 +423,8 @@ static void *race(void *arg)
     kn_mat *mat;
     float *w = malloc(N * K * sizeof *w), *x = malloc(M * K * sizeof *x);
     float *y = malloc(M * N * sizeof *y);
-    r->failed = kn_stream_new(r->e->dev, &s, NULL) || kn_mat_new(r->e->dev, KN_F32, N, K, &mat, NULL);
+    r->failed = kn_stream_new(r->e->dev, &s, NULL) ||
+                kn_mat_new(r->e->dev, KN_F32, N, K, &mat, NULL);
     for (int i = 0; i < N * K; i++)
         w[i] = (float)(i % 7);
     for (int i = 0; i < M * K; i++)

@@ -95,7 +95,8 @@ static void test_base_model_is_no_adapter(void **state)
     (void)state;
     const char line[] = CHAT("{\"model\":\"base\",\"messages\":[{\"role\":\"user\",\"content\":"
                              "[{\"type\":\"text\",\"text\":\"a\"},"
-                             "{\"type\":\"text\",\"text\":\"b\"}]}],\"logprobs\":true,\"top_logprobs\":3,"
+                             "{\"type\":\"text\",\"text\":\"b\"}]}],"
+                             "\"logprobs\":true,\"top_logprobs\":3,"
                              "\"response_format\":{\"type\":\"text\"},\"tools\":[]}");
     struct openai_request *q;
     struct lm_err err = { 0 };

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_outbox.c - a whole worker, with the echo engine, against librdkafka's mock cluster that
- * is told to misbehave: what a reply, a dead letter and a committed offset do under broker errors.
+ * test_worker_outbox.c - a whole worker, with the echo engine, against librdkafka's mock cluster
+ * that is told to misbehave: what a reply, a dead letter and a committed offset do under broker
+ * errors.
  *
  * The mock knows no transactions, no size limits and no real log; it is used for the injection of
  * errors only. Delivery under crashes is proved on a real broker (tests/integration).
  *
- * Each test forks its worker before it makes a cluster, so that no thread of librdkafka lives across
- * a fork; the worker waits on a pipe for the broker's address.
+ * Each test forks its worker before it makes a cluster, so that no thread of librdkafka lives
+ * across a fork; the worker waits on a pipe for the broker's address.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -301,7 +302,8 @@ static void test_own_size_limit(void **state)
     memset(text, '"', sizeof text);     /* each quote costs two bytes once escaped */
     for (size_t i = 0; i < sizeof text; i += 2)
         text[i] = '\\';
-    snprintf(json, sizeof json, "{\"id\":\"a\",\"prompt\":\"%.*s\",\"params\":{\"max_tokens\":999}}",
+    snprintf(json, sizeof json,
+             "{\"id\":\"a\",\"prompt\":\"%.*s\",\"params\":{\"max_tokens\":999}}",
              (int)sizeof text, text);
     send_prompt(f, json);
     start_worker(f, "message.max_bytes=1024\n");
