@@ -65,7 +65,7 @@ static lm_status set_choice(struct config *c, const struct config_property *p, c
     return set_string(c, p, value, err);
 }
 
-/* A shift for "K", "M", "G", "T" (powers of 1024), optionally with "B" or "iB"; -1: none of them. */
+/* A shift for "K", "M", "G", "T" (powers of 1024), with or without "B" or "iB"; -1: none. */
 static int size_suffix(const char *s)
 {
     if (!*s)
