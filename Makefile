@@ -36,6 +36,16 @@ endif
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
 CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
 CUDA ?= $(if $(and $(NVCC),$(CUDA_SOURCES)),1,0)
+ifeq ($(CUDA),1)
+ifeq ($(NVCC),)
+$(error CUDA=1 but no nvcc: put it on the PATH, set NVCC=, or build with CUDA=0)
+endif
+ifeq ($(CUDA_SOURCES),)
+$(error CUDA=1 but this version has no kernels/cuda yet; build with CUDA=0)
+endif
+else ifneq ($(CUDA),0)
+$(error CUDA=$(CUDA) is unknown; use 0 or 1)
+endif
 
 ifeq ($(filter $(SANITIZE),address undefined thread),$(SANITIZE))
 else
