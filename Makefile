@@ -96,6 +96,9 @@ ifneq ($(WORKER),1)
 UNIT_SRC   := $(filter-out tests/unit/test_worker_%.c,$(UNIT_SRC))
 endif
 FUZZ_SRC   := $(wildcard tests/fuzz/fuzz_*.c)
+ifneq ($(WORKER),1)
+FUZZ_SRC   := $(shell grep -L '"worker/' $(FUZZ_SRC))
+endif
 
 obj = $(patsubst %.c,$(BUILD)/%.o,$(1))
 LIB     := $(BUILD)/libloramill.a
