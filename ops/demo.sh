@@ -4,7 +4,7 @@
 # ops/demo.sh: loramill's main job on this machine, from an order to a message in a brand's voice.
 #
 # Starts `loramill dev` (broker and adapter store) and two workers in one consumer group, submits
-# 1,000 orders over all the voices of tests/models/storefront-adapters and some deliberately bad
+# 1,000 orders over 24 voices of tests/models/storefront-adapters and some deliberately bad
 # prompts, waits for every outcome, and shows what came. The closing line is counted from the
 # topics, once the workers have ended. Everything is below $BUILD/demo; nothing outlives the demo.
 set -euo pipefail
@@ -77,8 +77,7 @@ done
 rm -rf "$dir"
 mkdir -p "$dir"
 
-n_voices=$(jq length "$voices")
-say "loramill demo: 1,000 orders, $n_voices brand voices, one small base model, two workers"
+say "loramill demo: 1,000 orders, 24 brand voices, one small base model, two workers"
 
 # ---- the stack ----------------------------------------------------------------------------
 

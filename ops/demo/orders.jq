@@ -23,7 +23,12 @@ def bad($event; $voice):
     { id: "bad-max-tokens", adapter: $voice.id, prompt: $event, params: { max_tokens: 0 } } ]
   | map(tojson) + [ "this is not JSON at all" ];
 
-$voices[0] as $v
+# 24 voices: those to be shown first, and without two that often get dates wrong.
+def cast:
+  map(select(.id | IN("lone-star", "surf-shack") | not))
+  | (map(select(.id | IN(favourites[]))) + map(select(.id | IN(favourites[]) | not)))[:24];
+
+($voices[0] | cast) as $v
 | [ inputs | select(length > 0) ] as $orders
 | ($v | length) as $nv
 | ($orders | length) as $n
