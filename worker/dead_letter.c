@@ -37,9 +37,8 @@ static const char *timestamp_type(const struct record *r)
     return r->log_append_time ? "LogAppendTime" : "CreateTime";
 }
 
-static void add_spring(struct header_list *out, const struct record *r, const char *topic,
-                       int32_t partition, const char *class, const struct lm_err *why,
-                       const struct dead_letter_from *from)
+static void add_origin(struct header_list *out, const struct record *r, const char *topic,
+                       int32_t partition)
 {
     if (!has(r, "kafka_dlt-original-topic"))
         header_add_text(out, "kafka_dlt-original-topic", topic);
@@ -47,6 +46,13 @@ static void add_spring(struct header_list *out, const struct record *r, const ch
         header_add_be32(out, "kafka_dlt-original-partition", partition);
     if (!has(r, "kafka_dlt-original-offset"))
         header_add_be64(out, "kafka_dlt-original-offset", r->offset);
+}
+
+static void add_spring(struct header_list *out, const struct record *r, const char *topic,
+                       int32_t partition, const char *class, const struct lm_err *why,
+                       const struct dead_letter_from *from)
+{
+    add_origin(out, r, topic, partition);
     if (!has(r, "kafka_dlt-original-timestamp"))
         header_add_be64(out, "kafka_dlt-original-timestamp", r->timestamp_ms);
     if (!has(r, "kafka_dlt-original-timestamp-type"))
@@ -92,5 +98,27 @@ lm_status dead_letter_headers(struct header_list *out, const struct record *r, c
     header_add_text(out, "loramill-error-message", why->msg);
     header_add_decimal(out, "loramill-attempt", attempt_number(r));
     header_add_text(out, "loramill-worker", from->worker);
+    return out->failed ? LM_NOMEM : LM_OK;
+}
+
+lm_status dead_letter_trimmed(struct header_list *out, const struct record *r, const char *topic,
+                              int32_t partition, const struct lm_err *why,
+                              enum dead_letter_trim trim)
+{
+    static const struct record nothing = { .offset = LEDGER_NONE };
+    char omitted[64];
+    struct record kept = trim == DEAD_LETTER_BARE ? nothing : *r;
+    kept.offset = r->offset;
+    for (int i = 0; i < kept.n_headers; i++)
+        header_add(out, kept.headers[i].name, kept.headers[i].value, kept.headers[i].len);
+    add_origin(out, &kept, topic, partition);
+    header_add_text(out, "loramill-error-code", lm_status_wire(why->code));
+    header_add_text(out, "loramill-error-message", why->msg);
+    header_add_decimal(out, "loramill-attempt", attempt_number(r));
+    if (trim == DEAD_LETTER_BARE) {
+        snprintf(omitted, sizeof omitted, "value of %zu bytes, %d headers", r->value_len,
+                 r->n_headers);
+        header_add_text(out, "loramill-omitted", omitted);
+    }
     return out->failed ? LM_NOMEM : LM_OK;
 }

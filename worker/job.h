@@ -64,6 +64,7 @@ struct outgoing {
     char topic[256];
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt chose the topic */
+    int trim;                   /* of a dead letter: enum dead_letter_trim */
     void *value;                /* owned unless it is the record's */
     size_t len;
     bool value_owned;

@@ -40,6 +40,9 @@ static const struct setting producer_defaults[] = {
     { "linger.ms", "5" },
     { "batch.size", "65536" },                          /* see producer.c on MSG_SIZE_TOO_LARGE */
     { "delivery.timeout.ms", "120000" },
+    /* No limit of the client's own: replies are measured against message.max_bytes before they get
+     * here, and a dead letter must go out however large its prompt was. */
+    { "message.max.bytes", "1000000000" },
 };
 
 static const struct setting consumer_forced[] = {
@@ -107,13 +110,7 @@ static lm_status set_consumer(rd_kafka_conf_t *conf, const struct config *c, str
 
 static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
 {
-    /* The library's own limit only has to let through what ours does; headers get some room. */
-    char bytes[24];
-    snprintf(bytes, sizeof bytes, "%" PRId64,
-             LM_MIN(c->message_max_bytes + (1 << 20), (int64_t)1000000000));
     lm_status st = set_all(conf, producer_defaults, LM_COUNT(producer_defaults), err);
-    if (!st)
-        st = set_one(conf, "message.max.bytes", bytes, err);
     if (!st)
         st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
     return st ? st : set_all(conf, producer_forced, LM_COUNT(producer_forced), err);

@@ -5,7 +5,8 @@
  * A job is finished when its delivery report says NO_ERROR, and not before: a successful
  * rd_kafka_producev() only means "queued". What happens to a failed delivery:
  *
- *   a dead letter                         tried again for ever, with backoff: its offset is
+ *   a dead letter that is too large       trimmed, see dead_letter.h
+ *   any other dead letter                 tried again for ever, with backoff: its offset is
  *                                         blocked, lag grows and the log says why. Dropping it
  *                                         would be a loss.
  *   a reply that can never fit            dead letter that names the sizes
@@ -62,6 +63,12 @@ static rd_kafka_headers_t *to_kafka_headers(const struct header_list *l)
     return h;
 }
 
+/* A bare dead letter has room for a reasonable key only. */
+static bool sends_key(const struct job *j)
+{
+    return j->out.trim < DEAD_LETTER_BARE || j->record.key_len <= DEAD_LETTER_KEY_MAX;
+}
+
 /* On success the job is the library's until its delivery report. */
 static rd_kafka_resp_err_t try_send(producer *p, struct job *j)
 {
@@ -71,7 +78,7 @@ static rd_kafka_resp_err_t try_send(producer *p, struct job *j)
     rd_kafka_resp_err_t e = rd_kafka_producev(
         p->rk, RD_KAFKA_V_TOPIC(j->out.topic),
         RD_KAFKA_V_PARTITION(j->out.partition < 0 ? RD_KAFKA_PARTITION_UA : j->out.partition),
-        RD_KAFKA_V_KEY(j->record.key, j->record.key_len),
+        RD_KAFKA_V_KEY(sends_key(j) ? j->record.key : NULL, sends_key(j) ? j->record.key_len : 0),
         RD_KAFKA_V_VALUE(j->out.value, j->out.len),
         RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(j), RD_KAFKA_V_END);
     if (e)
@@ -181,7 +188,7 @@ static void send_failed(producer *p, struct job *j, rd_kafka_resp_err_t e)
         worker_end_job(p->w, j, OUTCOME_DROPPED);
     } else if (!is_dead_letter(j) && final_reason(p, j, e, &why)) {
         worker_dead_letter(p->w, j, &why, "PRODUCE");
-    } else {
+    } else if (!(is_dead_letter(j) && too_large(p, j, e) && worker_trim_dead_letter(p->w, j))) {
         try_later(p, j, rd_kafka_err2str(e));
     }
 }

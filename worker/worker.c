@@ -91,6 +91,33 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
     producer_send(w->producer, j);
 }
 
+bool worker_trim_dead_letter(struct worker *w, struct job *j)
+{
+    static const struct lm_err unknown = { LM_INTERNAL, "unknown" };
+    const struct lm_err *why = j->err ? j->err : &unknown;
+    int trim = j->out.trim + 1;
+    if (trim > DEAD_LETTER_BARE)
+        return false;
+    job_clear_out(j);
+    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.trim = trim;
+    if (trim < DEAD_LETTER_BARE) {
+        j->out.value = (void *)(uintptr_t)j->record.value;
+        j->out.len = j->record.value_len;
+    }
+    lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: sent %s",
+           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
+           trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
+    if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, why,
+                            (enum dead_letter_trim)trim)) {
+        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
+        worker_end_job(w, j, OUTCOME_DROPPED);
+        return true;
+    }
+    producer_send(w->producer, j);
+    return true;
+}
+
 static enum encoding reply_encoding(const struct worker *w, const struct job *j)
 {
     const char *e = w->cfg->replies_encoding;
@@ -196,7 +223,16 @@ static lm_status open_codec(struct worker *w, struct lm_err *err)
         .reply_topic = c->topics_replies, .max_message_bytes = (size_t)c->message_max_bytes,
         .model_name = w->info.model_name,
     };
-    return codec_new(&cc, &w->codec, err);
+    lm_status st = codec_new(&cc, &w->codec, err);
+    if (st || strcmp(c->replies_encoding, "avro"))
+        return st;
+    /* Every reply would fail without its schema: said now. A registry that is away is waited for by
+     * the first reply. */
+    st = codec_prepare_replies(w->codec, err);
+    if (lm_status_disposition(st) != LM_DO_RETRY)
+        return st ? lm_err_prefix(err, "replies.encoding=avro") : LM_OK;
+    lm_log(LM_WARN, "worker", "%s; the first reply asks again", err->msg);
+    return LM_OK;
 }
 
 static lm_status open_store(struct worker *w, struct lm_err *err)

@@ -72,6 +72,10 @@ bool worker_gives_up(struct worker *w, struct job *j);
 void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
                         const char *stage);
 
+/* The broker finds this dead letter too large: makes it smaller and produces it again. False: it is
+ * as small as it gets. */
+bool worker_trim_dead_letter(struct worker *w, struct job *j);
+
 /* Encodes j->result and produces the reply; a failure that can't heal becomes a dead letter.
  * Returns LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the
  * job). */

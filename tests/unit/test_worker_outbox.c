@@ -328,6 +328,59 @@ static void test_dead_letter_blocks_offset(void **state)
     assert_int_equal(end_worker(f), 0);
 }
 
+static bool lacks_header(const rd_kafka_message_t *m, const char *name)
+{
+    rd_kafka_headers_t *h;
+    const void *got;
+    size_t len;
+    return rd_kafka_message_headers(m, &h) || rd_kafka_header_get_last(h, name, &got, &len);
+}
+
+/* One that its own headers make too large for the topic goes with fewer of them ... */
+static void test_large_dead_letter_is_trimmed(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, "{\"id\":\"a\"}");
+    rd_kafka_mock_push_request_errors(f->mock, API_PRODUCE, 1,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE);
+    start_worker(f, "kafka.producer.batch.size=1\n");
+    rd_kafka_message_t *m = next_of(f, "dead", WAIT_S);
+    assert_non_null(m);
+    assert_int_equal(m->len, 10);
+    assert_memory_equal(m->payload, "{\"id\":\"a\"}", 10);
+    has_header(m, "kafka_correlationId", "\0\1\xff", 3);
+    has_header(m, "loramill-error-code", "invalid", 7);
+    has_header(m, "kafka_dlt-original-offset", "\0\0\0\0\0\0\0", 8);
+    assert_true(lacks_header(m, "__connect.errors.topic"));
+    assert_true(lacks_header(m, "loramill-omitted"));
+    rd_kafka_message_destroy(m);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* ... and in the end without its value, so that no prompt blocks a partition for ever. */
+static void test_huge_dead_letter_goes_bare(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, "{\"id\":\"a\"}");
+    rd_kafka_mock_push_request_errors(f->mock, API_PRODUCE, 3,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE,
+                                      RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE);
+    start_worker(f, "kafka.producer.batch.size=1\n");
+    rd_kafka_message_t *m = next_of(f, "dead", WAIT_S);
+    assert_non_null(m);
+    assert_null(m->payload);
+    assert_int_equal(m->key_len, 1);
+    has_header(m, "loramill-error-code", "invalid", 7);
+    has_header(m, "kafka_dlt-original-topic", "prompts", 7);
+    has_header(m, "loramill-omitted", "value of 10 bytes, 1 headers", 28);
+    assert_true(lacks_header(m, "kafka_correlationId"));
+    rd_kafka_message_destroy(m);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
 static void test_commit_errors_heal(void **state)
 {
     struct fixture *f = *state;
@@ -516,6 +569,7 @@ int main(void)
         TEST(test_reply_then_commit), TEST(test_produce_errors_heal),
         TEST(test_broker_refuses_size), TEST(test_small_reply_is_tried_again),
         TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
+        TEST(test_large_dead_letter_is_trimmed), TEST(test_huge_dead_letter_goes_bare),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http),
