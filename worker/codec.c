@@ -9,10 +9,12 @@
  * Framing is Confluent's: a schema id is 0x00 and four bytes, big-endian, or 0x01 and a 16-byte
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
  *
- * The decoding and the encoding thread share nothing that changes: each has a registry client.
+ * Decoding and encoding share nothing that changes: each has a registry client. Encoders (the outbox,
+ * and intake for prompts that expired there) take turns under `replies_lock`.
  */
 #include "worker/codec.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,7 +38,8 @@ struct codec {
     /* decoding thread; NULL without a registry */
     registry *prompts;
     schema_cache *cache;
-    /* encoding thread */
+    /* encoding threads, under the lock */
+    pthread_mutex_t replies_lock;
     registry *replies;
     struct avro_plan *reply_plan;
     char *subject;
@@ -73,6 +76,7 @@ lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *
     if (!c)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = LM_OK;
+    pthread_mutex_init(&c->replies_lock, NULL);
     c->max_message = cfg->max_message_bytes ? cfg->max_message_bytes : DEFAULT_MAX_MESSAGE;
     if (cfg->model_name && !(c->model_name = lm_strdup(cfg->model_name)))
         st = lm_err_set(err, LM_NOMEM, "out of memory");
@@ -93,6 +97,7 @@ void codec_free(codec *c)
     registry_free(c->prompts);
     registry_free(c->replies);
     avro_plan_free(c->reply_plan);
+    pthread_mutex_destroy(&c->replies_lock);
     free(c->subject);
     free(c->model_name);
     free(c);
@@ -273,7 +278,7 @@ lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struc
 
 /* ---- encoding ------------------------------------------------------------------------------ */
 
-lm_status codec_prepare_replies(codec *c, struct lm_err *err)
+static lm_status prepare(codec *c, struct lm_err *err)
 {
     if (!c->replies)
         return lm_err_set(err, LM_UNSUPPORTED, "a reply in Avro needs registry.url");
@@ -288,16 +293,26 @@ lm_status codec_prepare_replies(codec *c, struct lm_err *err)
     return st;
 }
 
+lm_status codec_prepare_replies(codec *c, struct lm_err *err)
+{
+    pthread_mutex_lock(&c->replies_lock);
+    lm_status st = prepare(c, err);
+    pthread_mutex_unlock(&c->replies_lock);
+    return st;
+}
+
 static lm_status encode_avro(codec *c, const json_t *root, void **out, size_t *len,
                              struct lm_err *err)
 {
-    lm_status st = codec_prepare_replies(c, err);
+    pthread_mutex_lock(&c->replies_lock);
+    lm_status st = prepare(c, err);
     if (!st)
         st = avro_encode(c->reply_plan, root, ID_BYTES, out, len, err);
+    uint32_t id = (uint32_t)c->reply_id;
+    pthread_mutex_unlock(&c->replies_lock);
     if (st)
         return st;
     unsigned char *at = *out;
-    uint32_t id = (uint32_t)c->reply_id;
     at[0] = MAGIC_ID;
     for (int i = 0; i < 4; i++)
         at[1 + i] = (unsigned char)(id >> (24 - 8 * i));

@@ -11,7 +11,7 @@
  * cached for ever; that lookup may block (10 s a registry URL), so decode on the intake thread,
  * never on the poll thread.
  *
- * Threads: a codec is used by one thread at a time for decoding and another for encoding.
+ * Threads: one decodes at a time; any number may encode, one after the other.
  */
 #ifndef LORAMILL_WORKER_CODEC_H
 #define LORAMILL_WORKER_CODEC_H
@@ -56,7 +56,7 @@ lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
                              struct lm_err *err);
 
 /* Asks the registry for the reply schema's id, registering it when auto_register. Called by the
- * first Avro reply anyway; at start-up it shows early what is missing. Encoding thread. */
+ * first Avro reply anyway; at start-up it shows early what is missing. Any thread. */
 lm_status codec_prepare_replies(codec *c, struct lm_err *err);
 
 /* malloc'ed bytes. Avro: may block for the registry once, and LM_NET means try again later. */

@@ -13,6 +13,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <regex.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -407,21 +408,51 @@ static lm_status check_topic(const char *key, const char *name, struct lm_err *e
     return LM_OK;
 }
 
+/* Does a pattern of librdkafka's, POSIX extended, match the topic? LM_INVALID: it is none. */
+static lm_status pattern_matches(const char *pattern, const char *topic, bool *yes,
+                                 struct lm_err *err)
+{
+    regex_t re;
+    char why[128];
+    int e = regcomp(&re, pattern, REG_EXTENDED | REG_NOSUB);
+    if (e) {
+        regerror(e, &re, why, sizeof why);
+        return lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is no regular expression: %s",
+                          pattern, why);
+    }
+    *yes = !regexec(&re, topic, 0, NULL, 0);
+    regfree(&re);
+    return LM_OK;
+}
+
+static lm_status check_no_loop(const char *name, const char *key, const char *topic,
+                               struct lm_err *err)
+{
+    bool same = !strcmp(name, topic);
+    lm_status st = *name == '^' ? pattern_matches(name, topic, &same, err)
+                                : check_topic("topics.prompts", name, err);
+    if (!st && same)
+        st = lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is also %s%s%s, which would feed the "
+                        "worker its own output", name, key, *name == '^' ? "=" : "",
+                        *name == '^' ? topic : "");
+    return st;
+}
+
 static lm_status check_prompt_topics(const struct config *c, struct lm_err *err)
 {
     char *copy = lm_strdup(c->topics_prompts), *save = NULL;
     if (!copy)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = LM_OK;
-    for (char *t = strtok_r(copy, ",", &save); t && !st; t = strtok_r(NULL, ",", &save)) {
+    int n = 0;
+    for (char *t = strtok_r(copy, ",", &save); t && !st; t = strtok_r(NULL, ",", &save), n++) {
         t = trim(t);
-        if (*t != '^')
-            st = check_topic("topics.prompts", t, err);
-        if (!st && (!strcmp(t, c->topics_replies) || !strcmp(t, c->topics_dead_letters)))
-            st = lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is also %s, which would feed "
-                            "the worker its own output", t, !strcmp(t, c->topics_replies) ?
-                            "topics.replies" : "topics.dead_letters");
+        st = check_no_loop(t, "topics.replies", c->topics_replies, err);
+        if (!st)
+            st = check_no_loop(t, "topics.dead_letters", c->topics_dead_letters, err);
     }
+    if (!st && !n)
+        st = lm_err_set(err, LM_INVALID, "topics.prompts=%s names no topic", c->topics_prompts);
     free(copy);
     return st;
 }

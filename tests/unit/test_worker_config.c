@@ -153,6 +153,10 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "topics.prompts=ok,b@d", "holds '@'" },
     { "topics.prompts=one, replies", "also topics.replies" },
     { "topics.prompts=dead-letters", "also topics.dead_letters" },
+    { "topics.prompts=^.*", "'^.*' is also topics.replies=replies" },
+    { "topics.prompts=ok,^dead", "'^dead' is also topics.dead_letters=dead-letters" },
+    { "topics.prompts=^pro(", "'^pro(' is no regular expression" },
+    { "topics.prompts=,", "names no topic" },
     { "topics.dead_letters=..", "can't be a topic's name" },
     { "adapters.url=ftp://x/{adapter}", "use http://" },
     { "adapters.url=http://x/loras", "{adapter} is missing" },
@@ -211,6 +215,8 @@ static void test_librdkafka_settings(void **state)
     assert_string_equal(effective(CONFIG_PRODUCER, "enable.idempotence"), "true");
     assert_string_equal(effective(CONFIG_PRODUCER, "acks"), "-1");
     assert_string_equal(effective(CONFIG_PRODUCER, "partitioner"), "murmur2_random");
+    /* a dead letter has to go out however large its prompt was */
+    assert_string_equal(effective(CONFIG_PRODUCER, "message.max.bytes"), "1000000000");
     good("kafka.auto.offset.reset=latest");
     good("kafka.producer.compression.type=zstd");
     assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "largest");
