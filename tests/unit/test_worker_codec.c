@@ -383,6 +383,28 @@ static void two_threads_share_a_codec(void **state)
     codec_free(c);
 }
 
+/* Prompts that expired are answered from another thread than the others: the registry is asked once. */
+static void encoders_take_turns(void **state)
+{
+    (void)state;
+    codec *c = make_codec(true);
+    struct prompt *p;
+    struct completion done = make_completion(PROMPT, &p);
+    struct encoder e[2] = { { c, &done, 0 }, { c, &done, 0 } };
+    pthread_t t[2];
+    server_set(&server, 200, "{\"id\": 1}", 9);
+    server.delay_ms = 100;
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(pthread_create(&t[i], NULL, encode_many, &e[i]), 0);
+    for (int i = 0; i < 2; i++)
+        pthread_join(t[i], NULL);
+    server.delay_ms = 0;
+    assert_int_equal(e[0].failed | e[1].failed, 0);
+    assert_int_equal(server_seen(&server)->requests, 1);
+    prompt_free(p);
+    codec_free(c);
+}
+
 static void reply_schema_must_be_there(void **state)
 {
     (void)state;
@@ -414,6 +436,7 @@ int main(void)
         cmocka_unit_test(base_model_reply_has_nulls),
         cmocka_unit_test(avro_reply_equals_the_json_one),
         cmocka_unit_test(two_threads_share_a_codec),
+        cmocka_unit_test(encoders_take_turns),
         cmocka_unit_test(reply_schema_must_be_there),
     };
     return cmocka_run_group_tests(tests, start, stop);

@@ -30,6 +30,7 @@
 #include <librdkafka/rdkafka_mock.h>
 
 #include "worker/worker.h"
+#include "worker_registry_server.h"
 
 enum { API_PRODUCE = 0, API_OFFSET_COMMIT = 8, WAIT_S = 60 };
 
@@ -561,6 +562,39 @@ static void test_bad_property_fails_at_once(void **state)
     assert_true(WIFEXITED(st) && WEXITSTATUS(st) == 1);
 }
 
+/* replies.encoding=avro and no schema: the end, before a prompt is read. */
+static void test_missing_reply_schema_fails_at_once(void **state)
+{
+    struct fixture *f = *state;
+    static const char none[] = "{\"error_code\": 40401, \"message\": \"Subject not found.\"}";
+    struct server s = { 0 };
+    char lines[256];
+    int st;
+    server_start(&s);
+    server_set(&s, 404, none, sizeof none - 1);
+    send_prompt(f, good);
+    snprintf(lines, sizeof lines, "replies.encoding=avro\nregistry.url=%s\n"
+             "registry.auto_register=false\n", s.url);
+    start_worker(f, lines);
+    waitpid(f->worker, &st, 0);
+    f->worker = 0;
+    assert_true(server_seen(&s)->requests > 0);
+    server_stop(&s);
+    assert_true(WIFEXITED(st) && WEXITSTATUS(st) == 1);
+    assert_true(committed(f) < 0);
+}
+
+/* ... but a registry that is away is waited for. */
+static void test_registry_outage_at_start(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, "{\"id\":\"a\"}");      /* needs no registry */
+    start_worker(f, "replies.encoding=avro\nregistry.url=http://127.0.0.1:1\n");
+    expect(f, "dead", "invalid");
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
@@ -574,6 +608,7 @@ int main(void)
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http),
         TEST(test_bad_property_fails_at_once),
+        TEST(test_missing_reply_schema_fails_at_once), TEST(test_registry_outage_at_start),
     };
     signal(SIGPIPE, SIG_IGN);
     return cmocka_run_group_tests(tests, NULL, NULL);
