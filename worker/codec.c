@@ -9,8 +9,8 @@
  * Framing is Confluent's: a schema id is 0x00 and four bytes, big-endian, or 0x01 and a 16-byte
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
  *
- * Decoding and encoding share nothing that changes: each has a registry client. Encoders (the outbox,
- * and intake for prompts that expired there) take turns under `replies_lock`.
+ * Decoding and encoding share nothing that changes: each has a registry client. Encoders (the
+ * outbox, and intake for prompts that expired there) take turns under `replies_lock`.
  */
 #include "worker/codec.h"
 

@@ -432,8 +432,8 @@ static lm_status check_no_loop(const char *name, const char *key, const char *to
     lm_status st = *name == '^' ? pattern_matches(name, topic, &same, err)
                                 : check_topic("topics.prompts", name, err);
     if (!st && same)
-        st = lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is also %s%s%s, which would feed the "
-                        "worker its own output", name, key, *name == '^' ? "=" : "",
+        st = lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is also %s%s%s, which would feed "
+                        "the worker its own output", name, key, *name == '^' ? "=" : "",
                         *name == '^' ? topic : "");
     return st;
 }

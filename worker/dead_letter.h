@@ -9,8 +9,8 @@
  *   Connect       __connect.errors.*                              UTF-8 throughout
  *   loramill      loramill-error-code, -error-message, -attempt, -worker
  *
- * A prompt that the broker took may be too large for the dead-letter topic once our headers are behind
- * it. As it would block its partition for ever, it is then trimmed, step by step:
+ * A prompt that the broker took may be too large for the dead-letter topic once our headers are
+ * behind it. As it would block its partition for ever, it is then trimmed, step by step:
  *   brief   ours are shortened to where it came from and why
  *   bare    value, headers and a key above DEAD_LETTER_KEY_MAX are left out as well;
  *           loramill-omitted says so, and the `original` headers where the prompt lies

@@ -383,7 +383,7 @@ static void two_threads_share_a_codec(void **state)
     codec_free(c);
 }
 
-/* Prompts that expired are answered from another thread than the others: the registry is asked once. */
+/* Prompts that expired are answered from another thread than the others: one question does. */
 static void encoders_take_turns(void **state)
 {
     (void)state;
