@@ -7,10 +7,16 @@
  *   read --bad--> error line
  *     |
  *     +-- adapter asked for --> FETCHING --failed--> error line
- *     |                            |
- *     +--------------------------> READY --submit refused--> error line
- *                                  |   ^-- engine busy: stays
- *                                  RUNNING --> result line or error line
+ *     |                         |  ^   |
+ *     |                         |  |   +-- no host memory free --> CROWDED --+
+ *     |                         |  +-------------------- asked again --------+
+ *     +-----------------------> READY --submit refused--> error line
+ *                               |   ^-- engine busy: stays
+ *                               RUNNING --> result line or error line
+ *
+ * The adapters of all lines in flight may be more than host memory is granted for. A line whose
+ * adapter found no room holds none itself, so those that do will end and make room: crowded lines
+ * are asked for again, one at a time, as long as that goes well.
  *
  * The caller's thread moves every line; store threads only put a line that has its adapter (or its
  * failure) on the ready list, under the one lock, and wake the poll.
@@ -32,7 +38,7 @@
 enum { MAX_LINE = 64 << 20, POLL_MS = 100, POLL_EVENTS = 64 };
 
 struct item {
-    struct item *next;          /* in `arrived` or `ready` */
+    struct item *next;          /* in `arrived`, `ready` or `crowded` */
     struct item *prev_live, *next_live;
     struct job *job;
     uint64_t line;
@@ -49,7 +55,7 @@ struct job {
     FILE *in;
     char *buf;
     size_t cap;
-    bool eof;
+    bool eof, regular;          /* regular: the input can be read twice */
     uint64_t line;
     batch_output *out;
     struct batch_totals *totals;
@@ -59,6 +65,10 @@ struct job {
     pthread_mutex_t lock;       /* guards `arrived` */
     struct list arrived;        /* adapters have come (or failed), from store threads */
     struct list ready;          /* to be submitted, in order */
+    struct list crowded;        /* adapters found no room in host memory */
+    int n_crowded;
+    struct item *asking;        /* was crowded, is asked for again */
+    bool room;                  /* something ended, or got its adapter, since the last refusal */
 };
 
 /* ---- lists ----------------------------------------------------------------------------- */
@@ -105,6 +115,7 @@ static void item_free(struct item *it)
     if (it->next_live)
         it->next_live->prev_live = it->prev_live;
     it->job->in_flight--;
+    it->job->room = true;
     engine_adapter_unref(it->adapter);
     openai_request_free(it->request);
     free(it);
@@ -181,6 +192,10 @@ static lm_status take_line(struct job *j, size_t len, struct lm_err *err)
     lm_status st = len > MAX_LINE
         ? lm_err_set(&why, LM_TOO_LARGE, "the line has %zu bytes, more than %d", len, MAX_LINE)
         : openai_parse(j->buf, len, j->info.model_name, &it->request, &why);
+    if (!st && it->request->adapter && !j->cfg->adapters)
+        st = lm_err_set(&why, LM_NOT_FOUND, "body.model \"%.256s\" is not the base model "
+                        "\"%.128s\", and no --adapters are given", it->request->adapter,
+                        j->info.model_name);
     if (st)
         return end_refused(j, it, &why, err);
     if (it->request->adapter)
@@ -188,6 +203,15 @@ static lm_status take_line(struct job *j, size_t len, struct lm_err *err)
     else
         list_add(&j->ready, it);
     return LM_OK;
+}
+
+/* Some editors begin a file with a byte order mark; it is no part of the first line. */
+static ssize_t drop_bom(char *line, ssize_t n)
+{
+    if (n < 3 || memcmp(line, "\xef\xbb\xbf", 3))
+        return n;
+    memmove(line, line + 3, (size_t)n - 2);     /* with the NUL */
+    return n - 3;
 }
 
 /* Reads lines until enough are in flight. */
@@ -199,11 +223,12 @@ static lm_status fill(struct job *j, struct lm_err *err)
         ssize_t n = getline(&j->buf, &j->cap, j->in);
         if (n < 0) {
             j->eof = true;
-            if (ferror(j->in))
+            if (ferror(j->in) || !feof(j->in))      /* neither: no memory for the line */
                 return lm_err_set(err, LM_IO, "input %s: %s", j->cfg->input, strerror(errno));
             return LM_OK;
         }
-        j->line++;
+        if (j->line++ == 0)
+            n = drop_bom(j->buf, n);
         while (n > 0 && (j->buf[n - 1] == '\n' || j->buf[n - 1] == '\r'))
             n--;
         if (is_blank(j->buf, (size_t)n))
@@ -221,12 +246,34 @@ static lm_status fill(struct job *j, struct lm_err *err)
 
 /* ---- submitting and polling ------------------------------------------------------------ */
 
+static void sort_arrived(struct job *j, struct item *it)
+{
+    bool crowded = it->err.code == LM_BUSY;
+    if (it == j->asking)
+        j->asking = NULL;
+    if (crowded)
+        it->err = (struct lm_err){ 0 };
+    j->n_crowded += crowded;
+    j->room = !crowded;
+    list_add(crowded ? &j->crowded : &j->ready, it);
+}
+
 static void collect_arrived(struct job *j)
 {
     pthread_mutex_lock(&j->lock);
     for (struct item *it; (it = list_take(&j->arrived));)
-        list_add(&j->ready, it);
+        sort_arrived(j, it);
     pthread_mutex_unlock(&j->lock);
+}
+
+/* When only crowded lines are left, nothing holds an adapter any more. */
+static void ask_again(struct job *j)
+{
+    if (j->asking || !j->crowded.head || (!j->room && j->in_flight > j->n_crowded))
+        return;
+    j->asking = list_take(&j->crowded);
+    j->n_crowded--;
+    store_get(j->cfg->store, j->asking->request->adapter, adapter_arrived, j->asking);
 }
 
 static lm_status submit_item(struct job *j, struct item *it, struct lm_err *why)
@@ -302,10 +349,11 @@ static lm_status run(struct job *j, struct lm_err *err)
         if (atomic_load(j->cfg->stop))
             return lm_err_set(err, LM_CANCELLED, "stopped; run again with --resume to go on");
         st = fill(j, err);
-        if (!st)
+        if (!st) {
             collect_arrived(j);
-        if (!st)
+            ask_again(j);
             st = submit_ready(j, err);
+        }
         if (!st && j->in_flight > 0)
             st = poll_engine(j, err);
     }
@@ -318,23 +366,23 @@ static lm_status open_input(struct job *j, struct lm_err *err)
 {
     const struct batch_config *c = j->cfg;
     struct stat in, out;
-    if (!strcmp(c->input, "-")) {
-        j->in = stdin;
-        return LM_OK;
-    }
-    if (!stat(c->input, &in) && !stat(c->output, &out) && in.st_dev == out.st_dev &&
-        in.st_ino == out.st_ino)
-        return lm_err_set(err, LM_INVALID, "input and output are the same file, %s", c->input);
-    j->in = fopen(c->input, "re");
+    j->in = strcmp(c->input, "-") ? fopen(c->input, "re") : stdin;
     if (!j->in)
         return lm_err_set(err, LM_NOT_FOUND, "input %s: %s", c->input, strerror(errno));
+    if (fstat(fileno(j->in), &in))
+        return lm_err_set(err, LM_IO, "input %s: %s", c->input, strerror(errno));
+    if (S_ISDIR(in.st_mode))
+        return lm_err_set(err, LM_INVALID, "input %s: is a folder", c->input);
+    j->regular = S_ISREG(in.st_mode);
+    if (j->regular && !stat(c->output, &out) && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
+        return lm_err_set(err, LM_INVALID, "input and output are the same file, %s", c->output);
     return LM_OK;
 }
 
-/* Counts lines for the bar; standard input can't be read twice. */
-static uint64_t count_lines(const char *path)
+/* Counts lines for the bar, 0 where that would take them from the job: a pipe, standard input. */
+static uint64_t count_lines(const struct job *j)
 {
-    FILE *f = strcmp(path, "-") ? fopen(path, "re") : NULL;
+    FILE *f = j->regular && j->in != stdin ? fopen(j->cfg->input, "re") : NULL;
     char *line = NULL;
     size_t cap = 0;
     uint64_t n = 0;
@@ -364,6 +412,7 @@ lm_status batch_job_run(const struct batch_config *cfg, struct batch_totals *out
     engine_info(cfg->engine, &j.info);
     list_init(&j.arrived);
     list_init(&j.ready);
+    list_init(&j.crowded);
     pthread_mutex_init(&j.lock, NULL);
     int64_t start = lm_now_us();
     lm_status st = open_input(&j, err);
@@ -371,7 +420,7 @@ lm_status batch_job_run(const struct batch_config *cfg, struct batch_totals *out
         st = batch_output_open(cfg->output, cfg->resume, &j.out, err);
     if (!st) {
         j.bar = progress_new(&(struct progress_config){
-            .label = "batch", .unit = "requests", .total = count_lines(cfg->input) });
+            .label = "batch", .unit = "requests", .total = count_lines(&j) });
         st = run(&j, err);
         abandon(&j);
         if (!st)

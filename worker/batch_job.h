@@ -20,6 +20,7 @@
 struct batch_config {
     engine *engine;
     store *store;               /* taken: freed before batch_job_run() returns */
+    const char *adapters;       /* where they come from; NULL: only the base model is served */
     const char *input;          /* path, or "-" for standard input */
     const char *output;
     bool resume;

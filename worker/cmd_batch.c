@@ -6,12 +6,15 @@
  * Exit status: 0 every line has its output line (refusals are lines too), 1 the job could not
  * finish and can be resumed, 2 usage.
  */
+#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "worker/batch_job.h"
 #include "worker/commands.h"
@@ -74,6 +77,14 @@ static int require(const char *name, const char *value)
     return 2;
 }
 
+static int check_backend(const char *name)
+{
+    if (!name || !strcmp(name, "cpu") || !strcmp(name, "cuda"))
+        return 0;
+    fprintf(stderr, "loramill batch: --backend must be cpu or cuda, not '%s'\n", name);
+    return 2;
+}
+
 /* 0 go on, 2 usage error, -1 help was shown. */
 static int parse(struct options *o, int argc, char **argv)
 {
@@ -118,7 +129,26 @@ static int parse(struct options *o, int argc, char **argv)
     }
     if (require("model", o->model) || require("input", o->input) || require("output", o->output))
         return 2;
-    return 0;
+    return check_backend(o->backend);
+}
+
+static bool is_url(const char *adapters)
+{
+    return adapters && strstr(adapters, "://");
+}
+
+/* A mistyped folder would make an error line of every request for an adapter. */
+static lm_status check_adapters(const char *adapters, struct lm_err *err)
+{
+    struct stat sb;
+    if (!adapters || is_url(adapters))
+        return LM_OK;
+    if (stat(adapters, &sb))
+        return lm_err_set(err, LM_NOT_FOUND, "--adapters %s: %s", adapters, strerror(errno));
+    if (!S_ISDIR(sb.st_mode) || access(adapters, R_OK | X_OK))
+        return lm_err_set(err, LM_INVALID, "--adapters %s: is not a folder that can be read",
+                          adapters);
+    return LM_OK;
 }
 
 /* A folder, or a URL to which "/{adapter}" is added unless it says where the id goes. */
@@ -127,7 +157,7 @@ static lm_status open_store(const struct options *o, engine *e, store **out, str
     char url[4096];
     struct config defaults;
     struct store_config cfg = { .engine = e };
-    bool remote = o->adapters && strstr(o->adapters, "://");
+    bool remote = is_url(o->adapters);
     lm_status st = config_init(&defaults, err);
     if (st)
         return st;
@@ -170,15 +200,17 @@ static lm_status run(const struct options *o, struct batch_totals *totals, struc
         .model_dir = o->model, .backend = o->backend, .threads = o->threads,
         .max_seqs = o->max_seqs, .max_waiting = o->max_in_flight,
     };
-    lm_status st = engine_open(&cfg, &e, err);
+    lm_status st = check_adapters(o->adapters, err);
+    if (!st)
+        st = engine_open(&cfg, &e, err);
     if (st)
         return st;
     st = open_store(o, e, &s, err);
     if (!st)
         st = batch_job_run(&(struct batch_config){
-            .engine = e, .store = s, .input = o->input, .output = o->output,
-            .resume = o->resume, .max_in_flight = o->max_in_flight,
-            .stop = &stop_requested }, totals, err);
+            .engine = e, .store = s, .adapters = o->adapters, .input = o->input,
+            .output = o->output, .resume = o->resume,
+            .max_in_flight = o->max_in_flight, .stop = &stop_requested }, totals, err);
     engine_close(e);
     return st;
 }

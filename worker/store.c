@@ -196,7 +196,7 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
         negative_add(s, j->id, err);
     pthread_mutex_unlock(&s->lock);
     if (status != LM_OK && status != LM_CANCELLED)
-        lm_log(LM_WARN, "store", "%s", err->msg);
+        lm_log(status == LM_BUSY ? LM_INFO : LM_WARN, "store", "%s", err->msg);
     while ((w = STAILQ_FIRST(&j->waiters))) {
         STAILQ_REMOVE_HEAD(&j->waiters, link);
         bool last = STAILQ_EMPTY(&j->waiters);

@@ -78,3 +78,10 @@ batch --input "$RUN/in"
 check "a missing option is a usage error, status 2 (got $?)" [ $? -eq 2 ]
 batch --adapters $A --input "$RUN/none" --output "$RUN/x"
 check "a job that can't start fails with status 1 (got $?)" [ $? -eq 1 ]
+batch --backend gpu --input "$RUN/in" --output "$RUN/x"
+check "an unknown backend is a usage error, status 2 (got $?)" [ $? -eq 2 ]
+batch --adapters "$RUN/none" --input "$RUN/in" --output "$RUN/x"
+check "a missing folder of adapters ends the job, status 1 (got $?)" [ $? -eq 1 ]
+check "and names it" grep -q -- "--adapters $RUN/none" "$RUN/err"
+batch --adapters $A --input <(cat "$RUN/in") --output "$RUN/piped"
+check "a pipe is read once (got $?)" [ "$?/$(wc -l < "$RUN/piped")" = 0/11 ]
