@@ -81,21 +81,32 @@ static lm_status check_config(struct engine_config *c, struct lm_err *err)
     return LM_OK;
 }
 
+/* The folder's name as its user wrote it: a link keeps its own. Only a path that ends in no name
+ * ("/", ".", "..") is looked up. malloc'ed. */
+static char *folder_name(const char *path)
+{
+    size_t n = strlen(path);
+    for (bool more = true; more;) {             /* "x/", "x/." */
+        more = n > 1 && (path[n - 1] == '/' || (path[n - 1] == '.' && path[n - 2] == '/'));
+        n -= more;
+    }
+    size_t at = n;
+    while (at > 0 && path[at - 1] != '/')
+        at--;
+    size_t len = n - at;
+    if (len > 0 && strncmp(path + at, "..", len) != 0)
+        return lm_strndup(path + at, len);
+    char *real = realpath(path, NULL), *slash = real ? strrchr(real, '/') : NULL;
+    char *name = lm_strdup(slash && slash[1] ? slash + 1 : path);
+    free(real);
+    return name;
+}
+
 static lm_status set_model_name(engine *e, struct lm_err *err)
 {
-    const char *name = e->cfg.model_name;
-    char *copy = NULL;
-    if (!name && e->cfg.model_dir) {
-        char *real = realpath(e->cfg.model_dir, NULL);
-        const char *path = real ? real : e->cfg.model_dir;
-        const char *slash = strrchr(path, '/');
-        copy = lm_strdup(slash && slash[1] ? slash + 1 : path);
-        free(real);
-    } else {
-        copy = lm_strdup(name ? name : "echo");
-    }
-    e->model_name = copy;
-    return copy ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for the model's name");
+    const char *name = e->cfg.model_name, *dir = e->cfg.model_dir;
+    e->model_name = name ? lm_strdup(name) : dir ? folder_name(dir) : lm_strdup("echo");
+    return e->model_name ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for the model's name");
 }
 
 static lm_status load_texts(engine *e, struct lm_err *err)

@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -32,6 +33,38 @@ static struct engine_request request(const char *id, const char *prompt)
     struct engine_request r = { .id = id, .prompt = prompt, .prompt_len = strlen(prompt) };
     engine_params_default(&r.params);
     return r;
+}
+
+/* The name is that of the folder as it was written; a path without one is looked up. */
+static void a_model_is_named_after_its_folder(void **state)
+{
+    (void)state;
+    char dir[] = "/tmp/loramill-name-XXXXXX", here[256], link[64];
+    assert_non_null(mkdtemp(dir));
+    assert_non_null(getcwd(here, sizeof here));
+    snprintf(link, sizeof link, "%s/alias", dir);
+    assert_int_equal(symlink(dir, link), 0);
+    const char *own = dir + sizeof "/tmp/" - 1;
+    const char *const paths[][2] = {
+        { "tests/models/storefront", "storefront" }, { "tests/models/storefront/", "storefront" },
+        { "tests/models/storefront//", "storefront" }, { "storefront", "storefront" },
+        { "tests/models/storefront/.", "storefront" }, { "/storefront/", "storefront" },
+        { ".", own }, { "./", own }, { "alias/..", "tmp" }, { link, "alias" },
+        { "alias/", "alias" }, { "/", "/" },
+    };
+    assert_int_equal(chdir(dir), 0);
+    for (size_t i = 0; i < sizeof paths / sizeof *paths; i++) {
+        struct engine_config cfg = { .echo = true, .model_dir = paths[i][0] };
+        struct engine_info info;
+        engine *e = NULL;
+        assert_int_equal(engine_open(&cfg, &e, NULL), LM_OK);
+        engine_info(e, &info);
+        assert_string_equal(info.model_name, paths[i][1]);
+        engine_close(e);
+    }
+    assert_int_equal(chdir(here), 0);
+    unlink(link);
+    rmdir(dir);
 }
 
 static void answers_itself(void **state)
@@ -293,6 +326,7 @@ static void expired_deadline(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_model_is_named_after_its_folder),
         cmocka_unit_test(answers_itself),
         cmocka_unit_test(full_queue_is_busy),
         cmocka_unit_test(handles_are_never_reused),
