@@ -177,7 +177,8 @@ struct kn_lora_batch {
     const struct kn_lora_seg *segs;     /* [n_segs] */
     const int32_t *block_ids;           /* adapters' block tables, one after the other */
     int n_segs;
-    int n_tok, max_seg_tok, max_rank;   /* host hints for launch geometry */
+    int n_tok;                          /* rows of x and y: the step's, in a segment or not */
+    int max_seg_tok, max_rank;          /* host hints for launch geometry */
     int64_t h_rows;                     /* sum over segments of n_tok * rank_max */
 };
 
