@@ -12,10 +12,12 @@
 #include "engine/tok_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* ---- loading ----------------------------------------------------------------------------- */
 
@@ -96,7 +98,7 @@ static lm_status read_open_file(FILE *f, char **text, size_t *n, struct lm_err *
 {
     struct stat sb;
     if (fstat(fileno(f), &sb) != 0 || !S_ISREG(sb.st_mode))
-        return lm_err_set(err, LM_IO, "not a regular file");
+        return lm_err_set(err, LM_FORMAT, "not a regular file");
     if (sb.st_size < 0 || (size_t)sb.st_size > TOK_MAX_FILE)
         return lm_err_set(err, LM_TOO_LARGE, "%lld bytes; %zu are allowed", (long long)sb.st_size,
                           TOK_MAX_FILE);
@@ -113,10 +115,16 @@ static lm_status read_open_file(FILE *f, char **text, size_t *n, struct lm_err *
 lm_status tok_read_file(const char *path, char **text, size_t *n, struct lm_err *err)
 {
     *text = NULL;
-    FILE *f = fopen(path, "rb");
-    if (!f)
-        return lm_err_set(err, errno == ENOENT ? LM_NOT_FOUND : LM_IO, "%s: %s", path,
-                          strerror(errno));
+    /* O_NONBLOCK: a FIFO in place of the file must not hang the caller. */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (!f) {
+        lm_status why = errno == ENOENT ? LM_NOT_FOUND : LM_IO;
+        lm_err_set(err, why, "%s: %s", path, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return why;
+    }
     lm_status st = read_open_file(f, text, n, err);
     fclose(f);
     if (st) {

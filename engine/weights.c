@@ -9,6 +9,7 @@
  */
 #include "engine/weights.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -143,8 +144,12 @@ static float load_float(const struct st_tensor *t, int64_t i)
 static lm_status upload_floats(struct loader *l, const struct st_tensor *t, int first, int n,
                                float *dst, int at)
 {
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         l->staging[i] = load_float(t, first + i);
+        if (!isfinite(l->staging[i]))
+            return lm_err_set(l->err, LM_INVALID, "tensor '%s': element %d is not finite", t->name,
+                              first + i);
+    }
     lm_status st = kn_copy_in(l->stream, dst + at, l->staging, (size_t)n * sizeof(float));
     if (st != LM_OK)
         return lm_err_set(l->err, st, "tensor '%s': the copy to the device failed", t->name);

@@ -85,3 +85,10 @@ check "a missing folder of adapters ends the job, status 1 (got $?)" [ $? -eq 1 
 check "and names it" grep -q -- "--adapters $RUN/none" "$RUN/err"
 batch --adapters $A --input <(cat "$RUN/in") --output "$RUN/piped"
 check "a pipe is read once (got $?)" [ "$?/$(wc -l < "$RUN/piped")" = 0/11 ]
+
+# The file ends with model.norm.weight, in bf16: its last element becomes NaN.
+cp -r $M "$RUN/nan"
+printf '\xc0\x7f' | dd of="$RUN/nan/model.safetensors" bs=1 conv=notrunc status=none \
+    seek=$(($(stat -c %s $M/model.safetensors) - 2))
+batch --model "$RUN/nan" --input "$RUN/in" --output "$RUN/x"
+check "a norm that is not finite is named (got $?)" grep -q "model.norm.weight.*not finite" "$RUN/err"

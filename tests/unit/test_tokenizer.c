@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include <cmocka.h>
@@ -671,6 +673,15 @@ static void files_that_are_refused_name_the_reason(void **state)
     tokenizer *t = NULL;
     assert_int_equal(tokenizer_load("tests/no-such-model", &t, &err), LM_NOT_FOUND);
     assert_non_null(strstr(err.msg, "tests/no-such-model/tokenizer.json"));
+    char dir[] = "/tmp/loramill-fifo-XXXXXX", fifo[64];
+    assert_non_null(mkdtemp(dir));
+    snprintf(fifo, sizeof fifo, "%s/tokenizer.json", dir);
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    alarm(30);                  /* opening it used to wait for a writer */
+    assert_int_equal(tokenizer_load(dir, &t, &err), LM_FORMAT);
+    alarm(0);
+    unlink(fifo);
+    rmdir(dir);
 }
 
 /* ---- speed (tests/fixtures/tokenizers/speed.py) ------------------------------------------ */
