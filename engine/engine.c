@@ -53,6 +53,15 @@ struct engine {
 
 /* ---- opening --------------------------------------------------------------------------- */
 
+void engine_policy_default(struct engine_policy *p)
+{
+    *p = (struct engine_policy){
+        .group = true, .max_overtaken = 1000, .max_wait_ms = 600000, .fair = true,
+        .early_abort = true, .preempt = ENGINE_PREEMPT_CHEAPER, .swap_bytes = (size_t)1 << 30,
+        .prefetch = true, .prefix_cache = true, .pipeline = true,
+    };
+}
+
 static int or_default(int given, int fallback)
 {
     return given > 0 ? given : fallback;

@@ -35,6 +35,35 @@ typedef struct engine_adapter engine_adapter;
 
 /* ---- opening --------------------------------------------------------------------------- */
 
+/* How a preempted sequence comes back: computed again, or copied to host memory and back. */
+enum engine_preempt { ENGINE_PREEMPT_CHEAPER, ENGINE_PREEMPT_RECOMPUTE, ENGINE_PREEMPT_SWAP };
+
+/* What the scheduler prefers. No policy changes what is answered, only when and at what cost;
+ * docs/engine.md has the figures behind each default. */
+struct engine_policy {
+    bool group;                 /* admit by adapter, so that a step meets few; default true */
+    int max_overtaken;          /* then the hard bound: so many later ones of the same or a lower
+                                 * rank may be admitted before a waiting one; default 1000 */
+    int64_t max_wait_ms;        /* who has waited longer goes first whatever its rank, so that no
+                                 * flood of higher priority starves it; 0: never; default 10 min */
+    bool fair;                  /* share between tenants by virtual token counters (Sheng et al.,
+                                 * arXiv 2401.00588); default true */
+    bool early_abort;           /* end with ENGINE_EXPIRED what can no longer meet its deadline, and
+                                 * under overload serve those first who still can; default true */
+    enum engine_preempt preempt;
+    size_t swap_bytes;          /* host memory for swapped KV; default 1 GiB; 0: never swap */
+    bool prefetch;              /* adapters of those next in line are loaded; default true */
+    bool prefix_cache;          /* default true */
+    bool merge;                 /* merge an adapter that owns the whole stream; default false */
+    bool pipeline;              /* plan a step while the device runs the one before; default true,
+                                 * where the device runs by itself */
+    /* For measuring what the design buys; 0 is the design. */
+    int adapter_percent;        /* split pool: adapters get this share, KV cache the rest */
+    int adapter_slots;          /* so many adapters resident at most */
+};
+
+void engine_policy_default(struct engine_policy *p);
+
 struct engine_config {
     const char *model_dir;      /* Hugging Face folder */
     const char *model_name;     /* NULL: the folder's name */
@@ -49,6 +78,11 @@ struct engine_config {
     int max_model_len;          /* 0: the model's own */
     size_t host_adapter_bytes;  /* budget for packed adapters in host memory; 0: 1 GiB */
     size_t max_adapter_bytes;   /* an adapter's files may not be larger; 0: 4 GiB */
+    const struct engine_policy *policy; /* NULL: the default */
+    const char *shape;          /* instead of model_dir: a config.json alone. Weights are random, so
+                                 * only speed means anything; no tokenizer: token ids in and out */
+    const char *sim;            /* a device description: time is simulated (backend "sim") */
+    bool manual;                /* no engine thread: the caller runs engine_pump() */
     bool echo;                  /* no model: answer each prompt with itself. For measuring the road
                                  * around the engine; model_dir may be NULL. */
 };
@@ -68,6 +102,17 @@ struct engine_info {
 };
 void engine_info(const engine *e, struct engine_info *out);     /* strings live with the engine */
 
+/* `manual` engines: runs turns on the caller's thread until none has anything left to do, or the
+ * clock has reached `until_us`. *idle: it was the former; new work, or time, is needed. The
+ * caller's thread is the engine thread: no other call may run meanwhile. */
+lm_status engine_pump(engine *e, int64_t until_us, bool *idle, struct lm_err *err);
+/* The engine's clock, microseconds: monotonic, or simulated. engine_wall_ms() is what deadline_ms
+ * is held against: epoch milliseconds, or simulated ones. */
+int64_t engine_now_us(engine *e);
+int64_t engine_wall_ms(engine *e);
+/* Lets simulated time pass; LM_UNSUPPORTED with a real clock. */
+lm_status engine_advance(engine *e, int64_t until_us);
+
 /* ---- adapters -------------------------------------------------------------------------- */
 
 #define ENGINE_DIGEST_CHARS 72          /* "sha256:" + 64 hex + NUL */
@@ -82,6 +127,11 @@ lm_status engine_adapter_id_check(const char *id, size_t len, struct lm_err *err
  * LM_TOO_LARGE (with the numbers), LM_NOMEM. */
 lm_status engine_adapter_load(engine *e, const char *id, const char *dir, engine_adapter **out,
                               struct lm_err *err);
+
+/* A stand-in for measuring: `rank` on each of `modules` (bits 0..6: q k v o gate up down), with
+ * random weights, or none at all on a simulated device. */
+lm_status engine_adapter_dummy(engine *e, const char *id, int rank, unsigned modules,
+                               engine_adapter **out, struct lm_err *err);
 
 /* The newest version held in memory under this id, with a reference, or NULL. */
 engine_adapter *engine_adapter_find(engine *e, const char *id);
@@ -153,6 +203,7 @@ struct engine_request {
     int priority;               /* higher first */
     const char *tenant;         /* NULL: none */
     int64_t deadline_ms;        /* wall clock, epoch milliseconds; 0: none */
+    int64_t first_token_by_ms;  /* the same: of no use unless it has begun by then; 0: none */
     bool stream;                /* also send ENGINE_TOKENS events */
     void *user;                 /* comes back in every event */
 };
@@ -237,6 +288,12 @@ struct engine_stats {
     uint64_t adapter_loads, adapter_evictions, adapter_hits;
     uint64_t step_us, host_us;          /* total; host_us is planning and bookkeeping */
     uint64_t waiting_prompt_tokens;
+    uint64_t step_adapters;             /* distinct adapters, summed over steps */
+    uint64_t step_seqs;                 /* sequences, summed over steps */
+    uint64_t early_aborts;              /* ended by early abort, not by the deadline itself */
+    uint64_t swap_outs, swap_ins, swap_bytes, adapter_bytes;    /* bytes moved to and fro; loaded */
+    uint64_t prefix_hit_tokens;         /* prompt tokens that were not computed again */
+    uint64_t merges, merged_steps;
 };
 void engine_stats(engine *e, struct engine_stats *out);
 

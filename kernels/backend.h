@@ -17,6 +17,9 @@ struct kn_backend {
     lm_status (*open)(const struct kn_open_params *p, kn_device **dev, struct lm_err *err);
     void (*close)(kn_device *dev);
     void (*props)(kn_device *dev, struct kn_props *out);
+    /* Both NULL where time is the host's. */
+    int64_t (*now_us)(kn_device *dev);
+    lm_status (*advance)(kn_device *dev, int64_t until_us);
 
     lm_status (*alloc)(kn_device *dev, size_t bytes, void **out, struct lm_err *err);
     void (*free)(kn_device *dev, void *p);
@@ -28,6 +31,8 @@ struct kn_backend {
     lm_status (*zero)(kn_stream *s, void *dst, size_t bytes);
     lm_status (*scatter_cells)(kn_stream *s, void *base, const int64_t *offsets, int n,
                                size_t cell_bytes, const void *src);
+    lm_status (*gather_cells)(kn_stream *s, void *dst, const void *base, const int64_t *offsets,
+                              int n, size_t cell_bytes);
 
     lm_status (*stream_new)(kn_device *dev, kn_stream **out, struct lm_err *err);
     void (*stream_free)(kn_stream *s);
@@ -52,6 +57,10 @@ struct kn_backend {
     void (*mat_free)(kn_mat *m);
     lm_status (*mat_upload)(kn_mat *m, int row0, int col0, int rows, int cols, const void *src,
                             enum kn_dtype src_t, size_t src_ld, struct lm_err *err);
+    lm_status (*mat_fill)(kn_mat *m, uint64_t seed, float scale, struct lm_err *err);
+    size_t (*mat_bytes)(const kn_mat *m);
+    lm_status (*mat_save)(kn_stream *s, void *dst, const kn_mat *m);
+    lm_status (*mat_restore)(kn_stream *s, kn_mat *m, const void *src);
 
     size_t (*kv_block_bytes)(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
     size_t (*sample_workspace)(kn_device *dev, int max_rows, int vocab);

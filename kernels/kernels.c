@@ -60,6 +60,16 @@ void kn_props(kn_device *dev, struct kn_props *out)
     dev->be->props(dev, out);
 }
 
+int64_t kn_now_us(kn_device *dev)
+{
+    return dev->be->now_us ? dev->be->now_us(dev) : lm_now_us();
+}
+
+lm_status kn_advance(kn_device *dev, int64_t until_us)
+{
+    return dev->be->advance ? dev->be->advance(dev, until_us) : LM_UNSUPPORTED;
+}
+
 /* ---- memory ---------------------------------------------------------------------------- */
 
 lm_status kn_alloc(kn_device *dev, size_t bytes, void **out, struct lm_err *err)
@@ -108,6 +118,12 @@ lm_status kn_scatter_cells(kn_stream *s, void *base, const int64_t *offsets_host
                            size_t cell_bytes, const void *src_host)
 {
     return s->be->scatter_cells(s, base, offsets_host, n, cell_bytes, src_host);
+}
+
+lm_status kn_gather_cells(kn_stream *s, void *dst_host, const void *base,
+                          const int64_t *offsets_host, int n, size_t cell_bytes)
+{
+    return s->be->gather_cells(s, dst_host, base, offsets_host, n, cell_bytes);
 }
 
 /* ---- streams and events ---------------------------------------------------------------- */
@@ -207,6 +223,26 @@ lm_status kn_mat_upload(kn_mat *m, int row0, int col0, int rows, int cols, const
                         enum kn_dtype src_t, size_t src_ld, struct lm_err *err)
 {
     return m->be->mat_upload(m, row0, col0, rows, cols, src_host, src_t, src_ld, err);
+}
+
+lm_status kn_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err)
+{
+    return m->be->mat_fill(m, seed, scale, err);
+}
+
+size_t kn_mat_bytes(const kn_mat *m)
+{
+    return m->be->mat_bytes(m);
+}
+
+lm_status kn_mat_save(kn_stream *s, void *dst_host, const kn_mat *m)
+{
+    return s->be->mat_save(s, dst_host, m);
+}
+
+lm_status kn_mat_restore(kn_stream *s, kn_mat *m, const void *src_host)
+{
+    return s->be->mat_restore(s, m, src_host);
 }
 
 /* ---- operations ------------------------------------------------------------------------ */

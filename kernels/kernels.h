@@ -50,6 +50,8 @@ struct kn_props {
     enum kn_dtype lora;         /* adapter weights in the pool */
     size_t mem_total, mem_free; /* bytes; free is what it was when asked */
     int threads;                /* CPU only */
+    bool in_call;               /* operations complete inside the call: nothing runs behind it */
+    bool virtual_time;          /* "sim": kn_now_us() is simulated, and kn_advance() moves it */
 };
 
 /* ---- devices --------------------------------------------------------------------------- */
@@ -57,13 +59,20 @@ struct kn_props {
 struct kn_open_params {
     int index;          /* which device of the backend */
     int threads;        /* CPU: cores to use, 0 = all that this process may run on */
+    const char *sim;    /* sim: the JSON file that describes the device */
 };
 
-/* `backend` is "cpu", "cuda" or NULL: CUDA where a device works, else the CPU. */
+/* `backend` is "cpu", "cuda", "sim" or NULL: CUDA where a device works, else the CPU. */
 lm_status kn_open(const char *backend, const struct kn_open_params *p, kn_device **dev,
                   struct lm_err *err);
 void kn_close(kn_device *dev);          /* every object of the device must be freed before */
 void kn_props(kn_device *dev, struct kn_props *out);
+
+/* Microseconds on the clock of this device's world: lm_now_us(), or simulated time that passes only
+ * with what is enqueued and waited for. Whoever times or schedules work on a device asks it. */
+int64_t kn_now_us(kn_device *dev);
+/* Lets simulated time pass until `until_us` (nothing if that is past). LM_UNSUPPORTED elsewhere. */
+lm_status kn_advance(kn_device *dev, int64_t until_us);
 
 /* ---- memory ---------------------------------------------------------------------------- */
 
@@ -82,6 +91,10 @@ lm_status kn_zero(kn_stream *s, void *dst, size_t bytes);
  * launch or copy batch for a whole adapter. */
 lm_status kn_scatter_cells(kn_stream *s, void *base, const int64_t *offsets_host, int n,
                            size_t cell_bytes, const void *src_host);
+/* The way back: cell i comes from base + offsets_host[i]; the blob must be pinned. Of both, the
+ * offsets may be reused as soon as the call returns, the blob when the stream is past. */
+lm_status kn_gather_cells(kn_stream *s, void *dst_host, const void *base,
+                          const int64_t *offsets_host, int n, size_t cell_bytes);
 
 /* ---- streams and events ---------------------------------------------------------------- */
 
@@ -118,6 +131,14 @@ lm_status kn_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat
 void kn_mat_free(kn_mat *m);
 lm_status kn_mat_upload(kn_mat *m, int row0, int col0, int rows, int cols, const void *src_host,
                         enum kn_dtype src_t, size_t src_ld, struct lm_err *err);
+/* Fills it with reproducible uniform values in [-scale, scale): for measuring without weights.
+ * Blocks. */
+lm_status kn_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err);
+/* Bytes that it takes, and a copy of all of them, in the backend's own layout, to and from pinned
+ * memory: what was saved comes back bit for bit. */
+size_t kn_mat_bytes(const kn_mat *m);
+lm_status kn_mat_save(kn_stream *s, void *dst_host, const kn_mat *m);
+lm_status kn_mat_restore(kn_stream *s, kn_mat *m, const void *src_host);
 
 /* ---- LoRA in the pool ------------------------------------------------------------------ */
 
@@ -172,6 +193,13 @@ struct kn_lora_seg {
     int32_t h0;                 /* row offset into h: sum of n_tok * rank_max of earlier segments */
 };
 
+/* What the step asks of one module, summed over segments with each adapter's largest rank of that
+ * module over the layers. Both 0: no adapter of the step targets it, and nothing is launched. */
+struct kn_lora_load {
+    int32_t rank_sum;           /* sum of rank: what is read */
+    int32_t rank_tok;           /* sum of n_tok * rank: what is computed */
+};
+
 /* The step's LoRA metadata, uploaded once a step and shared by every layer. */
 struct kn_lora_batch {
     const struct kn_lora_seg *segs;     /* [n_segs] */
@@ -180,6 +208,7 @@ struct kn_lora_batch {
     int n_tok;                          /* rows of x and y: the step's, in a segment or not */
     int max_seg_tok, max_rank;          /* host hints for launch geometry */
     int64_t h_rows;                     /* sum over segments of n_tok * rank_max */
+    struct kn_lora_load load[KN_MODULES];       /* host hints too */
 };
 
 /* ---- operations ------------------------------------------------------------------------ */
@@ -272,6 +301,28 @@ struct kn_gather_rows {
     int n, hidden;
 };
 
+/* dst[dst_idx[i]] = src[src_idx[i]] for i < n; the destinations are distinct. Puts tokens that the
+ * step before has sampled into the input of the next, which was laid out before they were known. */
+struct kn_feed {
+    int32_t *dst;
+    const int32_t *dst_idx;     /* [n] */
+    const int32_t *src;
+    const int32_t *src_idx;     /* [n] */
+    int n;
+};
+
+/* Merges one module of one layer of an adapter into a base weight, for a stream of its own:
+ *     w[row0 + i][k] += scale * sum_j B[j][i] A[j][k],   i < out, k < in
+ * summed in float32, rounded once to the weight's dtype. Undone with kn_mat_restore(). */
+struct kn_lora_merge {
+    kn_mat *w;
+    int row0, in, out;
+    enum kn_module module;
+    int layer;
+    struct kn_pool pool;
+    const int32_t *block_ids;   /* the adapter's block table */
+};
+
 /* Up to three modules that read the same x and write side by side into y (q k v; gate up). */
 struct kn_lora_part {
     enum kn_module module;
@@ -337,8 +388,10 @@ size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab);
     X(attention, attention)                                                                    \
     X(silu_mul, silu_mul)                                                                      \
     X(gather_rows, gather_rows)                                                                \
+    X(feed, feed)                                                                              \
     X(lora_shrink, lora)                                                                       \
     X(lora_expand, lora)                                                                       \
+    X(lora_merge, lora_merge)                                                                  \
     X(sample, sample)
 
 #define X(op, args) lm_status kn_op_##op(kn_stream *s, const struct kn_##args *a);

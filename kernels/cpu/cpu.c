@@ -64,7 +64,7 @@ static void cpu_props(kn_device *dev, struct kn_props *out)
 {
     struct cpu_device *d = (struct cpu_device *)dev;
     *out = (struct kn_props){ .act = KN_F32, .kv = KN_F32, .lora = KN_F32,
-                              .threads = d->threads };
+                              .threads = d->threads, .in_call = true };
     snprintf(out->name, sizeof out->name, "cpu (%s, %d thread%s)", d->v->name, d->threads,
              d->threads == 1 ? "" : "s");
     snprintf(out->backend, sizeof out->backend, "cpu");
@@ -114,6 +114,17 @@ static lm_status cpu_scatter_cells(kn_stream *s, void *base, const int64_t *offs
         return cpu_refuse("scatter_cells", "null pointer or negative count");
     for (int i = 0; i < n; i++)
         memcpy((char *)base + offsets[i], (const char *)src + (size_t)i * cell_bytes, cell_bytes);
+    return LM_OK;
+}
+
+static lm_status cpu_gather_cells(kn_stream *s, void *dst, const void *base,
+                                  const int64_t *offsets, int n, size_t cell_bytes)
+{
+    (void)s;
+    if (n < 0 || (n && (!base || !offsets || !dst)))
+        return cpu_refuse("gather_cells", "null pointer or negative count");
+    for (int i = 0; i < n; i++)
+        memcpy((char *)dst + (size_t)i * cell_bytes, (const char *)base + offsets[i], cell_bytes);
     return LM_OK;
 }
 
@@ -206,6 +217,7 @@ const struct kn_backend kn_backend_cpu = {
     .copy = cpu_copy,
     .zero = cpu_zero,
     .scatter_cells = cpu_scatter_cells,
+    .gather_cells = cpu_gather_cells,
     .stream_new = cpu_stream_new,
     .stream_free = cpu_stream_free,
     .stream_sync = cpu_stream_sync,
@@ -223,6 +235,10 @@ const struct kn_backend kn_backend_cpu = {
     .mat_new = cpu_mat_new,
     .mat_free = cpu_mat_free,
     .mat_upload = cpu_mat_upload,
+    .mat_fill = cpu_mat_fill,
+    .mat_bytes = cpu_mat_bytes,
+    .mat_save = cpu_mat_save,
+    .mat_restore = cpu_mat_restore,
     .kv_block_bytes = cpu_kv_block_bytes,
     .sample_workspace = cpu_sample_workspace,
 #define X(op, args) .op = cpu_op_##op,

@@ -177,6 +177,10 @@ lm_status cpu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_ma
 void cpu_mat_free(kn_mat *m);
 lm_status cpu_mat_upload(kn_mat *m, int row0, int col0, int rows, int cols, const void *src,
                          enum kn_dtype src_t, size_t src_ld, struct lm_err *err);
+lm_status cpu_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err);
+size_t cpu_mat_bytes(const kn_mat *m);
+lm_status cpu_mat_save(kn_stream *s, void *dst, const kn_mat *m);
+lm_status cpu_mat_restore(kn_stream *s, kn_mat *m, const void *src);
 
 lm_status cpu_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
 lm_status cpu_comm_new(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,

@@ -332,3 +332,11 @@ lm_status cpu_op_lora_expand(kn_stream *s, const struct kn_lora *a)
         out += a->part[p].out;
     return run_job(s, a, "lora_expand", out / LM_MAX(a->n_parts, 1), expand_range);
 }
+
+/* ---- merge ----------------------------------------------------------------------------- */
+
+lm_status cpu_op_lora_merge(kn_stream *s, const struct kn_lora_merge *a)
+{
+    (void)s, (void)a;
+    return LM_UNSUPPORTED;
+}

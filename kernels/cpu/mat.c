@@ -178,3 +178,54 @@ void cpu_mat_row(const struct cpu_mat *m, int row, float *out)
     for (int c = 0; c < m->base.cols; c++)
         out[c] = read_elem(m->data, at + (size_t)c * CPU_PANEL, m->base.dtype);
 }
+
+/* ---- whole matrices -------------------------------------------------------------------- */
+
+static uint64_t mix64(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* Element (r, c) is a function of the seed and its place alone, whatever the layout. */
+lm_status cpu_mat_fill(kn_mat *base, uint64_t seed, float scale, struct lm_err *err)
+{
+    struct cpu_mat *m = (struct cpu_mat *)base;
+    float *row = lm_reallocarray(NULL, (size_t)base->cols, sizeof *row);
+    if (!row)
+        return lm_err_set(err, LM_NOMEM, "out of memory for a row of %d", base->cols);
+    for (int r = 0; r < base->rows; r++) {
+        for (int c = 0; c < base->cols; c++) {
+            uint64_t z = mix64(seed + ((uint64_t)r << 32 | (uint32_t)c) * 0x9e3779b97f4a7c15u);
+            row[c] = ((float)(z >> 40) * 0x1p-23f - 1.0f) * scale;
+        }
+        put_row_converted(m, first_index(m, r), row, 0, base->cols, KN_F32);
+    }
+    free(row);
+    return LM_OK;
+}
+
+size_t cpu_mat_bytes(const kn_mat *base)
+{
+    const struct cpu_mat *m = (const struct cpu_mat *)base;
+    return (size_t)m->panels * m->panel_bytes;
+}
+
+lm_status cpu_mat_save(kn_stream *s, void *dst, const kn_mat *base)
+{
+    (void)s;
+    if (!dst)
+        return cpu_refuse("mat_save", "null pointer");
+    memcpy(dst, ((const struct cpu_mat *)base)->data, cpu_mat_bytes(base));
+    return LM_OK;
+}
+
+lm_status cpu_mat_restore(kn_stream *s, kn_mat *base, const void *src)
+{
+    (void)s;
+    if (!src)
+        return cpu_refuse("mat_restore", "null pointer");
+    memcpy(((struct cpu_mat *)base)->data, src, cpu_mat_bytes(base));
+    return LM_OK;
+}

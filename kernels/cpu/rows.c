@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * rows.c - operations that treat each token's row alone: embed, rmsnorm, silu_mul, gather_rows.
+ * rows.c - operations that treat each token's row alone: embed, rmsnorm, silu_mul, gather_rows;
+ * and feed, which moves single ids.
  *
  * `work` given to cpu_parallel is nanoseconds on one thread, from bench_kernels on one core.
  */
@@ -113,6 +114,21 @@ lm_status cpu_op_gather_rows(kn_stream *s, const struct kn_gather_rows *a)
         memcpy((float *)a->out + (int64_t)i * a->hidden,
                (const float *)a->x + (int64_t)a->idx[i] * a->hidden,
                (size_t)a->hidden * sizeof(float));
+    }
+    return LM_OK;
+}
+
+/* ---- feed ------------------------------------------------------------------------------ */
+
+lm_status cpu_op_feed(kn_stream *s, const struct kn_feed *a)
+{
+    (void)s;
+    if (a->n < 0 || (a->n && (!a->dst || !a->dst_idx || !a->src || !a->src_idx)))
+        return cpu_refuse("feed", "null pointer or negative count");
+    for (int i = 0; i < a->n; i++) {
+        if (a->dst_idx[i] < 0 || a->src_idx[i] < 0)
+            return cpu_refuse("feed", "negative index");
+        a->dst[a->dst_idx[i]] = a->src[a->src_idx[i]];
     }
     return LM_OK;
 }
