@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.h - what the worker's threads share. Private to worker/{worker,consumer,intake,outbox,
- * producer,http,cmd_worker}.c.
+ * worker.h - what the worker's threads share. Private to worker/{worker,consumer,rebalance,commit,
+ * intake,outbox,producer,http,cmd_worker}.c.
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
  *        ^                       ^ adapters (store threads), retries            | events

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * commit.c - committing what the ledger says is finished.
+ *
+ * Commits are explicit, by the ledger's watermarks, and one at a time: rd_kafka_commit() would set
+ * an offset back without complaint, so the order of commits is ours to keep. They run through a
+ * queue of their own, because a rebalance callback must wait for one without polling the consumer.
+ */
+#include "worker/consumer_int.h"
+
+#include <inttypes.h>
+
+enum { COMMIT_WAIT_MS = 5000 };
+
+/* The group has moved on without us; the rebalance that follows says what is ours. */
+static bool is_stale_member(rd_kafka_resp_err_t e)
+{
+    return e == RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION || e == RD_KAFKA_RESP_ERR_UNKNOWN_MEMBER_ID ||
+           e == RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS ||
+           e == RD_KAFKA_RESP_ERR_FENCED_INSTANCE_ID;
+}
+
+static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
+{
+    metric_add(&c->w->metrics.commit_failures, 1);
+    lm_log(is_stale_member(e) ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
+           rd_kafka_err2str(e));
+}
+
+/* The verdict on one partition; librdkafka may have sorted the list. A stale
+ * ref has no verdict: it does not matter any more. */
+static rd_kafka_resp_err_t verdict(consumer *c, const struct pending *p,
+                                   rd_kafka_topic_partition_list_t *l)
+{
+    struct ledger_info info;
+    if (!l || !ledger_get(c->ledger, p->ref, &info))
+        return RD_KAFKA_RESP_ERR_NO_ERROR;
+    rd_kafka_topic_partition_t *e = rd_kafka_topic_partition_list_find(l, info.topic,
+                                                                      info.partition);
+    return e ? e->err : RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *l,
+                      void *opaque)
+{
+    (void)rk;
+    consumer *c = opaque;
+    rd_kafka_resp_err_t worst = e;
+    for (size_t i = 0; i < c->n_pending; i++) {
+        rd_kafka_resp_err_t own = e ? e : verdict(c, &c->pending[i], l);
+        if (own)
+            worst = own;
+        else
+            ledger_committed(c->ledger, c->pending[i].ref, c->pending[i].value);
+    }
+    c->committing = false;
+    if (worst)
+        commit_refused(c, worst);
+    else
+        metric_add(&c->w->metrics.commits, 1);
+}
+
+void commit_serve(consumer *c, int timeout_ms)
+{
+    rd_kafka_queue_poll_callback(c->commit_queue, timeout_ms);
+}
+
+static void wait_for_commit(consumer *c)
+{
+    int64_t end = lm_now_us() + (int64_t)COMMIT_WAIT_MS * 1000;
+    while (c->committing && lm_now_us() < end) {
+        atomic_store(&c->w->consumer_beat_us, lm_now_us());
+        commit_serve(c, 100);
+    }
+    if (c->committing)
+        lm_log(LM_WARN, "consumer", "no answer to an offset commit for %d s",
+               COMMIT_WAIT_MS / 1000);
+}
+
+/* Where the consumer stands in an idle partition: past trailing transaction markers. */
+static void note_position(consumer *c, const struct assigned *a)
+{
+    struct ledger_info info;
+    if (!ledger_get(c->ledger, a->ref, &info) || info.in_flight)
+        return;
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, a->lease->topic, a->partition);
+    if (!rd_kafka_position(c->rk, l) && !l->elems[0].err)
+        ledger_position(c->ledger, a->ref, l->elems[0].offset);
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
+static bool grow_pending(consumer *c)
+{
+    struct pending *p = lm_reallocarray(c->pending, LM_MAX(c->n_parts, 1), sizeof *p);
+    if (p)
+        c->pending = p;
+    return p;
+}
+
+/* Starts a commit of what is new; nothing when one is under way. */
+void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    if (c->committing || !grow_pending(c))
+        return;
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
+    c->n_pending = 0;
+    for (size_t i = 0; i < c->n_parts; i++) {
+        const struct assigned *a = &c->parts[i];
+        if (!consumer_selected(only, a))
+            continue;
+        note_position(c, a);
+        int64_t value = ledger_commit_value(c->ledger, a->ref);
+        if (value == LEDGER_NONE)
+            continue;
+        rd_kafka_topic_partition_list_add(l, a->lease->topic, a->partition)->offset = value;
+        c->pending[c->n_pending++] = (struct pending){ a->ref, value };
+    }
+    if (c->n_pending) {
+        rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);
+        c->committing = !e;
+        if (e)
+            commit_refused(c, e);
+    }
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
+void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    wait_for_commit(c);
+    if (c->committing)          /* the broker is silent; one such wait is enough */
+        return;
+    commit_start(c, only);
+    wait_for_commit(c);
+}

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, admission,
+ * records), rebalance.c (assignment, draining) and commit.c (offsets). Nobody else includes it.
+ *
+ * Everything here belongs to the consumer thread.
+ */
+#ifndef LORAMILL_WORKER_CONSUMER_INT_H
+#define LORAMILL_WORKER_CONSUMER_INT_H
+
+#include <librdkafka/rdkafka.h>
+
+#include "worker/worker.h"
+
+enum { DRAIN_POLL_MS = 10 };
+
+struct assigned {
+    struct lease *lease;
+    struct ledger_ref ref;
+    int32_t partition;
+    bool paused;
+};
+
+struct pending { struct ledger_ref ref; int64_t value; };
+
+struct consumer {
+    struct worker *w;
+    rd_kafka_t *rk;
+    rd_kafka_queue_t *commit_queue;
+    pthread_t thread;
+    ledger *ledger;
+    struct assigned *parts;
+    size_t n_parts, last_hit;
+    bool paused;
+    /* the one commit under way */
+    struct pending *pending;
+    size_t n_pending;
+    bool committing;
+    int64_t next_commit_us, next_snapshot_us, complained_us;
+    long long held, held_bytes;
+};
+
+/* consumer.c */
+struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition);
+/* Is the partition in `only`? NULL: every one is. */
+bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a);
+void consumer_take_finished(consumer *c, int timeout_ms);
+bool consumer_set_paused(consumer *c, rd_kafka_topic_partition_list_t *l, bool pause);
+
+/* commit.c */
+void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one under way */
+/* Starts a commit of what is new; nothing when one is under way. */
+void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only);
+void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only);      /* and waits */
+
+/* rebalance.c */
+void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *parts,
+                  void *opaque);
+void rebalance_remove(consumer *c, struct assigned *a); /* ends the epoch */
+/* Prompts of these partitions that the engine or the producer holds; optionally cancels them. */
+size_t rebalance_active(consumer *c, const rd_kafka_topic_partition_list_t *only, bool cancel);
+void rebalance_hand_back(consumer *c, const rd_kafka_topic_partition_list_t *only);
+
+#endif

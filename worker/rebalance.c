@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rebalance.c - partitions come and go.
+ *
+ *   assigned   committed offsets are fetched, an epoch begins, the partition is resumed (or paused)
+ *   revoked    its leases are revoked: intake drops what has not started; what runs may finish for
+ *              revoke.drain_ms, then it is cancelled; the watermark is committed; the epoch ends
+ *   lost       as revoked, but without waiting and without a commit: another worker owns it
+ *
+ * Completions that come later carry a stale epoch and change nothing. A repeat is better than a
+ * loss.
+ */
+#include "worker/consumer_int.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+enum { COMMITTED_TIMEOUT_MS = 10000 };
+
+/* ---- partitions --------------------------------------------------------------------------- */
+
+void rebalance_remove(consumer *c, struct assigned *a)
+{
+    ledger_revoke(c->ledger, a->ref);
+    lease_unref(a->lease);
+    *a = c->parts[--c->n_parts];
+    c->last_hit = 0;
+}
+
+static lm_status add_part(consumer *c, const char *topic, int32_t partition, int64_t committed)
+{
+    struct assigned *old = consumer_find(c, topic, partition);
+    if (old)
+        rebalance_remove(c, old);
+    struct assigned *grown = lm_reallocarray(c->parts, c->n_parts + 1, sizeof *grown);
+    if (!grown)
+        return LM_NOMEM;
+    c->parts = grown;
+    struct assigned a = { .partition = partition };
+    if (ledger_assign(c->ledger, topic, partition, committed, &a.ref))
+        return LM_NOMEM;
+    if (!(a.lease = lease_new(topic, partition, a.ref))) {
+        ledger_revoke(c->ledger, a.ref);
+        return LM_NOMEM;
+    }
+    c->parts[c->n_parts++] = a;
+    return LM_OK;
+}
+
+/* ---- draining --------------------------------------------------------------------------- */
+
+struct census { size_t active; bool cancel; struct worker *w; };
+
+static void count_active(void *ctx, int64_t offset, bool finished, void *user)
+{
+    (void)offset;
+    struct census *n = ctx;
+    struct job *j = user;
+    if (finished)
+        return;
+    enum job_stage stage = atomic_load(&j->stage);
+    n->active += stage == JOB_RUNNING || stage == JOB_ANSWERING;
+    engine_handle h = atomic_load(&j->handle);
+    if (n->cancel && stage == JOB_RUNNING && h)
+        engine_cancel(n->w->engine, h);
+}
+
+/* Prompts of these partitions that the engine or the producer holds; optionally cancels them. */
+size_t rebalance_active(consumer *c, const rd_kafka_topic_partition_list_t *only, bool cancel)
+{
+    struct census n = { .cancel = cancel, .w = c->w };
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (consumer_selected(only, &c->parts[i]))
+            ledger_each(c->ledger, c->parts[i].ref, count_active, &n);
+    return n.active;
+}
+
+void rebalance_hand_back(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    size_t left = rebalance_active(c, only, true);
+    if (left)
+        lm_log(LM_INFO, "consumer", "%zu unfinished prompts are handed back", left);
+}
+
+/* Lets running prompts finish for a while, then cancels the rest. */
+static void drain(consumer *c, const rd_kafka_topic_partition_list_t *only, int64_t budget_ms)
+{
+    int64_t end = lm_now_us() + budget_ms * 1000;
+    while (rebalance_active(c, only, false) && lm_now_us() < end &&
+           !atomic_load(&c->w->cancelling)) {
+        atomic_store(&c->w->consumer_beat_us, lm_now_us());
+        consumer_take_finished(c, DRAIN_POLL_MS);
+    }
+    rebalance_hand_back(c, only);
+}
+
+/* ---- rebalance -------------------------------------------------------------------------- */
+
+/* The group's offsets, or LEDGER_NONE where there is none or the broker doesn't answer in time. */
+static void fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
+{
+    rd_kafka_resp_err_t e = rd_kafka_committed(c->rk, l, COMMITTED_TIMEOUT_MS);
+    if (e)
+        lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
+    for (int i = 0; i < l->cnt; i++)
+        if (e || l->elems[i].err || l->elems[i].offset < 0)
+            l->elems[i].offset = LEDGER_NONE;
+}
+
+static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
+{
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_copy(parts);
+    if (l->cnt)
+        fetch_committed(c, l);
+    for (int i = 0; i < l->cnt; i++) {
+        const rd_kafka_topic_partition_t *p = &l->elems[i];
+        if (add_part(c, p->topic, p->partition, p->offset))
+            worker_fail(c->w, LM_NOMEM, "out of memory for partition %s [%d]", p->topic,
+                        (int)p->partition);
+        lm_log(LM_INFO, "consumer", "assigned %s [%d] at %" PRId64, p->topic, (int)p->partition,
+               p->offset);
+    }
+    metric_add(&c->w->metrics.assigned, 1);
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
+static void on_revoke(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)
+{
+    int64_t start = lm_now_us();
+    for (int i = 0; i < parts->cnt; i++) {
+        struct assigned *a = consumer_find(c, parts->elems[i].topic, parts->elems[i].partition);
+        if (a)
+            atomic_store(&a->lease->revoked, true);
+        lm_log(LM_INFO, "consumer", "%s %s [%d]", lost ? "lost" : "revoked",
+               parts->elems[i].topic, (int)parts->elems[i].partition);
+    }
+    if (lost) {
+        rebalance_active(c, parts, true);
+    } else if (parts->cnt) {
+        if (!atomic_load(&c->w->cancelling))
+            drain(c, parts, c->w->cfg->revoke_drain_ms);
+        consumer_take_finished(c, 0);
+        commit_now(c, parts);
+        histogram_observe(&c->w->metrics.rebalance_drain, lm_now_us() - start);
+    }
+    for (int i = 0; i < parts->cnt; i++) {
+        struct assigned *a = consumer_find(c, parts->elems[i].topic, parts->elems[i].partition);
+        if (a)
+            rebalance_remove(c, a);
+    }
+    metric_add(lost ? &c->w->metrics.lost : &c->w->metrics.revoked, 1);
+}
+
+static void check_rebalance(consumer *c, const char *what, rd_kafka_error_t *error,
+                            rd_kafka_resp_err_t e)
+{
+    const char *text = error ? rd_kafka_error_string(error) : rd_kafka_err2str(e);
+    if ((error && rd_kafka_error_is_fatal(error)) || e == RD_KAFKA_RESP_ERR__FATAL)
+        worker_fail(c->w, LM_STATE, "%s: %s", what, text);
+    else if (error || e)
+        lm_log(LM_WARN, "consumer", "%s: %s", what, text);
+    if (error)
+        rd_kafka_error_destroy(error);
+}
+
+void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e,
+                         rd_kafka_topic_partition_list_t *parts, void *opaque)
+{
+    consumer *c = opaque;
+    bool cooperative = !strcmp(rd_kafka_rebalance_protocol(rk), "COOPERATIVE");
+    switch (e) {
+    case RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+        on_assign(c, parts);
+        if (cooperative)
+            check_rebalance(c, "assign", rd_kafka_incremental_assign(rk, parts), 0);
+        else
+            check_rebalance(c, "assign", NULL, rd_kafka_assign(rk, parts));
+        consumer_set_paused(c, parts, c->paused);
+        break;
+    case RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS:
+        on_revoke(c, parts, rd_kafka_assignment_lost(rk));
+        if (cooperative)
+            check_rebalance(c, "unassign", rd_kafka_incremental_unassign(rk, parts), 0);
+        else
+            check_rebalance(c, "unassign", NULL, rd_kafka_assign(rk, NULL));
+        break;
+    default:
+        lm_log(LM_WARN, "consumer", "rebalance: %s", rd_kafka_err2str(e));
+        rd_kafka_assign(rk, NULL);
+    }
+}
