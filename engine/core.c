@@ -101,6 +101,9 @@ lm_status core_open(const struct core_params *p, struct core **out, struct lm_er
         return lm_err_set(err, LM_NOMEM, "no memory for the engine");
     c->p = *p;
     c->next_deadline_ms = INT64_MAX;
+    struct kn_props props;
+    kn_props(p->dev, &props);
+    c->virtual_time = props.virtual_time;
     lm_status st = open_all(c, err);
     if (st != LM_OK) {
         core_close(c);

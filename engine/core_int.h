@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * core_int.h - the engine thread's state, shared by core.c (open, close) and loop.c (run).
+ * core_int.h - the engine thread's state, and what the files that work on it offer each other:
+ * core.c opens and closes, loop.c turns, apply.c carries plans out, finish.c ends things.
  */
 #ifndef LORAMILL_ENGINE_CORE_INT_H
 #define LORAMILL_ENGINE_CORE_INT_H
@@ -34,6 +35,7 @@ struct core_counters {
 
 struct core {
     struct core_params p;
+    bool virtual_time;
     struct weights weights;
     struct forward *forward;
     struct step *step;
@@ -51,10 +53,37 @@ struct core {
     int starved;                /* steps in a row that got no memory */
     struct core_counters counters;
 
-    /* while core_run() runs */
+    /* from core_begin() on */
     mailbox *mail;
     adapters *reg;
 };
+
+/* ---- apply.c --------------------------------------------------------------------------- */
+
+/* Memory for those that the plan admits. False when one got none: its request has ended, and the
+ * plan is void. */
+bool apply_open_admitted(struct core *c, const struct plan *p);
+lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err);
+
+/* ---- finish.c -------------------------------------------------------------------------- */
+
+/* Blocks, adapter and place in the list are given up; the caller sets the next state. */
+void finish_leave_running(struct core *c, struct seq *s);
+void finish_leave_waiting(struct core *c, struct seq *s);
+/* Any state to DONE; the last one of a request posts its result and frees it. */
+void finish_seq(struct core *c, struct seq *s, enum engine_reason reason);
+/* Ends what is left of a request before its time, and frees it. */
+void finish_request(struct core *c, struct request *r, enum engine_reason reason,
+                    lm_status status, const char *why);
+/* Posts the result of a request whose sequences are all DONE, and frees it. */
+void finish_result(struct core *c, struct request *r);
+/* What the result will tell; the first failure counts. */
+void finish_note(struct request *r, lm_status st, const char *why);
+/* A step's positions count as computed; then what came of its rows. */
+void finish_positions(struct core *c, const struct plan *p);
+void finish_rows(struct core *c, const struct step_row *row, int n);
+
+/* ---- core_check.c ---------------------------------------------------------------------- */
 
 /* Every invariant of the books; LM_INTERNAL names the broken one. See core_check.c. */
 lm_status core_check(const struct core *c, struct lm_err *err);

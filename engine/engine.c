@@ -85,6 +85,9 @@ static lm_status check_config(struct engine_config *c, struct lm_err *err)
         return lm_err_set(err, LM_INVALID, "max_seqs %d, max_waiting %d or max_step_tokens %d is "
                                            "too large", c->max_seqs, c->max_waiting,
                           c->max_step_tokens);
+    if (c->echo && c->manual)
+        return lm_err_set(err, LM_INVALID, "an echo engine has a thread of its own; it can't be "
+                                           "manual");
     if (c->max_step_tokens > 0 && c->max_step_tokens < c->max_seqs)
         c->max_seqs = c->max_step_tokens;       /* every running sequence decodes in every step */
     return LM_OK;
@@ -160,6 +163,9 @@ static lm_status open_core(engine *e, struct lm_err *err)
         .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
         .max_model_len = c->max_model_len,
     };
+    engine_policy_default(&p.policy);
+    if (c->policy)
+        p.policy = *c->policy;
     return core_open(&p, &e->core, err);
 }
 
@@ -192,7 +198,7 @@ static void *engine_thread(void *arg)
     if (e->cfg.echo)
         echo_run(e->echo, e->mail, e->adapters);
     else
-        core_run(e->core, e->mail, e->adapters);
+        core_run(e->core);
     return NULL;
 }
 
@@ -214,7 +220,9 @@ static lm_status open_parts(engine *e, struct lm_err *err)
     }
     if (st == LM_OK)
         st = open_registry(e, err);
-    if (st == LM_OK && pthread_create(&e->thread, NULL, engine_thread, e))
+    if (st == LM_OK && e->core)
+        core_begin(e->core, e->mail, e->adapters);
+    if (st == LM_OK && !e->cfg.manual && pthread_create(&e->thread, NULL, engine_thread, e))
         st = lm_err_set(err, LM_NOMEM, "can't start the engine thread");
     e->started = st == LM_OK;
     return st;
@@ -231,7 +239,9 @@ lm_status engine_open(const struct engine_config *cfg, engine **out, struct lm_e
         engine_close(e);
         return st;
     }
-    e->cfg.model_dir = e->cfg.model_name = e->cfg.backend = NULL;   /* the caller's strings */
+    e->cfg.model_dir = e->cfg.model_name = e->cfg.backend = NULL;   /* the caller's */
+    e->cfg.shape = e->cfg.sim = NULL;
+    e->cfg.policy = NULL;
     *out = e;
     return LM_OK;
 }
@@ -242,7 +252,10 @@ void engine_close(engine *e)
         return;
     if (e->started) {
         mailbox_stop(e->mail);
-        pthread_join(e->thread, NULL);
+        if (e->cfg.manual)
+            core_drop(e->core);
+        else
+            pthread_join(e->thread, NULL);
     }
     core_close(e->core);
     mailbox_free(e->mail);              /* its requests hold references on adapters */
@@ -279,6 +292,30 @@ void engine_info(const engine *e, struct engine_info *out)
     out->pool_blocks = core_pool_blocks(e->core);
     out->block_bytes = (size_t)core_block_bytes(e->core);
     out->weight_bytes = core_weight_bytes(e->core);
+}
+
+/* ---- turns and time -------------------------------------------------------------------- */
+
+lm_status engine_pump(engine *e, int64_t until_us, bool *idle, struct lm_err *err)
+{
+    if (!e->cfg.manual)
+        return lm_err_set(err, LM_STATE, "only a manual engine is pumped; this one has a thread");
+    return core_pump(e->core, until_us, idle, err);
+}
+
+int64_t engine_now_us(engine *e)
+{
+    return e->core ? core_now_us(e->core) : lm_now_us();
+}
+
+int64_t engine_wall_ms(engine *e)
+{
+    return e->core ? core_wall_ms(e->core) : lm_wall_ms();
+}
+
+lm_status engine_advance(engine *e, int64_t until_us)
+{
+    return e->dev ? kn_advance(e->dev, until_us) : LM_UNSUPPORTED;
 }
 
 /* ---- adapters -------------------------------------------------------------------------- */
@@ -351,7 +388,7 @@ static lm_status make_request(engine *e, const struct engine_request *in, struct
     struct token_ids ids = { 0 };
     char *text = NULL;
     size_t len = 0;
-    struct request_limits lim = { e->cfg.max_model_len, e->cfg.block_tokens };
+    struct request_limits lim = { e->cfg.max_model_len, e->cfg.block_tokens, engine_now_us(e) };
     lm_status st = prompt_check(in, err);
     if (st == LM_OK)
         st = params_resolve(&in->params, e->cfg.echo ? NULL : &e->model, &p, err);

@@ -31,6 +31,6 @@ void output_flush(struct seq *s);
 
 /* The result of a request whose sequences are all done; r->result->status other than LM_OK makes it
  * an error, with what was generated so far. Never NULL: it was allocated with the request. */
-struct engine_result *output_result(struct request *r, const tokenizer *tok);
+struct engine_result *output_result(struct request *r, const tokenizer *tok, int64_t now_us);
 
 #endif

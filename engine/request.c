@@ -134,7 +134,7 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     r->priority = in->priority;
     r->stream = in->stream;
     r->deadline_ms = in->deadline_ms;
-    r->submit_us = lm_now_us();
+    r->submit_us = lim->now_us;
     r->adapter = in->adapter ? engine_adapter_ref(in->adapter) : NULL;
     r->id = lm_strdup(in->id);
     r->tenant = in->tenant ? lm_strdup(in->tenant) : NULL;

@@ -11,15 +11,15 @@
  *
  *      request_new                                           caller, engine_submit()
  *          |
- *          v            admit                                sched_apply()
+ *          v            admit                                apply_plan()
  *      SEQ_WAITING ---------------> SEQ_RUNNING
  *          ^  |                      |     |
  *          |  |       preempt        |     |
- *          +--|----------------------+     |                 sched_apply()
+ *          +--|----------------------+     |                 apply_plan()
  *             |                            |
  *             | cancel, deadline, error    | stop, length, cancel, deadline, error
  *             v                            v
- *          SEQ_DONE <----------------------+                 loop.c
+ *          SEQ_DONE <----------------------+                 finish_seq()
  *
  *   WAITING  holds no blocks; n_computed = 0. `tokens` may be longer than the prompt: what was
  *            generated before a preemption is recomputed as if it were prompt.
@@ -113,6 +113,7 @@ struct request {
 /* What request_new() needs to know of the engine. */
 struct request_limits {
     int max_model_len, block_tokens;
+    int64_t now_us;             /* on the engine's clock */
 };
 
 /* Takes over `prompt` (cleared) and the fields of `r` by copy; a reference on r->adapter is taken.

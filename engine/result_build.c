@@ -150,9 +150,9 @@ static void fill_choice(struct builder *b, struct seq *s, struct engine_choice *
     fill_scores(b, s, c);
 }
 
-static void fill_numbers(const struct request *r, struct engine_result *res)
+static void fill_numbers(const struct request *r, struct engine_result *res, int64_t now_us)
 {
-    int64_t now = lm_now_us() - r->submit_us;
+    int64_t now = now_us - r->submit_us;
     res->prompt_tokens = r->prompt.n;
     res->cached_tokens = r->cached_tokens;
     for (int i = 0; i < r->n_seqs; i++)
@@ -165,12 +165,12 @@ static void fill_numbers(const struct request *r, struct engine_result *res)
     res->preemptions = r->preemptions;
 }
 
-struct engine_result *output_result(struct request *r, const tokenizer *tok)
+struct engine_result *output_result(struct request *r, const tokenizer *tok, int64_t now_us)
 {
     struct builder b = { .r = r, .tok = tok };
     struct engine_result *res = r->result;
     r->result = NULL;
-    fill_numbers(r, res);
+    fill_numbers(r, res, now_us);
     echo_text(&b);
     res->choices = lm_calloc((size_t)r->n_seqs, sizeof *res->choices);
     res->n_choices = res->choices ? r->n_seqs : 0;

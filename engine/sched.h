@@ -4,7 +4,7 @@
  *
  * Continuous batching with chunked prefill: one step mixes a token of every decoding sequence with
  * chunks of prompts, up to max_step_tokens. sched_plan() reads the state and writes only the plan;
- * loop.c applies it. So the policy is tested without a device, and can later be planned while the
+ * apply.c applies it. So the policy is tested without a device, and can later be planned while the
  * device is busy with the step before.
  *
  * Rank: priority (higher first), then arrival, then choice. Both lists are kept in rank order.

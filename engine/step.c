@@ -437,7 +437,7 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
                       struct lm_err *err)
 {
     bool dynamic = s->p.model->rope == ROPE_DYNAMIC;
-    int64_t t0 = lm_now_us();
+    int64_t t0 = kn_now_us(s->p.dev);
     group_items(s, item, n_items);
     struct sizes z = measure(s, n_items);
     struct layout l = lay_out(&z, dynamic);
@@ -457,7 +457,7 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
         .row_idx = on_device(s, l.row_idx), .rows = on_device(s, l.rows),
         .history = on_device(s, l.history),
     };
-    s->layout_us = lm_now_us() - t0;
+    s->layout_us = kn_now_us(s->p.dev) - t0;
     st = kn_copy_in(stream, s->device, s->host, l.bytes);
     if (st == LM_OK)
         st = forward_run(f, stream, pool, &b);

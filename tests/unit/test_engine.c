@@ -641,6 +641,45 @@ static void many_threads(void **state)
     engine_close(c.e);
 }
 
+static void by_hand(struct engine_config *c)
+{
+    c->manual = true;
+}
+
+/* A manual engine does nothing until it is pumped, stops when the clock says so, and closes with
+ * work in flight. */
+static void pumped_by_hand(void **state)
+{
+    (void)state;
+    static const int32_t ids[4] = { 40, 41, 42, 43 };
+    engine *e = open_with(by_hand), *other = open_with(NULL);
+    struct engine_request r = fixture_request("hand", ids, 4);
+    r.params.max_tokens = 20;
+    r.params.ignore_eos = true;
+    struct engine_result *want = fixture_run(other, &r);
+    struct engine_event ev;
+    bool idle = true;
+    CHECK(engine_pump(e, INT64_MAX, &idle, err));
+    assert_true(idle);
+    fixture_submit(e, &r);
+    assert_int_equal(engine_poll(e, &ev, 1, 0, NULL), 0);
+    CHECK(engine_pump(e, engine_now_us(e), &idle, err));        /* no time: no turn */
+    assert_false(idle);
+    CHECK(engine_pump(e, INT64_MAX, &idle, err));
+    assert_true(idle);
+    assert_int_equal(engine_poll(e, &ev, 1, 0, NULL), 1);
+    assert_int_equal(ev.result->choices[0].n_tokens, 20);
+    assert_memory_equal(ev.result->choices[0].token_ids, want->choices[0].token_ids, 80);
+    assert_int_equal(engine_pump(other, INT64_MAX, &idle, NULL), LM_STATE);
+    assert_int_equal(engine_advance(e, INT64_MAX), LM_UNSUPPORTED);
+    engine_result_free(ev.result);
+    engine_result_free(want);
+    fixture_submit(e, &r);
+    CHECK(engine_pump(e, engine_now_us(e) + 1, &idle, err));
+    engine_close(e);
+    engine_close(other);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_WARN);
@@ -662,6 +701,7 @@ int main(void)
         cmocka_unit_test(host_budget_evicts_the_unused),
         cmocka_unit_test(a_tight_pool_swaps_adapters),
         cmocka_unit_test(many_threads),
+        cmocka_unit_test(pumped_by_hand),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * apply.c - a plan becomes true: the only place where blocks change hands.
+ *
+ * Order: preempt, pin, grow, load. Adapters and prefixes that the plan relies on are pinned before
+ * anything is evicted, so that making room can't take them away.
+ *
+ * No memory for an upload's bookkeeping ends the requests that wait for it; what goes wrong with a
+ * device or with the books is for the caller to act on.
+ *
+ * Threads: the engine thread.
+ */
+#include "engine/core_int.h"
+
+static void preempt(struct core *c, struct seq *s)
+{
+    finish_leave_running(c, s);
+    s->state = SEQ_WAITING;
+    seq_list_insert(&c->waiting, s, 1);
+    c->waiting_prompt_tokens += (uint64_t)s->n_prompt;
+    s->req->preemptions++;
+    COUNT(c, preemptions, 1);
+}
+
+/* Takes the sequence's references before anything is evicted. */
+static void pin(struct core *c, struct seq *s)
+{
+    struct request *r = s->req;
+    int max = seq_cacheable_blocks(s, c->p.block_tokens);
+    finish_leave_waiting(c, s);
+    s->state = SEQ_RUNNING;
+    seq_list_insert(&c->running, s, 1);
+    s->n_blocks = prefix_acquire(&c->prefix, seq_version(s), s->tokens, max, s->blocks);
+    s->n_hashed = s->n_blocks;
+    s->prefix_tail = s->n_blocks ? s->blocks[s->n_blocks - 1] : -1;
+    s->n_computed = s->n_blocks * c->p.block_tokens;
+    if (r->adapter) {
+        COUNT(c, adapter_hits, r->adapter_since_us == 0);
+        residency_use(&c->tier, r->adapter);
+    }
+    if (!r->admit_us) {
+        r->admit_us = core_now_us(c);
+        r->cached_tokens = s->n_computed;
+        if (r->adapter_since_us)
+            r->adapter_wait_us = r->admit_us - r->adapter_since_us;
+    }
+}
+
+static lm_status grow(struct core *c, struct seq *s, int n_tokens, struct lm_err *err)
+{
+    int need = blocks_for(n_tokens, c->p.block_tokens) - s->n_blocks;
+    if (need <= 0)
+        return LM_OK;
+    lm_status st = evict_until(&c->prefix, &c->tier, need);
+    if (st == LM_OK)
+        st = pool_take(&c->pool, POOL_KV, need, s->blocks + s->n_blocks);
+    if (st != LM_OK)
+        return lm_err_set(err, LM_INTERNAL, "request '%s' was planned into %d blocks; %d are free",
+                          s->req->id, need, c->pool.n_free);
+    s->n_blocks += need;
+    return LM_OK;
+}
+
+static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct lm_err *err)
+{
+    lm_status st = forward_reserve_rank(c->forward, a->image.rank_max, err);
+    if (st == LM_OK && evict_until(&c->prefix, &c->tier, a->n_blocks) != LM_OK)
+        st = lm_err_set(err, LM_INTERNAL, "adapter '%s' was planned into %d blocks; %d are free",
+                        a->id, a->n_blocks, c->pool.n_free);
+    if (st == LM_OK)
+        st = residency_load(&c->tier, a, err);
+    COUNT(c, adapter_loads, st == LM_OK);
+    return st;
+}
+
+/* There was no memory to load it (nothing was enqueued): those who wait for it are told, the others
+ * don't notice. */
+static void refuse_waiters(struct core *c, const struct engine_adapter *a, const char *why)
+{
+    lm_log(LM_WARN, "engine", "%s; requests for it end with this error", why);
+    for (int i = 0; i < c->waiting.n;) {
+        struct request *r = c->waiting.at[i]->req;
+        if (r->adapter == a) {
+            finish_request(c, r, ENGINE_ERROR, LM_NOMEM, why);
+            i = 0;
+        } else {
+            i++;
+        }
+    }
+}
+
+/* Those who wait for weights, for their timings. Only when an upload starts. */
+static void note_adapter_waits(struct core *c)
+{
+    int64_t now = core_now_us(c);
+    for (int i = 0; i < c->waiting.n; i++) {
+        struct request *r = c->waiting.at[i]->req;
+        if (r->adapter && r->adapter->res.state == RES_LOADING && !r->adapter_since_us)
+            r->adapter_since_us = now;
+    }
+}
+
+/* False when one of them got no memory: its request has ended, and the plan is void. */
+bool apply_open_admitted(struct core *c, const struct plan *p)
+{
+    for (int i = 0; i < p->n_admit; i++) {
+        if (seq_open(p->admit[i]) != LM_OK) {
+            finish_request(c, p->admit[i]->req, ENGINE_ERROR, LM_NOMEM, "no memory for a choice");
+            return false;
+        }
+    }
+    return true;
+}
+
+lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    for (int i = 0; i < p->n_preempt; i++)
+        preempt(c, p->preempt[i]);
+    for (int i = 0; i < p->n_overtaken; i++)
+        p->overtaken[i]->bypassed++;
+    for (int i = 0; i < p->n_admit; i++)
+        pin(c, p->admit[i]);
+    for (int i = 0; i < p->n_charged; i++)
+        residency_touch(&c->tier, p->charged[i]);
+    for (int i = 0; st == LM_OK && i < p->n_admit; i++)
+        st = grow(c, p->admit[i], p->admit[i]->n_tokens, err);
+    for (int i = 0; st == LM_OK && i < p->n_items; i++) {
+        struct plan_item *it = &p->item[i];
+        /* What the prefix cache had need not be computed. */
+        it->n_tok = LM_MIN(it->n_tok, it->seq->n_tokens - it->seq->n_computed);
+        st = grow(c, it->seq, it->seq->n_computed + it->n_tok, err);
+    }
+    for (int i = 0; st == LM_OK && i < p->n_load; i++) {
+        st = load_adapter(c, p->load[i], err);
+        if (st == LM_NOMEM) {
+            refuse_waiters(c, p->load[i], err->msg);
+            st = LM_OK;
+        }
+    }
+    if (p->n_load > 0)
+        note_adapter_waits(c);
+    return st;
+}

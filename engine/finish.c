@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * finish.c - what becomes of a step's results, and the ends of sequences and requests.
+ *
+ * Whatever ends a sequence passes finish_seq(): blocks, adapter and list place are given up there,
+ * and the last of a request posts the one result and frees the request. So callers that walk lists
+ * or rows must not touch a sequence, its request or its siblings after ending one.
+ *
+ * Threads: the engine thread.
+ */
+#include "engine/core_int.h"
+
+#include <stdio.h>
+
+/* ---- ends of sequences and requests ---------------------------------------------------- */
+
+static void release_blocks(struct core *c, struct seq *s)
+{
+    for (int i = s->n_blocks - 1; i >= 0; i--)
+        prefix_unref(&c->prefix, s->blocks[i]);
+    s->n_blocks = s->n_hashed = s->n_computed = 0;
+    s->prefix_tail = -1;
+}
+
+/* RUNNING to anything else: blocks, adapter and place in the list. */
+void finish_leave_running(struct core *c, struct seq *s)
+{
+    seq_list_remove(&c->running, s);
+    release_blocks(c, s);
+    if (s->req->adapter)
+        residency_unuse(&c->tier, s->req->adapter);
+}
+
+void finish_leave_waiting(struct core *c, struct seq *s)
+{
+    seq_list_remove(&c->waiting, s);
+    c->waiting_prompt_tokens -= (uint64_t)s->n_prompt;
+}
+
+static void post_stream(struct core *c, struct seq *s, bool final)
+{
+    const char *text;
+    size_t len;
+    if (!s->req->stream)
+        return;
+    output_stream_text(s, final, &text, &len);
+    if (len > 0 && mailbox_post_text(c->mail, s, text, len) != LM_OK)
+        s->text_sent -= len;    /* no memory: it comes with the next piece, or with the result */
+}
+
+void finish_result(struct core *c, struct request *r)
+{
+    struct engine_result *res = output_result(r, c->p.tok, core_now_us(c));
+    COUNT(c, finished, res->status == LM_OK);
+    COUNT(c, failed, res->status != LM_OK);
+    mailbox_post_result(c->mail, r, res);
+    request_free(r);
+}
+
+/* The first failure is what the result tells. */
+void finish_note(struct request *r, lm_status st, const char *why)
+{
+    if (st == LM_OK || r->result->status != LM_OK)
+        return;
+    r->result->status = st;
+    snprintf(r->result->error, sizeof r->result->error, "%s", why);
+}
+
+/* Any state to DONE; the last one of a request posts its result and frees it. */
+void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
+{
+    struct request *r = s->req;
+    if (s->state == SEQ_RUNNING)
+        finish_leave_running(c, s);
+    else if (s->state == SEQ_WAITING)
+        finish_leave_waiting(c, s);
+    s->state = SEQ_DONE;
+    s->reason = reason;
+    post_stream(c, s, true);
+    if (--r->n_live == 0)
+        finish_result(c, r);
+}
+
+/* Ends what is left of a request before its time. */
+void finish_request(struct core *c, struct request *r, enum engine_reason reason,
+                    lm_status status, const char *why)
+{
+    int n = r->n_seqs;
+    finish_note(r, status, why);
+    for (int i = 0; i < n; i++) {
+        struct seq *s = &r->seqs[i];
+        if (s->state == SEQ_DONE)
+            continue;
+        bool last = r->n_live == 1;
+        output_flush(s);
+        finish_seq(c, s, reason);
+        if (last)               /* the request is gone */
+            return;
+    }
+}
+
+/* ---- after a step ---------------------------------------------------------------------- */
+
+/* Offers blocks that this step completed to the prefix cache. */
+static void offer_blocks(struct core *c, struct seq *s)
+{
+    int bt = c->p.block_tokens;
+    while ((s->n_hashed + 1) * bt <= s->n_computed) {
+        int i = s->n_hashed++;
+        s->blocks[i] = prefix_offer(&c->prefix, seq_version(s), s->prefix_tail,
+                                    s->tokens + (size_t)i * (size_t)bt, s->blocks[i]);
+        s->prefix_tail = s->blocks[i];
+    }
+}
+
+/* Positions count as computed; blocks that became full are offered to the prefix cache. */
+void finish_positions(struct core *c, const struct plan *p)
+{
+    for (int i = 0; i < p->n_items; i++) {
+        struct seq *s = p->item[i].seq;
+        bool decode = s->n_computed >= s->n_prompt;
+        COUNT(c, decode_tokens, decode ? p->item[i].n_tok : 0);
+        COUNT(c, prefill_tokens, decode ? 0 : p->item[i].n_tok);
+        s->n_computed += p->item[i].n_tok;
+        s->req->steps++;
+        offer_blocks(c, s);
+    }
+}
+
+static bool scoring_done(const struct seq *s)
+{
+    const struct request *r = s->req;
+    return r->params.max_tokens == 0 && r->prompt_scores.n >= s->n_prompt - 1;
+}
+
+/* One row's outcome. True when the sequence ended; it may be freed then. */
+static bool take_row(struct core *c, const struct step_row *row)
+{
+    struct seq *s = row->seq;
+    struct request *r = s->req;
+    bool done = false;
+    lm_status st;
+    if (row->is_prompt) {
+        st = output_push_prompt_score(r, &row->got);
+        if (st == LM_OK && scoring_done(s)) {
+            s->reason = ENGINE_LENGTH;
+            done = true;
+        }
+    } else {
+        st = output_push(s, &row->got, c->p.model, &done);
+        if (!r->first_token_us)
+            r->first_token_us = core_now_us(c);
+        if (st == LM_OK && !done)
+            post_stream(c, s, false);
+    }
+    if (st != LM_OK)
+        finish_note(r, st, "no memory for the output");
+    if (st != LM_OK || done)
+        finish_seq(c, s, st == LM_OK ? s->reason : ENGINE_ERROR);
+    return st != LM_OK || done;
+}
+
+/* Rows of one sequence stand together; once it has ended, what is left of them is void. */
+void finish_rows(struct core *c, const struct step_row *row, int n)
+{
+    for (int i = 0; i < n;) {
+        const struct seq *s = row[i].seq;
+        bool ended = false;
+        for (; i < n && row[i].seq == s; i++)
+            ended = ended || take_row(c, &row[i]);
+    }
+}
