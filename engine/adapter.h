@@ -15,11 +15,14 @@
 #include "engine/engine.h"
 #include "engine/model_config.h"
 
+#define ADAPTER_MAX_RANK 4096           /* beyond any sense, and int32 stays far away */
+
 struct adapter_image {
     uint8_t *cells;             /* [n_cells * cell_bytes]; from the adapter_alloc, owned */
     int n_cells;
     int64_t cell_bytes;
     int rank_max;
+    int32_t module_rank[KN_MODULES];    /* largest over the layers; 0: not targeted at all */
     char digest[ENGINE_DIGEST_CHARS];   /* over both files, see adapter_digest() */
 };
 

@@ -12,7 +12,6 @@
 #include "engine/json_util.h"
 #include "engine/safetensors.h"
 
-#define ADAPTER_MAX_RANK 4096
 #define ADAPTER_CONFIG_FILE "adapter_config.json"
 #define ADAPTER_WEIGHTS_FILE "adapter_model.safetensors"
 

@@ -289,6 +289,7 @@ static lm_status fill(const struct adapter_plan *plan, const struct model_config
                 continue;
             adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
             s = fill_slot(f, slot, in, out, &rows[l].module[m], img);
+            img->module_rank[m] = LM_MAX(img->module_rank[m], slot->rank);
             img->rank_max = LM_MAX(img->rank_max, slot->rank);
         }
     }
@@ -319,6 +320,7 @@ lm_status adapter_pack(const struct adapter_plan *plan, const struct model_confi
     out->n_cells = (int)at.cell + 1;
     out->cell_bytes = cell_bytes;
     out->rank_max = 0;
+    memset(out->module_rank, 0, sizeof out->module_rank);
     if (!f.tile || __builtin_mul_overflow((size_t)out->n_cells, (size_t)cell_bytes, &bytes) ||
         !(out->cells = image_alloc(alloc, bytes))) {
         s = lm_err_set(err, LM_NOMEM, "no memory for an adapter of %d cells of %lld bytes",

@@ -36,7 +36,6 @@ struct adapters {
     struct engine_adapter lru;          /* list head; lru.lru_next is the oldest */
     struct engine_adapter *condemned;
     atomic_bool has_condemned;
-    atomic_int rank_max;
     uint64_t serial;
 };
 
@@ -253,13 +252,6 @@ static lm_status version_read(adapters *a, const char *id, const char *dir,
     return st;
 }
 
-static void raise_rank_max(adapters *a, int rank)
-{
-    int seen = atomic_load(&a->rank_max);
-    while (rank > seen && !atomic_compare_exchange_weak(&a->rank_max, &seen, rank)) {
-    }
-}
-
 lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_adapter **out,
                         struct lm_err *err)
 {
@@ -280,7 +272,6 @@ lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_ada
     pthread_mutex_lock(&a->mu);
     st = make_room(a, version_bytes(ad), id, err);
     if (st == LM_OK) {
-        raise_rank_max(a, ad->image.rank_max);
         insert(a, ad);
         *out = ref_locked(ad);
     }
@@ -369,11 +360,6 @@ void adapters_reap(adapters *a, void (*drop)(void *ctx, engine_adapter *ad), voi
             drop(ctx, list);
         version_free(list);
     }
-}
-
-int adapters_rank_max(const adapters *a)
-{
-    return atomic_load(&a->rank_max);
 }
 
 void adapters_stats(adapters *a, int *n, size_t *bytes)

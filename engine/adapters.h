@@ -77,8 +77,6 @@ engine_adapter *adapters_find(adapters *a, const char *id);
 
 /* Engine thread: frees what was condemned; `drop` gives back a version's blocks first. */
 void adapters_reap(adapters *a, void (*drop)(void *ctx, engine_adapter *ad), void *ctx);
-/* Largest rank among all versions ever loaded: sizes the LoRA workspace. */
-int adapters_rank_max(const adapters *a);
 void adapters_stats(adapters *a, int *n, size_t *bytes);
 
 #endif

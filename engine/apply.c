@@ -63,8 +63,8 @@ static lm_status grow(struct core *c, struct seq *s, int n_tokens, struct lm_err
 
 static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct lm_err *err)
 {
-    lm_status st = forward_reserve_rank(c->forward, a->image.rank_max, err);
-    if (st == LM_OK && evict_until(&c->prefix, &c->tier, a->n_blocks) != LM_OK)
+    lm_status st = LM_OK;
+    if (evict_until(&c->prefix, &c->tier, a->n_blocks) != LM_OK)
         st = lm_err_set(err, LM_INTERNAL, "adapter '%s' was planned into %d blocks; %d are free",
                         a->id, a->n_blocks, c->pool.n_free);
     if (st == LM_OK)

@@ -13,7 +13,8 @@
 
 #define CPU_POOL_SHARE 4                        /* a quarter */
 #define CPU_POOL_MAX ((size_t)2 << 30)
-#define DEVICE_RESERVE_SHARE 20                 /* 5 %: fragmentation, library workspaces, LoRA h */
+#define DEVICE_RESERVE_SHARE 20                 /* 5 %: fragmentation, library workspaces */
+#define MAX_RANKED_SEQS 1024
 #define MAX_POOL_BLOCKS ((size_t)1 << 26)
 
 static size_t choose_pool_bytes(const struct core *c, const struct kn_props *props)
@@ -49,12 +50,22 @@ static lm_status open_pool(struct core *c, struct lm_err *err)
     return pool_init(&c->pool, (int32_t)n, err);
 }
 
+/* Rows of the LoRA workspace (12 bytes each). A token of every sequence at the highest rank there
+ * can be, so that no mix of ranks holds a decode up; or rank 64 throughout the largest step. */
+static int64_t choose_lora_rows(const struct core_params *p)
+{
+    int64_t decode = (int64_t)LM_MIN(p->max_seqs, MAX_RANKED_SEQS) * ADAPTER_MAX_RANK;
+    return LM_MAX(decode, (int64_t)p->max_step_tokens * 64);
+}
+
 static lm_status open_steps(struct core *c, struct lm_err *err)
 {
     const struct core_params *p = &c->p;
+    c->lora_rows = choose_lora_rows(p);
     struct forward_params fp = {
         .model = p->model, .weights = &c->weights, .dev = p->dev, .shard = { 0, 1 },
         .max_tokens = p->max_step_tokens, .block_tokens = p->block_tokens,
+        .lora_rows = c->lora_rows,
     };
     struct step_params sp = {
         .model = p->model, .dev = p->dev, .max_tokens = p->max_step_tokens,

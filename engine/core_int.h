@@ -40,6 +40,7 @@ struct core {
     struct forward *forward;
     struct step *step;
     kn_stream *stream;
+    int64_t lora_rows;          /* of the LoRA workspace, sized once */
     void *pool_memory;
     struct kn_pool memory;      /* the pool as kernels see it */
     struct pool pool;           /* its book */

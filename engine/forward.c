@@ -17,8 +17,9 @@
  * Logits are float32 [rows, vocab]: with a vocabulary of 128k and every prompt row scored they
  * would take a quarter of a gigabyte, so rows go through in slabs of LOGIT_SLAB_BYTES.
  *
- * LoRA rides behind each base GEMM on the rows of its segments only; a step without adapters
- * launches none of it.
+ * LoRA rides behind each base GEMM on the rows of its segments only; modules that no adapter of the
+ * step targets are not launched. Its workspace is sized once, for lora_rows: the planner keeps to
+ * them, so that no rank ever asks for device memory.
  */
 #include "engine/forward.h"
 
@@ -36,8 +37,7 @@ struct forward {
     void *res, *x, *qkv, *attn, *tmp, *gate_up, *act, *rows_x;
     float *logits;
     float *inv_freq;            /* [head_dim / 2] */
-    float *h;                   /* LoRA intermediates for max_tokens * h_rank * 3 */
-    int h_rank;
+    float *h;                   /* LoRA intermediates, [lora_rows * 3] */
     void *sample_ws;
     struct step_output out;
 };
@@ -72,7 +72,7 @@ static lm_status allocate_all(struct forward *f, enum kn_dtype act_type, struct 
 {
     const struct model_config *c = f->p.model;
     size_t t = (size_t)f->p.max_tokens, act = t * kn_dtype_size(act_type), f32 = sizeof(float);
-    void *logits, *id, *logprob, *top_id, *top_logprob, *inv_freq;
+    void *logits, *id, *logprob, *top_id, *top_logprob, *inv_freq, *h;
     size_t top = t * KN_MAX_TOP_LOGPROBS;
     const struct want_buffer want[] = {
         { &f->res, act * (size_t)c->hidden }, { &f->x, act * (size_t)c->hidden },
@@ -82,14 +82,15 @@ static lm_status allocate_all(struct forward *f, enum kn_dtype act_type, struct 
         { &logits, (size_t)f->slab_rows * (size_t)c->vocab * f32 },
         { &id, t * sizeof(int32_t) }, { &logprob, t * f32 },
         { &top_id, top * sizeof(int32_t) }, { &top_logprob, top * f32 },
-        { &inv_freq, (size_t)c->head_dim / 2 * f32 },
+        { &inv_freq, (size_t)c->head_dim / 2 * f32 }, { &h, (size_t)f->p.lora_rows * 3 * f32 },
         { &f->sample_ws, kn_sample_workspace(f->p.dev, f->slab_rows, c->vocab) },
     };
-    logits = id = logprob = top_id = top_logprob = inv_freq = NULL;
+    logits = id = logprob = top_id = top_logprob = inv_freq = h = NULL;
     lm_status st = allocate(f, want, LM_COUNT(want), err);
     f->logits = logits;
     f->out = (struct step_output){ id, logprob, top_id, top_logprob };
     f->inv_freq = inv_freq;
+    f->h = h;
     return st;
 }
 
@@ -160,21 +161,6 @@ const struct step_output *forward_output(const struct forward *f)
     return &f->out;
 }
 
-lm_status forward_reserve_rank(struct forward *f, int rank, struct lm_err *err)
-{
-    if (rank <= f->h_rank)
-        return LM_OK;
-    void *h = NULL;
-    size_t bytes = (size_t)f->p.max_tokens * (size_t)rank * 3 * sizeof(float);
-    lm_status st = kn_alloc(f->p.dev, bytes, &h, err);
-    if (st != LM_OK)
-        return lm_err_prefix(err, "workspace for adapters of rank %d", rank);
-    kn_free(f->p.dev, f->h);
-    f->h = h;
-    f->h_rank = rank;
-    return LM_OK;
-}
-
 /* ---- the pieces of a layer ------------------------------------------------------------- */
 
 struct run {
@@ -203,17 +189,20 @@ static lm_status gemm(const struct run *r, void *y, int64_t ldy, const void *x, 
     return kn_op_gemm(r->s, &a);
 }
 
+/* Modules that no adapter of the step targets are left out. */
 static lm_status lora(const struct run *r, void *y, int64_t ldy, const void *x, int in,
                       const struct kn_lora_part *part, int n_parts)
 {
-    if (r->b->lora.n_segs == 0)
-        return LM_OK;
+    const struct kn_lora_batch *b = &r->b->lora;
     struct kn_lora a = {
         .h = r->f->h, .x = x, .y = y, .ldx = in, .ldy = ldy, .in = in, .pool = *r->pool,
-        .layer = r->layer, .n_parts = n_parts, .batch = r->b->lora,
+        .layer = r->layer, .batch = *b,
     };
     for (int i = 0; i < n_parts; i++)
-        a.part[i] = part[i];
+        if (b->load[part[i].module].rank_sum > 0)
+            a.part[a.n_parts++] = part[i];
+    if (a.n_parts == 0)
+        return LM_OK;
     TRY(kn_op_lora_shrink(r->s, &a));
     return kn_op_lora_expand(r->s, &a);
 }

@@ -42,6 +42,7 @@ struct forward_params {
     kn_comm *comm;              /* NULL: one device */
     struct shard shard;
     int max_tokens;             /* of one step */
+    int64_t lora_rows;          /* of one step: sum over segments of n_tok * rank_max */
     int block_tokens;
 };
 
@@ -52,9 +53,6 @@ void forward_free(struct forward *f);
 
 /* Where every step leaves its results. */
 const struct step_output *forward_output(const struct forward *f);
-
-/* Makes the LoRA workspace large enough for adapters of `rank`. No step may be under way. */
-lm_status forward_reserve_rank(struct forward *f, int rank, struct lm_err *err);
 
 /* Enqueues the whole step on `s`: never allocates, never waits. */
 lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,

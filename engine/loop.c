@@ -190,7 +190,7 @@ static void make_plan(struct core *c)
         .running = c->running, .waiting = c->waiting, .prefix = &c->prefix,
         .reclaimable = evict_reclaimable(&c->prefix, &c->tier),
         .block_tokens = c->p.block_tokens, .max_seqs = c->p.max_seqs,
-        .max_step_tokens = c->p.max_step_tokens,
+        .max_step_tokens = c->p.max_step_tokens, .lora_rows = c->lora_rows,
     };
     sched_plan(&v, &c->plan);
     COUNT(c, host_us, core_now_us(c) - t0);

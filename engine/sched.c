@@ -121,6 +121,17 @@ static void add_item(struct plan *p, struct seq *s, int n_tok)
     p->item[p->n_items++] = (struct plan_item){ s, n_tok };
     p->n_tok += n_tok;
     p->tokens -= n_tok;
+    if (s->req->adapter)
+        p->lora_rows -= (int64_t)n_tok * s->req->adapter->image.rank_max;
+}
+
+/* How many of `n` tokens the step still takes. */
+static int fit_tokens(const struct plan *p, const struct seq *s, int n)
+{
+    const struct engine_adapter *a = s->req->adapter;
+    if (a && a->image.rank_max > 0)
+        n = (int)LM_MIN(n, p->lora_rows / a->image.rank_max);
+    return LM_MIN(n, p->tokens);
 }
 
 static bool is_decode(const struct seq *s)
@@ -168,7 +179,7 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
     int end = v->running.n;
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        if (!is_decode(s))
+        if (!is_decode(s) || fit_tokens(p, s, 1) == 0)
             continue;
         int need = blocks_for(s->n_tokens, v->block_tokens) - s->n_blocks;
         if (need > p->budget)
@@ -192,8 +203,9 @@ static void plan_prefills(const struct sched_view *v, struct plan *p, int end)
 {
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        if (!is_decode(s))
-            add_item(p, s, LM_MIN(s->n_tokens - s->n_computed, p->tokens));
+        int n = is_decode(s) ? 0 : fit_tokens(p, s, s->n_tokens - s->n_computed);
+        if (n > 0)
+            add_item(p, s, n);
     }
 }
 
@@ -287,7 +299,9 @@ static void plan_admissions(const struct sched_view *v, struct plan *p, int n_ru
         if (verdict == ADMIT && !full) {
             p->admit[p->n_admit++] = s;
             p->n_overtaken = passed;
-            add_item(p, s, LM_MIN(s->n_tokens, p->tokens));
+            int n = fit_tokens(p, s, s->n_tokens);
+            if (n > 0)
+                add_item(p, s, n);
         } else if (verdict == NO_ROOM) {
             if (full || s->bypassed >= SCHED_MAX_BYPASS)
                 break;
@@ -302,6 +316,7 @@ void sched_plan(const struct sched_view *v, struct plan *p)
     p->n_charged = p->n_unready = 0;
     p->budget = v->reclaimable;
     p->tokens = v->max_step_tokens;
+    p->lora_rows = v->lora_rows;
     int end = plan_decodes(v, p);
     plan_prefills(v, p, end);
     if (p->n_preempt == 0)

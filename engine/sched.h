@@ -46,6 +46,7 @@ struct sched_view {
     const struct prefix *prefix;
     int reclaimable;            /* free blocks, and blocks of idle adapters and prefixes */
     int block_tokens, max_seqs, max_step_tokens;
+    int64_t lora_rows;          /* workspace: bounds the sum of n_tok * rank_max */
 };
 
 struct plan_item {
@@ -66,6 +67,7 @@ struct plan {
 
     /* scratch of sched_plan() */
     int budget, tokens;         /* blocks and tokens left */
+    int64_t lora_rows;          /* workspace left */
     int cap_seqs;
 };
 

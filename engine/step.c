@@ -312,6 +312,15 @@ static void fill_sequences(const struct step *s, const struct layout *l, const s
     }
 }
 
+static void add_load(struct kn_lora_batch *b, const struct group *g)
+{
+    for (int m = 0; m < KN_MODULES; m++) {
+        int rank = g->adapter->image.module_rank[m];
+        b->load[m].rank_sum += rank;
+        b->load[m].rank_tok += rank * g->n_tok;
+    }
+}
+
 static struct kn_lora_batch fill_lora(const struct step *s, const struct layout *l, int n_tok)
 {
     struct kn_lora_seg *seg = on_host(s, l->segs);
@@ -332,6 +341,7 @@ static struct kn_lora_batch fill_lora(const struct step *s, const struct layout 
         b.max_seg_tok = LM_MAX(b.max_seg_tok, gr->n_tok);
         b.max_rank = LM_MAX(b.max_rank, rank);
         b.h_rows += (int64_t)gr->n_tok * rank;
+        add_load(&b, gr);
     }
     return b;
 }

@@ -167,7 +167,7 @@ static void compare_image(const struct adapter_image *img, const struct model_co
                           enum kn_dtype t, const safetensors *st)
 {
     int64_t rows = img->cell_bytes / (int64_t)sizeof(struct kn_lora_row);
-    int used = 0;
+    int used = 0, top[KN_MODULES] = { 0 };
     for (int l = 0; l < cfg->n_layers; l++) {
         struct kn_lora_row row;
         memcpy(&row, img->cells + l / rows * img->cell_bytes + l % rows * (int64_t)sizeof row,
@@ -177,6 +177,7 @@ static void compare_image(const struct adapter_image *img, const struct model_co
             const struct kn_lora_entry *e = &row.module[m];
             assert_int_equal(e->rank, a ? a->shape[0] : 0);
             assert_true(e->rank <= img->rank_max);
+            top[m] = LM_MAX(top[m], e->rank);
             if (!a)
                 continue;
             assert_true(e->scale > 0);
@@ -186,6 +187,7 @@ static void compare_image(const struct adapter_image *img, const struct model_co
         }
     }
     assert_int_equal(used, safetensors_count(st));
+    assert_memory_equal(top, img->module_rank, sizeof top);
 }
 
 static void check_adapter(const char *dir, const struct model_config *cfg)
