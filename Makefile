@@ -4,13 +4,14 @@
 #
 #   V=1                          show the commands
 #   SANITIZE=address|undefined|thread
-#   CUDA=0|1                     kernels/cuda; found automatically through nvcc
+#   CUDA=0|1                     kernels/cuda; found automatically through nvcc (ops/setup.sh cuda)
 #   WORKER=0                     engine and kernels only: needs neither librdkafka nor Avro
 #   DEPS=DIR                     where `make setup` puts what Debian does not package
 #
 # Objects, dependencies and programs live under $(BUILD), one folder a configuration, so switching
 # SANITIZE or CUDA never mixes objects. A stamp rebuilds all when flags change.
 
+comma := ,
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -33,15 +34,23 @@ endif
 
 # ---- configuration ------------------------------------------------------------------------
 
-NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+# CUDA 13: a system's toolkit first, else the one that `ops/setup.sh cuda` puts below $(DEPS).
+CUDA_PYPI := $(lastword $(wildcard $(DEPS)/venv-cuda/lib/python3*/site-packages/nvidia/cu13))
+NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null) \
+        $(wildcard $(CUDA_PYPI)/bin/nvcc))
 CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-CUDA ?= $(if $(and $(NVCC),$(CUDA_SOURCES)),1,0)
+# Sanitizers and the CUDA runtime do not mix; instrumented builds are for the CPU.
+CUDA ?= $(if $(and $(NVCC),$(CUDA_SOURCES),$(if $(SANITIZE),,1)),1,0)
 ifeq ($(CUDA),1)
 ifeq ($(NVCC),)
-$(error CUDA=1 but no nvcc: put it on the PATH, set NVCC=, or build with CUDA=0)
+$(error CUDA=1 but no nvcc: run ops/setup.sh cuda, put nvcc on the PATH, set NVCC=, or use CUDA=0)
 endif
-ifeq ($(CUDA_SOURCES),)
-$(error CUDA=1 but this version has no kernels/cuda yet; build with CUDA=0)
+CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+CUDA_LIB  := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib))
+# The packages from PyPI have versioned names only.
+CUBLASLT  := $(notdir $(lastword $(sort $(wildcard $(CUDA_LIB)/libcublasLt.so.[0-9][0-9]))))
+ifeq ($(CUBLASLT),)
+$(error CUDA=1: no libcublasLt.so.NN in $(CUDA_LIB), which belongs to $(NVCC); CUDA 13 is needed)
 endif
 else ifneq ($(CUDA),0)
 $(error CUDA=$(CUDA) is unknown; use 0 or 1)
@@ -85,14 +94,24 @@ LDLIBS  += $(shell $(PKG_CONFIG) --libs $(LIBS_HIGH) $(LIBS_LOW) 2>/dev/null) \
 
 ifeq ($(CUDA),1)
 CPPFLAGS += -DLORAMILL_CUDA
+LDFLAGS  += -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB)
+CUDA_LDLIBS := -l:libcudart_static.a -l:$(CUBLASLT) -lstdc++ -lrt -lpthread -ldl
+LDLIBS   += $(CUDA_LDLIBS)
+# sm_80 runs on 8.x, sm_90a is Hopper's own, and the PTX is for what comes after.
+CUDA_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+             -gencode=arch=compute_90,code=compute_90
+NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. $(CUDA_ARCH) --threads 0 --expt-relaxed-constexpr \
+             -Xcompiler=-Wall,-Wextra,-Wno-unused-function$(if $(CI),$(comma)-Werror) \
+             $(if $(CI),-Werror=all-warnings)
 endif
 
 # ---- sources ------------------------------------------------------------------------------
 
 KERNEL_SRC := $(wildcard kernels/*.c kernels/cpu/*.c kernels/sim/*.c)
+CUDA_SRC   := $(if $(filter 1,$(CUDA)),$(CUDA_SOURCES) $(wildcard kernels/cuda/*.c))
 ENGINE_SRC := $(wildcard engine/*.c)
 WORKER_SRC := $(if $(filter 1,$(WORKER)),$(filter-out worker/main.c,$(wildcard worker/*.c)))
-LIB_SRC    := $(KERNEL_SRC) $(ENGINE_SRC) $(WORKER_SRC)
+LIB_SRC    := $(KERNEL_SRC) $(CUDA_SRC) $(ENGINE_SRC) $(WORKER_SRC)
 UNIT_SRC   := $(wildcard tests/unit/test_*.c)
 ifneq ($(WORKER),1)
 UNIT_SRC   := $(filter-out tests/unit/test_worker_%.c,$(UNIT_SRC))
@@ -102,7 +121,7 @@ ifneq ($(WORKER),1)
 FUZZ_SRC   := $(shell grep -L '"worker/' $(FUZZ_SRC))
 endif
 
-obj = $(patsubst %.c,$(BUILD)/%.o,$(1))
+obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst %.cu,$(BUILD)/%.cu.o,$(1)))
 LIB     := $(BUILD)/libloramill.a
 BIN     := $(BUILD)/loramill
 UNITS   := $(patsubst %.c,$(BUILD)/%,$(UNIT_SRC))
@@ -130,6 +149,17 @@ $(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(say) CC $<
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/kernels/cuda/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include
+
+$(BUILD)/nvcc-flags: FORCE
+	@mkdir -p $(BUILD)
+	@printf '%s\n' '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || printf '%s\n' '$(NVCC) $(NVCCFLAGS)' > $@
+
+$(BUILD)/%.cu.o: %.cu $(BUILD)/nvcc-flags
+	@mkdir -p $(@D)
+	$(say) NVCC $<
+	$(Q)$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c $< -o $@
 
 $(LIB): $(call obj,$(LIB_SRC))
 	$(say) AR $@

@@ -5,6 +5,7 @@
 #   build   compilers, libraries, librdkafka >= 2.12 (built from a pinned source package)
 #   test    a Kafka broker, a schema registry, nginx, Python clients, clang for the fuzz targets
 #   bench   PyTorch, transformers and PEFT (5.6 GB), to be measured beside us
+#   cuda    CUDA 13's compiler and libraries (0.9 GB), unless a toolkit is there; needs no GPU
 #
 # What Debian packages comes from Debian; the rest goes below $DEPS, each in a folder of its own
 # that appears by one rename when it is complete, so an interrupted run is simply run again.
@@ -23,6 +24,7 @@ LIBRDKAFKA_BUILD="$LIBRDKAFKA_PACKAGE "$(echo $LIBRDKAFKA_FLAGS)
 KAFKA=4.3.1
 APICURIO=2.6.13.Final
 PY_TEST="confluent-kafka[avro,schemaregistry]==2.12.2"
+PY_CUDA="cuda-toolkit[nvcc,cudart,cublas,cccl,crt,nvvm,nvtx]==13.0.2"
 PY_BENCH="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 numpy==2.4.6"
 
 say() { printf '== %s\n' "$*"; }
@@ -169,13 +171,25 @@ part_bench() {
     fi
 }
 
-[ $# -gt 0 ] || die "say which parts: build, test, bench"
+part_cuda() {
+    have g++ g++
+    [ -x /usr/local/cuda/bin/nvcc ] && return
+    command -v nvcc > /dev/null && return
+    have python3 python3
+    python3 -c 'import ensurepip' 2> /dev/null || apt python3-venv
+    if [ "$(cat "$DEPS/venv-cuda/.packages" 2>/dev/null)" != "$PY_CUDA" ]; then
+        say "CUDA's compiler and libraries (0.9 GB): $PY_CUDA"
+        quietly "cuda" venv cuda "$PY_CUDA"
+    fi
+}
+
+[ $# -gt 0 ] || die "say which parts: build, test, bench, cuda"
 mkdir -p "$DEPS/tmp" 
 exec 9> "$DEPS/lock"
 flock -n 9 || { say "another setup is running; waiting for it"; flock 9; }
 for part in "$@"; do
     case $part in
-    build|test|bench) "part_$part" ;;
-    *) die "no part '$part'; use build, test or bench" ;;
+    build|test|bench|cuda) "part_$part" ;;
+    *) die "no part '$part'; use build, test, bench or cuda" ;;
     esac
 done

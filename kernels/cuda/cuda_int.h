@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cuda_int.h - what the files of the CUDA backend share, for C11 and CUDA C++ alike.
+ *
+ * Host-only files (.c) own objects, copies and cuBLAS; .cu files hold kernels and the operations
+ * that launch them. Operations are `cuda_op_<name>`, extern "C", and follow kernels.h: validate
+ * what the host can see, enqueue on the stream, return. They never allocate and never synchronise,
+ * so that any sequence of them can be captured into a CUDA graph; what they need beyond their
+ * arguments is in their stream, allocated with it.
+ *
+ * Dtypes: activations, KV cache, base weights and adapters are bf16; logits, norms' weights,
+ * biases and LoRA intermediates float32; sums are float32 always.
+ *
+ * Errors: a CUDA call that fails goes through cuda_failed(), which logs it once with its name and
+ * marks the device; from then on every call on the device gives LM_DEVICE. What only the device can
+ * see (a token id outside of the table, a damaged adapter directory) is reported by a kernel with
+ * cuda_report(): a flag in mapped host memory that kn_stream_sync(), kn_event_sync() and
+ * kn_event_query() look at, at no cost to the step.
+ *
+ * Threads: as in kernels.h. A stream's scratch and GEMM plans belong to the thread that uses the
+ * stream; the device's staging buffers have their own lock (mat.c).
+ */
+#ifndef LORAMILL_KERNELS_CUDA_INT_H
+#define LORAMILL_KERNELS_CUDA_INT_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "kernels/backend.h"
+
+/* ---- objects --------------------------------------------------------------------------- */
+
+#define CUDA_SCRATCH_BYTES ((size_t)64 << 20)   /* a stream's, for split attention and the like */
+#define CUDA_GEMM_WS_BYTES ((size_t)32 << 20)   /* a stream's, for cuBLASLt */
+
+struct cuda_staging;            /* pinned buffers for uploads (mat.c) */
+struct cuda_plans;              /* cuBLASLt's choices, by shape (gemm.c) */
+
+struct cuda_device {
+    struct kn_device base;
+    int index, sms;
+    int cc;                     /* compute capability, 90 for sm_90 */
+    size_t smem_block;          /* bytes of shared memory a block may opt in to */
+    size_t l2_bytes;
+    char name[64];
+    void *blas;                 /* cublasLtHandle_t */
+    struct cuda_staging *staging;
+    int32_t *fault_host;        /* mapped: what a kernel reported, 0 = nothing */
+    int32_t *fault;             /* the same word, as kernels see it */
+    int failed;                 /* atomic: a CUDA call failed; nothing here can be trusted */
+};
+
+struct cuda_stream {
+    struct kn_stream base;
+    struct cuda_device *dev;
+    cudaStream_t s;
+    void *scratch;              /* CUDA_SCRATCH_BYTES; in-order streams need no lock for it */
+    void *gemm_ws;              /* CUDA_GEMM_WS_BYTES */
+    struct cuda_plans *plans;
+};
+
+struct cuda_event {
+    struct kn_event base;
+    struct cuda_device *dev;
+    cudaEvent_t e;
+};
+
+/* bf16 [rows][cols], row-major: W^T of y = x W^T as cuBLAS wants it. Rows are 16-byte aligned when
+ * cols is a multiple of 8, which every model's are. */
+struct cuda_mat {
+    struct kn_mat base;
+    struct cuda_device *dev;
+    void *data;
+};
+
+static inline struct cuda_device *cuda_device_of(kn_device *d)
+{
+    return (struct cuda_device *)d;
+}
+
+static inline struct cuda_stream *cuda_stream_of(kn_stream *s)
+{
+    return (struct cuda_stream *)s;
+}
+
+static inline const struct cuda_mat *cuda_mat_of(const kn_mat *m)
+{
+    return (const struct cuda_mat *)m;
+}
+
+/* ---- errors ---------------------------------------------------------------------------- */
+
+/* Logs "what: the error's name and text", marks the device failed, returns LM_DEVICE. */
+lm_status cuda_failed(struct cuda_device *d, const char *what, cudaError_t e);
+
+/* LM_OK, or LM_DEVICE through cuda_failed(); also LM_DEVICE when the device failed before. */
+lm_status cuda_check(struct cuda_device *d, const char *what, cudaError_t e);
+
+/* Logs why an operation was refused and returns LM_INVALID. */
+lm_status cuda_refuse(const char *op, const char *why);
+
+/* Faults that kernels report, see cuda_report(). */
+enum cuda_fault {
+    CUDA_FAULT_NONE,
+    CUDA_FAULT_TOKEN,           /* token id outside of the embedding */
+    CUDA_FAULT_ADAPTER,         /* an adapter's cells make no sense */
+    CUDA_FAULT_BLOCK,           /* a block id or slot outside of the pool */
+    CUDA_FAULT_SAMPLE,          /* sampling parameters that make no sense */
+};
+
+/* ---- pool ------------------------------------------------------------------------------ */
+
+static inline bool cuda_pool_valid(const struct kn_pool *p, int layer)
+{
+    return p->base && p->num_blocks > 0 && p->n_layers > 0 && p->block_bytes > 0 &&
+           p->block_bytes % 16 == 0 && layer >= 0 && layer < p->n_layers;
+}
+
+/* ---- backend functions, one group a file ----------------------------------------------- */
+
+/* mat.c */
+lm_status cuda_staging_new(struct cuda_device *d, struct lm_err *err);
+void cuda_staging_free(struct cuda_device *d);
+lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
+                       struct lm_err *err);
+void cuda_mat_free(kn_mat *m);
+lm_status cuda_mat_upload(kn_mat *m, int row0, int col0, int rows, int cols, const void *src,
+                          enum kn_dtype src_t, size_t src_ld, struct lm_err *err);
+lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err);
+size_t cuda_mat_bytes(const kn_mat *m);
+lm_status cuda_mat_save(kn_stream *s, void *dst, const kn_mat *m);
+lm_status cuda_mat_restore(kn_stream *s, kn_mat *m, const void *src);
+
+/* comm.c */
+lm_status cuda_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
+lm_status cuda_comm_new(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,
+                        kn_comm **out, struct lm_err *err);
+void cuda_comm_free(kn_comm *c);
+lm_status cuda_all_reduce_sum(kn_stream *s, kn_comm *c, void *buf, size_t n, enum kn_dtype t);
+lm_status cuda_all_gather(kn_stream *s, kn_comm *c, void *dst, const void *src, size_t n,
+                          enum kn_dtype t);
+
+/* gemm.c */
+lm_status cuda_blas_new(struct cuda_device *d, struct lm_err *err);
+void cuda_blas_free(struct cuda_device *d);
+struct cuda_plans *cuda_plans_new(void);
+void cuda_plans_free(struct cuda_plans *p);
+
+/* attention.cu, sample.cu */
+size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
+
+/*
+ * The operations:
+ *     gemm.c          gemm
+ *     rows.cu         embed rmsnorm silu_mul gather_rows feed
+ *     attention.cu    rope_kv attention
+ *     lora.cu         lora_shrink lora_expand lora_merge
+ *     sample.cu       sample
+ */
+#define X(op, args) lm_status cuda_op_##op(kn_stream *s, const struct kn_##args *a);
+KN_OPS(X)
+#undef X
+
+#ifdef __cplusplus
+}
+#endif
+
+/* ---- CUDA C++ -------------------------------------------------------------------------- */
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+
+typedef __nv_bfloat16 bf16;
+typedef __nv_bfloat162 bf16x2;
+
+__host__ __device__ static inline char *cuda_pool_block(const struct kn_pool *p, int layer,
+                                                        int64_t block)
+{
+    return (char *)p->base + ((int64_t)layer * p->num_blocks + block) * p->block_bytes;
+}
+
+/* Reports a fault; the first one stays. Never in the way of a kernel that has none. */
+__device__ static inline void cuda_report(int32_t *fault, enum cuda_fault what)
+{
+    if (*(volatile int32_t *)fault == CUDA_FAULT_NONE)
+        *(volatile int32_t *)fault = what;
+}
+
+/* First statement of a kernel launched with cuda_launch(): waits until the kernel before it on the
+ * stream has finished and its writes are visible. What comes before it (index arithmetic, reading
+ * base weights into registers or L2) overlaps that kernel's tail. */
+__device__ static inline void cuda_wait_prior(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Optional: from here on the next kernel may start its preamble (never its work: it waits). */
+__device__ static inline void cuda_allow_next(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/*
+ * Launches kernel(args...) on the stream, chained to its predecessor by programmatic dependent
+ * launch where the device has it: EVERY kernel launched with this must call cuda_wait_prior()
+ * before it touches memory that an earlier operation writes, or writes memory that one reads.
+ * More than 48 KiB of `smem` needs cudaFuncSetAttribute() once before.
+ */
+template <typename... P, typename... A>
+static lm_status cuda_launch(struct cuda_stream *st, const char *op, void (*kernel)(P...),
+                             dim3 grid, dim3 block, size_t smem, A... args)
+{
+    cudaLaunchAttribute attr = {};
+    attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t cfg = {};
+    cfg.gridDim = grid;
+    cfg.blockDim = block;
+    cfg.dynamicSmemBytes = smem;
+    cfg.stream = st->s;
+    cfg.attrs = &attr;
+    cfg.numAttrs = st->dev->cc >= 90 ? 1 : 0;
+    return cuda_check(st->dev, op, cudaLaunchKernelEx(&cfg, kernel, P(args)...));
+}
+#endif
+
+#endif

@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * mat.c - base weights on the device: bf16, row-major.
+ *
+ * Whatever dtype a checkpoint stores, the device keeps bf16, the activations' dtype, rounded once
+ * to nearest even on the way (as a bf16 run of any framework does). kn_mat.dtype says so.
+ *
+ * An upload copies rows into pinned buffers, converting if it must, and sends each off while the
+ * next is being filled: source pages of a mapped file are touched once, by the CPU. Lanes let
+ * several threads upload at once, each with a pair of buffers and a stream of its own; a lane is
+ * taken under the lock and used without it.
+ */
+#include "kernels/cuda/cuda_int.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 4
+#define BUFFER_BYTES ((size_t)8 << 20)
+
+struct lane {
+    void *buffer[2];            /* pinned */
+    cudaEvent_t sent[2];
+    cudaStream_t s;
+    bool taken;
+};
+
+struct cuda_staging {
+    pthread_mutex_t lock;
+    pthread_cond_t freed;
+    struct lane lane[LANES];
+};
+
+/* ---- lanes ----------------------------------------------------------------------------- */
+
+static void lane_clear(struct lane *l)
+{
+    for (int i = 0; i < 2; i++) {
+        if (l->buffer[i])
+            cudaFreeHost(l->buffer[i]);
+        if (l->sent[i])
+            cudaEventDestroy(l->sent[i]);
+    }
+    if (l->s)
+        cudaStreamDestroy(l->s);
+    *l = (struct lane){ .taken = l->taken };
+}
+
+static cudaError_t lane_make(struct lane *l)
+{
+    cudaError_t e = cudaStreamCreateWithFlags(&l->s, cudaStreamNonBlocking);
+    for (int i = 0; i < 2 && e == cudaSuccess; i++) {
+        e = cudaHostAlloc(&l->buffer[i], BUFFER_BYTES, cudaHostAllocPortable);
+        if (e == cudaSuccess)
+            e = cudaEventCreateWithFlags(&l->sent[i], cudaEventDisableTiming);
+    }
+    if (e != cudaSuccess)
+        lane_clear(l);
+    return e;
+}
+
+lm_status cuda_staging_new(struct cuda_device *d, struct lm_err *err)
+{
+    struct cuda_staging *g = lm_calloc(1, sizeof *g);
+    if (!g)
+        return lm_err_set(err, LM_NOMEM, "out of memory for staging buffers");
+    pthread_mutex_init(&g->lock, NULL);
+    pthread_cond_init(&g->freed, NULL);
+    d->staging = g;             /* lanes are made when first used: pinning takes time */
+    return LM_OK;
+}
+
+void cuda_staging_free(struct cuda_device *d)
+{
+    if (!d->staging)
+        return;
+    for (int i = 0; i < LANES; i++)
+        lane_clear(&d->staging->lane[i]);
+    pthread_mutex_destroy(&d->staging->lock);
+    pthread_cond_destroy(&d->staging->freed);
+    free(d->staging);
+    d->staging = NULL;
+}
+
+static struct lane *free_lane(struct cuda_staging *g)
+{
+    for (int i = 0; i < LANES; i++)
+        if (!g->lane[i].taken)
+            return &g->lane[i];
+    return NULL;
+}
+
+static lm_status lane_take(struct cuda_device *d, struct lane **out)
+{
+    struct cuda_staging *g = d->staging;
+    pthread_mutex_lock(&g->lock);
+    struct lane *l;
+    while (!(l = free_lane(g)))
+        pthread_cond_wait(&g->freed, &g->lock);
+    l->taken = true;
+    pthread_mutex_unlock(&g->lock);
+    *out = l;
+    return l->s ? LM_OK : cuda_check(d, "making staging buffers", lane_make(l));
+}
+
+static void lane_give(struct cuda_device *d, struct lane *l)
+{
+    pthread_mutex_lock(&d->staging->lock);
+    l->taken = false;
+    pthread_cond_signal(&d->staging->freed);
+    pthread_mutex_unlock(&d->staging->lock);
+}
+
+/* ---- number formats -------------------------------------------------------------------- */
+
+static uint32_t bits_of(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static float float_of(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static uint16_t to_bf16(float f)
+{
+    uint32_t u = bits_of(f);
+    if ((u & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(u >> 16 | 0x40);      /* stay a NaN */
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+static float from_f16(uint16_t h)
+{
+    uint32_t mag = bits_of(float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f);
+    if ((h & 0x7c00) == 0x7c00)
+        mag |= 0x7f800000;
+    return float_of(mag | (uint32_t)(h & 0x8000) << 16);
+}
+
+static void convert_row(uint16_t *out, const void *src, size_t from, size_t n, enum kn_dtype t)
+{
+    if (t == KN_BF16) {
+        memcpy(out, (const uint16_t *)src + from, n * sizeof *out);
+    } else if (t == KN_F16) {
+        const uint16_t *in = (const uint16_t *)src + from;
+        for (size_t i = 0; i < n; i++)
+            out[i] = to_bf16(from_f16(in[i]));
+    } else {
+        const float *in = (const float *)src + from;
+        for (size_t i = 0; i < n; i++)
+            out[i] = to_bf16(in[i]);
+    }
+}
+
+/* ---- life ------------------------------------------------------------------------------ */
+
+lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
+                       struct lm_err *err)
+{
+    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_BF16)
+        return lm_err_set(err, LM_INVALID, "matrix of %d x %d, dtype %d: not a shape", rows, cols,
+                          (int)t);
+    struct cuda_mat *m = lm_calloc(1, sizeof *m);
+    if (!m)
+        return lm_err_set(err, LM_NOMEM, "out of memory for a matrix");
+    m->base = (struct kn_mat){ .be = &kn_backend_cuda, .dtype = KN_BF16, .rows = rows,
+                               .cols = cols };
+    m->dev = cuda_device_of(dev);
+    lm_status st = kn_alloc(dev, cuda_mat_bytes(&m->base), &m->data, err);
+    if (st == LM_OK && cuda_check(m->dev, "clearing a matrix",
+                                  cudaMemset(m->data, 0, cuda_mat_bytes(&m->base))) != LM_OK)
+        st = lm_err_set(err, LM_DEVICE, "cannot clear a matrix of %d x %d", rows, cols);
+    if (st != LM_OK) {
+        kn_free(dev, m->data);
+        free(m);
+        return st;
+    }
+    *out = &m->base;
+    return LM_OK;
+}
+
+void cuda_mat_free(kn_mat *m)
+{
+    kn_free(&cuda_mat_of(m)->dev->base, cuda_mat_of(m)->data);
+    free(m);
+}
+
+size_t cuda_mat_bytes(const kn_mat *m)
+{
+    return (size_t)m->rows * (size_t)m->cols * sizeof(uint16_t);
+}
+
+/* ---- filling --------------------------------------------------------------------------- */
+
+struct rect {
+    int row0, col0, rows, cols;
+    const void *src;
+    enum kn_dtype t;
+    size_t ld;
+};
+
+/* Columns [c0, c0 + cols) of rows [r0, r0 + rows) of the rectangle, through one buffer. */
+static cudaError_t send(struct cuda_mat *m, struct lane *l, int which, const struct rect *r,
+                        int r0, int rows, int c0, int cols)
+{
+    uint16_t *buffer = l->buffer[which];
+    size_t width = (size_t)cols * sizeof *buffer, pitch = (size_t)m->base.cols * sizeof *buffer;
+    cudaError_t e = cudaEventSynchronize(l->sent[which]);
+    if (e != cudaSuccess)
+        return e;
+    for (int i = 0; i < rows; i++)
+        convert_row(buffer + (size_t)i * (size_t)cols, r->src,
+                    (size_t)(r0 + i) * r->ld + (size_t)c0, (size_t)cols, r->t);
+    uint16_t *dst = (uint16_t *)m->data + (size_t)(r->row0 + r0) * (size_t)m->base.cols +
+                    (size_t)(r->col0 + c0);
+    e = cudaMemcpy2DAsync(dst, pitch, buffer, width, width, (size_t)rows, cudaMemcpyHostToDevice,
+                          l->s);
+    return e == cudaSuccess ? cudaEventRecord(l->sent[which], l->s) : e;
+}
+
+static cudaError_t send_all(struct cuda_mat *m, struct lane *l, const struct rect *r)
+{
+    const int room = (int)(BUFFER_BYTES / sizeof(uint16_t));
+    const int cols_a_go = LM_MIN(r->cols, room), rows_a_go = room / cols_a_go;
+    int which = 0;
+    cudaError_t e = cudaSuccess;
+    for (int r0 = 0; r0 < r->rows && e == cudaSuccess; r0 += rows_a_go)
+        for (int c0 = 0; c0 < r->cols && e == cudaSuccess; c0 += cols_a_go, which ^= 1)
+            e = send(m, l, which, r, r0, LM_MIN(rows_a_go, r->rows - r0), c0,
+                     LM_MIN(cols_a_go, r->cols - c0));
+    cudaError_t waited = cudaStreamSynchronize(l->s);
+    return e == cudaSuccess ? waited : e;
+}
+
+lm_status cuda_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, const void *src,
+                          enum kn_dtype src_t, size_t src_ld, struct lm_err *err)
+{
+    struct cuda_mat *m = (struct cuda_mat *)base;
+    if (row0 < 0 || col0 < 0 || rows < 0 || cols < 0 || rows > base->rows - row0 ||
+        cols > base->cols - col0 || src_ld < (size_t)cols || (unsigned)src_t > KN_BF16 || !src)
+        return lm_err_set(err, LM_INVALID,
+                          "upload of %d x %d at (%d, %d) does not fit a matrix of %d x %d", rows,
+                          cols, row0, col0, base->rows, base->cols);
+    if (!rows || !cols)
+        return LM_OK;
+    cudaSetDevice(m->dev->index);
+    struct rect r = { row0, col0, rows, cols, src, src_t, src_ld };
+    struct lane *l;
+    lm_status st = lane_take(m->dev, &l);
+    if (st == LM_OK)
+        st = cuda_check(m->dev, "uploading a matrix", send_all(m, l, &r));
+    lane_give(m->dev, l);
+    return st == LM_OK ? LM_OK
+                       : lm_err_set(err, st, "uploading a matrix of %d x %d to device %d failed",
+                                    rows, cols, m->dev->index);
+}
+
+/* ---- whole matrices -------------------------------------------------------------------- */
+
+lm_status cuda_mat_save(kn_stream *s, void *dst, const kn_mat *m)
+{
+    return kn_copy_out(s, dst, cuda_mat_of(m)->data, cuda_mat_bytes(m));
+}
+
+lm_status cuda_mat_restore(kn_stream *s, kn_mat *m, const void *src)
+{
+    return kn_copy_in(s, cuda_mat_of(m)->data, src, cuda_mat_bytes(m));
+}
