@@ -78,6 +78,7 @@ struct kn_mat { const struct kn_backend *be; enum kn_dtype dtype; int rows, cols
 struct kn_comm { const struct kn_backend *be; };
 
 extern const struct kn_backend kn_backend_cpu;
+extern const struct kn_backend kn_backend_sim;
 #ifdef LORAMILL_CUDA
 extern const struct kn_backend kn_backend_cuda;
 #endif

@@ -10,7 +10,8 @@ static const struct kn_backend *const backends[] = {
 #ifdef LORAMILL_CUDA
     &kn_backend_cuda,
 #endif
-    &kn_backend_cpu,            /* last: always works, so "auto" ends here */
+    &kn_backend_cpu,            /* always works, so "auto" ends here */
+    &kn_backend_sim,            /* by name only */
 };
 
 size_t kn_dtype_size(enum kn_dtype t)
@@ -35,7 +36,7 @@ static lm_status find_backend(const char *name, const struct kn_backend **out, s
         return lm_err_set(err, LM_UNSUPPORTED,
                           "backend 'cuda': this binary was built without CUDA; rebuild with "
                           "CUDA=1 or use backend 'cpu'");
-    return lm_err_set(err, LM_INVALID, "backend '%s' is unknown; use cpu or cuda",
+    return lm_err_set(err, LM_INVALID, "backend '%s' is unknown; use cpu, cuda or sim",
                       name ? name : "");
 }
 
