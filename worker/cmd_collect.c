@@ -109,7 +109,7 @@ static void take_reply(struct collect *c, const rd_kafka_message_t *m)
         unreadable(c, m, &err);
         return;
     }
-    enum outcome_news news = outcomes_reply(c->job, r.id, r.id_len);
+    enum outcome_news news = r.outcome ? outcomes_reply(c->job, r.id, r.id_len) : OUTCOME_FOREIGN;
     if (news == OUTCOME_NEW || news == OUTCOME_HEALED) {
         tally_reply(c->tally, &r, m);
         write_line(c, reply_line(&r, m));

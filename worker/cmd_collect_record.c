@@ -40,6 +40,9 @@ lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, str
         reply_release(r);
         return lm_err_set(err, LM_FORMAT, "no string under \"id\"");
     }
+    const json_t *stream = json_object_get(r->root, "stream");
+    r->outcome = !json_is_false(json_object_get(stream, "final")) &&
+                 !json_is_object(json_object_get(r->root, "error"));
     r->id = json_string_value(id);
     r->id_len = json_string_length(id);
     r->as_it_came = codec_detect(m->payload, m->len, h, n) == ENCODING_JSON &&

@@ -22,6 +22,7 @@ struct reply {
     const char *id;             /* in root */
     size_t id_len;
     bool as_it_came;            /* the record's value is the line */
+    bool outcome;               /* not a part of a streamed reply, nor a notice of a dead letter */
 };
 
 /* Disposition LM_DO_RETRY: the registry does not answer. */

@@ -34,6 +34,8 @@ struct config {
     int64_t adapters_host_bytes;
     char *topics_prompts, *topics_replies, *topics_dead_letters, *topics_replies_allowed;
     char *replies_encoding;
+    bool errors_reply;
+    int64_t stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
     char *registry_url, *registry_auth, *registry_ca_file;
     bool registry_auto_register;

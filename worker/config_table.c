@@ -81,6 +81,12 @@ static const struct config_property topic_rows[] = {
         "Where prompts go that can't be answered, with the reason in headers."),
     CHOICE("replies.encoding", replies_encoding, "same", "same|json|avro",
         "`same`: as the prompt came."),
+    BOOL("errors.reply", errors_reply, "false",
+        "Also tell a waiting requester of a dead letter: an error reply to a prompt that has a "
+        "correlation id or names a reply topic."),
+    INT("stream.interval_ms", stream_interval_ms, "100", 0, 60000,
+        "Least time between two parts of one streamed reply; text that comes sooner goes into the "
+        "next part."),
     BYTES("message.max_bytes", message_max_bytes, "16M", 1024, 1 << 30,
         "Largest prompt that is decoded and largest reply that is produced. The broker's own "
         "limits hold as well."),

@@ -23,6 +23,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/stream.h"
+
 enum { IDLE_MS = 100, BUSY_MS = 20 };
 
 struct intake {
@@ -68,29 +70,12 @@ static bool past_deadline(const struct job *j)
     return j->prompt && j->prompt->deadline_ms && lm_wall_ms() > j->prompt->deadline_ms;
 }
 
-/* A completion with finish reason "expired" for a prompt that never reached the engine. */
-static struct engine_result *expired_result(void)
+/* A completion for a prompt that never reached the engine. */
+static void end_early(intake *in, struct job *j, enum engine_reason reason)
 {
-    struct engine_result *r = lm_calloc(1, sizeof *r);
-    struct engine_choice *c = lm_calloc(1, sizeof *c);
-    char *text = lm_strdup("");
-    if (!r || !c || !text) {
-        free(r);
-        free(c);
-        free(text);
-        return NULL;
-    }
-    *c = (struct engine_choice){ .text = text, .reason = ENGINE_EXPIRED };
-    r->choices = c;
-    r->n_choices = 1;
-    return r;
-}
-
-static void expire(intake *in, struct job *j)
-{
-    struct lm_err why = { LM_NOMEM, "out of memory for an expired completion" };
+    struct lm_err why = { LM_NOMEM, "the completion can't be encoded yet" };
     j->submitted_us = j->answered_us = lm_now_us();
-    j->result = expired_result();
+    j->result = worker_empty_result(reason);
     if (!j->result || worker_reply(in->w, j)) {
         if (j->result)
             engine_result_free(j->result);
@@ -111,7 +96,7 @@ static void fill_request(const struct job *j, struct engine_request *r)
         .token_ids = p->token_ids, .n_token_ids = p->n_token_ids, .messages = p->messages,
         .n_messages = p->n_messages, .context = p->context, .n_context = p->n_context,
         .params = p->params, .priority = p->priority, .tenant = p->tenant,
-        .deadline_ms = p->deadline_ms, .user = (void *)(uintptr_t)j,
+        .deadline_ms = p->deadline_ms, .stream = p->stream, .user = (void *)(uintptr_t)j,
     };
 }
 
@@ -137,6 +122,12 @@ static lm_status submit(intake *in, struct job *j)
     job_set_stage(j, JOB_RUNNING);
     if (worker_gives_up(w, j)) {
         drop(in, j);
+        return LM_OK;
+    }
+    if (j->prompt->stream && !j->stream && !(j->stream = stream_new(j->prompt->params.n))) {
+        job_set_stage(j, JOB_READY);
+        lm_err_set(&err, LM_NOMEM, "no memory for a streamed reply");
+        wait_for_healing(in, j, &err);
         return LM_OK;
     }
     fill_request(j, &r);
@@ -209,7 +200,7 @@ static void fetch(intake *in, struct job *j)
     struct lm_err err;
     const char *id = j->prompt->adapter;
     if (past_deadline(j)) {
-        expire(in, j);
+        end_early(in, j, ENGINE_EXPIRED);
         return;
     }
     if (!in->w->store) {

@@ -10,6 +10,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/stream.h"
+
 /* ---- leases ----------------------------------------------------------------------------- */
 
 struct lease *lease_new(const char *topic, int32_t partition, struct ledger_ref ref)
@@ -103,17 +105,44 @@ struct job *job_ref(struct job *j)
     return j;
 }
 
+struct job *job_child(struct job *parent)
+{
+    struct job *j = lm_calloc(1, sizeof *j);
+    if (!j)
+        return NULL;
+    atomic_init(&j->refs, 1);
+    atomic_init(&j->stage, JOB_ANSWERING);
+    j->worker = parent->worker;
+    j->lease = lease_ref(parent->lease);
+    j->record = parent->record;         /* its bytes live as long as the parent */
+    j->route = parent->route;
+    j->outcome = OUTCOME_PART;
+    j->parent = job_ref(parent);
+    return j;
+}
+
+void outgoing_release(struct outgoing *o)
+{
+    if (o->value_owned)
+        free(o->value);
+    header_list_release(&o->headers);
+    *o = (struct outgoing){ .partition = -1 };
+}
+
 void job_clear_out(struct job *j)
 {
-    if (j->out.value_owned)
-        free(j->out.value);
-    header_list_release(&j->out.headers);
-    j->out = (struct outgoing){ .partition = -1 };
+    outgoing_release(&j->out);
+    if (j->notice)
+        outgoing_release(j->notice);
+    free(j->notice);
+    j->notice = NULL;
 }
 
 static void job_free(struct job *j)
 {
     job_clear_out(j);
+    stream_free(j->stream);
+    job_unref(j->parent);
     prompt_free(j->prompt);
     if (j->adapter)
         engine_adapter_unref(j->adapter);

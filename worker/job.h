@@ -8,6 +8,12 @@
  *      |                  +---- refused -------+----------+----> dead letter --acked--> done
  *      +---- partition taken away, or stopping: DROPPED ----------------------------> done
  *
+ * A job may have two records to produce: its outcome and, with errors.reply=true, a notice to the
+ * requester. It is done when both are acknowledged.
+ *
+ * A part of a streamed reply is a job of its own, a child: it has no entry in the ledger, holds a
+ * reference to its parent, whose record it borrows, and goes back to the outbox instead of "done".
+ *
  * "done" is a push to the consumer thread's queue: only it touches the ledger. A job that was
  * dropped is not completed there, so its offset stays uncommitted.
  *
@@ -57,10 +63,15 @@ enum job_stage {
     JOB_QUEUED, JOB_FETCHING, JOB_READY, JOB_RUNNING, JOB_ANSWERING, JOB_DROPPED, JOB_ENDED
 };
 
-enum job_outcome { OUTCOME_NONE, OUTCOME_REPLY, OUTCOME_DEAD_LETTER, OUTCOME_DROPPED };
+enum job_outcome {
+    OUTCOME_NONE, OUTCOME_REPLY, OUTCOME_DEAD_LETTER, OUTCOME_DROPPED, OUTCOME_PART
+};
 
-/* What is produced for a job: a reply or its dead letter. */
+/* What is produced for a job: a reply, its dead letter, a notice of that, or a part. */
 struct outgoing {
+    struct job *job;            /* set when it is sent */
+    bool acked;                 /* the broker has it */
+    int error;                  /* rd_kafka_resp_err_t of the last try */
     char topic[256];
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt chose the topic */
@@ -90,6 +101,10 @@ struct job {
     struct lm_err *err;         /* NULL: none */
     enum job_outcome outcome;
     struct outgoing out;
+    struct outgoing *notice;    /* error reply that goes with a dead letter; NULL: none */
+    atomic_int unreported;      /* records with the client library, plus one while sending */
+    struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
+    struct job *parent;         /* of a part */
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */
@@ -98,12 +113,15 @@ struct job {
 
 /* Copies everything out of the arguments. */
 lm_status job_new(struct lease *lease, const struct record *from, struct job **out);
+/* A part of a streamed reply: same lease, record and route as the parent. NULL: out of memory. */
+struct job *job_child(struct job *parent);
 struct job *job_ref(struct job *j);
 void job_unref(struct job *j);
 void job_set_stage(struct job *j, enum job_stage stage);
 /* Keeps an error with the job; LM_OK clears it. */
 void job_fail(struct job *j, const struct lm_err *err);
 void job_clear_out(struct job *j);      /* forgets what was to be produced */
+void outgoing_release(struct outgoing *o);
 
 /* ---- queue ------------------------------------------------------------------------------ */
 

@@ -122,18 +122,23 @@ static json_t *ms_json(double ms)
     return json_real(isfinite(ms) ? round(ms * 1000) / 1000 : 0);
 }
 
-static json_t *choices_json(const struct engine_result *result)
+/* Choices of a part have no reason to end yet; those of a claim have their text elsewhere. */
+static json_t *choices_json(const struct completion *done)
 {
+    const struct engine_result *result = done->result;
+    bool part = done->stream && !done->stream->final;
     json_t *list = json_array();
     int failed = !list;
     for (int i = 0; i < result->n_choices && !failed; i++) {
         const struct engine_choice *c = &result->choices[i];
         json_t *o = json_object();
         failed |= json_object_set_new(o, "index", json_integer(c->index));
-        failed |= json_object_set_new(o, "text", json_stringn(c->text, c->text_len));
-        failed |= json_object_set_new(o, "finish_reason",
-                                      json_string(engine_reason_name(c->reason)));
-        failed |= json_object_set_new(o, "logprobs", completion_logprobs_json(c));
+        failed |= json_object_set_new(o, "text", done->claim ? json_string("") :
+                                      json_stringn(c->text, c->text_len));
+        failed |= json_object_set_new(o, "finish_reason", json_string(
+            part ? COMPLETION_PART : engine_reason_name(c->reason)));
+        failed |= json_object_set_new(o, "logprobs", done->claim ? json_null() :
+                                      completion_logprobs_json(c));
         failed |= json_array_append_new(list, o);
     }
     if (failed) {
@@ -186,6 +191,25 @@ static json_t *metadata_json(const struct prompt *p)
     return o;
 }
 
+/* What only some replies have; the rest don't even have the key. */
+static int add_extras(json_t *o, const struct completion *done)
+{
+    int failed = 0;
+    if (done->error)
+        failed |= json_object_set_new(o, "error", json_pack(
+            "{s:s, s:s}", "code", lm_status_wire(done->error->code), "message", done->error->msg));
+    if (done->stream)
+        failed |= json_object_set_new(o, "stream", json_pack(
+            "{s:s, s:i, s:b}", "generation", done->stream->generation, "seq", done->stream->seq,
+            "final", done->stream->final));
+    if (done->claim)
+        failed |= json_object_set_new(o, "claim", json_pack(
+            "{s:s, s:I, s:s, s:s}", "url", done->claim->url, "bytes",
+            (json_int_t)done->claim->bytes, "sha256", done->claim->sha256, "content_type",
+            done->claim->content_type));
+    return failed;
+}
+
 json_t *completion_json(const struct completion *done)
 {
     const struct prompt *p = done->prompt;
@@ -195,11 +219,12 @@ json_t *completion_json(const struct completion *done)
     failed |= json_object_set_new(o, "adapter", string_or_null(p->adapter));
     failed |= json_object_set_new(o, "adapter_digest", string_or_null(done->adapter_digest));
     failed |= json_object_set_new(o, "model", json_string(done->model ? done->model : ""));
-    failed |= json_object_set_new(o, "choices", choices_json(done->result));
+    failed |= json_object_set_new(o, "choices", choices_json(done));
     failed |= json_object_set_new(o, "usage", usage_json(done->result));
     failed |= json_object_set_new(o, "timings", timings_json(done));
     failed |= json_object_set_new(o, "worker", json_string(done->worker ? done->worker : ""));
     failed |= json_object_set_new(o, "metadata", metadata_json(p));
+    failed |= add_extras(o, done);
     if (failed) {
         json_decref(o);
         return NULL;

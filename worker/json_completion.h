@@ -11,6 +11,9 @@
 #include <jansson.h>
 #include "worker/message.h"
 
+/* finish_reason of a part's choices */
+#define COMPLETION_PART "part"
+
 /* The whole reply, as docs/messages.md describes it. */
 json_t *completion_json(const struct completion *done);
 

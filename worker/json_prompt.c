@@ -264,14 +264,9 @@ static lm_status read_numbers(const struct json_reader *r, const json_t *root, s
     return st;
 }
 
-static lm_status read_stream(const struct json_reader *r, const json_t *v)
+static lm_status read_stream(const struct json_reader *r, const json_t *v, bool *out)
 {
-    bool stream = false;
-    lm_status st = v ? json_read_bool(r, "stream", v, &stream) : LM_OK;
-    if (!st && stream)
-        return json_refuse(r, LM_UNSUPPORTED, "stream", "true is not served yet; replies come "
-                           "whole");
-    return st;
+    return v ? json_read_bool(r, "stream", v, out) : LM_OK;
 }
 
 static lm_status read_metadata(const struct json_reader *r, const json_t *v, struct prompt *p)
@@ -332,7 +327,7 @@ static lm_status read_all(const struct json_reader *r, const json_t *root, const
         (st = read_reply_topic(r, json_given(root, "reply_topic"), &p->reply_topic)) ||
         (st = read_optional(r, root, "correlation_id", MAX_CORRELATION, &p->correlation_id)) ||
         (st = read_optional(r, root, "model", MAX_NAME, &p->model)) ||
-        (st = read_stream(r, json_given(root, "stream"))) ||
+        (st = read_stream(r, json_given(root, "stream"), &p->stream)) ||
         (st = read_metadata(r, json_given(root, "metadata"), p)))
         return st;
     return check_model(r, p, model_name);

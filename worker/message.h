@@ -28,6 +28,7 @@ struct prompt {
     int n_context;
     struct engine_params params;
     int priority;
+    bool stream;                /* parts as they come, and a final record */
     int64_t deadline_ms;        /* 0: none */
     const char *tenant, *reply_topic, *correlation_id, *model;  /* NULL: not given */
     const struct metadata_entry *metadata;
@@ -36,6 +37,19 @@ struct prompt {
     struct arena *arena;
 };
 void prompt_free(struct prompt *p);     /* NULL is allowed */
+
+/* A record of a streamed reply. */
+struct completion_stream {
+    const char *generation;     /* one run of the engine: parts of another one are a repeat */
+    int seq;                    /* from 0; of the final record: how many parts there were */
+    bool final;                 /* the whole completion; else a part: choices hold new text */
+};
+
+/* Where a reply lies that is too large for the broker. */
+struct completion_claim {
+    const char *url, *sha256, *content_type;
+    int64_t bytes;
+};
 
 /* Everything a reply says beyond the engine's result; borrowed pointers. */
 struct completion {
@@ -47,6 +61,9 @@ struct completion {
     /* milliseconds, for "timings" */
     double fetch_ms;            /* waiting for the adapter to be fetched and loaded */
     double received_to_submit_ms;
+    const struct completion_stream *stream;     /* NULL: not streamed */
+    const struct completion_claim *claim;       /* NULL: the reply is here; else without its text */
+    const struct lm_err *error;                 /* NULL: a completion; else why there is none */
 };
 
 /* ---- arena: all of a prompt's memory, freed at once ------------------------------------- */

@@ -151,6 +151,7 @@ static void write_flow(struct metrics *m, FILE *f)
     counter(f, P "consumed_bytes_total", "Bytes of those, keys and headers included.",
             &m->consumed_bytes);
     counter(f, P "reply_bytes_total", "Bytes of acknowledged replies.", &m->reply_bytes);
+    counter(f, P "stream_parts_total", "Parts of streamed replies produced.", &m->stream_parts);
     counter(f, P "prompt_tokens_total", "Tokens of answered prompts.", &m->prompt_tokens);
     counter(f, P "cached_tokens_total", "Of those, found in the prefix cache.",
             &m->cached_tokens);

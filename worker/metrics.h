@@ -34,7 +34,7 @@ struct metrics {
     atomic_ullong completed, expired, cancelled, dropped;
     atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
-    atomic_ullong retries, produce_failures, reply_bytes;
+    atomic_ullong retries, produce_failures, reply_bytes, stream_parts;
     atomic_ullong commits, commit_failures;
     atomic_ullong assigned, revoked, lost, pauses;
     atomic_llong backlog, held, held_bytes;

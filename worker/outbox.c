@@ -13,18 +13,27 @@
  *   any other error                      dead letter with the engine's reason
  *
  * A reply that can't be encoded because the registry is away waits in `later` like in intake.c.
+ *
+ * Streamed replies. Text events gather in the job's stream (stream.h); `streams` holds the jobs
+ * that have one, from their first text to their final record. One part of a job is on its way at a
+ * time, so parts arrive in order and without gaps; the final record is sent when the last part is
+ * acknowledged. A part that can't be delivered ends the parts, never the reply.
  */
 #include "worker/worker.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 
-enum { BATCH = 128, POLL_MS = 100 };
+#include "worker/stream.h"
+
+enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10 };
 
 struct outbox {
     struct worker *w;
     pthread_t thread;
     struct job_list later;
+    struct job **streams;
+    size_t n_streams, cap_streams;
 };
 
 static lm_status result_status(const struct engine_result *r)
@@ -68,6 +77,8 @@ static void send_back(outbox *o, struct job *j)
     j->due_us = lm_now_us() + backoff_us(j->attempts - 1, cfg->retry_backoff_ms,
                                          cfg->retry_backoff_max_ms);
     atomic_store(&j->handle, 0);
+    if (j->stream)
+        stream_restart(j->stream);
     job_set_stage(j, JOB_READY);
     atomic_fetch_add(&o->w->metrics.backlog, 1);
     job_queue_push(&o->w->to_intake, j);
@@ -91,11 +102,10 @@ static void failed(outbox *o, struct job *j, lm_status st)
     worker_dead_letter(o->w, j, &why, "ENGINE");
 }
 
-static void finished(outbox *o, struct job *j, struct engine_result *r)
+/* The engine is done with it, and so is its stream. */
+static void conclude(outbox *o, struct job *j)
 {
-    j->result = r;
-    j->answered_us = lm_now_us();
-    histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
+    const struct engine_result *r = j->result;
     lm_status st = result_status(r);
     if (was_cancelled(r) && (lease_revoked(j->lease) || atomic_load(&o->w->cancelling)))
         worker_end_job(o->w, j, OUTCOME_DROPPED);
@@ -105,12 +115,134 @@ static void finished(outbox *o, struct job *j, struct engine_result *r)
         answer(o, j);
 }
 
+/* ---- streamed replies ------------------------------------------------------------------- */
+
+/* Is there a part to wait for before the final record may go? */
+static bool stream_open(const struct job *j)
+{
+    return j->stream && (j->stream->sending || stream_has_text(j->stream));
+}
+
+static bool add_stream(outbox *o, struct job *j)
+{
+    if (o->n_streams == o->cap_streams) {
+        size_t cap = LM_MAX(o->cap_streams * 2, 64);
+        struct job **grown = lm_reallocarray(o->streams, cap, sizeof(*grown));
+        if (!grown)
+            return false;
+        o->streams = grown;
+        o->cap_streams = cap;
+    }
+    o->streams[o->n_streams++] = j;
+    j->stream->listed = true;
+    return true;
+}
+
+static void remove_stream(outbox *o, struct job *j)
+{
+    if (!j->stream || !j->stream->listed)
+        return;
+    j->stream->listed = false;
+    for (size_t i = 0; i < o->n_streams; i++)
+        if (o->streams[i] == j) {
+            o->streams[i] = o->streams[--o->n_streams];
+            return;
+        }
+}
+
+/* Sends what has gathered, if it may go now. */
+static void send_part(outbox *o, struct job *j, int64_t now)
+{
+    struct stream *s = j->stream;
+    if (s->sending || !stream_has_text(s) || (now < s->due_us && !s->ended) ||
+        lease_revoked(j->lease))
+        return;
+    struct engine_result *text = stream_take(s);
+    lm_status st = text ? worker_part(o->w, j, text) : LM_NOMEM;
+    if (text && st) {           /* the registry is away: the text waits, in front of what comes */
+        stream_give_back(s, text);
+        s->due_us = now + o->w->cfg->retry_backoff_ms * 1000;
+        return;
+    }
+    if (text)
+        engine_result_free(text);
+    s->sending = !st;
+    s->seq += !st;
+    s->due_us = now + o->w->cfg->stream_interval_ms * 1000;
+}
+
+static void maybe_conclude(outbox *o, struct job *j)
+{
+    if (!j->stream->ended || (stream_open(j) && !lease_revoked(j->lease) &&
+                              !atomic_load(&o->w->cancelling)))
+        return;
+    remove_stream(o, j);
+    conclude(o, j);
+}
+
+static void take_text(outbox *o, struct job *j, int choice, char *text)
+{
+    if (!j->stream || (!j->stream->listed && !add_stream(o, j))) {
+        free(text);
+        return;
+    }
+    stream_add(j->stream, choice, text);
+    send_part(o, j, lm_now_us());
+}
+
+/* A part has its report. Its parent is still ours, unless it was given up meanwhile. */
+static void part_reported(outbox *o, struct job *part)
+{
+    struct job *j = part->parent;
+    struct stream *s = j->stream;
+    s->sending = false;
+    if (part->out.error) {
+        s->broken = true;
+        s->seq--;
+    }
+    if (s->listed) {
+        send_part(o, j, lm_now_us());
+        maybe_conclude(o, j);
+    }
+    job_unref(part);
+}
+
+static void serve_streams(outbox *o)
+{
+    int64_t now = lm_now_us();
+    for (struct job *p = job_queue_take(&o->w->parts, 0), *next; p; p = next) {
+        next = p->next;
+        part_reported(o, p);
+    }
+    for (size_t i = o->n_streams; i-- > 0;) {
+        struct job *j = o->streams[i];
+        send_part(o, j, now);
+        maybe_conclude(o, j);
+    }
+}
+
+/* ---- events ----------------------------------------------------------------------------- */
+
+static void finished(outbox *o, struct job *j, struct engine_result *r)
+{
+    j->result = r;
+    j->answered_us = lm_now_us();
+    histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
+    if (j->stream && j->stream->listed) {
+        j->stream->ended = true;
+        send_part(o, j, j->answered_us);
+        maybe_conclude(o, j);
+    } else {
+        conclude(o, j);
+    }
+}
+
 static void take_event(outbox *o, struct engine_event *e)
 {
     if (e->kind == ENGINE_FINISHED)
         finished(o, e->user, e->result);
     else
-        free(e->text);
+        take_text(o, e->user, e->choice, e->text);
 }
 
 static void serve_later(outbox *o)
@@ -128,13 +260,15 @@ static void *outbox_main(void *arg)
     struct engine_event events[BATCH];
     while (!atomic_load(&w->ending)) {
         lm_status state = LM_OK;
-        int wait = job_list_wait_ms(&o->later, lm_now_us(), POLL_MS);
+        int wait = job_list_wait_ms(&o->later, lm_now_us(),
+                                    o->n_streams ? STREAM_POLL_MS : POLL_MS);
         int n = engine_poll(w->engine, events, BATCH, wait, &state);
         atomic_store(&w->outbox_beat_us, lm_now_us());
         for (int i = 0; i < n; i++)
             take_event(o, &events[i]);
         if (n && atomic_load(&w->engine_full))
             job_queue_wake(&w->to_intake);
+        serve_streams(o);
         serve_later(o);
         if (state && n == 0) {
             worker_fail(w, state, "the engine can't go on: %s", lm_status_text(state));
@@ -144,6 +278,11 @@ static void *outbox_main(void *arg)
     for (struct job *j = job_list_take_all(&o->later), *next; j; j = next) {
         next = j->next;
         worker_end_job(w, j, OUTCOME_DROPPED);
+    }
+    while (o->n_streams) {
+        struct job *j = o->streams[--o->n_streams];
+        if (j->stream->ended)           /* else the engine still has it */
+            worker_end_job(w, j, OUTCOME_DROPPED);
     }
     return NULL;
 }
@@ -168,5 +307,6 @@ void outbox_free(outbox *o)
         return;
     engine_wake(o->w->engine);
     pthread_join(o->thread, NULL);
+    free(o->streams);
     free(o);
 }

@@ -13,7 +13,12 @@
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write
  *   any other reply                       tried again for ever, with backoff
+ *   a notice that can never be delivered  left out and logged: the dead letter is the outcome
+ *   a part that can never be delivered    goes back to the outbox, which sends no more of them
  *   a fatal client error                  the worker ends; nothing was committed for these jobs
+ *
+ * A job's two records (a dead letter and its notice) are sent together and judged together, when
+ * the last report is in; what was acknowledged is not sent again.
  *
  * A repeat after a timeout may be a duplicate in the topic. Replies carry loramill-request-id and
  * their body's id, which are the same each time.
@@ -64,38 +69,49 @@ static rd_kafka_headers_t *to_kafka_headers(const struct header_list *l)
 }
 
 /* A bare dead letter has room for a reasonable key only. */
-static bool sends_key(const struct job *j)
+static bool sends_key(const struct job *j, const struct outgoing *o)
 {
-    return j->out.trim < DEAD_LETTER_BARE || j->record.key_len <= DEAD_LETTER_KEY_MAX;
+    return o->trim < DEAD_LETTER_BARE || j->record.key_len <= DEAD_LETTER_KEY_MAX;
 }
 
-/* On success the job is the library's until its delivery report. */
-static rd_kafka_resp_err_t try_send(producer *p, struct job *j)
+/* On success the record is the library's until its delivery report, and counted as unreported. */
+static void send_record(producer *p, struct job *j, struct outgoing *o)
 {
-    rd_kafka_headers_t *h = to_kafka_headers(&j->out.headers);
-    if (!j->out.first_sent_us)
-        j->out.first_sent_us = lm_now_us();
+    rd_kafka_headers_t *h = to_kafka_headers(&o->headers);
+    o->job = j;
+    o->error = 0;
+    if (!o->first_sent_us)
+        o->first_sent_us = lm_now_us();
+    atomic_fetch_add(&j->unreported, 1);
     rd_kafka_resp_err_t e = rd_kafka_producev(
-        p->rk, RD_KAFKA_V_TOPIC(j->out.topic),
-        RD_KAFKA_V_PARTITION(j->out.partition < 0 ? RD_KAFKA_PARTITION_UA : j->out.partition),
-        RD_KAFKA_V_KEY(sends_key(j) ? j->record.key : NULL, sends_key(j) ? j->record.key_len : 0),
-        RD_KAFKA_V_VALUE(j->out.value, j->out.len),
-        RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(j), RD_KAFKA_V_END);
-    if (e)
+        p->rk, RD_KAFKA_V_TOPIC(o->topic),
+        RD_KAFKA_V_PARTITION(o->partition < 0 ? RD_KAFKA_PARTITION_UA : o->partition),
+        RD_KAFKA_V_KEY(sends_key(j, o) ? j->record.key : NULL,
+                       sends_key(j, o) ? j->record.key_len : 0),
+        RD_KAFKA_V_VALUE(o->value, o->len),
+        RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(o), RD_KAFKA_V_END);
+    if (e) {
         rd_kafka_headers_destroy(h);
-    return e;
+        o->error = e;
+        atomic_fetch_sub(&j->unreported, 1);
+    }
 }
 
-static void send_failed(producer *p, struct job *j, rd_kafka_resp_err_t e);
+/* Sends what is not acknowledged yet. True: no report will come, the caller judges the job. */
+static bool send_records(producer *p, struct job *j)
+{
+    atomic_store(&j->unreported, 1);    /* ours: reports may come while we are still here */
+    if (!j->out.acked)
+        send_record(p, j, &j->out);
+    if (j->notice && !j->notice->acked)
+        send_record(p, j, j->notice);
+    return atomic_fetch_sub(&j->unreported, 1) == 1;
+}
 
 void producer_send(producer *p, struct job *j)
 {
-    rd_kafka_resp_err_t e = try_send(p, j);
-    if (e) {
-        /* Decided on the producer thread, which may turn it into a dead letter. */
-        j->out.attempts = (int)e;
-        job_queue_push(&p->again, j);
-    }
+    if (send_records(p, j))
+        job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
 /* ---- failures --------------------------------------------------------------------------- */
@@ -103,6 +119,11 @@ void producer_send(producer *p, struct job *j)
 static bool is_dead_letter(const struct job *j)
 {
     return j->outcome == OUTCOME_DEAD_LETTER;
+}
+
+static const char *kind(const struct job *j)
+{
+    return is_dead_letter(j) ? "dead letter" : j->parent ? "part of a reply" : "reply";
 }
 
 static void complain(producer *p, const struct job *j, const char *what)
@@ -114,8 +135,7 @@ static void complain(producer *p, const struct job *j, const char *what)
     p->complained_us = now;
     lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": %s to %s (%zu bytes) is not acknowledged: "
            "%s; trying again, its offset waits", j->lease->topic, (int)j->lease->partition,
-           j->record.offset, is_dead_letter(j) ? "dead letter" : "reply", j->out.topic, j->out.len,
-           what);
+           j->record.offset, kind(j), j->out.topic, j->out.len, what);
 }
 
 static void try_later(producer *p, struct job *j, const char *what)
@@ -127,69 +147,113 @@ static void try_later(producer *p, struct job *j, const char *what)
 }
 
 /* Is the reply's own destination at fault, as the prompt named it? */
-static bool destination_fault(const struct job *j, rd_kafka_resp_err_t e)
+static bool destination_fault(const struct outgoing *o, int e)
 {
     switch (e) {
     case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
-        return j->out.asked || j->out.partition >= 0;
+        return o->asked || o->partition >= 0;
     case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
     case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
     case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
     case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
-        return j->out.asked;
+        return o->asked;
     default:
         return false;
     }
 }
 
-static bool too_large(const producer *p, const struct job *j, rd_kafka_resp_err_t e)
+static bool too_large(const producer *p, const struct job *j, const struct outgoing *o)
 {
-    if (e != RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE)
+    if (o->error != RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE)
         return false;
-    return (int64_t)j->out.len > p->batch_bytes || j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
+    return (int64_t)o->len > p->batch_bytes || j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
 }
 
 /* Why this reply can never be delivered; LM_OK: it may be. */
-static lm_status final_reason(producer *p, const struct job *j, rd_kafka_resp_err_t e,
+static lm_status final_reason(producer *p, const struct job *j, const struct outgoing *o,
                               struct lm_err *why)
 {
+    rd_kafka_resp_err_t e = (rd_kafka_resp_err_t)o->error;
     const char *text = rd_kafka_err2str(e);
-    if (too_large(p, j, e))
+    if (too_large(p, j, o))
         return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, more than the broker takes "
                           "for topic '%s' (its max.message.bytes) or the client allows "
-                          "(message.max_bytes=%" PRId64 ")", j->out.len, j->out.topic,
+                          "(message.max_bytes=%" PRId64 ")", o->len, o->topic,
                           p->w->cfg->message_max_bytes);
-    if (destination_fault(j, e) && j->out.partition >= 0)
-        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s' partition %d: %s", j->out.topic,
-                          (int)j->out.partition, text);
-    if (destination_fault(j, e))
-        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s': %s", j->out.topic, text);
+    if (destination_fault(o, e) && o->partition >= 0)
+        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s' partition %d: %s", o->topic,
+                          (int)o->partition, text);
+    if (destination_fault(o, e))
+        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s': %s", o->topic, text);
     if (e == RD_KAFKA_RESP_ERR_INVALID_MSG || e == RD_KAFKA_RESP_ERR_INVALID_RECORD)
-        return lm_err_set(why, LM_INVALID, "topic '%s' refuses the reply: %s", j->out.topic, text);
+        return lm_err_set(why, LM_INVALID, "topic '%s' refuses the reply: %s", o->topic, text);
     return LM_OK;
 }
 
-static bool purged(rd_kafka_resp_err_t e)
+static bool purged(int e)
 {
     return e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT ||
            e == RD_KAFKA_RESP_ERR__DESTROY;
 }
 
-static void send_failed(producer *p, struct job *j, rd_kafka_resp_err_t e)
+/* The outcome itself was refused. */
+static void outcome_failed(producer *p, struct job *j)
+{
+    struct lm_err why;
+    if (j->parent && final_reason(p, j, &j->out, &why)) {
+        lm_log(LM_WARN, "producer", "%s; no more parts", why.msg);
+        worker_end_job(p->w, j, OUTCOME_PART);
+    } else if (!is_dead_letter(j) && final_reason(p, j, &j->out, &why)) {
+        worker_dead_letter(p->w, j, &why, "PRODUCE");
+    } else if (!(is_dead_letter(j) && too_large(p, j, &j->out) &&
+                 worker_trim_dead_letter(p->w, j))) {
+        try_later(p, j, rd_kafka_err2str((rd_kafka_resp_err_t)j->out.error));
+    }
+}
+
+/* A requester can't be told; its dead letter says why all the same. */
+static void drop_notice(struct job *j, const struct lm_err *why)
+{
+    lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": no error reply: %s", j->lease->topic,
+           (int)j->lease->partition, j->record.offset, why->msg);
+    j->notice->error = 0;
+    j->notice->acked = true;
+}
+
+static void acknowledged(producer *p, struct job *j)
+{
+    struct metrics *m = &p->w->metrics;
+    histogram_observe(&m->reply_produce, lm_now_us() - j->out.first_sent_us);
+    if (is_dead_letter(j))
+        metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
+    else
+        metric_add(&m->reply_bytes, j->out.len);
+    worker_end_job(p->w, j, j->outcome);
+}
+
+/* All that was sent has its report: is the job done? Producer thread. */
+static void judge(producer *p, struct job *j)
 {
     struct lm_err why;
     char text[256];
-    if (purged(e) || atomic_load(&p->end)) {
+    int notice = j->notice ? j->notice->error : 0, worst = j->out.error ? j->out.error : notice;
+    if (notice && !purged(notice) && final_reason(p, j, j->notice, &why)) {
+        drop_notice(j, &why);
+        worst = j->out.error;
+    }
+    if (!worst) {
+        acknowledged(p, j);
+    } else if (purged(worst) || atomic_load(&p->end)) {
         worker_end_job(p->w, j, OUTCOME_DROPPED);
-    } else if (e == RD_KAFKA_RESP_ERR__QUEUE_FULL) {
+    } else if (worst == RD_KAFKA_RESP_ERR__QUEUE_FULL) {
         job_list_add(&p->later, j, lm_now_us() + 10000);
     } else if (rd_kafka_fatal_error(p->rk, text, sizeof text)) {
         worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
         worker_end_job(p->w, j, OUTCOME_DROPPED);
-    } else if (!is_dead_letter(j) && final_reason(p, j, e, &why)) {
-        worker_dead_letter(p->w, j, &why, "PRODUCE");
-    } else if (!(is_dead_letter(j) && too_large(p, j, e) && worker_trim_dead_letter(p->w, j))) {
-        try_later(p, j, rd_kafka_err2str(e));
+    } else if (j->out.error) {
+        outcome_failed(p, j);
+    } else {
+        try_later(p, j, rd_kafka_err2str((rd_kafka_resp_err_t)worst));
     }
 }
 
@@ -197,17 +261,12 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
 {
     (void)rk;
     producer *p = opaque;
-    struct job *j = m->_private;
-    if (m->err) {
-        send_failed(p, j, m->err);
-        return;
-    }
-    histogram_observe(&p->w->metrics.reply_produce, lm_now_us() - j->out.first_sent_us);
-    if (is_dead_letter(j))
-        metric_add(&p->w->metrics.dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
-    else
-        metric_add(&p->w->metrics.reply_bytes, j->out.len);
-    worker_end_job(p->w, j, j->outcome);
+    struct outgoing *o = m->_private;
+    struct job *j = o->job;
+    o->error = m->err;
+    o->acked = !m->err;
+    if (atomic_fetch_sub(&j->unreported, 1) == 1)
+        judge(p, j);
 }
 
 static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
@@ -228,15 +287,12 @@ static void serve_again(producer *p)
 {
     for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
         next = j->next;
-        rd_kafka_resp_err_t e = (rd_kafka_resp_err_t)j->out.attempts;
-        j->out.attempts = 0;
-        send_failed(p, j, e);
+        judge(p, j);
     }
     for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
         next = j->next;
-        rd_kafka_resp_err_t e = try_send(p, j);
-        if (e)
-            send_failed(p, j, e);
+        if (send_records(p, j))
+            judge(p, j);
     }
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.c - life and death of a worker, and the two ways a prompt can end.
+ * worker.c - life and death of a worker. How prompts end is outcome.c's.
  *
  * Start: log, HTTP (so that probes answer while weights load), engine, codec, store, producer,
  * outbox, intake, and the consumer last, so that nothing is read before it can be served.
@@ -26,7 +26,7 @@
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
-enum { LOG_DEAD_LETTERS = 10, SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000,
+enum { SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000,
        RELEASE_BUDGET_MS = 5000 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
@@ -45,6 +45,13 @@ void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
 
 void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
 {
+    if (j->parent) {            /* a part: no outcome of its own */
+        if (outcome == OUTCOME_DROPPED)
+            j->out.error = j->out.error ? j->out.error : -1;
+        job_queue_push(&w->parts, j);
+        engine_wake(w->engine);
+        return;
+    }
     j->outcome = outcome;
     job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
     job_queue_push(&w->done, j);
@@ -53,133 +60,6 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
 bool worker_gives_up(struct worker *w, struct job *j)
 {
     return atomic_load(&w->stopping) || lease_revoked(j->lease);
-}
-
-/* A flood of bad prompts must not become a flood of lines: some a second, then their number. */
-static void log_dead_letter(struct worker *w, const struct job *j, const struct lm_err *why)
-{
-    int64_t second = lm_now_us() / 1000000, before = atomic_exchange(&w->log_second, second);
-    int shown = before == second ? atomic_fetch_add(&w->log_shown, 1) + 1
-                                 : atomic_exchange(&w->log_shown, 1);
-    if (before != second && shown > LOG_DEAD_LETTERS)
-        lm_log(LM_INFO, "worker", "and %d more dead letters", shown - LOG_DEAD_LETTERS);
-    bool show = before != second || shown <= LOG_DEAD_LETTERS;
-    lm_log(show ? LM_INFO : LM_DEBUG, "worker", "%s [%d] @%" PRId64 " to %s: %s: %s",
-           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
-           lm_status_wire(why->code), why->msg);
-}
-
-void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
-                        const char *stage)
-{
-    const struct lm_err cause = *why;   /* may be the job's own */
-    const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
-    job_clear_out(j);
-    job_fail(j, &cause);
-    job_set_stage(j, JOB_ANSWERING);
-    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
-    j->out.value = (void *)(uintptr_t)j->record.value;
-    j->out.len = j->record.value_len;
-    j->outcome = OUTCOME_DEAD_LETTER;
-    if (dead_letter_headers(&j->out.headers, &j->record, j->lease->topic, j->lease->partition,
-                            &cause, &from)) {
-        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
-        worker_end_job(w, j, OUTCOME_DROPPED);
-        return;
-    }
-    log_dead_letter(w, j, &cause);
-    producer_send(w->producer, j);
-}
-
-bool worker_trim_dead_letter(struct worker *w, struct job *j)
-{
-    static const struct lm_err unknown = { LM_INTERNAL, "unknown" };
-    const struct lm_err *why = j->err ? j->err : &unknown;
-    int trim = j->out.trim + 1;
-    if (trim > DEAD_LETTER_BARE)
-        return false;
-    job_clear_out(j);
-    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
-    j->out.trim = trim;
-    if (trim < DEAD_LETTER_BARE) {
-        j->out.value = (void *)(uintptr_t)j->record.value;
-        j->out.len = j->record.value_len;
-    }
-    lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: sent %s",
-           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
-           trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
-    if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, why,
-                            (enum dead_letter_trim)trim)) {
-        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
-        worker_end_job(w, j, OUTCOME_DROPPED);
-        return true;
-    }
-    producer_send(w->producer, j);
-    return true;
-}
-
-static enum encoding reply_encoding(const struct worker *w, const struct job *j)
-{
-    const char *e = w->cfg->replies_encoding;
-    if (!strcmp(e, "same"))
-        return j->prompt->encoding;
-    return strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
-}
-
-static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc,
-                              struct lm_err *err)
-{
-    struct completion done = {
-        .prompt = j->prompt, .model = w->info.model_name, .worker = w->name, .result = j->result,
-        .adapter_digest = j->adapter ? engine_adapter_digest(j->adapter) : NULL,
-        .fetch_ms = (double)j->fetch_us / 1e3,
-        .received_to_submit_ms = (double)(j->submitted_us - j->received_us) / 1e3,
-    };
-    lm_status st = codec_encode_completion(w->codec, &done, enc, &j->out.value, &j->out.len, err);
-    j->out.value_owned = !st;
-    if (!st && j->out.len > (size_t)w->cfg->message_max_bytes)
-        st = lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, message.max_bytes=%" PRId64,
-                        j->out.len, w->cfg->message_max_bytes);
-    return st;
-}
-
-static void count_reply(struct worker *w, const struct engine_result *r)
-{
-    struct metrics *m = &w->metrics;
-    enum engine_reason reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP;
-    metric_add(reason == ENGINE_EXPIRED ? &m->expired :
-               reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
-    metric_add(&m->prompt_tokens, (uint64_t)r->prompt_tokens);
-    metric_add(&m->cached_tokens, (uint64_t)r->cached_tokens);
-    metric_add(&m->completion_tokens, (uint64_t)r->completion_tokens);
-}
-
-lm_status worker_reply(struct worker *w, struct job *j)
-{
-    struct lm_err err;
-    enum encoding enc = reply_encoding(w, j);
-    job_clear_out(j);
-    lm_status st = encode_reply(w, j, enc, &err);
-    if (st && lm_status_disposition(st) == LM_DO_RETRY)
-        return st;
-    if (st) {
-        worker_dead_letter(w, j, &err, "ENCODE");
-        return LM_OK;
-    }
-    reply_headers(&j->out.headers, j->record.headers, j->record.n_headers, &w->header_names,
-                  j->prompt, enc);
-    if (j->out.headers.failed) {
-        job_clear_out(j);
-        return LM_NOMEM;
-    }
-    memcpy(j->out.topic, j->route.topic, sizeof j->out.topic);
-    j->out.partition = j->route.partition;
-    j->out.asked = j->route.asked;
-    j->outcome = OUTCOME_REPLY;
-    job_set_stage(j, JOB_ANSWERING);
-    count_reply(w, j->result);
-    producer_send(w->producer, j);
-    return LM_OK;
 }
 
 /* ---- start ------------------------------------------------------------------------------ */
@@ -275,6 +155,7 @@ static void worker_init(struct worker *w, const struct config *cfg)
     metrics_init(&w->metrics);
     job_queue_init(&w->to_intake);
     job_queue_init(&w->done);
+    job_queue_init(&w->parts);
     atomic_store(&w->consumer_beat_us, lm_now_us());
     atomic_store(&w->outbox_beat_us, lm_now_us());
 }
@@ -390,6 +271,7 @@ static void end_threads(struct worker *w, struct watchdog *dog, int status)
     producer_free(w->producer);
     job_queue_release(&w->to_intake);
     job_queue_release(&w->done);
+    job_queue_release(&w->parts);
     codec_free(w->codec);
     if (w->engine)
         engine_close(w->engine);

@@ -44,6 +44,7 @@ struct worker {
     http *http;
 
     struct job_queue to_intake, done;
+    struct job_queue parts;     /* parts of streamed replies with their reports, to the outbox */
     atomic_bool started;        /* everything is up */
     atomic_bool stopping;       /* no new work; finish what runs */
     atomic_bool cancelling;     /* the budget is spent: unfinished work is handed back */
@@ -80,6 +81,14 @@ bool worker_trim_dead_letter(struct worker *w, struct job *j);
  * Returns LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the
  * job). */
 lm_status worker_reply(struct worker *w, struct job *j);
+
+/* Encodes `text` as the next part of j's streamed reply and produces it; it comes back through
+ * w->parts. A status that can heal: nothing was sent. Takes nothing over. */
+lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text);
+
+/* A result with one empty choice that ended for `reason`, for a prompt that never reached the
+ * engine. NULL: out of memory. */
+struct engine_result *worker_empty_result(enum engine_reason reason);
 
 /* ---- the parts -------------------------------------------------------------------------- */
 

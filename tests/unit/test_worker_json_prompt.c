@@ -58,7 +58,6 @@ static const struct refusal refusals[] = {
     { "{" P ", \"response_format\": {\"type\": \"json_object\"}}", LM_UNSUPPORTED,
       "response_format is not served yet" },
     { "{" P ", \"tools\": []}", LM_UNSUPPORTED, "tools is not served yet" },
-    { "{" P ", \"stream\": true}", LM_UNSUPPORTED, "stream true is not served yet" },
     { "{" P ", \"stream\": \"no\"}", LM_INVALID, "stream must be true or false, not \"no\"" },
     { PARAMS("\"logit_bias\": {\"5\": 1}"), LM_UNSUPPORTED, "params.logit_bias is not served yet" },
     { PARAMS("\"response_format\": {}"), LM_UNSUPPORTED, "params.response_format is not served" },

@@ -1,0 +1,47 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What a worker does in trouble, and beside the plain road: streamed replies, error replies,
+# cancellation, expiry, replies too large for the broker, poison prompts, outages. Each case is a
+# function of trouble.py against a real broker, store and worker.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin trouble
+kafka_start 1 || die "the broker started"
+nginx_start tests/models/storefront-adapters || die "nginx started"
+topic_create prompts 2; topic_create replies 2; topic_create asked 2; topic_create dead 1
+topic_create control 1
+cat > "$RUN/worker.properties" <<P
+model.path=$PWD/tests/models/storefront
+backend=cpu
+threads=1
+adapters.url=$STORE/{adapter}
+adapters.cache_dir=$RUN/cache
+topics.replies_allowed=asked
+topics.dead_letters=dead
+group.id=trouble
+commit.interval_ms=200
+retry.backoff_ms=50
+retry.backoff_max_ms=1000
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+P
+PORT=$(free_ports 1)
+# worker NAME [KEY=VALUE]...: starts one; $W is its pid
+worker() {
+    local name=$1 set=(); shift
+    for s in "http.port=$PORT" "worker.name=$name" "$@"; do set+=(--set "$s"); done
+    spawn "$RUN/worker-$name.log" "$LORAMILL" worker -c "$RUN/worker.properties" "${set[@]}"
+    W=$!
+    wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $name is ready"
+}
+stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" [ $? -eq 0 ]; }
+metric() { curl -sf "http://127.0.0.1:$PORT/metrics" | awk -v m="loramill_$1" '$1 == m { print $2 }'; }
+case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
+
+worker stream stream.interval_ms=20 errors.reply=true
+case_ stream
+case_ errors
+n=$(metric 'records_total{outcome="dead_letter"}')
+check "a dead letter with its notice counts once ($n)" [ "$n" = 5 ]
+stop

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""trouble.py BOOTSTRAP CASE ...: what a worker does in trouble, seen by a plain Python client.
+
+Each case produces its prompts, reads the outcomes, prints TAP lines and exits 1 on any failure.
+Topics: prompts, replies, asked (allowed as a reply topic), dead, control.
+"""
+import json
+import sys
+import time
+import uuid
+
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+bootstrap = sys.argv[1]
+failed = False
+
+
+def check(what, good, detail=None):
+    global failed
+    print("ok" if good else "not ok", "-", what, "" if good or detail is None else f"({detail})")
+    failed = failed or not good
+
+
+def header(m, name):
+    return dict(m.headers() or []).get(name)
+
+
+class Reader:
+    """What comes into some topics from now on."""
+
+    def __init__(self, *topics):
+        self.c = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex,
+                           "isolation.level": "read_committed", "log_level": 3})
+        md = self.c.list_topics(timeout=10)
+        parts = [TopicPartition(t, p) for t in topics for p in md.topics[t].partitions]
+        for tp in parts:
+            tp.offset = self.c.get_watermark_offsets(tp, timeout=10)[1]
+        self.c.assign(parts)
+        self.seen = []
+
+    def until(self, done, seconds=60):
+        """All records so far, once done(records) holds or the time is over."""
+        end = time.time() + seconds
+        while time.time() < end and not done(self.seen):
+            for m in self.c.consume(100, timeout=0.2):
+                if not m.error():
+                    self.seen.append(m)
+        return self.seen
+
+
+def send(records, topic="prompts"):
+    """records: (value, headers) or (value, headers, key)"""
+    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
+    for value, headers, *key in records:
+        value = value if isinstance(value, bytes) else json.dumps(value).encode()
+        p.produce(topic, value=value, headers=headers, key=key[0] if key else None)
+    p.flush(30)
+
+
+def body(m):
+    return json.loads(m.value())
+
+
+def stream():
+    """Parts in order, their text is the final record's, several choices, several prompts at once."""
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    prompts = [{"id": f"{run}-{i}", "prompt": "event: order_placed | name: Ana ->", "stream": True,
+                "params": {"max_tokens": 120, "n": 1 + i % 2, "ignore_eos": True, "temperature": 1}}
+               for i in range(8)]
+    prompts.append({"id": f"{run}-whole", "prompt": "event: order_placed ->",
+                    "params": {"max_tokens": 8}})
+    send([(p, [("kafka_correlationId", b"\0" + p["id"].encode())], p["id"]) for p in prompts])
+
+    def finals(records):
+        return [m for m in records if body(m).get("stream", {}).get("final", True)]
+
+    got = r.until(lambda s: len(finals(s)) == len(prompts))
+    check("every prompt has one final record", len(finals(got)) == len(prompts), len(finals(got)))
+    n_parts = 0
+    for p in prompts:
+        mine = [m for m in got if m.key().decode() == p["id"]]
+        docs = [body(m) for m in mine]
+        final, parts = docs[-1], docs[:-1]
+        n_parts += len(parts)
+        if not p.get("stream"):
+            check("a prompt that did not ask gets no parts", not parts and "stream" not in final)
+            continue
+        n = p["params"]["n"]
+        texts = ["".join(c["text"] for d in parts for c in d["choices"] if c["index"] == i)
+                 for i in range(n)]
+        good = (len({m.partition() for m in mine}) == 1 and final["stream"]["final"]
+                and [d["stream"]["seq"] for d in parts] == list(range(len(parts)))
+                and final["stream"]["seq"] == len(parts)
+                and {d["stream"]["generation"] for d in docs} == {final["stream"]["generation"]}
+                and texts == [c["text"] for c in final["choices"]]
+                and all(c["finish_reason"] == "part" for d in parts for c in d["choices"])
+                and all(header(m, "kafka_correlationId") == b"\0" + p["id"].encode() for m in mine)
+                and [header(m, "loramill-part") for m in mine]
+                == [str(i).encode() for i in range(len(parts))] + [None])
+        check(f"{p['id']}: {len(parts)} parts in order are the text of the final record", good,
+              [d["stream"] for d in docs])
+    check(f"there were parts ({n_parts})", n_parts >= 16)
+
+
+def errors():
+    """A waiting requester is told of a dead letter; nobody else is."""
+    r = Reader("replies", "asked", "dead")
+    run = uuid.uuid4().hex[:6]
+    corr = b"\x00\xff" + run.encode()
+    send([({"id": f"{run}-a", "prompt": "x", "adapter": "nobody"}, [("kafka_correlationId", corr)]),
+          ({"id": f"{run}-b", "prompt": "x", "tpyo": 1, "reply_topic": "asked"},
+           [("kafka_replyTopic", b"asked"), ("kafka_replyPartition", b"\0\0\0\1")]),
+          ({"id": f"{run}-c", "prompt": "x", "adapter": "nobody"}, []),
+          (b"not json", [("correlation-id", b"n")]),
+          ({"id": f"{run}-d", "prompt": "x"}, [("kafka_replyTopic", b"secret"),
+                                               ("kafka_correlationId", corr)])])
+    got = r.until(lambda s: len(s) >= 8)
+    got = r.until(lambda s: len(s) > 8, 2)
+    dead = [m for m in got if m.topic() == "dead"]
+    notes = {header(m, "loramill-request-id").decode(): m for m in got if m.topic() != "dead"}
+    check("five dead letters", len(dead) == 5, len(dead))
+    check("three error replies, none for nobody or a forbidden topic",
+          set(notes) == {f"{run}-a", f"{run}-b", ""}, list(notes))
+    a, b = body(notes[f"{run}-a"]), notes[f"{run}-b"]
+    check("it says why, in body and headers", a["error"]["code"] == "not_found" and a["choices"] == []
+          and header(notes[f"{run}-a"], "loramill-error-code") == b"not_found"
+          and header(notes[f"{run}-a"], "kafka_correlationId") == corr, a)
+    check("it goes where the prompt asked", b.topic() == "asked" and b.partition() == 1)
+    check("a prompt that can't be read gets one too",
+          body(notes[""])["error"]["code"] == "malformed"
+          and header(notes[""], "correlation-id") == b"n")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[2]](*sys.argv[3:])
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,308 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * outcome.c - the two ways a prompt can end, as records: a reply or a dead letter; and the records
+ * that go with them: parts of a streamed reply, and the notice of a dead letter to its requester.
+ *
+ *   worker_reply         j->result encoded; too large for the broker and claims are configured: to
+ *                        the object store, and a reply that says where (claim.c)
+ *   worker_dead_letter   the record as it came, why in its headers; with errors.reply=true a notice
+ *                        beside it, if somebody waits: the prompt had a correlation id or named a
+ *                        reply topic. Both are sent together and make one outcome, the dead letter.
+ *   worker_part          new text of a prompt that asked for a stream
+ *
+ * A notice is a completion without choices and with `error`, in the prompt's encoding; the same is
+ * in its headers loramill-error-code and -message, which Spring's replyErrorChecker can look at. It
+ * never holds up the dead letter: what can't be encoded in Avro goes as JSON.
+ *
+ * Threads: whoever has the job.
+ */
+#include "worker/worker.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/json_field.h"
+#include "worker/stream.h"
+
+enum { LOG_DEAD_LETTERS = 10 };
+
+/* ---- notices ---------------------------------------------------------------------------- */
+
+/* Does anybody wait for a reply to this record? */
+static bool has_requester(const struct worker *w, const struct job *j)
+{
+    const struct record *r = &j->record;
+    const struct prompt *p = j->prompt;
+    return header_find(r->headers, r->n_headers, w->header_names.correlation_id) ||
+           header_find(r->headers, r->n_headers, "correlation-id") ||
+           header_find(r->headers, r->n_headers, w->header_names.reply_topic) ||
+           (p && (p->correlation_id || p->reply_topic));
+}
+
+/* The id of a prompt that was refused: whatever can be read of it. `root` keeps the string. */
+static const char *refused_id(const struct job *j, json_t **root)
+{
+    *root = NULL;
+    if (j->prompt)
+        return j->prompt->id;
+    if (j->record.value && json_parse_object(j->record.value, j->record.value_len, root, NULL))
+        *root = NULL;
+    const char *id = json_string_value(json_object_get(*root, "id"));
+    return id ? id : "";
+}
+
+static lm_status encode_notice(struct worker *w, const struct job *j, const struct prompt *p,
+                               const struct lm_err *why, struct outgoing *o, enum encoding enc)
+{
+    static const struct engine_result none = { 0 };
+    struct completion done = { .prompt = p, .model = w->info.model_name, .worker = w->name,
+                               .result = &none, .error = why };
+    struct lm_err err;
+    lm_status st = codec_encode_completion(w->codec, &done, enc, &o->value, &o->len, &err);
+    if (st && enc == ENCODING_AVRO)
+        return encode_notice(w, j, p, why, o, ENCODING_JSON);
+    o->value_owned = !st;
+    if (st)
+        return st;
+    reply_headers(&o->headers, j->record.headers, j->record.n_headers, &w->header_names, p, enc);
+    header_add_text(&o->headers, "loramill-error-code", lm_status_wire(why->code));
+    header_add_text(&o->headers, "loramill-error-message", why->msg);
+    return o->headers.failed ? LM_NOMEM : LM_OK;
+}
+
+/* Where a notice goes: by the same rules as the reply. The prompt may be refused because of its
+ * route, so that is found again. */
+static lm_status notice_route(struct worker *w, const struct job *j, struct reply_route *out)
+{
+    struct lm_err err;
+    return reply_route(j->record.headers, j->record.n_headers, &w->header_names,
+                       j->prompt ? j->prompt->reply_topic : NULL, w->cfg->topics_replies,
+                       w->cfg->topics_replies_allowed, out, &err);
+}
+
+/* Best effort by design: the dead letter is the outcome. */
+static void add_notice(struct worker *w, struct job *j, const struct lm_err *why)
+{
+    struct reply_route to;
+    json_t *root;
+    if (!w->cfg->errors_reply || !has_requester(w, j) || notice_route(w, j, &to))
+        return;
+    const char *e = w->cfg->replies_encoding;
+    enum encoding enc = codec_detect(j->record.value, j->record.value_len, j->record.headers,
+                                     j->record.n_headers);
+    if (strcmp(e, "same"))
+        enc = strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
+    struct prompt unread = { .id = refused_id(j, &root) };
+    struct outgoing *o = lm_calloc(1, sizeof *o);
+    if (!o || encode_notice(w, j, j->prompt ? j->prompt : &unread, why, o, enc)) {
+        if (o)
+            outgoing_release(o);
+        free(o);
+        o = NULL;
+        lm_log(LM_WARN, "worker", "out of memory for an error reply");
+    } else {
+        memcpy(o->topic, to.topic, sizeof o->topic);
+        o->partition = to.partition;
+        o->asked = to.asked;
+    }
+    json_decref(root);
+    j->notice = o;
+}
+
+/* ---- dead letters ----------------------------------------------------------------------- */
+
+/* A flood of bad prompts must not become a flood of lines: some a second, then their number. */
+static void log_dead_letter(struct worker *w, const struct job *j, const struct lm_err *why)
+{
+    int64_t second = lm_now_us() / 1000000, before = atomic_exchange(&w->log_second, second);
+    int shown = before == second ? atomic_fetch_add(&w->log_shown, 1) + 1
+                                 : atomic_exchange(&w->log_shown, 1);
+    if (before != second && shown > LOG_DEAD_LETTERS)
+        lm_log(LM_INFO, "worker", "and %d more dead letters", shown - LOG_DEAD_LETTERS);
+    bool show = before != second || shown <= LOG_DEAD_LETTERS;
+    lm_log(show ? LM_INFO : LM_DEBUG, "worker", "%s [%d] @%" PRId64 " to %s: %s: %s",
+           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
+           lm_status_wire(why->code), why->msg);
+}
+
+void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
+                        const char *stage)
+{
+    const struct lm_err cause = *why;   /* may be the job's own */
+    const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
+    job_clear_out(j);
+    job_fail(j, &cause);
+    job_set_stage(j, JOB_ANSWERING);
+    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.value = (void *)(uintptr_t)j->record.value;
+    j->out.len = j->record.value_len;
+    j->outcome = OUTCOME_DEAD_LETTER;
+    if (dead_letter_headers(&j->out.headers, &j->record, j->lease->topic, j->lease->partition,
+                            &cause, &from)) {
+        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
+        worker_end_job(w, j, OUTCOME_DROPPED);
+        return;
+    }
+    add_notice(w, j, &cause);
+    log_dead_letter(w, j, &cause);
+    producer_send(w->producer, j);
+}
+
+bool worker_trim_dead_letter(struct worker *w, struct job *j)
+{
+    static const struct lm_err unknown = { LM_INTERNAL, "unknown" };
+    const struct lm_err *why = j->err ? j->err : &unknown;
+    int trim = j->out.trim + 1;
+    if (trim > DEAD_LETTER_BARE)
+        return false;
+    outgoing_release(&j->out);          /* the notice stays */
+    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.trim = trim;
+    if (trim < DEAD_LETTER_BARE) {
+        j->out.value = (void *)(uintptr_t)j->record.value;
+        j->out.len = j->record.value_len;
+    }
+    lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: sent %s",
+           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
+           trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
+    if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, why,
+                            (enum dead_letter_trim)trim)) {
+        worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
+        worker_end_job(w, j, OUTCOME_DROPPED);
+        return true;
+    }
+    producer_send(w->producer, j);
+    return true;
+}
+
+/* ---- replies ------------------------------------------------------------------------------ */
+
+static enum encoding reply_encoding(const struct worker *w, const struct job *j)
+{
+    const char *e = w->cfg->replies_encoding;
+    if (!strcmp(e, "same"))
+        return j->prompt->encoding;
+    return strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
+}
+
+/* What every record of a reply says about its prompt. */
+static struct completion describe(const struct worker *w, const struct job *j)
+{
+    return (struct completion){
+        .prompt = j->prompt, .model = w->info.model_name, .worker = w->name, .result = j->result,
+        .adapter_digest = j->adapter ? engine_adapter_digest(j->adapter) : NULL,
+        .fetch_ms = (double)j->fetch_us / 1e3,
+        .received_to_submit_ms = (double)(j->submitted_us - j->received_us) / 1e3,
+    };
+}
+
+static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc,
+                              struct lm_err *err)
+{
+    struct completion done = describe(w, j);
+    struct completion_stream final = { .final = true };
+    if (j->stream) {
+        final.generation = j->stream->generation;
+        final.seq = j->stream->seq;
+        done.stream = &final;
+    }
+    lm_status st = codec_encode_completion(w->codec, &done, enc, &j->out.value, &j->out.len, err);
+    j->out.value_owned = !st;
+    if (!st && j->out.len > (size_t)w->cfg->message_max_bytes)
+        st = lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, message.max_bytes=%" PRId64,
+                        j->out.len, w->cfg->message_max_bytes);
+    return st;
+}
+
+static void count_reply(struct worker *w, const struct engine_result *r)
+{
+    struct metrics *m = &w->metrics;
+    enum engine_reason reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP;
+    metric_add(reason == ENGINE_EXPIRED ? &m->expired :
+               reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
+    metric_add(&m->prompt_tokens, (uint64_t)r->prompt_tokens);
+    metric_add(&m->cached_tokens, (uint64_t)r->cached_tokens);
+    metric_add(&m->completion_tokens, (uint64_t)r->completion_tokens);
+}
+
+lm_status worker_reply(struct worker *w, struct job *j)
+{
+    struct lm_err err;
+    enum encoding enc = reply_encoding(w, j);
+    job_clear_out(j);
+    lm_status st = encode_reply(w, j, enc, &err);
+    if (st && lm_status_disposition(st) == LM_DO_RETRY)
+        return st;
+    if (st) {
+        worker_dead_letter(w, j, &err, "ENCODE");
+        return LM_OK;
+    }
+    reply_headers(&j->out.headers, j->record.headers, j->record.n_headers, &w->header_names,
+                  j->prompt, enc);
+    if (j->out.headers.failed) {
+        job_clear_out(j);
+        return LM_NOMEM;
+    }
+    memcpy(j->out.topic, j->route.topic, sizeof j->out.topic);
+    j->out.partition = j->route.partition;
+    j->out.asked = j->route.asked;
+    j->outcome = OUTCOME_REPLY;
+    job_set_stage(j, JOB_ANSWERING);
+    count_reply(w, j->result);
+    producer_send(w->producer, j);
+    return LM_OK;
+}
+
+/* ---- parts of a streamed reply ------------------------------------------------------------ */
+
+lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text)
+{
+    struct lm_err err;
+    enum encoding enc = reply_encoding(w, j);
+    struct completion done = describe(w, j);
+    struct completion_stream part = { j->stream->generation, j->stream->seq, false };
+    done.stream = &part;
+    done.result = text;
+    struct job *child = job_child(j);
+    if (!child)
+        return LM_NOMEM;
+    struct outgoing *o = &child->out;
+    lm_status st = codec_encode_completion(w->codec, &done, enc, &o->value, &o->len, &err);
+    o->value_owned = !st;
+    if (!st) {
+        reply_headers(&o->headers, j->record.headers, j->record.n_headers, &w->header_names,
+                      j->prompt, enc);
+        header_add_decimal(&o->headers, "loramill-part", part.seq);
+        st = o->headers.failed ? LM_NOMEM : LM_OK;
+    }
+    if (st) {
+        job_unref(child);
+        return st;
+    }
+    memcpy(o->topic, j->route.topic, sizeof o->topic);
+    o->partition = j->route.partition;
+    o->asked = j->route.asked;
+    metric_add(&w->metrics.stream_parts, 1);
+    producer_send(w->producer, child);
+    return LM_OK;
+}
+
+/* ---- completions without the engine -------------------------------------------------------- */
+
+struct engine_result *worker_empty_result(enum engine_reason reason)
+{
+    struct engine_result *r = lm_calloc(1, sizeof *r);
+    struct engine_choice *c = lm_calloc(1, sizeof *c);
+    char *text = lm_strdup("");
+    if (!r || !c || !text) {
+        free(r);
+        free(c);
+        free(text);
+        return NULL;
+    }
+    *c = (struct engine_choice){ .text = text, .reason = reason };
+    r->choices = c;
+    r->n_choices = 1;
+    return r;
+}
