@@ -189,7 +189,7 @@ static void insert(adapters *a, struct engine_adapter *ad)
         table_grow(a);
     *table_slot(a, ad->id) = ad;
     ad->current = true;
-    ad->serial = ++a->serial;
+    evict_version_init(&ad->version, ++a->serial);
     a->n++;
     a->bytes += version_bytes(ad);
 }

@@ -21,6 +21,7 @@
 #define LORAMILL_ENGINE_ADAPTERS_H
 
 #include "engine/adapter.h"
+#include "engine/evict.h"
 
 typedef struct adapters adapters;
 
@@ -33,7 +34,7 @@ struct residency {
     int32_t *blocks;            /* [n_blocks], valid unless RES_HOST */
     kn_event *ready;            /* the upload has passed */
     struct engine_adapter *prev, *next; /* idle (least recently used first) or loading list */
-    uint64_t idle_since;        /* tick of the tier's clock */
+    int uses;                   /* sequences it was admitted for; halved when it leaves */
     uint64_t seen_step;         /* the step that last grouped tokens by adapter, */
     int group;                  /* and this adapter's place in it */
 };
@@ -41,7 +42,9 @@ struct residency {
 struct engine_adapter {
     adapters *home;
     char *id;
-    uint64_t serial;            /* of this version; never 0, never reused: keys cached prefixes */
+    struct evict_version version;       /* its serial is never 0 and never reused. The engine
+                                 * thread's, but for the serial: keys cached prefixes, and has its
+                                 * place in the eviction order */
     struct adapter_image image;
     int n_blocks;               /* pool blocks that the image takes */
 

@@ -18,6 +18,7 @@ static void preempt(struct core *c, struct seq *s)
     s->state = SEQ_WAITING;
     seq_list_insert(&c->waiting, s, 1);
     c->waiting_prompt_tokens += (uint64_t)s->n_prompt;
+    evict_waiting(&c->evict, seq_version(s), 1);
     s->req->preemptions++;
     COUNT(c, preemptions, 1);
 }

@@ -94,12 +94,16 @@ static lm_status open_all(struct core *c, struct lm_err *err)
         st = open_steps(c, err);
     if (st == LM_OK)
         st = open_pool(c, err);
+    if (st == LM_OK)
+        st = evict_init(&c->evict, c->memory.num_blocks, err);
     /* Keys of dynamic NTK scaling depend on the whole prompt's length: no prefix is the same. */
     if (st == LM_OK)
-        st = prefix_init(&c->prefix, &c->pool, p->block_tokens, p->model->rope != ROPE_DYNAMIC,
-                         err);
+        st = prefix_init(&c->prefix, &c->pool, &c->evict, p->block_tokens,
+                         p->model->rope != ROPE_DYNAMIC, err);
     if (st == LM_OK)
-        st = residency_init(&c->tier, p->dev, &c->pool, &c->memory, err);
+        st = residency_init(&c->tier, p->dev, &c->pool, &c->evict, &c->memory, err);
+    if (st == LM_OK)
+        st = residency_measure(&c->tier, err);
     if (st == LM_OK)
         GAUGE(c, free_blocks, c->pool.n_free);
     return st;
@@ -131,6 +135,7 @@ void core_close(struct core *c)
         return;
     residency_release(&c->tier);
     prefix_release(&c->prefix);
+    evict_release(&c->evict);
     pool_release(&c->pool);
     plan_release(&c->plan);
     seq_list_release(&c->running);

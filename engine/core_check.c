@@ -73,6 +73,8 @@ lm_status core_check(const struct core *c, struct lm_err *err)
     if (st == LM_OK)
         st = prefix_check(&c->prefix, err);
     if (st == LM_OK)
+        st = evict_check(&c->evict, err);
+    if (st == LM_OK)
         st = check_waiting(c, err);
     int32_t *held = lm_calloc((size_t)c->pool.n_blocks, sizeof *held);
     if (st != LM_OK || !held) {

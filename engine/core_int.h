@@ -9,7 +9,7 @@
 #include <stdatomic.h>
 
 #include "engine/core.h"
-#include "engine/evict.h"
+#include "engine/residency.h"
 #include "engine/step.h"
 
 /* X(name): one word each, written by the engine thread, read by core_stats(). */
@@ -44,6 +44,7 @@ struct core {
     void *pool_memory;
     struct kn_pool memory;      /* the pool as kernels see it */
     struct pool pool;           /* its book */
+    struct evict evict;
     struct prefix prefix;
     struct residency_tier tier;
     struct seq_list running, waiting;

@@ -35,6 +35,7 @@ void finish_leave_waiting(struct core *c, struct seq *s)
 {
     seq_list_remove(&c->waiting, s);
     c->waiting_prompt_tokens -= (uint64_t)s->n_prompt;
+    evict_waiting(&c->evict, seq_version(s), -1);
 }
 
 static void post_stream(struct core *c, struct seq *s, bool final)

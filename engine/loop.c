@@ -69,6 +69,7 @@ static void intake_one(struct core *c, struct request *r)
     }
     seq_list_insert(&c->waiting, r->seqs, r->n_seqs);
     c->waiting_prompt_tokens += (uint64_t)r->prompt.n * (uint64_t)r->n_seqs;
+    evict_waiting(&c->evict, seq_version(&r->seqs[0]), r->n_seqs);
     if (r->deadline_ms)
         c->next_deadline_ms = LM_MIN(c->next_deadline_ms, r->deadline_ms);
     end_idle_choices(c, r);
@@ -118,6 +119,7 @@ static void drop_adapter(void *ctx, engine_adapter *a)
 {
     struct core *c = ctx;
     residency_drop(&c->tier, a);
+    prefix_forget(&c->prefix, &a->version);
 }
 
 /* ---- the thread ------------------------------------------------------------------------ */
@@ -162,8 +164,8 @@ static lm_status run_step(struct core *c, struct lm_err *err)
     c->starved = 0;
     finish_positions(c, &c->plan);
     finish_rows(c, rows, n_rows);
-    c->tier.clock++;
-    c->prefix.clock++;
+    if (c->plan.n_tok >= 2 * c->plan.n_items)       /* mostly prefill */
+        evict_measured_prefill(&c->evict, (double)(t1 - t0) / c->plan.n_tok * c->p.block_tokens);
     COUNT(c, steps, 1);
     COUNT(c, step_us, t1 - t0 - step_layout_us(c->step));
     COUNT(c, host_us, step_layout_us(c->step) + core_now_us(c) - t1);

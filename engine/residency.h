@@ -6,7 +6,8 @@
  * on both sides: it waits for the last step (whose blocks it may be given), and sequences of the
  * adapter are admitted once its event has passed, so compute never waits for a copy.
  *
- * Lists: LOADING adapters in order of upload; RESIDENT ones without users in order of last use.
+ * Lists: LOADING adapters in order of upload; RESIDENT ones without users in order of last use. Who
+ * of the latter leaves is evict.c's affair.
  *
  * Threads: belongs to the engine thread.
  */
@@ -23,6 +24,7 @@ struct adapter_list {
 struct residency_tier {
     kn_device *dev;
     struct pool *pool;
+    struct evict *evict;
     struct kn_pool memory;
     kn_stream *copy;
     kn_event *step_done;        /* recorded on the compute stream after each step */
@@ -31,12 +33,13 @@ struct residency_tier {
     struct adapter_list idle, loading;
     int n_resident, n_loading;
     int idle_blocks;            /* of adapters on the idle list */
-    uint64_t clock;
     uint64_t loads, evictions;
 };
 
 lm_status residency_init(struct residency_tier *t, kn_device *dev, struct pool *pool,
-                         const struct kn_pool *memory, struct lm_err *err);
+                         struct evict *evict, const struct kn_pool *memory, struct lm_err *err);
+/* Times a few uploads into blocks that nobody uses yet and tells evict.c what one costs. Blocks. */
+lm_status residency_measure(struct residency_tier *t, struct lm_err *err);
 /* Every adapter must have been dropped. */
 void residency_release(struct residency_tier *t);
 
@@ -49,11 +52,13 @@ lm_status residency_wait(struct residency_tier *t, struct lm_err *err);
 
 void residency_use(struct residency_tier *t, struct engine_adapter *a);     /* a running sequence */
 void residency_unuse(struct residency_tier *t, struct engine_adapter *a);
-/* Someone waits for it: an idle one becomes the last to be evicted. */
+/* Someone will want it soon: an idle one counts as used now. */
 void residency_touch(struct residency_tier *t, struct engine_adapter *a);
 
 /* Gives the blocks back; the adapter has no users. Waits for an upload under way. */
 void residency_drop(struct residency_tier *t, struct engine_adapter *a);
+/* Drops the idle adapter of this queue. For evict.c. */
+void residency_evict_weights(struct residency_tier *t, struct evict_queue *weights);
 /* Drops the least recently used idle adapter; false when there is none. */
 bool residency_evict(struct residency_tier *t);
 

@@ -146,9 +146,9 @@ int seq_cacheable_blocks(const struct seq *s, int block_tokens)
     return (s->n_tokens - 1) / block_tokens;
 }
 
-uint64_t seq_version(const struct seq *s)
+struct evict_version *seq_version(const struct seq *s)
 {
-    return s->req->adapter ? s->req->adapter->serial : 0;
+    return s->req->adapter ? &s->req->adapter->version : NULL;
 }
 
 /* ---- 1: decodes ------------------------------------------------------------------------ */

@@ -85,6 +85,7 @@ static inline int blocks_for(int n_tokens, int block_tokens)
 /* Leading full blocks that may come from the prefix cache: at least one token is computed, since
  * its logits are wanted; and all of them when the prompt is scored. */
 int seq_cacheable_blocks(const struct seq *s, int block_tokens);
-uint64_t seq_version(const struct seq *s);
+/* NULL: the base model. */
+struct evict_version *seq_version(const struct seq *s);
 
 #endif

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_prefix.c - the prefix cache against the truth: every block carries, beside the cache, the
- * chain of tokens that its KV stands for. Random sequences of a few versions and a small alphabet
- * (so that beginnings are often shared) come, grow and go, blocks are evicted in between; whatever
- * the cache hands out must stand for exactly the tokens asked for, and the books must agree.
+ * chain of tokens that its KV stands for. Random sequences of a few versions and a small
+ * alphabet (so that beginnings are often shared) come, grow and go, versions are waited for and
+ * replaced, and blocks are evicted in between; whatever the cache hands out must stand for
+ * exactly the tokens asked for, and the books must agree.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -19,18 +20,19 @@
 #define BLOCKS 60
 #define BT 4
 #define SEQS 12
+#define VERSIONS 3
 #define MAX_LEN 40
 #define OPS 400000
 
 struct truth {                  /* what a block's KV stands for */
-    uint64_t serial;
+    int version;
     int n;
     int32_t tokens[MAX_LEN];
 };
 
 struct user {
     bool live;
-    uint64_t serial;
+    int version;
     int32_t tokens[MAX_LEN];
     int n, n_blocks, n_offered;
     int32_t blocks[MAX_LEN / BT];
@@ -38,6 +40,8 @@ struct user {
 
 static struct truth truth[BLOCKS];
 static struct user user[SEQS];
+static struct evict evict;
+static struct evict_version versions[VERSIONS];
 static uint64_t rng = 0x2545f4914f6cdd1du;
 static int hits;
 
@@ -52,7 +56,7 @@ static int rnd(int below)
 static void check_block(const struct user *u, int i)
 {
     const struct truth *t = &truth[u->blocks[i]];
-    assert_true(t->serial == u->serial);
+    assert_int_equal(t->version, u->version);
     assert_int_equal(t->n, (i + 1) * BT);
     assert_memory_equal(t->tokens, u->tokens, (size_t)t->n * sizeof(int32_t));
 }
@@ -60,7 +64,7 @@ static void check_block(const struct user *u, int i)
 static void compute_block(struct user *u, int i)
 {
     struct truth *t = &truth[u->blocks[i]];
-    t->serial = u->serial;
+    t->version = u->version;
     t->n = (i + 1) * BT;
     memcpy(t->tokens, u->tokens, (size_t)t->n * sizeof(int32_t));
 }
@@ -68,14 +72,14 @@ static void compute_block(struct user *u, int i)
 static void come(struct prefix *p, struct user *u)
 {
     int idle, want;
-    u->serial = (uint64_t)rnd(3);
+    u->version = rnd(VERSIONS);
     u->n = 1 + rnd(MAX_LEN);
     for (int i = 0; i < u->n; i++)
         u->tokens[i] = rnd(20) ? 1 : rnd(3);
     int max = (u->n - 1) / BT;
-    want = prefix_match(p, u->serial, u->tokens, max, &idle);
+    want = prefix_match(p, &versions[u->version], u->tokens, max, &idle);
     int before = p->n_idle;
-    u->n_blocks = prefix_acquire(p, u->serial, u->tokens, max, u->blocks);
+    u->n_blocks = prefix_acquire(p, &versions[u->version], u->tokens, max, u->blocks);
     assert_int_equal(u->n_blocks, want);
     assert_int_equal(before - p->n_idle, idle);
     for (int i = 0; i < u->n_blocks; i++)
@@ -91,12 +95,12 @@ static void advance(struct prefix *p, struct user *u)
     if ((u->n_blocks + 1) * BT > u->n)
         return;
     while (p->pool->n_free == 0)
-        if (!prefix_evict(p))
+        if (!evict_kind(p, NULL, EVICT_PREFIX))
             return;
     int i = u->n_blocks++;
     assert_int_equal(pool_take(p->pool, POOL_KV, 1, &u->blocks[i]), LM_OK);
     compute_block(u, i);
-    u->blocks[i] = prefix_offer(p, u->serial, i ? u->blocks[i - 1] : -1,
+    u->blocks[i] = prefix_offer(p, &versions[u->version], i ? u->blocks[i - 1] : -1,
                                 u->tokens + (size_t)i * BT, u->blocks[i]);
     check_block(u, i);
 }
@@ -111,7 +115,8 @@ static void go(struct prefix *p, struct user *u)
 static void books_agree(const struct prefix *p)
 {
     struct lm_err err;
-    if (pool_check(p->pool, &err) != LM_OK || prefix_check(p, &err) != LM_OK)
+    if (pool_check(p->pool, &err) != LM_OK || prefix_check(p, &err) != LM_OK ||
+        evict_check(p->evict, &err) != LM_OK)
         fail_msg("%s", err.msg);
     for (int b = 0; b < BLOCKS; b++) {
         int held = p->entry[b].cached;
@@ -122,16 +127,38 @@ static void books_agree(const struct prefix *p)
     }
 }
 
+static void wait_no_more(void)
+{
+    for (int i = 0; i < VERSIONS; i++)
+        if (versions[i].waiting > 0)
+            evict_waiting(&evict, &versions[i], -versions[i].waiting);
+}
+
+/* The version goes with all who use it; another takes its place in memory. */
+static void replace(struct prefix *p, int version)
+{
+    for (int i = 0; i < SEQS; i++)
+        if (user[i].live && user[i].version == version)
+            go(p, &user[i]);
+    prefix_forget(p, &versions[version]);
+    evict_version_init(&versions[version], versions[version].serial + VERSIONS);
+    for (int b = 0; b < BLOCKS; b++)
+        if (truth[b].version == version)
+            truth[b].n = 0;     /* whoever finds it fails */
+}
+
 static void random_sequences(void **state)
 {
     (void)state;
     struct pool pool;
     struct prefix p;
     assert_int_equal(pool_init(&pool, BLOCKS, NULL), LM_OK);
-    assert_int_equal(prefix_init(&p, &pool, BT, true, NULL), LM_OK);
+    assert_int_equal(evict_init(&evict, BLOCKS, NULL), LM_OK);
+    assert_int_equal(prefix_init(&p, &pool, &evict, BT, true, NULL), LM_OK);
+    for (int i = 0; i < VERSIONS; i++)
+        evict_version_init(&versions[i], (uint64_t)i + 1);
     for (int i = 0; i < OPS; i++) {
         struct user *u = &user[rnd(SEQS)];
-        p.clock++;
         if (!u->live)
             come(&p, u);
         else if (rnd(12) == 0)
@@ -139,7 +166,13 @@ static void random_sequences(void **state)
         else
             advance(&p, u);
         if (rnd(200) == 0)
-            prefix_evict(&p);
+            evict_kind(&p, NULL, EVICT_PREFIX);
+        if (rnd(300) == 0)
+            evict_waiting(&evict, &versions[rnd(VERSIONS)], 1);
+        if (rnd(300) == 0)
+            wait_no_more();
+        if (rnd(2000) == 0)
+            replace(&p, rnd(VERSIONS));
         if (i % 50 == 0)
             books_agree(&p);
     }
@@ -147,10 +180,11 @@ static void random_sequences(void **state)
     assert_true(hits > 10000);
     for (int i = 0; i < SEQS; i++)
         go(&p, &user[i]);
-    while (prefix_evict(&p)) {
+    while (evict_kind(&p, NULL, EVICT_PREFIX)) {
     }
     assert_int_equal(pool.n_free, BLOCKS);
     prefix_release(&p);
+    evict_release(&evict);
     pool_release(&pool);
 }
 
@@ -162,15 +196,17 @@ static void switched_off_it_finds_nothing(void **state)
     int32_t tokens[BT] = { 1, 2, 3, 4 }, block, got;
     int idle;
     assert_int_equal(pool_init(&pool, 4, NULL), LM_OK);
-    assert_int_equal(prefix_init(&p, &pool, BT, false, NULL), LM_OK);
+    assert_int_equal(evict_init(&evict, 4, NULL), LM_OK);
+    assert_int_equal(prefix_init(&p, &pool, &evict, BT, false, NULL), LM_OK);
     assert_int_equal(pool_take(&pool, POOL_KV, 1, &block), LM_OK);
-    assert_int_equal(prefix_offer(&p, 0, -1, tokens, block), block);
-    assert_int_equal(prefix_match(&p, 0, tokens, 1, &idle), 0);
-    assert_int_equal(prefix_acquire(&p, 0, tokens, 1, &got), 0);
+    assert_int_equal(prefix_offer(&p, NULL, -1, tokens, block), block);
+    assert_int_equal(prefix_match(&p, NULL, tokens, 1, &idle), 0);
+    assert_int_equal(prefix_acquire(&p, NULL, tokens, 1, &got), 0);
     assert_true(prefix_frees(&p, block));
     prefix_unref(&p, block);
     assert_int_equal(pool.n_free, 4);
     prefix_release(&p);
+    evict_release(&evict);
     pool_release(&pool);
 }
 

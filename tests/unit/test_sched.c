@@ -21,6 +21,7 @@
 /* A scheduler's world: up to MAX_SEQS requests of one sequence, a pool, a few adapters. */
 struct world {
     struct pool pool;
+    struct evict evict;
     struct prefix prefix;
     struct request req[MAX_SEQS];
     struct seq seq[MAX_SEQS];
@@ -37,7 +38,8 @@ static struct world *world_new(int n_blocks, int max_seqs, int max_step_tokens)
     struct world *w = calloc(1, sizeof *w);
     assert_non_null(w);
     assert_int_equal(pool_init(&w->pool, n_blocks, NULL), LM_OK);
-    assert_int_equal(prefix_init(&w->prefix, &w->pool, BT, true, NULL), LM_OK);
+    assert_int_equal(evict_init(&w->evict, n_blocks, NULL), LM_OK);
+    assert_int_equal(prefix_init(&w->prefix, &w->pool, &w->evict, BT, true, NULL), LM_OK);
     assert_int_equal(plan_init(&w->plan, max_seqs, NULL), LM_OK);
     w->view = (struct sched_view){ .prefix = &w->prefix, .block_tokens = BT,
                                    .max_seqs = max_seqs, .max_step_tokens = max_step_tokens };
@@ -52,6 +54,7 @@ static void world_free(struct world *w)
     seq_list_release(&w->view.waiting);
     plan_release(&w->plan);
     prefix_release(&w->prefix);
+    evict_release(&w->evict);
     pool_release(&w->pool);
     free(w);
 }
@@ -102,7 +105,7 @@ static struct engine_adapter *add_adapter(struct world *w, int i, enum residency
 {
     struct engine_adapter *a = &w->adapter[i];
     a->n_blocks = n_blocks;
-    a->serial = (uint64_t)i + 1;
+    evict_version_init(&a->version, (uint64_t)i + 1);
     a->res.state = state;
     a->res.users = users;
     return a;
