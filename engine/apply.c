@@ -35,6 +35,7 @@ static void pin(struct core *c, struct seq *s)
     s->n_hashed = s->n_blocks;
     s->prefix_tail = s->n_blocks ? s->blocks[s->n_blocks - 1] : -1;
     s->n_computed = s->n_blocks * c->p.block_tokens;
+    COUNT(c, prefix_hit_tokens, LM_MIN(s->n_computed, s->n_prompt));
     if (r->adapter) {
         COUNT(c, adapter_hits, r->adapter_since_us == 0);
         residency_use(&c->tier, r->adapter);
@@ -71,6 +72,7 @@ static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct l
     if (st == LM_OK)
         st = residency_load(&c->tier, a, err);
     COUNT(c, adapter_loads, st == LM_OK);
+    COUNT(c, adapter_bytes, st == LM_OK ? engine_adapter_bytes(a) : 0);
     return st;
 }
 
@@ -129,7 +131,7 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
     for (int i = 0; st == LM_OK && i < p->n_items; i++) {
         struct plan_item *it = &p->item[i];
         /* What the prefix cache had need not be computed. */
-        it->n_tok = LM_MIN(it->n_tok, it->seq->n_tokens - it->seq->n_computed);
+        it->n_tok = LM_MIN(it->n_tok, seq_length(it->seq) - it->seq->n_computed);
         st = grow(c, it->seq, it->seq->n_computed + it->n_tok, err);
     }
     for (int i = 0; st == LM_OK && i < p->n_load; i++) {

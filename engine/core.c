@@ -17,6 +17,13 @@
 #define MAX_RANKED_SEQS 1024
 #define MAX_POOL_BLOCKS ((size_t)1 << 26)
 
+static atomic_bool forced_depth;
+
+void core_force_pipeline(bool on)
+{
+    atomic_store(&forced_depth, on);
+}
+
 static size_t choose_pool_bytes(const struct core *c, const struct kn_props *props)
 {
     if (c->p.pool_bytes)
@@ -119,6 +126,7 @@ lm_status core_open(const struct core_params *p, struct core **out, struct lm_er
     struct kn_props props;
     kn_props(p->dev, &props);
     c->virtual_time = props.virtual_time;
+    c->depth = p->policy.pipeline && (!props.in_call || atomic_load(&forced_depth)) ? 2 : 1;
     lm_status st = open_all(c, err);
     if (st != LM_OK) {
         core_close(c);

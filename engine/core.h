@@ -48,6 +48,9 @@ lm_status core_pump(struct core *c, int64_t until_us, bool *idle, struct lm_err 
 /* Ends every request and gives back every adapter; core_close() may follow. */
 void core_drop(struct core *c);
 
+/* Tests only: cores opened from now on pipeline even where work completes inside the call. */
+void core_force_pipeline(bool on);
+
 /* Any thread. The clock of the device's world, and what deadlines are held against. */
 int64_t core_now_us(const struct core *c);
 int64_t core_wall_ms(const struct core *c);

@@ -45,7 +45,7 @@ static lm_status add_running(const struct core *c, int32_t *held, struct lm_err 
         if (a && earlier == 0)
             add_blocks(held, a->res.blocks, a->n_blocks);
         if (s->state != SEQ_RUNNING || s->n_computed > s->n_blocks * c->p.block_tokens ||
-            s->n_computed >= s->n_tokens + 1)
+            s->n_computed > seq_length(s))
             return lm_err_set(err, LM_INTERNAL, "request '%s': %d of %d tokens computed in %d "
                                                 "blocks", s->req->id, s->n_computed, s->n_tokens,
                               s->n_blocks);
@@ -57,7 +57,7 @@ static lm_status check_waiting(const struct core *c, struct lm_err *err)
 {
     for (int i = 0; i < c->waiting.n; i++) {
         const struct seq *s = c->waiting.at[i];
-        if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed)
+        if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed || s->pending)
             return lm_err_set(err, LM_INTERNAL, "request '%s' waits in state %d with %d blocks",
                               s->req->id, s->state, s->n_blocks);
         if (i > 0 && !seq_before(c->waiting.at[i - 1], s))

@@ -17,7 +17,8 @@
     X(waiting) X(running) X(loading) X(free_blocks) X(kv_blocks) X(adapter_blocks)             \
     X(adapters_resident) X(steps) X(prefill_tokens) X(decode_tokens) X(finished) X(failed)     \
     X(preemptions) X(adapter_loads) X(adapter_evictions) X(adapter_hits) X(step_us) X(host_us) \
-    X(waiting_prompt_tokens)
+    X(waiting_prompt_tokens) X(step_adapters) X(step_seqs) X(early_aborts) X(swap_outs)       \
+    X(swap_ins) X(swap_bytes) X(adapter_bytes) X(prefix_hit_tokens) X(merges) X(merged_steps)
 
 struct core_counters {
 #define X(name) atomic_uint_fast64_t name;
@@ -53,6 +54,8 @@ struct core {
     uint64_t waiting_prompt_tokens;
     lm_status failed;
     int starved;                /* steps in a row that got no memory */
+    int depth;                  /* steps in flight at most: 2 plans one while one runs */
+    int64_t step_done_us;       /* when the last step was seen to have passed */
     struct core_counters counters;
 
     /* from core_begin() on */
@@ -81,9 +84,10 @@ void finish_request(struct core *c, struct request *r, enum engine_reason reason
 void finish_result(struct core *c, struct request *r);
 /* What the result will tell; the first failure counts. */
 void finish_note(struct request *r, lm_status st, const char *why);
-/* A step's positions count as computed; then what came of its rows. */
-void finish_positions(struct core *c, const struct plan *p);
-void finish_rows(struct core *c, const struct step_row *row, int n);
+/* A step was launched: prompt blocks that it fills are offered to the prefix cache. */
+void finish_launch(struct core *c, const struct plan *p);
+/* A step has passed: tokens to text, ends, results. */
+void finish_step(struct core *c, const struct step_results *res);
 
 /* ---- core_check.c ---------------------------------------------------------------------- */
 

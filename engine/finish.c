@@ -3,8 +3,12 @@
  * finish.c - what becomes of a step's results, and the ends of sequences and requests.
  *
  * Whatever ends a sequence passes finish_seq(): blocks, adapter and list place are given up there,
- * and the last of a request posts the one result and frees the request. So callers that walk lists
- * or rows must not touch a sequence, its request or its siblings after ending one.
+ * what is in flight of it becomes void, and the last of a request posts the one result and frees
+ * the request. So callers that walk lists or rows must not touch a sequence, its request or its
+ * siblings after ending one.
+ *
+ * Blocks of a sequence that ends while the device still computes for it are free at once: whoever
+ * gets them writes behind that, on the same stream, or on another that waits for it.
  *
  * Threads: the engine thread.
  */
@@ -75,6 +79,7 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
         finish_leave_running(c, s);
     else if (s->state == SEQ_WAITING)
         finish_leave_waiting(c, s);
+    step_void(c->step, s);
     s->state = SEQ_DONE;
     s->reason = reason;
     post_stream(c, s, true);
@@ -102,11 +107,12 @@ void finish_request(struct core *c, struct request *r, enum engine_reason reason
 
 /* ---- after a step ---------------------------------------------------------------------- */
 
-/* Offers blocks that this step completed to the prefix cache. */
+/* Offers full blocks to the prefix cache, as far as their tokens are known. They may be on their
+ * way still: whoever finds them reads behind the step that writes them. */
 static void offer_blocks(struct core *c, struct seq *s)
 {
-    int bt = c->p.block_tokens;
-    while ((s->n_hashed + 1) * bt <= s->n_computed) {
+    int bt = c->p.block_tokens, full = LM_MIN(s->n_computed, s->n_tokens) / bt;
+    while (s->n_hashed < full) {
         int i = s->n_hashed++;
         s->blocks[i] = prefix_offer(&c->prefix, seq_version(s), s->prefix_tail,
                                     s->tokens + (size_t)i * (size_t)bt, s->blocks[i]);
@@ -114,18 +120,15 @@ static void offer_blocks(struct core *c, struct seq *s)
     }
 }
 
-/* Positions count as computed; blocks that became full are offered to the prefix cache. */
-void finish_positions(struct core *c, const struct plan *p)
+void finish_launch(struct core *c, const struct plan *p)
 {
     for (int i = 0; i < p->n_items; i++) {
         struct seq *s = p->item[i].seq;
-        bool decode = s->n_computed >= s->n_prompt;
-        COUNT(c, decode_tokens, decode ? p->item[i].n_tok : 0);
-        COUNT(c, prefill_tokens, decode ? 0 : p->item[i].n_tok);
-        s->n_computed += p->item[i].n_tok;
         s->req->steps++;
         offer_blocks(c, s);
     }
+    COUNT(c, step_seqs, p->n_items);
+    COUNT(c, step_adapters, step_adapters(c->step));
 }
 
 static bool scoring_done(const struct seq *s)
@@ -141,6 +144,7 @@ static bool take_row(struct core *c, const struct step_row *row)
     struct request *r = s->req;
     bool done = false;
     lm_status st;
+    s->pending -= !row->is_prompt;
     if (row->is_prompt) {
         st = output_push_prompt_score(r, &row->got);
         if (st == LM_OK && scoring_done(s)) {
@@ -162,12 +166,18 @@ static bool take_row(struct core *c, const struct step_row *row)
 }
 
 /* Rows of one sequence stand together; once it has ended, what is left of them is void. */
-void finish_rows(struct core *c, const struct step_row *row, int n)
+void finish_step(struct core *c, const struct step_results *res)
 {
-    for (int i = 0; i < n;) {
-        const struct seq *s = row[i].seq;
-        bool ended = false;
-        for (; i < n && row[i].seq == s; i++)
-            ended = ended || take_row(c, &row[i]);
+    COUNT(c, prefill_tokens, res->n_prefill);
+    COUNT(c, decode_tokens, res->n_decode);
+    for (int i = 0; i < res->n_rows;) {
+        struct seq *s = res->row[i].seq;
+        bool ended = !s;
+        if (ended)
+            i++;
+        for (; s && i < res->n_rows && res->row[i].seq == s; i++)
+            ended = ended || take_row(c, &res->row[i]);
+        if (!ended && s->state == SEQ_RUNNING)
+            offer_blocks(c, s);
     }
 }

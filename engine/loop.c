@@ -7,7 +7,19 @@
  *     residency_poll   uploads that have passed
  *     sched_plan       pure
  *     apply_plan       preempt, pin, load, admit, grow (apply.c)
- *     step             launch, wait; then tokens to text, ends, events (finish.c)
+ *     step_launch      layout, enqueue (step.c)
+ *     step_finish      wait for the oldest in flight; then tokens to text, ends, events (finish.c)
+ *
+ * With depth 2 a turn launches step t+1 and then finishes step t, so that planning, layout and text
+ * happen while the device computes:
+ *
+ *     host     plan t+1 | launch t+1 | wait t | finish t | plan t+2 | launch t+2 | wait t+1 ...
+ *     device   ------ step t ---------------->|---------- step t+1 --------------------->|
+ *
+ * Plans are made on projected state: what was launched counts as computed, a token under way as
+ * there (seq.pending). A sequence that ends in step t has computed one token in vain. Blocks change
+ * hands without waiting: whatever writes them next is ordered behind by streams and events. Where
+ * operations complete inside the call there is nothing to overlap, and the depth is 1.
  *
  * Between two steps nothing is locked unless there is news, and nothing is allocated unless a
  * request ends, an adapter is uploaded for the first time, or a buffer meets a new record.
@@ -129,6 +141,7 @@ static void fail_all(struct core *c, lm_status st, const char *why)
     if (c->failed == LM_OK)
         lm_log(LM_ERROR, "engine", "%s; every request ends with this error", why);
     c->failed = st;
+    step_abandon(c->step);
     while (c->running.n > 0)
         finish_request(c, c->running.at[0]->req, ENGINE_ERROR, st, why);
     while (c->waiting.n > 0)
@@ -145,30 +158,49 @@ static lm_status rest(const struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status run_step(struct core *c, struct lm_err *err)
+static lm_status launch(struct core *c, struct lm_err *err)
 {
-    const struct step_row *rows = NULL;
-    int n_rows = 0;
     int64_t t0 = core_now_us(c);
     lm_status st = step_launch(c->step, c->forward, c->stream, &c->memory, c->plan.item,
                                c->plan.n_items, err);
     if (st == LM_OK)
         st = kn_event_record(c->tier.step_done, c->stream);
-    if (st == LM_OK)
-        st = step_finish(c->step, c->stream, &rows, &n_rows, err);
-    int64_t t1 = core_now_us(c);
     if (st == LM_NOMEM && ++c->starved < STARVED_STEPS)
         return rest(err);
     if (st != LM_OK)
         return st;
+    int64_t t1 = core_now_us(c), layout = step_layout_us(c->step);
     c->starved = 0;
-    finish_positions(c, &c->plan);
-    finish_rows(c, rows, n_rows);
-    if (c->plan.n_tok >= 2 * c->plan.n_items)       /* mostly prefill */
-        evict_measured_prefill(&c->evict, (double)(t1 - t0) / c->plan.n_tok * c->p.block_tokens);
+    finish_launch(c, &c->plan);
     COUNT(c, steps, 1);
-    COUNT(c, step_us, t1 - t0 - step_layout_us(c->step));
-    COUNT(c, host_us, step_layout_us(c->step) + core_now_us(c) - t1);
+    COUNT(c, step_us, t1 - t0 - layout);
+    COUNT(c, host_us, layout + core_now_us(c) - t1);
+    return LM_OK;
+}
+
+/* What steps cost, for those who decide by it. The device was at it since it was launched, or since
+ * the step before had passed. */
+static void note_step(struct core *c, const struct step_results *res, int64_t before_us)
+{
+    int64_t us = c->step_done_us - LM_MAX(res->launched_us, before_us);
+    int n_tok = res->n_prefill + res->n_decode;
+    if (n_tok >= 2 * res->n_items && us > 0)        /* mostly prefill */
+        evict_measured_prefill(&c->evict, (double)us / n_tok * c->p.block_tokens);
+}
+
+/* Waits for the oldest step in flight and acts on what came of it. */
+static lm_status finish(struct core *c, struct lm_err *err)
+{
+    struct step_results res;
+    int64_t t0 = core_now_us(c), before = c->step_done_us;
+    lm_status st = step_finish(c->step, &res, err);
+    if (st != LM_OK)
+        return st;
+    c->step_done_us = core_now_us(c);
+    note_step(c, &res, before);
+    finish_step(c, &res);
+    COUNT(c, step_us, c->step_done_us - t0);
+    COUNT(c, host_us, core_now_us(c) - c->step_done_us);
     return LM_OK;
 }
 
@@ -203,22 +235,18 @@ static bool plan_is_empty(const struct plan *p)
     return p->n_items + p->n_preempt + p->n_admit + p->n_load == 0;
 }
 
-/* One turn. *idle: there was nothing to do. */
-static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
+/* Carries the plan out and launches its step. */
+static lm_status carry_out(struct core *c, struct lm_err *err)
 {
-    *idle = false;
-    lm_status st = residency_poll(&c->tier, err);
-    if (st != LM_OK)
-        return st;
-    make_plan(c);
-    if (!apply_open_admitted(c, &c->plan))
-        return LM_OK;
-    if (!plan_is_empty(&c->plan)) {
-        int64_t t0 = core_now_us(c);
-        st = apply_plan(c, &c->plan, err);
-        COUNT(c, host_us, core_now_us(c) - t0);
-        return st == LM_OK && c->plan.n_items > 0 ? run_step(c, err) : st;
-    }
+    int64_t t0 = core_now_us(c);
+    lm_status st = apply_plan(c, &c->plan, err);
+    COUNT(c, host_us, core_now_us(c) - t0);
+    return st == LM_OK && c->plan.n_items > 0 ? launch(c, err) : st;
+}
+
+/* Nothing to compute: the device is waited for, or nobody wants anything. */
+static lm_status wait_or_idle(struct core *c, bool *idle, struct lm_err *err)
+{
     if (c->tier.n_loading > 0)
         return residency_wait(&c->tier, err);
     if (c->running.n + c->waiting.n > 0)
@@ -227,6 +255,26 @@ static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
                           c->waiting.n, c->pool.n_free, c->pool.n_blocks);
     *idle = true;
     return LM_OK;
+}
+
+/* One turn. At most one step is in flight when it begins. *idle: there was nothing to do. */
+static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
+{
+    *idle = false;
+    int before = step_in_flight(c->step);
+    lm_status st = residency_poll(&c->tier, err);
+    if (st != LM_OK)
+        return st;
+    make_plan(c);
+    if (!apply_open_admitted(c, &c->plan))
+        return LM_OK;
+    bool empty = plan_is_empty(&c->plan);
+    if (!empty)
+        st = carry_out(c, err);
+    int keep = step_in_flight(c->step) > before ? c->depth - 1 : 0;
+    while (st == LM_OK && step_in_flight(c->step) > keep)
+        st = finish(c, err);
+    return st == LM_OK && empty && before == 0 ? wait_or_idle(c, idle, err) : st;
 }
 
 /* What has come since the last turn; with wait_ms, sleeps until there is something. */
@@ -289,6 +337,7 @@ lm_status core_pump(struct core *c, int64_t until_us, bool *idle, struct lm_err 
 
 void core_drop(struct core *c)
 {
+    step_abandon(c->step);
     while (c->running.n > 0)
         finish_request(c, c->running.at[0]->req, ENGINE_CANCELLED, LM_OK, "");
     while (c->waiting.n > 0)

@@ -310,7 +310,7 @@ lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t 
 {
     lm_status st = LM_OK;
     pthread_mutex_lock(&m->mu);
-    struct event_node *n = s->pending;
+    struct event_node *n = s->unpolled;
     if (n) {
         st = node_add_text(n, text, len);
     } else {
@@ -321,8 +321,8 @@ lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t 
             n->ev.handle = s->req->handle;
             n->ev.user = s->req->user;
             n->ev.choice = s->index;
-            n->owner = &s->pending;
-            s->pending = n;
+            n->owner = &s->unpolled;
+            s->unpolled = n;
             append(m, n);
         } else {
             node_free(n);
@@ -336,9 +336,9 @@ void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *re
 {
     pthread_mutex_lock(&m->mu);
     for (int i = 0; i < r->n_seqs; i++) {
-        if (r->seqs[i].pending)
-            r->seqs[i].pending->owner = NULL;
-        r->seqs[i].pending = NULL;
+        if (r->seqs[i].unpolled)
+            r->seqs[i].unpolled->owner = NULL;
+        r->seqs[i].unpolled = NULL;
     }
     struct event_node *n = r->finish;
     r->finish = NULL;

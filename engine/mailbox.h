@@ -21,7 +21,7 @@ typedef struct mailbox mailbox;
 
 struct event_node {
     struct event_node *next;
-    struct event_node **owner;  /* the sequence's `pending`, cleared when polled */
+    struct event_node **owner;  /* the sequence's `unpolled`, cleared when polled */
     struct engine_event ev;
     size_t text_len, text_cap;
 };

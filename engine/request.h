@@ -25,6 +25,8 @@
  *            generated before a preemption is recomputed as if it were prompt.
  *   RUNNING  holds blocks for positions 0 .. n_blocks * block_tokens - 1; KV of the first
  *            n_computed positions is in them. n_computed < n_tokens - 1 means prefill.
+ *            While a step is under way, n_computed counts its positions too (later steps run
+ *            behind it), and `pending` its token, which is not in `tokens` yet.
  *   DONE     holds no blocks; text and tokens wait for the request's result.
  *
  * A request ends when its last sequence is DONE: exactly one result, built by output.c.
@@ -59,7 +61,12 @@ struct seq {
 
     int32_t *tokens;            /* [cap_tokens] prompt, then output; NULL until seq_open() */
     int n_prompt, n_tokens, cap_tokens;
-    int n_computed;             /* positions whose KV is in the pool */
+    int n_computed;             /* positions whose KV is in the pool, or under way to it */
+    int pending;                /* tokens that launched, unfinished steps will append */
+    uint64_t flight;            /* number of the last step that it was part of, */
+    int flight_item;            /* its item there, */
+    int flight_row, flight_rows;        /* its rows, */
+    bool flight_decode;         /* and whether it was a token behind the prompt */
 
     int32_t *blocks;            /* [cap_blocks] */
     int n_blocks, cap_blocks;
@@ -74,7 +81,7 @@ struct seq {
     size_t text_base;           /* bytes of the primer in it */
     size_t text_len;            /* final generated text behind it, cut at a stop string */
     size_t text_sent;           /* already in ENGINE_TOKENS events */
-    struct event_node *pending; /* an unpolled ENGINE_TOKENS event of ours; mailbox's lock */
+    struct event_node *unpolled;        /* an ENGINE_TOKENS event of ours; mailbox's lock */
     struct score_list out_scores;
 };
 
@@ -130,6 +137,18 @@ lm_status seq_open(struct seq *s);
 static inline const int32_t *seq_tokens(const struct seq *s)
 {
     return s->tokens ? s->tokens : s->req->prompt.id;
+}
+
+/* Its length once what was launched has finished: what the next step is planned on. */
+static inline int seq_length(const struct seq *s)
+{
+    return s->n_tokens + s->pending;
+}
+
+/* The token under way is certainly its last: nothing is left to compute. */
+static inline bool seq_is_ending(const struct seq *s)
+{
+    return s->pending > 0 && seq_length(s) >= s->cap_tokens;
 }
 
 /* Tokens whose KV the sequence may need at most: its last token's is never read. */

@@ -136,7 +136,7 @@ static int fit_tokens(const struct plan *p, const struct seq *s, int n)
 
 static bool is_decode(const struct seq *s)
 {
-    return s->n_computed == s->n_tokens - 1 && s->n_tokens > s->n_prompt;
+    return s->n_computed == seq_length(s) - 1 && seq_length(s) > s->n_prompt;
 }
 
 int seq_cacheable_blocks(const struct seq *s, int block_tokens)
@@ -179,9 +179,9 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
     int end = v->running.n;
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        if (!is_decode(s) || fit_tokens(p, s, 1) == 0)
+        if (!is_decode(s) || seq_is_ending(s) || fit_tokens(p, s, 1) == 0)
             continue;
-        int need = blocks_for(s->n_tokens, v->block_tokens) - s->n_blocks;
+        int need = blocks_for(seq_length(s), v->block_tokens) - s->n_blocks;
         if (need > p->budget)
             end = preempt_for(v, p, need, i + 1, end);
         if (need > p->budget) {

@@ -13,9 +13,20 @@
  *
  * Results are laid out structure by structure behind each other, so that copying back n rows is two
  * copies, four if alternatives were asked for.
+ *
+ * Two frames, one device buffer: a frame holds what the host must keep until its step has passed
+ * (pinned metadata and results, who the rows belong to). On the device the stream's order protects
+ * metadata and outputs: the next step's copy comes behind the last use of this one's.
+ *
+ *     frame:   free --launch--> in flight --finish--> being read, until the next launch --> free
+ *
+ * Invariant: seq.flight == frame.number exactly for sequences with an item in the newest frame, so
+ * voiding one that ends is O(1). It may have rows in the frame that is being read as well; whoever
+ * reads them knows that it has ended.
  */
 #include "engine/step.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,7 +39,7 @@ struct span {
 
 struct layout {
     struct span ids, pos, slot, dyn_len, q_start, kv_len, table, segs, lora_blocks, row_idx, rows,
-        history;
+        history, feed_dst, feed_src;
     size_t bytes;
 };
 
@@ -37,66 +48,109 @@ struct group {
     int n_items, n_tok, first_item;
 };
 
-struct step {
-    struct step_params p;
-    uint64_t number;
-    /* pinned and device twins */
-    char *host, *device;
+struct frame {
+    uint64_t number;            /* of the step; counts from 1 */
+    char *host;                 /* pinned metadata */
     size_t cap;
-
-    struct plan_item *order;    /* [max_seqs] items, grouped */
-    struct group *group;        /* [max_seqs + 1]; group 0 is base */
-    int *item_group;            /* [max_seqs] */
-    int n_groups;
+    kn_event *done;
+    struct plan_item *item;     /* [max_seqs], grouped by adapter */
     struct step_row *row;       /* [max_tokens] */
-    int n_rows;
+    int n_items, n_rows;
+    int n_prefill, n_decode;    /* tokens that are not void */
     bool want_tops;
-    int64_t layout_us;
-
+    int64_t launched_us;
     /* pinned results */
     int32_t *id, *top_id;
     float *logprob, *top_logprob;
 };
 
+struct step {
+    struct step_params p;
+    uint64_t number;
+    char *device;               /* metadata */
+    size_t cap;
+    struct frame frame[2];
+    int oldest, n_flight;
+    struct group *group;        /* [max_seqs + 1]; group 0 is base */
+    int *item_group;            /* [max_seqs] */
+    int n_groups;
+    int64_t layout_us;
+};
+
 /* ---- making ---------------------------------------------------------------------------- */
 
-static lm_status grow_meta(struct step *s, size_t bytes, struct lm_err *err)
+static lm_status grow_host(struct step *s, struct frame *f, size_t bytes, struct lm_err *err)
+{
+    if (bytes <= f->cap)
+        return LM_OK;
+    size_t cap = LM_MAX(bytes, f->cap * 2);
+    void *p = NULL;
+    lm_status st = kn_host_alloc(s->p.dev, cap, &p, err);
+    if (st != LM_OK)
+        return lm_err_prefix(err, "step metadata of %zu bytes", cap);
+    kn_host_free(s->p.dev, f->host);
+    f->host = p;
+    f->cap = cap;
+    return LM_OK;
+}
+
+/* The step before may still read the buffer: then it is waited for. */
+static lm_status grow_device(struct step *s, kn_stream *stream, size_t bytes, struct lm_err *err)
 {
     if (bytes <= s->cap)
         return LM_OK;
     size_t cap = LM_MAX(bytes, s->cap * 2);
-    void *host = NULL, *device = NULL;
-    lm_status st = kn_host_alloc(s->p.dev, cap, &host, err);
-    if (st == LM_OK)
-        st = kn_alloc(s->p.dev, cap, &device, err);
-    if (st != LM_OK) {
-        kn_host_free(s->p.dev, host);
+    void *p = NULL;
+    lm_status st = kn_alloc(s->p.dev, cap, &p, err);
+    if (st != LM_OK)
         return lm_err_prefix(err, "step metadata of %zu bytes", cap);
-    }
-    kn_host_free(s->p.dev, s->host);
+    if (s->n_flight > 0)
+        st = kn_stream_sync(stream, err);
     kn_free(s->p.dev, s->device);
-    s->host = host;
-    s->device = device;
+    s->device = p;
     s->cap = cap;
-    return LM_OK;
+    return st;
 }
 
-static lm_status alloc_results(struct step *s, struct lm_err *err)
+static lm_status alloc_results(struct step *s, struct frame *f, struct lm_err *err)
 {
     size_t n = (size_t)s->p.max_tokens, top = n * KN_MAX_TOP_LOGPROBS;
     void *id = NULL, *logprob = NULL, *top_id = NULL, *top_logprob = NULL;
-    lm_status st = kn_host_alloc(s->p.dev, n * sizeof *s->id, &id, err);
+    lm_status st = kn_host_alloc(s->p.dev, n * sizeof *f->id, &id, err);
     if (st == LM_OK)
-        st = kn_host_alloc(s->p.dev, n * sizeof *s->logprob, &logprob, err);
+        st = kn_host_alloc(s->p.dev, n * sizeof *f->logprob, &logprob, err);
     if (st == LM_OK)
-        st = kn_host_alloc(s->p.dev, top * sizeof *s->top_id, &top_id, err);
+        st = kn_host_alloc(s->p.dev, top * sizeof *f->top_id, &top_id, err);
     if (st == LM_OK)
-        st = kn_host_alloc(s->p.dev, top * sizeof *s->top_logprob, &top_logprob, err);
-    s->id = id;
-    s->logprob = logprob;
-    s->top_id = top_id;
-    s->top_logprob = top_logprob;
+        st = kn_host_alloc(s->p.dev, top * sizeof *f->top_logprob, &top_logprob, err);
+    f->id = id;
+    f->logprob = logprob;
+    f->top_id = top_id;
+    f->top_logprob = top_logprob;
     return st;
+}
+
+static lm_status frame_init(struct step *s, struct frame *f, size_t meta, struct lm_err *err)
+{
+    f->item = lm_calloc((size_t)s->p.max_seqs, sizeof *f->item);
+    f->row = lm_calloc((size_t)s->p.max_tokens, sizeof *f->row);
+    if (!f->item || !f->row)
+        return lm_err_set(err, LM_NOMEM, "no memory for the step");
+    lm_status st = grow_host(s, f, meta, err);
+    if (st == LM_OK)
+        st = alloc_results(s, f, err);
+    return st == LM_OK ? kn_event_new(s->p.dev, &f->done, err) : st;
+}
+
+static void frame_release(struct step *s, struct frame *f)
+{
+    void *const pinned[] = { f->host, f->id, f->logprob, f->top_id, f->top_logprob };
+    for (size_t i = 0; i < LM_COUNT(pinned); i++)
+        kn_host_free(s->p.dev, pinned[i]);
+    if (f->done)
+        kn_event_free(f->done);
+    free(f->item);
+    free(f->row);
 }
 
 lm_status step_new(const struct step_params *p, struct step **out, struct lm_err *err)
@@ -104,19 +158,17 @@ lm_status step_new(const struct step_params *p, struct step **out, struct lm_err
     struct step *s = lm_calloc(1, sizeof *s);
     if (!s)
         return lm_err_set(err, LM_NOMEM, "no memory for the step");
-    size_t seqs = (size_t)p->max_seqs, tokens = (size_t)p->max_tokens;
+    /* Enough for full steps of moderate block tables; history and long tables may grow it. */
+    size_t seqs = (size_t)p->max_seqs, meta = (size_t)p->max_tokens * 160 + seqs * 1024 + 65536;
     s->p = *p;
-    s->order = lm_calloc(seqs, sizeof *s->order);
     s->group = lm_calloc(seqs + 1, sizeof *s->group);
     s->item_group = lm_calloc(seqs, sizeof *s->item_group);
-    s->row = lm_calloc(tokens, sizeof *s->row);
-    lm_status st = s->order && s->group && s->item_group && s->row
+    lm_status st = s->group && s->item_group
                        ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for the step");
-    /* Enough for full steps of moderate block tables; history and long tables may grow it. */
+    for (int i = 0; st == LM_OK && i < 2; i++)
+        st = frame_init(s, &s->frame[i], meta, err);
     if (st == LM_OK)
-        st = grow_meta(s, tokens * 160 + seqs * 1024 + 65536, err);
-    if (st == LM_OK)
-        st = alloc_results(s, err);
+        st = grow_device(s, NULL, meta, err);
     if (st != LM_OK) {
         step_free(s);
         return st;
@@ -129,14 +181,11 @@ void step_free(struct step *s)
 {
     if (!s)
         return;
-    void *const pinned[] = { s->host, s->id, s->logprob, s->top_id, s->top_logprob };
-    for (size_t i = 0; i < LM_COUNT(pinned); i++)
-        kn_host_free(s->p.dev, pinned[i]);
+    for (int i = 0; i < 2; i++)
+        frame_release(s, &s->frame[i]);
     kn_free(s->p.dev, s->device);
-    free(s->order);
     free(s->group);
     free(s->item_group);
-    free(s->row);
     free(s);
 }
 
@@ -154,9 +203,10 @@ static int group_of(struct step *s, struct engine_adapter *a)
     return a->res.group;
 }
 
-static void group_items(struct step *s, const struct plan_item *item, int n)
+static void group_items(struct step *s, struct frame *f, const struct plan_item *item, int n)
 {
-    s->number++;
+    f->number = ++s->number;
+    f->n_items = n;
     s->n_groups = 1;
     s->group[0] = (struct group){ 0 };
     for (int i = 0; i < n; i++) {
@@ -168,7 +218,7 @@ static void group_items(struct step *s, const struct plan_item *item, int n)
     for (int g = 1; g < s->n_groups; g++)
         s->group[g].first_item = s->group[g - 1].first_item + s->group[g - 1].n_items;
     for (int i = 0; i < n; i++)
-        s->order[s->group[s->item_group[i]].first_item++] = item[i];
+        f->item[s->group[s->item_group[i]].first_item++] = item[i];
 }
 
 /* ---- layout ---------------------------------------------------------------------------- */
@@ -176,7 +226,7 @@ static void group_items(struct step *s, const struct plan_item *item, int n)
 /* What a step needs, counted before anything is placed. */
 struct sizes {
     int n_tok, n_seqs, n_rows, n_segs, n_lora_blocks, table_ld, max_q, max_kv;
-    size_t n_history;
+    size_t n_history, n_feed;
 };
 
 static bool scores_prompt(const struct seq *s)
@@ -199,7 +249,13 @@ static void scored_range(const struct plan_item *it, int *first, int *end)
 static bool generates(const struct plan_item *it)
 {
     const struct seq *s = it->seq;
-    return s->n_computed + it->n_tok == s->n_tokens && s->req->params.max_tokens > 0;
+    return s->n_computed + it->n_tok == seq_length(s) && s->req->params.max_tokens > 0;
+}
+
+/* Its token is one that the step before will sample. */
+static bool is_fed(const struct plan_item *it)
+{
+    return it->seq->n_computed + it->n_tok > it->seq->n_tokens;
 }
 
 static bool has_penalties(const struct engine_params *p)
@@ -210,16 +266,16 @@ static bool has_penalties(const struct engine_params *p)
 static int n_banned(const struct step *s, const struct seq *q)
 {
     const struct engine_params *p = &q->req->params;
-    if (seq_n_output(q) >= p->min_tokens)
+    if (seq_n_output(q) + q->pending >= p->min_tokens)
         return 0;
     return p->n_stop_token_ids + s->p.model->n_eos;
 }
 
-static struct sizes measure(const struct step *s, int n_items)
+static struct sizes measure(const struct step *s, const struct frame *f)
 {
-    struct sizes z = { .n_seqs = n_items, .n_segs = s->n_groups - 1 };
-    for (int i = 0; i < n_items; i++) {
-        const struct plan_item *it = &s->order[i];
+    struct sizes z = { .n_seqs = f->n_items, .n_segs = s->n_groups - 1 };
+    for (int i = 0; i < f->n_items; i++) {
+        const struct plan_item *it = &f->item[i];
         const struct seq *q = it->seq;
         int first, end, kv = q->n_computed + it->n_tok;
         scored_range(it, &first, &end);
@@ -229,8 +285,9 @@ static struct sizes measure(const struct step *s, int n_items)
         z.max_kv = LM_MAX(z.max_kv, kv);
         if (generates(it)) {
             z.n_history += (size_t)n_banned(s, q);
-            z.n_history += has_penalties(&q->req->params) ? (size_t)q->n_tokens : 0;
+            z.n_history += has_penalties(&q->req->params) ? (size_t)seq_length(q) : 0;
         }
+        z.n_feed += is_fed(it) ? 1 + has_penalties(&q->req->params) : 0;
     }
     z.table_ld = blocks_for(z.max_kv, s->p.block_tokens);
     for (int g = 1; g < s->n_groups; g++)
@@ -261,14 +318,16 @@ static struct layout lay_out(const struct sizes *z, bool dynamic)
     l.row_idx = place(&l, rows, sizeof(int32_t));
     l.rows = place(&l, rows, sizeof(struct kn_sample_row));
     l.history = place(&l, z->n_history, sizeof(int32_t));
+    l.feed_dst = place(&l, z->n_feed, sizeof(int32_t));
+    l.feed_src = place(&l, z->n_feed, sizeof(int32_t));
     return l;
 }
 
 /* ---- filling --------------------------------------------------------------------------- */
 
-static void *on_host(const struct step *s, struct span at)
+static void *on_host(const struct frame *f, struct span at)
 {
-    return s->host + at.at;
+    return f->host + at.at;
 }
 
 static void *on_device(const struct step *s, struct span at)
@@ -276,17 +335,18 @@ static void *on_device(const struct step *s, struct span at)
     return s->device + at.at;
 }
 
-static void fill_tokens(const struct step *s, const struct layout *l, bool dynamic, int n_items)
+static void fill_tokens(const struct step *s, const struct frame *f, const struct layout *l,
+                        bool dynamic)
 {
-    int32_t *ids = on_host(s, l->ids), *pos = on_host(s, l->pos);
-    int32_t *dyn = on_host(s, l->dyn_len);
-    int64_t *slot = on_host(s, l->slot);
+    int32_t *ids = on_host(f, l->ids), *pos = on_host(f, l->pos);
+    int32_t *dyn = on_host(f, l->dyn_len);
+    int64_t *slot = on_host(f, l->slot);
     int t = 0, bt = s->p.block_tokens;
-    for (int i = 0; i < n_items; i++) {
-        const struct seq *q = s->order[i].seq;
-        for (int k = 0; k < s->order[i].n_tok; k++, t++) {
+    for (int i = 0; i < f->n_items; i++) {
+        const struct seq *q = f->item[i].seq;
+        for (int k = 0; k < f->item[i].n_tok; k++, t++) {
             int p = q->n_computed + k;
-            ids[t] = q->tokens[p];
+            ids[t] = p < q->n_tokens ? q->tokens[p] : 0;        /* 0: to be fed */
             pos[t] = p;
             slot[t] = (int64_t)q->blocks[p / bt] * bt + p % bt;
             if (dynamic)        /* a prompt is one forward for the reference, whatever our chunks */
@@ -295,20 +355,21 @@ static void fill_tokens(const struct step *s, const struct layout *l, bool dynam
     }
 }
 
-static void fill_sequences(const struct step *s, const struct layout *l, const struct sizes *z)
+static void fill_sequences(const struct step *s, const struct frame *f, const struct layout *l,
+                           const struct sizes *z)
 {
-    int32_t *q_start = on_host(s, l->q_start), *kv_len = on_host(s, l->kv_len);
-    int32_t *table = on_host(s, l->table);
+    int32_t *q_start = on_host(f, l->q_start), *kv_len = on_host(f, l->kv_len);
+    int32_t *table = on_host(f, l->table);
     q_start[0] = 0;
     for (int i = 0; i < z->n_seqs; i++) {
-        const struct seq *q = s->order[i].seq;
-        int n = q->n_computed + s->order[i].n_tok, blocks = blocks_for(n, s->p.block_tokens);
-        q_start[i + 1] = q_start[i] + s->order[i].n_tok;
+        const struct seq *q = f->item[i].seq;
+        int n = q->n_computed + f->item[i].n_tok, blocks = blocks_for(n, s->p.block_tokens);
+        q_start[i + 1] = q_start[i] + f->item[i].n_tok;
         kv_len[i] = n;
-        memcpy(table + (size_t)i * (size_t)z->table_ld, q->blocks,
-               (size_t)blocks * sizeof *table);
-        for (int k = blocks; k < z->table_ld; k++)      /* never read; a valid id all the same */
-            table[(size_t)i * (size_t)z->table_ld + (size_t)k] = 0;
+        memcpy(table, q->blocks, (size_t)blocks * sizeof *table);
+        /* Behind its end: never read; a valid id all the same. */
+        memset(table + blocks, 0, (size_t)(z->table_ld - blocks) * sizeof *table);
+        table += z->table_ld;
     }
 }
 
@@ -321,10 +382,11 @@ static void add_load(struct kn_lora_batch *b, const struct group *g)
     }
 }
 
-static struct kn_lora_batch fill_lora(const struct step *s, const struct layout *l, int n_tok)
+static struct kn_lora_batch fill_lora(const struct step *s, const struct frame *f,
+                                      const struct layout *l, int n_tok)
 {
-    struct kn_lora_seg *seg = on_host(s, l->segs);
-    int32_t *blocks = on_host(s, l->lora_blocks);
+    struct kn_lora_seg *seg = on_host(f, l->segs);
+    int32_t *blocks = on_host(f, l->lora_blocks);
     struct kn_lora_batch b = {
         .segs = on_device(s, l->segs), .block_ids = on_device(s, l->lora_blocks),
         .n_segs = s->n_groups - 1, .n_tok = n_tok,
@@ -347,24 +409,33 @@ static struct kn_lora_batch fill_lora(const struct step *s, const struct layout 
 }
 
 struct row_filler {
-    struct step *s;
+    const struct step *s;
+    struct frame *f;
+    const struct layout *l;
     int32_t *idx;
     struct kn_sample_row *row;
-    int32_t *history;
-    int32_t n_history;
+    int32_t *history, *feed_dst, *feed_src;
+    int32_t n_history, n_feed;
 };
 
 static void fill_row(struct row_filler *f, struct seq *q, int token, bool is_prompt,
                      struct kn_sample_row row)
 {
     const struct engine_params *p = &q->req->params;
-    int n = f->s->n_rows++;
+    int n = f->f->n_rows++;
     row.want_logprob = p->logprobs >= 0;
     row.top_logprobs = LM_MAX(p->logprobs, 0);
-    f->s->want_tops |= row.top_logprobs > 0;
+    f->f->want_tops |= row.top_logprobs > 0;
     f->idx[n] = token;
     f->row[n] = row;
-    f->s->row[n] = (struct step_row){ .seq = q, .is_prompt = is_prompt };
+    f->f->row[n] = (struct step_row){ .seq = q, .is_prompt = is_prompt };
+}
+
+/* The token that the step before samples for q comes to element `i` of the array at `at`. */
+static void add_feed(struct row_filler *f, const struct seq *q, struct span at, int i)
+{
+    f->feed_dst[f->n_feed] = (int32_t)(at.at / sizeof(int32_t)) + i;
+    f->feed_src[f->n_feed++] = q->flight_row + q->flight_rows - 1;
 }
 
 static const struct kn_sample_row forced_row = { .repetition_penalty = 1, .top_p = 1 };
@@ -392,17 +463,20 @@ static void fill_generated(struct row_filler *f, const struct plan_item *it, int
     struct seq *q = it->seq;
     const struct engine_params *p = &q->req->params;
     const struct model_config *m = f->s->p.model;
+    int n_output = seq_n_output(q) + q->pending;
     struct kn_sample_row row = {
         .temperature = p->temperature, .top_p = p->top_p, .min_p = p->min_p,
         .repetition_penalty = p->repetition_penalty, .presence_penalty = p->presence_penalty,
         .frequency_penalty = p->frequency_penalty, .top_k = p->top_k, .forced = -1,
-        .seed = q->seed, .counter = (uint64_t)seq_n_output(q),
+        .seed = q->seed, .counter = (uint64_t)n_output,
     };
     row.hist0 = f->n_history;
     if (has_penalties(p)) {
         row.n_prompt = q->n_prompt;
-        row.n_output = seq_n_output(q);
+        row.n_output = n_output;
         add_history(f, q->tokens, q->n_tokens);
+        if (q->pending)
+            add_feed(f, q, f->l->history, f->n_history++);
     }
     row.banned0 = f->n_history;
     row.n_banned = n_banned(f->s, q);
@@ -413,68 +487,128 @@ static void fill_generated(struct row_filler *f, const struct plan_item *it, int
     fill_row(f, q, tok0 + it->n_tok - 1, false, row);
 }
 
-static void fill_rows(struct step *s, const struct layout *l, int n_items)
+static int fill_rows(const struct step *s, struct frame *fr, const struct layout *l)
 {
-    struct row_filler f = { .s = s, .idx = on_host(s, l->row_idx), .row = on_host(s, l->rows),
-                            .history = on_host(s, l->history) };
-    s->n_rows = 0;
-    s->want_tops = false;
-    for (int i = 0, tok0 = 0; i < n_items; i++) {
-        fill_scored(&f, &s->order[i], tok0);
-        if (generates(&s->order[i]))
-            fill_generated(&f, &s->order[i], tok0);
-        tok0 += s->order[i].n_tok;
+    struct row_filler f = {
+        .s = s, .f = fr, .l = l, .idx = on_host(fr, l->row_idx), .row = on_host(fr, l->rows),
+        .history = on_host(fr, l->history), .feed_dst = on_host(fr, l->feed_dst),
+        .feed_src = on_host(fr, l->feed_src),
+    };
+    fr->n_rows = 0;
+    fr->want_tops = false;
+    for (int i = 0, tok0 = 0; i < fr->n_items; i++) {
+        const struct plan_item *it = &fr->item[i];
+        fill_scored(&f, it, tok0);
+        if (is_fed(it))
+            add_feed(&f, it->seq, l->ids, tok0 + it->n_tok - 1);
+        if (generates(it))
+            fill_generated(&f, it, tok0);
+        tok0 += it->n_tok;
     }
+    return f.n_feed;
 }
 
 /* ---- running --------------------------------------------------------------------------- */
 
-static lm_status copy_back(const struct step *s, const struct step_output *out, kn_stream *stream)
+static lm_status copy_back(const struct frame *f, const struct step_output *out, kn_stream *stream)
 {
-    size_t n = (size_t)s->n_rows, top = n * KN_MAX_TOP_LOGPROBS;
-    lm_status st = kn_copy_out(stream, s->id, out->id, n * sizeof *s->id);
+    size_t n = (size_t)f->n_rows, top = n * KN_MAX_TOP_LOGPROBS;
+    lm_status st = kn_copy_out(stream, f->id, out->id, n * sizeof *f->id);
     if (st == LM_OK)
-        st = kn_copy_out(stream, s->logprob, out->logprob, n * sizeof *s->logprob);
-    if (st == LM_OK && s->want_tops)
-        st = kn_copy_out(stream, s->top_id, out->top_id, top * sizeof *s->top_id);
-    if (st == LM_OK && s->want_tops)
-        st = kn_copy_out(stream, s->top_logprob, out->top_logprob, top * sizeof *s->top_logprob);
+        st = kn_copy_out(stream, f->logprob, out->logprob, n * sizeof *f->logprob);
+    if (st == LM_OK && f->want_tops)
+        st = kn_copy_out(stream, f->top_id, out->top_id, top * sizeof *f->top_id);
+    if (st == LM_OK && f->want_tops)
+        st = kn_copy_out(stream, f->top_logprob, out->top_logprob, top * sizeof *f->top_logprob);
     return st;
 }
 
-lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
+static struct step_batch make_batch(const struct step *s, const struct frame *f,
+                                    const struct layout *l, const struct sizes *z, bool dynamic)
+{
+    return (struct step_batch){
+        .n_tok = z->n_tok, .n_seqs = z->n_seqs, .n_rows = f->n_rows, .max_q = z->max_q,
+        .max_kv = z->max_kv, .ids = on_device(s, l->ids), .pos = on_device(s, l->pos),
+        .slot = on_device(s, l->slot), .dyn_len = dynamic ? on_device(s, l->dyn_len) : NULL,
+        .q_start = on_device(s, l->q_start), .kv_len = on_device(s, l->kv_len),
+        .block_table = on_device(s, l->table), .table_ld = z->table_ld,
+        .lora = fill_lora(s, f, l, z->n_tok),
+        .row_idx = on_device(s, l->row_idx), .rows = on_device(s, l->rows),
+        .history = on_device(s, l->history),
+    };
+}
+
+static lm_status enqueue(struct step *s, struct frame *f, struct forward *fw, kn_stream *stream,
+                         const struct kn_pool *pool, const struct layout *l,
+                         const struct step_batch *b, int n_feed)
+{
+    const struct step_output *out = forward_output(fw);
+    struct kn_feed feed = { (int32_t *)s->device, on_device(s, l->feed_dst), out->id,
+                            on_device(s, l->feed_src), n_feed };
+    lm_status st = kn_copy_in(stream, s->device, f->host, l->bytes);
+    if (st == LM_OK && n_feed > 0)
+        st = kn_op_feed(stream, &feed);
+    if (st == LM_OK)
+        st = forward_run(fw, stream, pool, b);
+    if (st == LM_OK && f->n_rows > 0)
+        st = copy_back(f, out, stream);
+    return st == LM_OK ? kn_event_record(f->done, stream) : st;
+}
+
+/* Positions count as computed from now on: later steps run behind this one. */
+static void mark_launched(struct frame *f)
+{
+    int row = 0;
+    f->n_prefill = f->n_decode = 0;
+    for (int i = 0; i < f->n_items; i++) {
+        const struct plan_item *it = &f->item[i];
+        struct seq *q = it->seq;
+        q->flight = f->number;
+        q->flight_item = i;
+        q->flight_row = row;
+        while (row < f->n_rows && f->row[row].seq == q)
+            row++;
+        q->flight_rows = row - q->flight_row;
+        q->flight_decode = q->n_computed >= q->n_prompt;
+        *(q->flight_decode ? &f->n_decode : &f->n_prefill) += it->n_tok;
+        q->pending += generates(it);
+        q->n_computed += it->n_tok;
+    }
+}
+
+lm_status step_launch(struct step *s, struct forward *fw, kn_stream *stream,
                       const struct kn_pool *pool, const struct plan_item *item, int n_items,
                       struct lm_err *err)
 {
+    assert(s->n_flight < 2);
+    struct frame *f = &s->frame[(s->oldest + s->n_flight) % 2];
     bool dynamic = s->p.model->rope == ROPE_DYNAMIC;
     int64_t t0 = kn_now_us(s->p.dev);
-    group_items(s, item, n_items);
-    struct sizes z = measure(s, n_items);
+    group_items(s, f, item, n_items);
+    struct sizes z = measure(s, f);
     struct layout l = lay_out(&z, dynamic);
-    lm_status st = grow_meta(s, l.bytes, err);
+    lm_status st = grow_host(s, f, l.bytes, err);
+    if (st == LM_OK)
+        st = grow_device(s, stream, l.bytes, err);
     if (st != LM_OK)
         return st;
-    fill_tokens(s, &l, dynamic, n_items);
-    fill_sequences(s, &l, &z);
-    fill_rows(s, &l, n_items);
-    struct step_batch b = {
-        .n_tok = z.n_tok, .n_seqs = z.n_seqs, .n_rows = s->n_rows, .max_q = z.max_q,
-        .max_kv = z.max_kv, .ids = on_device(s, l.ids), .pos = on_device(s, l.pos),
-        .slot = on_device(s, l.slot), .dyn_len = dynamic ? on_device(s, l.dyn_len) : NULL,
-        .q_start = on_device(s, l.q_start), .kv_len = on_device(s, l.kv_len),
-        .block_table = on_device(s, l.table), .table_ld = z.table_ld,
-        .lora = fill_lora(s, &l, z.n_tok),
-        .row_idx = on_device(s, l.row_idx), .rows = on_device(s, l.rows),
-        .history = on_device(s, l.history),
-    };
-    s->layout_us = kn_now_us(s->p.dev) - t0;
-    st = kn_copy_in(stream, s->device, s->host, l.bytes);
-    if (st == LM_OK)
-        st = forward_run(f, stream, pool, &b);
-    if (st == LM_OK && s->n_rows > 0)
-        st = copy_back(s, forward_output(f), stream);
-    return st == LM_OK ? LM_OK : lm_err_set(err, st, "a step of %d tokens failed: %s", z.n_tok,
-                                            lm_status_text(st));
+    fill_tokens(s, f, &l, dynamic);
+    fill_sequences(s, f, &l, &z);
+    int n_feed = fill_rows(s, f, &l);
+    struct step_batch b = make_batch(s, f, &l, &z, dynamic);
+    f->launched_us = kn_now_us(s->p.dev);
+    s->layout_us = f->launched_us - t0;
+    st = enqueue(s, f, fw, stream, pool, &l, &b, n_feed);
+    if (st != LM_OK)
+        return lm_err_set(err, st, "a step of %d tokens failed: %s", z.n_tok, lm_status_text(st));
+    mark_launched(f);
+    s->n_flight++;
+    return LM_OK;
+}
+
+int step_in_flight(const struct step *s)
+{
+    return s->n_flight;
 }
 
 int64_t step_layout_us(const struct step *s)
@@ -482,19 +616,49 @@ int64_t step_layout_us(const struct step *s)
     return s->layout_us;
 }
 
-lm_status step_finish(struct step *s, kn_stream *stream, const struct step_row **rows, int *n_rows,
-                      struct lm_err *err)
+int step_adapters(const struct step *s)
 {
-    lm_status st = kn_stream_sync(stream, err);
+    return s->n_groups - 1;
+}
+
+lm_status step_finish(struct step *s, struct step_results *out, struct lm_err *err)
+{
+    struct frame *f = &s->frame[s->oldest];
+    lm_status st = kn_event_sync(f->done, err);
     if (st != LM_OK)
         return st;
-    for (int i = 0; i < s->n_rows; i++)
-        s->row[i].got = (struct sampled){
-            .id = s->id[i], .logprob = s->logprob[i],
-            .top_id = s->top_id + (size_t)i * KN_MAX_TOP_LOGPROBS,
-            .top_logprob = s->top_logprob + (size_t)i * KN_MAX_TOP_LOGPROBS,
+    s->oldest = (s->oldest + 1) % 2;
+    s->n_flight--;
+    for (int i = 0; i < f->n_rows; i++)
+        f->row[i].got = (struct sampled){
+            .id = f->id[i], .logprob = f->logprob[i],
+            .top_id = f->top_id + (size_t)i * KN_MAX_TOP_LOGPROBS,
+            .top_logprob = f->top_logprob + (size_t)i * KN_MAX_TOP_LOGPROBS,
         };
-    *rows = s->row;
-    *n_rows = s->n_rows;
+    *out = (struct step_results){ f->item, f->row, f->n_items, f->n_rows,
+                                   f->n_prefill, f->n_decode, f->launched_us };
     return LM_OK;
+}
+
+void step_void(struct step *s, const struct seq *q)
+{
+    if (s->n_flight == 0)
+        return;
+    struct frame *f = &s->frame[(s->oldest + s->n_flight - 1) % 2];
+    if (q->flight != f->number)
+        return;
+    struct plan_item *it = &f->item[q->flight_item];
+    *(q->flight_decode ? &f->n_decode : &f->n_prefill) -= it->n_tok;
+    it->seq = NULL;
+    for (int i = 0; i < q->flight_rows; i++)
+        f->row[q->flight_row + i].seq = NULL;
+}
+
+void step_abandon(struct step *s)
+{
+    while (s->n_flight > 0) {
+        kn_event_sync(s->frame[s->oldest].done, NULL);
+        s->oldest = (s->oldest + 1) % 2;
+        s->n_flight--;
+    }
 }

@@ -6,6 +6,10 @@
  * is laid out in one pinned buffer and crosses in one asynchronous copy; sampled ids come back in
  * another. Buffers are made once; the metadata grows, rarely, when a step needs more than any
  * before it.
+ *
+ * Up to two steps are in flight: the second is laid out and enqueued while the device runs the
+ * first. Tokens that the first will sample are not known then; the second takes them from the
+ * first's output on the device (kn_op_feed).
  */
 #ifndef LORAMILL_ENGINE_STEP_H
 #define LORAMILL_ENGINE_STEP_H
@@ -16,7 +20,7 @@
 
 /* A position whose logits were wanted, and what came of it. */
 struct step_row {
-    struct seq *seq;
+    struct seq *seq;            /* NULL: it has ended since */
     bool is_prompt;             /* a prompt token scored, not a token generated */
     struct sampled got;
 };
@@ -32,15 +36,32 @@ struct step;
 lm_status step_new(const struct step_params *p, struct step **out, struct lm_err *err);
 void step_free(struct step *s);
 
-/* Lays out, uploads and enqueues; every item's blocks are there. Does not wait. */
+/* Lays out, uploads and enqueues; every item's blocks are there. Does not wait. At most two steps
+ * may be in flight. Afterwards the items' positions count as computed (seq.n_computed), and the
+ * tokens that will come of them as pending. */
 lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
                       const struct kn_pool *pool, const struct plan_item *item, int n_items,
                       struct lm_err *err);
-/* Microseconds that the last launch spent on its layout, before the device was given anything. */
+int step_in_flight(const struct step *s);
+/* Of the last launch: microseconds spent on its layout, before the device was given anything, and
+ * distinct adapters. */
 int64_t step_layout_us(const struct step *s);
-/* Waits for the step; rows are valid until the next launch. A sequence's rows are consecutive, in
- * order of position. */
-lm_status step_finish(struct step *s, kn_stream *stream, const struct step_row **rows, int *n_rows,
-                      struct lm_err *err);
+int step_adapters(const struct step *s);
+
+/* What came of a step; valid until the next launch. A sequence's rows are consecutive, in order of
+ * position. Items are the plan's in another order; `seq` is NULL where one has ended since. */
+struct step_results {
+    const struct plan_item *item;
+    const struct step_row *row;
+    int n_items, n_rows;
+    int n_prefill, n_decode;    /* tokens, void ones not counted */
+    int64_t launched_us;
+};
+/* Waits for the oldest step in flight. */
+lm_status step_finish(struct step *s, struct step_results *out, struct lm_err *err);
+/* The sequence ends: whatever is in flight of it is void, and it may be freed. */
+void step_void(struct step *s, const struct seq *q);
+/* Waits for what is in flight, and forgets it. */
+void step_abandon(struct step *s);
 
 #endif

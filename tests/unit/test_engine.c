@@ -7,6 +7,8 @@
  */
 #include "engine_fixture.h"
 
+#include "engine/core.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -680,6 +682,73 @@ static void pumped_by_hand(void **state)
     engine_close(other);
 }
 
+#define AHEAD 12
+
+/* Everything that a step takes from tokens not known when it is laid out: ids, penalties, seeds,
+ * stop ids banned by min_tokens. */
+static void submit_demanding(engine *e)
+{
+    static const int32_t ids[6] = { 40, 41, 42, 43, 44, 45 };
+    static const int32_t stops[40] = { 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20 };
+    for (intptr_t i = 0; i < AHEAD; i++) {
+        struct engine_request r = fixture_request("ahead", ids, 3 + (int)i % 4);
+        r.user = (void *)i;
+        r.params.max_tokens = 30;
+        r.params.temperature = i % 2 ? 1.0f : 0;
+        r.params.repetition_penalty = i % 3 ? 1.0f : 1.5f;
+        r.params.presence_penalty = i % 4 ? 0 : 0.7f;
+        r.params.frequency_penalty = i % 5 ? 0 : 0.9f;
+        r.params.min_tokens = i % 6 ? 0 : 12;
+        r.params.stop_token_ids = stops;
+        r.params.n_stop_token_ids = i % 2 ? 40 : 0;
+        r.params.n = i % 4 == 1 ? 3 : 1;
+        r.params.logprobs = i % 3 ? -1 : 2;
+        fixture_submit(e, &r);
+    }
+}
+
+static void collect_all(engine *e, struct engine_result *res[AHEAD])
+{
+    submit_demanding(e);
+    for (int i = 0; i < AHEAD; i++) {
+        struct engine_event ev = fixture_finished(e);
+        assert_int_equal(ev.result->status, LM_OK);
+        res[(intptr_t)ev.user] = ev.result;
+    }
+}
+
+static void planned_ahead_is_the_same(void **state)
+{
+    (void)state;
+    struct engine_result *one[AHEAD], *two[AHEAD];
+    core_force_pipeline(false);
+    engine *e = open_with(NULL);
+    core_force_pipeline(true);
+    engine *ahead = open_with(NULL);
+    core_force_pipeline(false);
+    collect_all(e, one);
+    collect_all(ahead, two);
+    for (int i = 0; i < AHEAD; i++) {
+        for (int k = 0; k < one[i]->n_choices; k++) {
+            const struct engine_choice *a = &one[i]->choices[k], *b = &two[i]->choices[k];
+            assert_int_equal(a->n_tokens, b->n_tokens);
+            assert_int_equal(a->reason, b->reason);
+            assert_memory_equal(a->token_ids, b->token_ids, (size_t)a->n_tokens * sizeof(int32_t));
+        }
+        engine_result_free(one[i]);
+        engine_result_free(two[i]);
+    }
+    engine_close(e);
+    engine_close(ahead);
+}
+
+static int pipelined(void **state)
+{
+    (void)state;
+    core_force_pipeline(true);
+    return 0;
+}
+
 int main(void)
 {
     lm_log_set_level(LM_WARN);
@@ -702,6 +771,9 @@ int main(void)
         cmocka_unit_test(a_tight_pool_swaps_adapters),
         cmocka_unit_test(many_threads),
         cmocka_unit_test(pumped_by_hand),
+        cmocka_unit_test(planned_ahead_is_the_same),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    /* All of it holds while steps are planned ahead, too. */
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    return failed + cmocka_run_group_tests_name("pipelined", tests, pipelined, NULL);
 }

@@ -18,6 +18,8 @@
  */
 #include "engine_fixture.h"
 
+#include "engine/core.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -235,11 +237,19 @@ static void opening(void **state)
     print_message("%ld allocations failed in turn, %ld openings with them\n", n - 1, failed);
 }
 
+static void running_pipelined(void **state)
+{
+    core_force_pipeline(true);
+    running(state);
+    core_force_pipeline(false);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_ERROR);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(running),
+        cmocka_unit_test(running_pipelined),
         cmocka_unit_test(opening),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

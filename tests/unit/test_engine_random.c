@@ -12,6 +12,8 @@
  */
 #include "engine_fixture.h"
 
+#include "engine/core.h"
+
 #define ADAPTERS "tests/models/spm-tiny-adapters"
 #define KINDS 60                /* distinct prompt + adapter + length */
 #define ROUNDS 12
@@ -157,6 +159,7 @@ static void round_of(int number)
     cfg.max_step_tokens = 8 + rnd(120);
     cfg.max_seqs = 1 + rnd(24);
     cfg.max_waiting = REQUESTS;
+    core_force_pipeline(number % 2);
     engine *e = fixture_engine(&cfg);
     engine_adapter *a[3];
     struct sent sent[REQUESTS] = { { 0 } };

@@ -16,6 +16,8 @@
  */
 #include "engine_fixture.h"
 
+#include "engine/core.h"
+
 #include "engine/safetensors.h"
 
 #define GOLDEN_TOLERANCE 2e-3
@@ -312,8 +314,12 @@ static void run_suite(struct suite *s)
     size_t adapter_blocks;
     read_cases(s);
     run_alone(s, &cfg, &info, &adapter_blocks);
-    run_mixed(s, cfg);
-    run_preempted(s, cfg, &info, adapter_blocks);
+    for (int pipelined = 0; pipelined < 2; pipelined++) {
+        core_force_pipeline(pipelined);
+        run_mixed(s, cfg);
+        run_preempted(s, cfg, &info, adapter_blocks);
+    }
+    core_force_pipeline(false);
     for (int i = 0; i < s->n; i++)
         engine_result_free(s->c[i].alone);
     safetensors_close(s->st);
