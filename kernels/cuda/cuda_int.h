@@ -154,6 +154,12 @@ void cuda_blas_free(struct cuda_device *d);
 struct cuda_plans *cuda_plans_new(void);
 void cuda_plans_free(struct cuda_plans *p);
 
+/* gemm_few.cu: what gemm.c keeps from cuBLAS */
+bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);
+lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
+/* y = bias, or += bias when accumulating, in every row. */
+lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
+
 /* attention.cu, sample.cu */
 size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
 size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);

@@ -1,10 +1,37 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gemm.c - y = x W^T through cuBLASLt.
+ * gemm.c - y = x W^T: our own kernel for few rows (gemm_few.cu), cuBLASLt for the rest.
+ *
+ * cuBLAS thinks in columns: y^T [n, m] = W [n, k] x^T [k, m], where row-major W is a k x n matrix
+ * taken transposed, and row-major x and y are k x m and n x m as they are.
+ *
+ * The heuristics are asked once for each shape and bucket of m, and the answer kept in the stream
+ * (one thread uses a stream, so there is no lock). The bucket, not m, picks the algorithm: a row
+ * comes out the same whatever the number of its neighbours inside a bucket.
+ *
+ * A bias is float32 here and epilogues want the output's dtype, so y starts as the bias and the
+ * product is added: the biases of checkpoints are bf16 themselves, and lose nothing.
  */
 #include "kernels/cuda/cuda_int.h"
 
 #include <cublasLt.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PLANS 1024              /* a power of two; a full table is emptied and filled anew */
+
+struct plan {
+    int m, n, k;                /* m: the bucket; 0: an empty place */
+    int64_t ldx, ldy;
+    bool f32, onto;
+    uint32_t align;             /* bytes that x and y are aligned to, 2 to 256 */
+    cublasLtMatmulAlgo_t algo;
+};
+
+struct cuda_plans {
+    int used;
+    struct plan plan[PLANS];
+};
 
 lm_status cuda_blas_new(struct cuda_device *d, struct lm_err *err)
 {
@@ -24,16 +51,159 @@ void cuda_blas_free(struct cuda_device *d)
 
 struct cuda_plans *cuda_plans_new(void)
 {
-    return lm_calloc(1, 1);
+    return lm_calloc(1, sizeof(struct cuda_plans));
 }
 
 void cuda_plans_free(struct cuda_plans *p)
 {
-    (void)p;
+    free(p);
 }
 
-lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err)
+/* ---- plans ----------------------------------------------------------------------------- */
+
+/* Steps of 8 up to 64 (a tile's height), then quarters of a power of two. */
+static int bucket_of(int m)
 {
-    (void)m, (void)seed, (void)scale;
-    return lm_err_set(err, LM_UNSUPPORTED, "not yet");
+    int step = 8;
+    while (m > step * 8)
+        step *= 2;
+    return LM_DIV_UP(m, step) * step;
+}
+
+static unsigned slot_of(const struct plan *p)
+{
+    uint64_t h = (uint64_t)(unsigned)p->m * 0x9e3779b97f4a7c15u;
+    h = (h ^ (uint64_t)(unsigned)p->n) * 0xbf58476d1ce4e5b9u;
+    h = (h ^ (h >> 29) ^ (uint64_t)(unsigned)p->k) * 0x94d049bb133111ebu;
+    h = (h ^ (h >> 31) ^ (uint64_t)p->ldx ^ (uint64_t)p->ldy << 20) * 0x9e3779b97f4a7c15u;
+    return (unsigned)(h >> 40) + (unsigned)p->f32 * 7 + (unsigned)p->onto * 13;
+}
+
+static bool same_shape(const struct plan *a, const struct plan *b)
+{
+    return a->m == b->m && a->n == b->n && a->k == b->k && a->ldx == b->ldx && a->ldy == b->ldy &&
+           a->f32 == b->f32 && a->onto == b->onto && a->align == b->align;
+}
+
+/* What cuBLASLt wants to know of one product; lives on the caller's stack. */
+struct product {
+    cublasLtMatmulDescOpaque_t op;
+    cublasLtMatrixLayoutOpaque_t w, x, y;
+};
+
+static bool describe(struct product *p, const struct plan *shape, int m)
+{
+    cudaDataType_t out = shape->f32 ? CUDA_R_32F : CUDA_R_16BF;
+    uint64_t n = (uint64_t)shape->n, k = (uint64_t)shape->k;
+    cublasOperation_t trans = CUBLAS_OP_T;
+    return cublasLtMatmulDescInit(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F) == 0 &&
+           cublasLtMatmulDescSetAttribute(&p->op, CUBLASLT_MATMUL_DESC_TRANSA, &trans,
+                                          sizeof trans) == 0 &&
+           cublasLtMatrixLayoutInit(&p->w, CUDA_R_16BF, k, n, (int64_t)k) == 0 &&
+           cublasLtMatrixLayoutInit(&p->x, CUDA_R_16BF, k, (uint64_t)m, shape->ldx) == 0 &&
+           cublasLtMatrixLayoutInit(&p->y, out, n, (uint64_t)m, shape->ldy) == 0;
+}
+
+static bool prefer(cublasLtMatmulPreference_t pref, uint32_t align)
+{
+    static const cublasLtMatmulPreferenceAttributes_t of[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+    };
+    const size_t room = CUDA_GEMM_WS_BYTES;
+    bool ok = cublasLtMatmulPreferenceInit(pref) == 0 &&
+              cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                   &room, sizeof room) == 0;
+    for (size_t i = 0; i < LM_COUNT(of); i++)
+        ok = ok && cublasLtMatmulPreferenceSetAttribute(pref, of[i], &align, sizeof align) == 0;
+    return ok;
+}
+
+static uint32_t align_of(const void *x, const void *y)
+{
+    uintptr_t bits = (uintptr_t)x | (uintptr_t)y | 256;
+    return (uint32_t)(bits & -bits);
+}
+
+static bool ask(struct cuda_stream *st, struct plan *p)
+{
+    struct product d;
+    cublasLtMatmulPreferenceOpaque_t pref;
+    cublasLtMatmulHeuristicResult_t found;
+    int n = 0;
+    bool ok = describe(&d, p, p->m) && prefer(&pref, p->align) &&
+              cublasLtMatmulAlgoGetHeuristic(st->dev->blas, &d.op, &d.w, &d.x, &d.y, &d.y, &pref,
+                                             1, &found, &n) == 0 &&
+              n == 1 && found.state == CUBLAS_STATUS_SUCCESS;
+    if (ok)
+        p->algo = found.algo;
+    return ok;
+}
+
+static const struct plan *plan_for(struct cuda_stream *st, const struct plan *want)
+{
+    struct cuda_plans *t = st->plans;
+    if (t->used > PLANS * 3 / 4)
+        memset(t, 0, sizeof *t);
+    unsigned i = slot_of(want) % PLANS;
+    while (t->plan[i].m && !same_shape(&t->plan[i], want))
+        i = (i + 1) % PLANS;
+    if (t->plan[i].m)
+        return &t->plan[i];
+    t->plan[i] = *want;
+    if (!ask(st, &t->plan[i])) {
+        t->plan[i].m = 0;
+        return NULL;
+    }
+    t->used++;
+    return &t->plan[i];
+}
+
+/* ---- the operation --------------------------------------------------------------------- */
+
+static lm_status multiply(struct cuda_stream *st, const struct kn_gemm *a, bool onto)
+{
+    const struct cuda_mat *w = cuda_mat_of(a->w);
+    struct plan want = { .m = bucket_of(a->m), .n = w->base.rows, .k = w->base.cols,
+                         .ldx = a->ldx, .ldy = a->ldy, .f32 = a->y_f32, .onto = onto,
+                         .align = align_of(a->x, a->y) };
+    const struct plan *p = plan_for(st, &want);
+    struct product d;
+    if (!p || !describe(&d, p, a->m)) {
+        lm_log(LM_ERROR, "kernels", "gemm: cuBLASLt has no algorithm for m=%d n=%d k=%d", a->m,
+               want.n, want.k);
+        return LM_UNSUPPORTED;
+    }
+    const float one = 1, beta = onto ? 1 : 0;
+    cublasStatus_t rc = cublasLtMatmul(st->dev->blas, &d.op, &one, w->data, &d.w, a->x, &d.x,
+                                       &beta, a->y, &d.y, a->y, &d.y, &p->algo, st->gemm_ws,
+                                       CUDA_GEMM_WS_BYTES, st->s);
+    if (rc == CUBLAS_STATUS_SUCCESS)
+        return cuda_check(st->dev, "gemm", cudaSuccess);
+    lm_log(LM_ERROR, "kernels", "gemm: cuBLASLt: %s (m=%d n=%d k=%d)",
+           cublasLtGetStatusString(rc), a->m, want.n, want.k);
+    return cuda_failed(st->dev, "gemm", cudaErrorUnknown);
+}
+
+lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    if (a->m < 0 || !a->w || (a->m && (!a->y || !a->x)))
+        return cuda_refuse("gemm", "null pointer or negative row count");
+    if (a->m > 1 && (a->ldx < a->w->cols || a->ldy < a->w->rows))
+        return cuda_refuse("gemm", "a row stride is shorter than a row");
+    if (a->m == 0)
+        return LM_OK;
+    struct kn_gemm own = *a;
+    own.ldx = LM_MAX(a->ldx, a->w->cols);       /* one row may say what it likes */
+    own.ldy = LM_MAX(a->ldy, a->w->rows);
+    if (cuda_gemm_few_fits(st, &own))
+        return cuda_gemm_few(st, &own);
+    bool onto = own.accumulate || own.bias;
+    if (own.bias) {
+        lm_status rc = cuda_bias_rows(st, &own);
+        if (rc != LM_OK)
+            return rc;
+    }
+    return multiply(st, &own, onto);
 }

@@ -1,25 +1,242 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * rows.cu - operations on each token's row alone.
+ * rows.cu - operations on each token's row alone: embed, rmsnorm, silu_mul, gather_rows; and feed,
+ * which moves single ids.
+ *
+ * All are bound by memory or, at decode, by the time to start. Rows move in 16-byte vectors where
+ * lengths and addresses allow, else element by element (VEC 8 and 1). A row belongs to one block
+ * and sums in an order that depends on its length only, so neighbours change nothing.
  */
 #include "kernels/cuda/cuda_int.h"
 
-#define STUB(op, args)                                                                         \
-    extern "C" lm_status cuda_op_##op(kn_stream *s, const struct kn_##args *a)                 \
-    {                                                                                          \
-        (void)s, (void)a;                                                                      \
-        return LM_UNSUPPORTED;                                                                 \
-    }
-STUB(embed, embed)
-STUB(rmsnorm, rmsnorm)
-STUB(silu_mul, silu_mul)
-STUB(gather_rows, gather_rows)
-STUB(feed, feed)
-STUB(sample, sample)
-STUB(gemm, gemm)
+#define NORM_VECS 4             /* vectors a thread keeps in registers */
+#define NORM_MAX_HIDDEN (1024 * 8 * NORM_VECS)
 
-extern "C" size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab)
+/* VEC bf16 that move as one. */
+template <int VEC> struct alignas(VEC * sizeof(bf16)) pack {
+    bf16 v[VEC];
+};
+
+static bool vectors_fit(int64_t n, const void *a, const void *b, const void *c = nullptr)
 {
-    (void)dev;
-    return (size_t)max_rows * (size_t)vocab * 8;
+    return n % 8 == 0 && ((uintptr_t)a | (uintptr_t)b | (uintptr_t)c) % 16 == 0;
+}
+
+static int threads_for(int64_t items, int max)
+{
+    int t = (int)LM_MIN((int64_t)max, (items + 31) / 32 * 32);
+    return LM_MAX(t, 32);
+}
+
+/* ---- copies of rows -------------------------------------------------------------------- */
+
+template <int VEC>
+__global__ void copy_rows(bf16 *out, const bf16 *in, const int32_t *idx, int limit, int hidden,
+                          int32_t *fault)
+{
+    cuda_wait_prior();
+    int64_t from = idx[blockIdx.x];
+    bool bad = from < 0 || from >= limit;
+    if (bad && threadIdx.x == 0)
+        cuda_report(fault, CUDA_FAULT_TOKEN);
+    auto *dst = (pack<VEC> *)(out + (int64_t)blockIdx.x * hidden);
+    auto *src = (const pack<VEC> *)(in + (bad ? 0 : from) * hidden);
+    for (int i = threadIdx.x; i < hidden / VEC; i += blockDim.x)
+        dst[i] = bad ? pack<VEC>{} : src[i];
+}
+
+static lm_status launch_copy(struct cuda_stream *st, const char *op, void *out, const void *in,
+                             const int32_t *idx, int limit, int n, int hidden)
+{
+    bool wide = vectors_fit(hidden, out, in);
+    auto *kernel = wide ? copy_rows<8> : copy_rows<1>;
+    return cuda_launch(st, op, kernel, dim3(n), dim3(threads_for(wide ? hidden / 8 : hidden, 256)),
+                       0, (bf16 *)out, (const bf16 *)in, idx, limit, hidden, st->dev->fault);
+}
+
+extern "C" lm_status cuda_op_embed(kn_stream *s, const struct kn_embed *a)
+{
+    if (a->n < 0 || !a->table || a->table->cols != a->hidden || (a->n && (!a->out || !a->ids)))
+        return cuda_refuse("embed", "null pointer, or hidden differs from the table's columns");
+    if (a->n == 0)
+        return LM_OK;
+    return launch_copy(cuda_stream_of(s), "embed", a->out, cuda_mat_of(a->table)->data, a->ids,
+                       a->table->rows, a->n, a->hidden);
+}
+
+extern "C" lm_status cuda_op_gather_rows(kn_stream *s, const struct kn_gather_rows *a)
+{
+    if (a->n < 0 || a->hidden <= 0 || (a->n && (!a->out || !a->x || !a->idx)))
+        return cuda_refuse("gather_rows", "null pointer or bad shape");
+    if (a->n == 0)
+        return LM_OK;
+    return launch_copy(cuda_stream_of(s), "gather_rows", a->out, a->x, a->idx, INT32_MAX, a->n,
+                       a->hidden);
+}
+
+/* ---- rmsnorm --------------------------------------------------------------------------- */
+
+__device__ static inline float block_sum(float v)
+{
+    __shared__ float part[32];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    for (int w = 16; w > 0; w >>= 1)
+        v += __shfl_xor_sync(~0u, v, w);
+    if (lane == 0)
+        part[warp] = v;
+    __syncthreads();
+    v = lane < warps ? part[lane] : 0.0f;
+    for (int w = 16; w > 0; w >>= 1)
+        v += __shfl_xor_sync(~0u, v, w);
+    return v;
+}
+
+/* The row stays in registers between the two passes: one read, one write. The norm is taken of the
+ * exact sum x + residual; what is stored of it is rounded. */
+template <int VEC>
+__global__ void rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int hidden,
+                        float eps)
+{
+    constexpr int KEEP = NORM_VECS * 8 / VEC;
+    const int64_t at = (int64_t)blockIdx.x * hidden;
+    float v[KEEP][VEC], sum = 0;
+    cuda_wait_prior();
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * VEC;
+        if (i >= hidden)
+            break;
+        pack<VEC> p = *(const pack<VEC> *)(x + at + i);
+        for (int j = 0; j < VEC; j++)
+            v[k][j] = __bfloat162float(p.v[j]);
+        if (residual) {
+            pack<VEC> r = *(const pack<VEC> *)(residual + at + i);
+            for (int j = 0; j < VEC; j++) {
+                v[k][j] += __bfloat162float(r.v[j]);
+                r.v[j] = __float2bfloat16(v[k][j]);
+            }
+            *(pack<VEC> *)(residual + at + i) = r;
+        }
+        for (int j = 0; j < VEC; j++)
+            sum += v[k][j] * v[k][j];
+    }
+    float scale = rsqrtf(block_sum(sum) / hidden + eps);
+    cuda_allow_next();
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * VEC;
+        if (i >= hidden)
+            break;
+        pack<VEC> p;
+        for (int j = 0; j < VEC; j++)
+            p.v[j] = __float2bfloat16(v[k][j] * scale * weight[i + j]);
+        *(pack<VEC> *)(out + at + i) = p;
+    }
+}
+
+extern "C" lm_status cuda_op_rmsnorm(kn_stream *s, const struct kn_rmsnorm *a)
+{
+    if (a->n < 0 || a->hidden <= 0 || (a->n && (!a->out || !a->x || !a->weight)))
+        return cuda_refuse("rmsnorm", "null pointer or bad shape");
+    bool wide = vectors_fit(a->hidden, a->out, a->x, a->residual);
+    if (a->hidden > NORM_MAX_HIDDEN)
+        return LM_UNSUPPORTED;
+    if (a->n == 0)
+        return LM_OK;
+    /* At least two vectors a thread: fewer warps meet at the barrier. */
+    int items = wide ? LM_DIV_UP(a->hidden, 16) : LM_DIV_UP(a->hidden, 4);
+    auto *kernel = wide ? rmsnorm<8> : rmsnorm<1>;
+    return cuda_launch(cuda_stream_of(s), "rmsnorm", kernel, dim3(a->n),
+                       dim3(threads_for(items, 1024)), 0, (bf16 *)a->out, (const bf16 *)a->x,
+                       (bf16 *)a->residual, a->weight, a->hidden, a->eps);
+}
+
+/* ---- silu_mul -------------------------------------------------------------------------- */
+
+template <int VEC>
+__global__ void silu_mul(bf16 *out, const bf16 *gate_up, int64_t items, int f)
+{
+    const int a_row = f / VEC;
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    cuda_wait_prior();
+    if (i >= items)
+        return;
+    int64_t row = i / a_row, col = (i - row * a_row) * VEC;
+    const bf16 *gate = gate_up + row * 2 * f + col;
+    pack<VEC> g = *(const pack<VEC> *)gate, u = *(const pack<VEC> *)(gate + f), o;
+    for (int j = 0; j < VEC; j++) {
+        float x = __bfloat162float(g.v[j]);
+        o.v[j] = __float2bfloat16(x / (1.0f + __expf(-x)) * __bfloat162float(u.v[j]));
+    }
+    *(pack<VEC> *)(out + row * f + col) = o;
+}
+
+extern "C" lm_status cuda_op_silu_mul(kn_stream *s, const struct kn_silu_mul *a)
+{
+    if (a->n < 0 || a->f <= 0 || (a->n && (!a->out || !a->gate_up)))
+        return cuda_refuse("silu_mul", "null pointer or bad shape");
+    if (a->n == 0)
+        return LM_OK;
+    bool wide = vectors_fit(a->f, a->out, a->gate_up);
+    int64_t items = (int64_t)a->n * a->f / (wide ? 8 : 1);
+    auto *kernel = wide ? silu_mul<8> : silu_mul<1>;
+    return cuda_launch(cuda_stream_of(s), "silu_mul", kernel, dim3((unsigned)((items + 255) / 256)),
+                       dim3(256), 0, (bf16 *)a->out, (const bf16 *)a->gate_up, items, a->f);
+}
+
+/* ---- feed ------------------------------------------------------------------------------ */
+
+__global__ void feed(int32_t *dst, const int32_t *dst_idx, const int32_t *src,
+                     const int32_t *src_idx, int n, int32_t *fault)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    cuda_wait_prior();
+    if (i >= n)
+        return;
+    if (dst_idx[i] < 0 || src_idx[i] < 0)
+        cuda_report(fault, CUDA_FAULT_TOKEN);
+    else
+        dst[dst_idx[i]] = src[src_idx[i]];
+}
+
+extern "C" lm_status cuda_op_feed(kn_stream *s, const struct kn_feed *a)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    if (a->n < 0 || (a->n && (!a->dst || !a->dst_idx || !a->src || !a->src_idx)))
+        return cuda_refuse("feed", "null pointer or negative count");
+    if (a->n == 0)
+        return LM_OK;
+    return cuda_launch(st, "feed", feed, dim3(LM_DIV_UP(a->n, 128)), dim3(128), 0, a->dst,
+                       a->dst_idx, a->src, a->src_idx, a->n, st->dev->fault);
+}
+
+/* ---- filling a weight ------------------------------------------------------------------ */
+
+/* Element (r, c) is a function of the seed and its place alone: the same on every backend. */
+__global__ void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
+{
+    int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+        uint64_t r = (uint64_t)(i / cols), c = (uint64_t)(i % cols);
+        uint64_t z = seed + (r << 32 | c) * 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        z ^= z >> 31;
+        out[i] = __float2bfloat16(((float)(z >> 40) * 0x1p-23f - 1.0f) * scale);
+    }
+}
+
+extern "C" lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *err)
+{
+    struct cuda_device *d = cuda_mat_of(m)->dev;
+    cudaSetDevice(d->index);
+    int64_t n = (int64_t)m->rows * m->cols;
+    fill<<<(unsigned)LM_MIN((n + 255) / 256, 65536), 256>>>((bf16 *)cuda_mat_of(m)->data, n,
+                                                            m->cols, seed, scale);
+    cudaError_t e = cudaGetLastError();
+    if (e == cudaSuccess)
+        e = cudaDeviceSynchronize();
+    if (cuda_check(d, "filling a matrix", e) != LM_OK)
+        return lm_err_set(err, LM_DEVICE, "filling a matrix of %d x %d failed", m->rows, m->cols);
+    return LM_OK;
 }
