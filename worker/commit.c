@@ -8,7 +8,6 @@
  */
 #include "worker/consumer_int.h"
 
-#include <inttypes.h>
 
 enum { COMMIT_WAIT_MS = 5000 };
 
@@ -25,11 +24,17 @@ static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
     metric_add(&c->w->metrics.commit_failures, 1);
     lm_log(is_stale_member(e) ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
            rd_kafka_err2str(e));
+    if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE && c->map_limit) {
+        c->map_limit /= 2;
+        ledger_set_map_limit(c->ledger, c->map_limit);
+        lm_log(LM_WARN, "consumer", "the broker's offset.metadata.max.bytes is small: offset maps "
+               "have at most %zu bytes from now on", c->map_limit);
+    }
 }
 
 /* The verdict on one partition; librdkafka may have sorted the list. A stale
  * ref has no verdict: it does not matter any more. */
-static rd_kafka_resp_err_t verdict(consumer *c, const struct pending *p,
+static rd_kafka_resp_err_t verdict(consumer *c, const struct ledger_commit *p,
                                    rd_kafka_topic_partition_list_t *l)
 {
     struct ledger_info info;
@@ -51,7 +56,7 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
         if (own)
             worst = own;
         else
-            ledger_committed(c->ledger, c->pending[i].ref, c->pending[i].value);
+            ledger_committed(c->ledger, &c->pending[i]);
     }
     c->committing = false;
     if (worst)
@@ -92,10 +97,26 @@ static void note_position(consumer *c, const struct assigned *a)
 
 static bool grow_pending(consumer *c)
 {
-    struct pending *p = lm_reallocarray(c->pending, LM_MAX(c->n_parts, 1), sizeof *p);
+    struct ledger_commit *p = lm_reallocarray(c->pending, LM_MAX(c->n_parts, 1), sizeof *p);
     if (p)
         c->pending = p;
     return p;
+}
+
+/* The commit of one partition, with its map. */
+static bool add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
+                       bool staged, rd_kafka_topic_partition_list_t *l)
+{
+    char map[OFFSET_MAP_MAX + 1];
+    bool whole;
+    rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(l, a->lease->topic,
+                                                                     a->partition);
+    p->offset = due->offset;
+    p->metadata_size = ledger_map(c->ledger, due, staged, map, &whole);
+    p->metadata = p->metadata_size ? lm_strdup(map) : NULL;     /* freed with the list */
+    if (!p->metadata)
+        p->metadata_size = 0;
+    return whole;
 }
 
 /* Starts a commit of what is new; nothing when one is under way. */
@@ -110,11 +131,8 @@ void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
         if (!consumer_selected(only, a))
             continue;
         note_position(c, a);
-        int64_t value = ledger_commit_value(c->ledger, a->ref);
-        if (value == LEDGER_NONE)
-            continue;
-        rd_kafka_topic_partition_list_add(l, a->lease->topic, a->partition)->offset = value;
-        c->pending[c->n_pending++] = (struct pending){ a->ref, value };
+        if (ledger_due(c->ledger, a->ref, false, &c->pending[c->n_pending]))
+            add_offset(c, a, &c->pending[c->n_pending++], false, l);
     }
     if (c->n_pending) {
         rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);

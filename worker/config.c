@@ -262,6 +262,11 @@ static lm_status set_kafka(struct config *c, const char *full, const char *value
     return LM_OK;
 }
 
+bool config_exactly_once(const struct config *c)
+{
+    return !strcmp(c->delivery_mode, "exactly-once");
+}
+
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key)
 {
     const char *found = NULL;

@@ -40,9 +40,11 @@ struct config {
     char *registry_url, *registry_auth, *registry_ca_file;
     bool registry_auto_register;
     char *group_id, *worker_name;
+    char *delivery_mode, *transaction_id;
+    int64_t transaction_interval_ms, transaction_max_messages;
     int64_t message_max_bytes;
     int64_t intake_max_messages, intake_max_bytes, in_flight_max_messages;
-    int64_t commit_interval_ms, drain_timeout_ms, revoke_drain_ms;
+    int64_t commit_interval_ms, commit_map_max_bytes, drain_timeout_ms, revoke_drain_ms;
     int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
     char *http_address;
     int64_t http_port;          /* 0: off; when busy, the next free of the following 100 */
@@ -57,6 +59,8 @@ void config_release(struct config *c);
 lm_status config_read_file(struct config *c, const char *path, struct lm_err *err);
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
+
+bool config_exactly_once(const struct config *c);
 
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);

@@ -112,6 +112,18 @@ static const struct config_property flow_rows[] = {
         "Consumer group; its workers share the prompt topics' partitions."),
     STR("worker.name", worker_name, "", 0,
         "In replies, dead letters, logs and metrics. Empty: host name and process id."),
+    CHOICE("delivery.mode", delivery_mode, "at-least-once", "at-least-once|exactly-once",
+        "`exactly-once`: replies, dead letters, offsets and the offset map become durable "
+        "together, in one transaction; readers with isolation.level=read_committed see each id "
+        "once."),
+    STR("transaction.id", transaction_id, "", 0,
+        "exactly-once: the producer's transactional.id, which no other worker may have. Empty: "
+        "`<group.id>-<worker.name>`. A name that survives a restart frees readers of an open "
+        "transaction at once, else after kafka.producer.transaction.timeout.ms (10 s)."),
+    INT("transaction.interval_ms", transaction_interval_ms, "100", 1, 60000,
+        "exactly-once: how long finished replies may wait for the next transaction."),
+    INT("transaction.max_messages", transaction_max_messages, "2000", 1, 100000,
+        "exactly-once: a transaction begins early when so many are ready, and holds no more."),
     INT("intake.max_messages", intake_max_messages, "1000", 1, 10000000,
         "Prompts read but not yet in the engine; above it partitions pause, below half of it they "
         "resume."),
@@ -121,6 +133,10 @@ static const struct config_property flow_rows[] = {
         "Prompts read and not yet answered, wherever they are."),
     INT("commit.interval_ms", commit_interval_ms, "1000", 10, 3600000,
         "How often finished offsets are committed; what a crash can repeat."),
+    INT("commit.map_max_bytes", commit_map_max_bytes, "4096", 0, 4096,
+        "Most bytes of the map of finished offsets that travels in a commit's metadata, so that a "
+        "crash or a rebalance repeats unfinished prompts only. Not above the broker's "
+        "offset.metadata.max.bytes. 0: no map."),
     INT("drain.timeout_ms", drain_timeout_ms, "30000", 0, DAY_MS,
         "At SIGTERM, how long running prompts may still take. What is unfinished then is handed "
         "back uncommitted."),
@@ -173,7 +189,7 @@ static const struct config_owned owned[] = {
     { "enable.idempotence", "replies are always produced idempotently" },
     { "acks", "replies are always acknowledged by all in-sync replicas" },
     { "request.required.acks", "replies are always acknowledged by all in-sync replicas" },
-    { "transactional.id", "exactly-once mode is not served yet" },
+    { "transactional.id", "set transaction.id instead, with delivery.mode=exactly-once" },
     { "enable.partition.eof", "the worker has no use for end-of-partition events" },
     { "log.queue", "the worker owns the log" },
     { "log_cb", "callbacks can't be configured" },

@@ -218,6 +218,10 @@ static lm_status enter_ledger(consumer *c, struct assigned *a, const rd_kafka_me
 static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message_t *m)
 {
     struct job *j = NULL;
+    if (ledger_skip(c->ledger, a->ref, m->offset)) {
+        metric_add(&c->w->metrics.skipped, 1);
+        return LM_OK;
+    }
     lm_status st = enter_ledger(c, a, m, &j);
     if (st == LM_STATE && !(st = begin_epoch(c, a)))
         st = enter_ledger(c, a, m, &j);
@@ -282,6 +286,7 @@ static void snapshot(consumer *c)
         rows[i].watermark = info.watermark;
         rows[i].committed = info.committed;
         rows[i].in_flight = info.in_flight;
+        rows[i].map_bytes = info.map_bytes;
         rows[i].lag = -1;
         int64_t at = LM_MAX(info.watermark, info.committed);
         if (!rd_kafka_get_watermark_offsets(c->rk, a->lease->topic, a->partition, &low, &high) &&
@@ -401,12 +406,14 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     if (st)
         return st;
     consumer *c = lm_calloc(1, sizeof *c);
-    if (!c || !(c->ledger = ledger_new(on_ledger_drop, NULL))) {
+    size_t map_limit = kafka_has_offset_map() ? (size_t)w->cfg->commit_map_max_bytes : 0;
+    if (!c || !(c->ledger = ledger_new(on_ledger_drop, NULL, map_limit))) {
         rd_kafka_conf_destroy(conf);
         free(c);
         return lm_err_set(err, LM_NOMEM, "out of memory");
     }
     c->w = w;
+    c->map_limit = map_limit;
     rd_kafka_conf_set_opaque(conf, c);
     rd_kafka_conf_set_rebalance_cb(conf, rebalance_cb);
     rd_kafka_conf_set_error_cb(conf, on_error);

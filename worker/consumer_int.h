@@ -21,19 +21,18 @@ struct assigned {
     bool paused;
 };
 
-struct pending { struct ledger_ref ref; int64_t value; };
-
 struct consumer {
     struct worker *w;
     rd_kafka_t *rk;
     rd_kafka_queue_t *commit_queue;
     pthread_t thread;
     ledger *ledger;
+    size_t map_limit;           /* of the offset map; 0: none */
     struct assigned *parts;
     size_t n_parts, last_hit;
     bool paused;
     /* the one commit under way */
-    struct pending *pending;
+    struct ledger_commit *pending;
     size_t n_pending;
     bool committing;
     int64_t next_commit_us, next_snapshot_us, complained_us;

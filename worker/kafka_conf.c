@@ -10,9 +10,9 @@
 #include <strings.h>
 #include <syslog.h>
 
-/* cooperative-sticky and commits during a rebalance are sound from 2.10 on; 2.0 is what Debian 12
- * has, good enough to build and try with. */
-enum { VERSION_OLDEST = 0x02000000, VERSION_SOUND = 0x020a0000 };
+/* cooperative-sticky and commits during a rebalance are sound from 2.10 on, commit metadata is kept
+ * from 2.2 on; 2.0 is what Debian 12 has, good enough to build and try with. */
+enum { VERSION_OLDEST = 0x02000000, VERSION_METADATA = 0x02020000, VERSION_SOUND = 0x020a0000 };
 
 struct setting { const char *key, *value; };
 
@@ -180,15 +180,31 @@ lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **o
                       type == RD_KAFKA_CONSUMER ? "consumer" : "producer", why);
 }
 
-lm_status kafka_check_library(struct lm_err *err)
+bool kafka_has_offset_map(void)
 {
-    if (rd_kafka_version() < VERSION_OLDEST)
+    return rd_kafka_version() >= VERSION_METADATA;
+}
+
+lm_status kafka_check_library(const struct config *c, struct lm_err *err)
+{
+    int version = rd_kafka_version();
+    const char *name = rd_kafka_version_str();
+    if (version < VERSION_OLDEST)
         return lm_err_set(err, LM_UNSUPPORTED, "librdkafka %s is too old; 2.12 or newer is "
-                          "advised", rd_kafka_version_str());
-    if (rd_kafka_version() < VERSION_SOUND)
+                          "advised", name);
+    if (!kafka_has_offset_map() && config_exactly_once(c))
+        return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once needs librdkafka 2.2 or "
+                          "newer, this is %s; 2.12 or newer is advised", name);
+    if (config_exactly_once(c))
+        return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once is not served yet");
+    if (!kafka_has_offset_map())
+        lm_log(LM_WARN, "kafka", "librdkafka %s can't keep offset metadata: at-least-once without "
+               "the offset map, so a crash repeats finished prompts too; 2.12 or newer is advised",
+               name);
+    else if (version < VERSION_SOUND)
         lm_log(LM_WARN, "kafka", "librdkafka %s has known faults in rebalances; 2.12 or newer is "
-               "advised", rd_kafka_version_str());
+               "advised", name);
     else
-        lm_log(LM_DEBUG, "kafka", "librdkafka %s", rd_kafka_version_str());
+        lm_log(LM_DEBUG, "kafka", "librdkafka %s", name);
     return LM_OK;
 }

@@ -22,7 +22,11 @@ lm_status kafka_conf_check(const struct config *c, struct lm_err *err);
 lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
                      struct lm_err *err);
 
-/* Logs the library's version and features; refuses one that is too old for this worker. */
-lm_status kafka_check_library(struct lm_err *err);
+/* Logs the library's version, by rd_kafka_version() at run time; refuses one that is too old for
+ * this worker, or for the delivery mode that it is asked for. */
+lm_status kafka_check_library(const struct config *c, struct lm_err *err);
+
+/* Does the library keep the metadata of commits, which holds the offset map? */
+bool kafka_has_offset_map(void);
 
 #endif

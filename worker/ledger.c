@@ -4,23 +4,30 @@
  *
  * A partition's entries stand in a ring buffer in delivery order, which is offset order. Delivery
  * appends at the tail; completion finds its entry by binary search, marks it, and drops finished
- * entries from the head. So every operation is O(log n), and memory follows the distance between
- * the watermark and the last delivered offset.
+ * entries from the head. When the ring is full, neighbours that are finished are merged into one
+ * entry, a run, before the ring grows: so every operation is O(log n), amortised, and memory
+ * follows the unfinished entries and the runs between them.
+ *
+ * `known` holds the restored ranges that lie beyond the last delivered offset, at least in part;
+ * those behind it are in the ring, entered by ledger_skip(), or gone.
  *
  * Invariants of a partition, checked by the property test:
- *  1. offsets in the ring ascend strictly;
+ *  1. offsets in the ring ascend strictly, and first <= last in each entry;
  *  2. the head, when there is one, is unfinished: it *is* the watermark;
- *  3. in_flight = number of unfinished entries.
+ *  3. in_flight = number of unfinished entries, staged = those of them that are staged;
+ *  4. an entry of more than one offset is finished.
  */
 #include "worker/ledger.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+enum state { IN_FLIGHT, STAGED, FINISHED };
+
 struct entry {
-    int64_t offset;
+    int64_t offset, last;       /* last > offset: a run */
     void *user;
-    bool finished;
+    enum state state;
 };
 
 struct part {
@@ -29,7 +36,11 @@ struct part {
     uint64_t epoch;
     struct entry *ring;         /* [cap], cap a power of two or 0 */
     size_t cap, head, count;
-    size_t in_flight;
+    size_t in_flight, staged;
+    struct offset_range *known; /* [n_known], of which the first at_known are passed */
+    size_t n_known, at_known;
+    uint64_t version, committed_version;    /* of the map: completions so far */
+    size_t map_bytes, unmeasured;
     int64_t last;               /* last delivered, or LEDGER_NONE */
     int64_t position;           /* or LEDGER_NONE */
     int64_t base;               /* the group's offset at assignment, or LEDGER_NONE */
@@ -41,19 +52,32 @@ struct ledger {
     size_t n_parts;
     uint64_t next_epoch;
     size_t in_flight;
+    size_t map_limit;
+    struct offset_range *ranges;        /* scratch of the map's making */
+    size_t ranges_cap;
     ledger_drop *drop;
     void *ctx;
 };
 
-ledger *ledger_new(ledger_drop *drop, void *ctx)
+/* Deliveries and completions between two looks at the map's size: few enough that its last quarter
+ * holds what they can add. */
+enum { MEASURE_EVERY = 64 };
+
+ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit)
 {
     ledger *l = lm_calloc(1, sizeof *l);
     if (l) {
         l->next_epoch = 1;
+        ledger_set_map_limit(l, map_limit);
         l->drop = drop;
         l->ctx = ctx;
     }
     return l;
+}
+
+void ledger_set_map_limit(ledger *l, size_t map_limit)
+{
+    l->map_limit = LM_MIN(map_limit, OFFSET_MAP_MAX);
 }
 
 static struct entry *entry_at(const struct part *p, size_t i)
@@ -66,17 +90,19 @@ static void part_drop(ledger *l, struct part *p)
 {
     for (size_t i = 0; i < p->count; i++) {
         struct entry *e = entry_at(p, i);
-        if (!e->finished && l->drop)
+        if (e->state != FINISHED && l->drop)
             l->drop(l->ctx, e->offset, e->user);
     }
     l->in_flight -= p->in_flight;
-    p->in_flight = p->count = p->head = 0;
+    p->in_flight = p->staged = p->count = p->head = 0;
+    p->n_known = p->at_known = 0;
 }
 
 static void part_release(ledger *l, struct part *p)
 {
     part_drop(l, p);
     free(p->ring);
+    free(p->known);
     free(p->topic);
     *p = (struct part){ 0 };
 }
@@ -89,6 +115,7 @@ void ledger_free(ledger *l)
         if (l->parts[i].topic)
             part_release(l, &l->parts[i]);
     free(l->parts);
+    free(l->ranges);
     free(l);
 }
 
@@ -152,10 +179,44 @@ lm_status ledger_revoke(ledger *l, struct ledger_ref ref)
     return LM_OK;
 }
 
+lm_status ledger_restore(ledger *l, struct ledger_ref ref, const struct offset_range *r, size_t n)
+{
+    struct part *p = part_of(l, ref);
+    if (!p)
+        return LM_CANCELLED;
+    if (p->last != LEDGER_NONE || p->n_known)
+        return LM_STATE;
+    if (!n)
+        return LM_OK;
+    if (!(p->known = lm_reallocarray(p->known, n, sizeof *r)))
+        return LM_NOMEM;
+    memcpy(p->known, r, n * sizeof *r);
+    p->n_known = n;
+    return LM_OK;
+}
+
 /* ---- delivery --------------------------------------------------------------------------- */
+
+/* Merges neighbours that are finished. */
+static void ring_merge(struct part *p)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        struct entry e = *entry_at(p, i);
+        struct entry *before = kept ? entry_at(p, kept - 1) : NULL;
+        if (before && before->state == FINISHED && e.state == FINISHED)
+            before->last = e.last;
+        else
+            *entry_at(p, kept++) = e;
+    }
+    p->count = kept;
+}
 
 static lm_status ring_grow(struct part *p)
 {
+    ring_merge(p);
+    if (p->cap && p->count <= p->cap / 4 * 3)
+        return LM_OK;
     size_t cap = p->cap ? p->cap * 2 : 64;
     struct entry *ring = lm_calloc(cap, sizeof *ring);
     if (!ring)
@@ -177,7 +238,17 @@ lm_status ledger_rewind(ledger *l, struct ledger_ref *ref)
     part_drop(l, p);
     p->epoch = ref->epoch = l->next_epoch++;
     p->last = p->position = p->base = p->committed = LEDGER_NONE;
+    p->version = p->committed_version = 0;
     return LM_OK;
+}
+
+/* Delivered up to here: ranges behind it are of no more use. */
+static void passed(struct part *p, int64_t offset)
+{
+    p->last = offset;
+    p->unmeasured++;
+    while (p->at_known < p->n_known && p->known[p->at_known].to <= offset + 1)
+        p->at_known++;
 }
 
 lm_status ledger_deliver(ledger *l, struct ledger_ref ref, int64_t offset, void *user)
@@ -187,20 +258,44 @@ lm_status ledger_deliver(ledger *l, struct ledger_ref ref, int64_t offset, void 
         return LM_CANCELLED;
     if (offset < 0)
         return LM_INVALID;
-    if (p->last != LEDGER_NONE && offset <= p->last)
+    if (offset <= LM_MAX(p->last, p->base - 1))
         return LM_STATE;
     if (p->count == p->cap && ring_grow(p))
         return LM_NOMEM;
     p->count++;
-    *entry_at(p, p->count - 1) = (struct entry){ offset, user, false };
-    p->last = offset;
+    *entry_at(p, p->count - 1) = (struct entry){ offset, offset, user, IN_FLIGHT };
+    passed(p, offset);
     p->in_flight++;
     l->in_flight++;
     return LM_OK;
 }
 
+bool ledger_skip(ledger *l, struct ledger_ref ref, int64_t offset)
+{
+    struct part *p = part_of(l, ref);
+    if (!p || offset < 0 || (p->last != LEDGER_NONE && offset <= p->last))
+        return false;
+    size_t k = p->at_known;
+    while (k < p->n_known && p->known[k].to <= offset)
+        k++;
+    if (k == p->n_known || offset < p->known[k].from)
+        return false;
+    struct entry *tail = p->count ? entry_at(p, p->count - 1) : NULL;
+    if (tail && tail->state == FINISHED) {
+        tail->last = offset;
+    } else if (tail) {
+        if (p->count == p->cap && ring_grow(p))
+            return false;       /* a repeat, then */
+        p->count++;
+        *entry_at(p, p->count - 1) = (struct entry){ offset, offset, NULL, FINISHED };
+    }
+    passed(p, offset);
+    return true;
+}
+
 /* ---- completion ------------------------------------------------------------------------- */
 
+/* The unfinished entry of that offset, or NULL. */
 static struct entry *find_entry(const struct part *p, int64_t offset)
 {
     size_t lo = 0, hi = p->count;
@@ -211,7 +306,8 @@ static struct entry *find_entry(const struct part *p, int64_t offset)
         else
             hi = mid;
     }
-    if (lo == p->count || entry_at(p, lo)->offset != offset)
+    if (lo == p->count || entry_at(p, lo)->offset != offset ||
+        entry_at(p, lo)->state == FINISHED)
         return NULL;
     return entry_at(p, lo);
 }
@@ -222,17 +318,38 @@ lm_status ledger_complete(ledger *l, struct ledger_ref ref, int64_t offset, void
     if (!p)
         return LM_CANCELLED;
     struct entry *e = find_entry(p, offset);
-    if (!e || e->finished)
+    if (!e)
         return LM_NOT_FOUND;
-    e->finished = true;
+    p->staged -= e->state == STAGED;
+    e->state = FINISHED;
     if (user)
         *user = e->user;
+    p->version++;
+    p->unmeasured++;
     p->in_flight--;
     l->in_flight--;
-    while (p->count && entry_at(p, 0)->finished) {
+    while (p->count && entry_at(p, 0)->state == FINISHED) {
         p->head = (p->head + 1) & (p->cap - 1);
         p->count--;
     }
+    return LM_OK;
+}
+
+lm_status ledger_stage(ledger *l, struct ledger_ref ref, int64_t offset, bool staged)
+{
+    struct part *p = part_of(l, ref);
+    if (!p)
+        return LM_CANCELLED;
+    struct entry *e = find_entry(p, offset);
+    if (!e)
+        return LM_NOT_FOUND;
+    if ((e->state == STAGED) == staged)
+        return LM_STATE;
+    e->state = staged ? STAGED : IN_FLIGHT;
+    if (staged)
+        p->staged++;
+    else
+        p->staged--;
     return LM_OK;
 }
 
@@ -245,10 +362,22 @@ void ledger_position(ledger *l, struct ledger_ref ref, int64_t position)
         p->position = position;
 }
 
-static int64_t part_watermark(const struct part *p)
+/* The first entry that is not finished; with `staged`, nor staged. count: none. */
+static size_t first_unfinished(const struct part *p, bool staged)
 {
-    if (p->count)
-        return entry_at(p, 0)->offset;
+    size_t i = 0;
+    if (!staged || !p->staged)
+        return p->count ? 0 : p->count;
+    while (i < p->count && entry_at(p, i)->state != IN_FLIGHT)
+        i++;
+    return i;
+}
+
+static int64_t part_watermark(const struct part *p, bool staged)
+{
+    size_t first = first_unfinished(p, staged);
+    if (first < p->count)
+        return entry_at(p, first)->offset;
     int64_t next = p->last == LEDGER_NONE ? LEDGER_NONE : p->last + 1;
     /* Without a committed offset to compare with, a position that no delivery confirms is not
      * trusted: it may be the previous assignment's. */
@@ -256,20 +385,97 @@ static int64_t part_watermark(const struct part *p)
     return known ? LM_MAX(next, p->position) : next;
 }
 
-int64_t ledger_commit_value(const ledger *l, struct ledger_ref ref)
+static bool add_range(ledger *l, size_t *n, int64_t from, int64_t to)
+{
+    if (*n && l->ranges[*n - 1].to == from) {
+        l->ranges[*n - 1].to = to;
+        return true;
+    }
+    if (*n == l->ranges_cap) {
+        size_t cap = l->ranges_cap ? l->ranges_cap * 2 : 256;
+        struct offset_range *grown = lm_reallocarray(l->ranges, cap, sizeof *grown);
+        if (!grown)
+            return false;
+        l->ranges = grown;
+        l->ranges_cap = cap;
+    }
+    l->ranges[(*n)++] = (struct offset_range){ from, to };
+    return true;
+}
+
+/* Finished offsets at or beyond `mark`, into l->ranges. When memory is short, fewer. */
+static size_t collect(ledger *l, const struct part *p, int64_t mark, bool staged)
+{
+    size_t n = 0;
+    int64_t open = LEDGER_NONE, last = LEDGER_NONE;
+    for (size_t i = first_unfinished(p, staged); i < p->count; i++) {
+        const struct entry *e = entry_at(p, i);
+        if (e->state == FINISHED || (staged && e->state == STAGED)) {
+            open = open == LEDGER_NONE ? e->offset : open;
+            last = e->last;
+        } else if (open != LEDGER_NONE) {
+            if (!add_range(l, &n, open, last + 1))
+                return n;
+            open = LEDGER_NONE;
+        }
+    }
+    if (open != LEDGER_NONE && !add_range(l, &n, open, last + 1))
+        return n;
+    for (size_t k = p->at_known; k < p->n_known; k++) {
+        int64_t from = LM_MAX(p->known[k].from, LM_MAX(p->last + 1, mark));
+        if (from < p->known[k].to && !add_range(l, &n, from, p->known[k].to))
+            return n;
+    }
+    return n;
+}
+
+bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledger_commit *out)
 {
     const struct part *p = part_of(l, ref);
     if (!p)
-        return LEDGER_NONE;
-    int64_t mark = part_watermark(p);
-    return mark > p->committed ? mark : LEDGER_NONE;
+        return false;
+    int64_t mark = part_watermark(p, staged);
+    uint64_t version = p->version + (staged ? p->staged : 0);
+    bool map = l->map_limit && version != p->committed_version && p->count > 0;
+    *out = (struct ledger_commit){ ref, LM_MAX(mark, p->committed), version };
+    return mark > p->committed || (map && mark != LEDGER_NONE);
 }
 
-void ledger_committed(ledger *l, struct ledger_ref ref, int64_t value)
+size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
+                  char out[OFFSET_MAP_MAX + 1], bool *whole)
+{
+    struct part *p = part_of(l, c->ref);
+    size_t n = p ? collect(l, p, c->offset, staged) : 0, covered = 0;
+    out[0] = 0;
+    size_t len = n ? offset_map_encode(c->offset, l->ranges, n, l->map_limit, out, &covered) : 0;
+    if (p)
+        p->map_bytes = len;
+    if (whole)
+        *whole = covered == n;
+    return len;
+}
+
+void ledger_committed(ledger *l, const struct ledger_commit *c)
+{
+    struct part *p = part_of(l, c->ref);
+    if (!p)
+        return;
+    p->committed = LM_MAX(p->committed, c->offset);
+    p->committed_version = LM_MAX(p->committed_version, c->version);
+}
+
+bool ledger_crowded(ledger *l, struct ledger_ref ref, bool already)
 {
     struct part *p = part_of(l, ref);
-    if (p && value > p->committed)
-        p->committed = value;
+    if (!p || !l->map_limit || !p->in_flight || p->at_known < p->n_known)
+        return false;
+    if (p->unmeasured >= MEASURE_EVERY) {
+        int64_t mark = part_watermark(p, true);
+        size_t n = collect(l, p, mark, true);
+        p->map_bytes = n ? offset_map_size(mark, l->ranges, n) : 0;
+        p->unmeasured = 0;
+    }
+    return p->map_bytes > l->map_limit / 4 * (already ? 2 : 3);
 }
 
 /* ---- looking ---------------------------------------------------------------------------- */
@@ -278,8 +484,9 @@ static void part_info(const ledger *l, const struct part *p, struct ledger_info 
 {
     *out = (struct ledger_info){
         .ref = { (uint32_t)(p - l->parts), p->epoch }, .topic = p->topic, .partition = p->number,
-        .committed = p->committed, .watermark = part_watermark(p), .last_delivered = p->last,
-        .in_flight = p->in_flight, .beyond = p->count - p->in_flight,
+        .committed = p->committed, .watermark = part_watermark(p, false),
+        .last_delivered = p->last, .in_flight = p->in_flight, .beyond = p->count - p->in_flight,
+        .map_bytes = p->map_bytes,
     };
 }
 
@@ -311,6 +518,7 @@ void ledger_each(const ledger *l, struct ledger_ref ref, ledger_visit *visit, vo
     const struct part *p = part_of(l, ref);
     for (size_t i = 0; p && i < p->count; i++) {
         const struct entry *e = entry_at(p, i);
-        visit(ctx, e->offset, e->finished, e->user);
+        if (e->state != FINISHED)
+            visit(ctx, e->offset, e->user);
     }
 }

@@ -18,13 +18,34 @@
  * epoch through a ledger_ref; one that is not current any more is answered LM_CANCELLED and changes
  * nothing, because the offset now belongs to another assignment, perhaps to another worker.
  *
- * Rewinds. A delivered offset at or below the last one means the log itself went back (a topic made
- * again, truncation, a seek) or the client delivers twice. The two can't be told apart, and a
- * repeat is better than a loss: after ledger_rewind() tracking starts again there in a new epoch,
- * and the commit may go back too.
+ * Rewinds. A delivered offset at or below the last one, or below the committed one, means that the
+ * log itself went back (a topic made again, truncation, a seek) or that the client delivers twice.
+ * The two can't be told apart, and a repeat is better than a loss: after ledger_rewind() tracking
+ * starts again there in a new epoch, and the commit may go back too.
  *
- * Room for the offset map: entries keep their finished mark beyond the watermark and ledger_each()
- * walks them in order; a map is a function of that walk.
+ * The offset map. What is finished beyond the watermark travels in the commit's metadata (see
+ * offset_map.h), so that after a crash or a rebalance only unfinished prompts run again:
+ *
+ *    ledger_due()      what to commit: the watermark, or the same one with a newer map
+ *    ledger_map()      the text for that commit
+ *    ledger_restore()  the next owner of the partition hands in the ranges it found
+ *    ledger_skip()     a delivered record that those ranges hold counts as finished at once
+ *
+ * The text has a limit, so reading must slow down before it is reached: ledger_crowded() says when.
+ * Between two finished neighbours nothing unfinished lies, so a run of finished offsets with gaps
+ * is one range. A map that would not fit is cut at its far end: that costs repeats only.
+ *
+ * Staging, for exactly-once mode. There the outcome and the offset become durable in one
+ * transaction, whose offsets must be known before it commits: ledger_stage() marks entries that the
+ * transaction holds, ledger_due() and ledger_map() with `staged` count them as finished, and after
+ * the commit they are completed, after an abort unstaged. Until then nothing is forgotten.
+ *
+ *    in flight --stage--> staged --complete--> finished
+ *        ^------unstage-----+                     ^
+ *        +----------------- complete -------------+
+ *
+ * Memory follows the number of unfinished entries and of finished runs, not the distance between
+ * the watermark and the last delivered offset.
  *
  * Ownership: `user` pointers are the caller's; ledger_revoke() and a rewind hand them back through
  * `drop`. Threads: none; the consumer thread owns the worker's ledger.
@@ -33,6 +54,7 @@
 #define LORAMILL_WORKER_LEDGER_H
 
 #include "kernels/base.h"
+#include "worker/offset_map.h"
 
 typedef struct ledger ledger;
 
@@ -47,7 +69,10 @@ enum { LEDGER_NONE = -1 };      /* an offset that is not known */
 /* Called for entries that leave the ledger unfinished. */
 typedef void ledger_drop(void *ctx, int64_t offset, void *user);
 
-ledger *ledger_new(ledger_drop *drop, void *ctx);       /* NULL: out of memory */
+/* `map_limit`: most bytes of an offset map, at most OFFSET_MAP_MAX; 0: no maps. NULL: out of
+ * memory. */
+ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit);
+void ledger_set_map_limit(ledger *l, size_t map_limit);
 void ledger_free(ledger *l);                            /* drops everything */
 
 /* Starts an epoch. `committed` is the group's offset or LEDGER_NONE. A partition that is tracked
@@ -56,12 +81,19 @@ lm_status ledger_assign(ledger *l, const char *topic, int32_t partition, int64_t
                         struct ledger_ref *out);
 lm_status ledger_find(const ledger *l, const char *topic, int32_t partition,
                       struct ledger_ref *out);          /* LM_NOT_FOUND */
+/* Offsets that an earlier owner finished beyond the committed one; copied. Call it before the first
+ * delivery. */
+lm_status ledger_restore(ledger *l, struct ledger_ref ref, const struct offset_range *r, size_t n);
 /* Forgets the partition; unfinished entries are dropped. LM_CANCELLED when stale. */
 lm_status ledger_revoke(ledger *l, struct ledger_ref ref);
 
-/* A record was delivered. LM_STATE: its offset is not above the last one, call ledger_rewind()
- * first; LM_CANCELLED: stale epoch. */
+/* A record was delivered. LM_STATE: its offset is not above the last one, or below the committed
+ * one: call ledger_rewind() first; LM_CANCELLED: stale epoch. */
 lm_status ledger_deliver(ledger *l, struct ledger_ref ref, int64_t offset, void *user);
+
+/* Was this delivered record finished by an earlier owner? Then it is entered as finished and must
+ * not be processed. False: nothing has changed, deliver it. */
+bool ledger_skip(ledger *l, struct ledger_ref ref, int64_t offset);
 
 /* The log went back: drops the unfinished entries and begins a new epoch, which *ref becomes. */
 lm_status ledger_rewind(ledger *l, struct ledger_ref *ref);
@@ -73,11 +105,29 @@ lm_status ledger_complete(ledger *l, struct ledger_ref ref, int64_t offset, void
 /* The consumer's position: it will next be given an offset >= position. */
 void ledger_position(ledger *l, struct ledger_ref ref, int64_t position);
 
-/* The offset to commit, or LEDGER_NONE when there is nothing new. Never below what was committed in
- * this epoch. */
-int64_t ledger_commit_value(const ledger *l, struct ledger_ref ref);
-/* The broker has accepted a commit of `value`. Stale refs and older values are ignored. */
-void ledger_committed(ledger *l, struct ledger_ref ref, int64_t value);
+/* Marks an entry as held by the transaction under way, or no longer. LM_CANCELLED: stale epoch;
+ * LM_NOT_FOUND: not in flight; LM_STATE: it is (not) staged already. */
+lm_status ledger_stage(ledger *l, struct ledger_ref ref, int64_t offset, bool staged);
+
+struct ledger_commit {
+    struct ledger_ref ref;
+    int64_t offset;             /* "read this next" */
+    uint64_t version;           /* of the map */
+};
+
+/* Is there something new to commit? With `staged`, as if the staged entries were finished. The
+ * offset is never below what was committed in this epoch. */
+bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledger_commit *out);
+/* The map for it, NUL-terminated; returns its length, 0: none. *whole (may be NULL): all finished
+ * offsets are in it. */
+size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
+                  char out[OFFSET_MAP_MAX + 1], bool *whole);
+/* The broker has accepted that commit. Stale refs and older ones are ignored. */
+void ledger_committed(ledger *l, const struct ledger_commit *c);
+
+/* The map has come near its limit (three quarters; half, if `already`) and what is in flight can
+ * still shrink it: read no further for now. */
+bool ledger_crowded(ledger *l, struct ledger_ref ref, bool already);
 
 struct ledger_info {
     struct ledger_ref ref;
@@ -85,7 +135,8 @@ struct ledger_info {
     int32_t partition;
     int64_t committed, watermark, last_delivered;       /* LEDGER_NONE: none yet */
     size_t in_flight;           /* delivered, not finished */
-    size_t beyond;              /* finished, beyond the watermark */
+    size_t beyond;              /* runs of finished offsets beyond the watermark */
+    size_t map_bytes;           /* of the map last made or measured */
 };
 
 /* Tracked partitions: for (size_t i = 0; ledger_at(l, i, &info); i++). */
@@ -93,8 +144,8 @@ bool ledger_at(const ledger *l, size_t i, struct ledger_info *out);
 bool ledger_get(const ledger *l, struct ledger_ref ref, struct ledger_info *out);
 size_t ledger_in_flight(const ledger *l);               /* of all partitions */
 
-/* Walks the entries from the watermark up, in offset order. */
-typedef void ledger_visit(void *ctx, int64_t offset, bool finished, void *user);
+/* Walks the unfinished entries from the watermark up, in offset order. */
+typedef void ledger_visit(void *ctx, int64_t offset, void *user);
 void ledger_each(const ledger *l, struct ledger_ref ref, ledger_visit *visit, void *ctx);
 
 #endif

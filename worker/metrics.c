@@ -129,6 +129,10 @@ static long long part_incomplete(const struct metrics_partition *p)
 {
     return (long long)p->in_flight;
 }
+static long long part_map_bytes(const struct metrics_partition *p)
+{
+    return (long long)p->map_bytes;
+}
 
 static void write_partitions(struct metrics *m, FILE *f)
 {
@@ -142,6 +146,8 @@ static void write_partitions(struct metrics *m, FILE *f)
                    part_committed);
     partition_rows(f, m, P "partition_incomplete_records", "Read and not finished.",
                    part_incomplete);
+    partition_rows(f, m, P "partition_offset_metadata_bytes", "The offset map last committed.",
+                   part_map_bytes);
     pthread_mutex_unlock(&m->lock);
 }
 
@@ -150,6 +156,8 @@ static void write_flow(struct metrics *m, FILE *f)
     counter(f, P "consumed_records_total", "Records read from prompt topics.", &m->consumed);
     counter(f, P "consumed_bytes_total", "Bytes of those, keys and headers included.",
             &m->consumed_bytes);
+    counter(f, P "skipped_records_total", "Records read that an earlier owner of the partition had "
+            "finished.", &m->skipped);
     counter(f, P "reply_bytes_total", "Bytes of acknowledged replies.", &m->reply_bytes);
     counter(f, P "stream_parts_total", "Parts of streamed replies produced.", &m->stream_parts);
     counter(f, P "prompt_tokens_total", "Tokens of answered prompts.", &m->prompt_tokens);

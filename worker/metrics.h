@@ -26,11 +26,11 @@ struct metrics_partition {
     char topic[256];
     int partition;
     long long lag, watermark, committed;        /* -1: not known */
-    size_t in_flight;
+    size_t in_flight, map_bytes;
 };
 
 struct metrics {
-    atomic_ullong consumed, consumed_bytes;
+    atomic_ullong consumed, consumed_bytes, skipped;
     atomic_ullong completed, expired, cancelled, dropped;
     atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;

@@ -13,6 +13,7 @@
 #include "worker/consumer_int.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { COMMITTED_TIMEOUT_MS = 10000 };
@@ -27,22 +28,43 @@ void rebalance_remove(consumer *c, struct assigned *a)
     c->last_hit = 0;
 }
 
-static lm_status add_part(consumer *c, const char *topic, int32_t partition, int64_t committed)
+/* What an earlier owner finished beyond the committed offset. Without it prompts run again, nothing
+ * is lost; so a map that can't be believed is ignored, with a word. */
+static void restore_map(consumer *c, const struct assigned *a,
+                        const rd_kafka_topic_partition_t *from)
 {
-    struct assigned *old = consumer_find(c, topic, partition);
+    struct offset_range *ranges;
+    struct lm_err err;
+    size_t n;
+    if (!c->map_limit || from->offset < 0 || !from->metadata_size)
+        return;
+    size_t len = strnlen(from->metadata, from->metadata_size);  /* some tools send a NUL along */
+    lm_status st = offset_map_decode(from->metadata, len, from->offset, &ranges, &n, &err);
+    if (!st && (st = ledger_restore(c->ledger, a->ref, ranges, n)))
+        lm_err_set(&err, st, "out of memory");
+    if (st)
+        lm_log(LM_WARN, "consumer", "%s [%d]: commit metadata is ignored: %s", from->topic,
+               (int)from->partition, err.msg);
+    free(ranges);
+}
+
+static lm_status add_part(consumer *c, const rd_kafka_topic_partition_t *from)
+{
+    struct assigned *old = consumer_find(c, from->topic, from->partition);
     if (old)
         rebalance_remove(c, old);
     struct assigned *grown = lm_reallocarray(c->parts, c->n_parts + 1, sizeof *grown);
     if (!grown)
         return LM_NOMEM;
     c->parts = grown;
-    struct assigned a = { .partition = partition };
-    if (ledger_assign(c->ledger, topic, partition, committed, &a.ref))
+    struct assigned a = { .partition = from->partition };
+    if (ledger_assign(c->ledger, from->topic, from->partition, from->offset, &a.ref))
         return LM_NOMEM;
-    if (!(a.lease = lease_new(topic, partition, a.ref))) {
+    if (!(a.lease = lease_new(from->topic, from->partition, a.ref))) {
         ledger_revoke(c->ledger, a.ref);
         return LM_NOMEM;
     }
+    restore_map(c, &a, from);
     c->parts[c->n_parts++] = a;
     return LM_OK;
 }
@@ -51,13 +73,11 @@ static lm_status add_part(consumer *c, const char *topic, int32_t partition, int
 
 struct census { size_t active; bool cancel; struct worker *w; };
 
-static void count_active(void *ctx, int64_t offset, bool finished, void *user)
+static void count_active(void *ctx, int64_t offset, void *user)
 {
     (void)offset;
     struct census *n = ctx;
     struct job *j = user;
-    if (finished)
-        return;
     enum job_stage stage = atomic_load(&j->stage);
     n->active += stage == JOB_RUNNING || stage == JOB_ANSWERING;
     engine_handle h = atomic_load(&j->handle);
@@ -114,7 +134,7 @@ static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
         fetch_committed(c, l);
     for (int i = 0; i < l->cnt; i++) {
         const rd_kafka_topic_partition_t *p = &l->elems[i];
-        if (add_part(c, p->topic, p->partition, p->offset))
+        if (add_part(c, p))
             worker_fail(c->w, LM_NOMEM, "out of memory for partition %s [%d]", p->topic,
                         (int)p->partition);
         lm_log(LM_INFO, "consumer", "assigned %s [%d] at %" PRId64, p->topic, (int)p->partition,

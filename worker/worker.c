@@ -162,7 +162,7 @@ static void worker_init(struct worker *w, const struct config *cfg)
 
 static lm_status start(struct worker *w, struct lm_err *err)
 {
-    lm_status st = kafka_check_library(err);
+    lm_status st = kafka_check_library(w->cfg, err);
     /* The consumer's handle is made early, so that a bad property is known before a model loads;
      * it joins the group only in consumer_start(). */
     if (!st)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbered prompts in, outcomes out: what the delivery tests ask of a broker.
+
+  delivery.py produce BOOTSTRAP TOPIC FIRST COUNT [ADAPTER EVERY]   ids p-FIRST..; every EVERYth
+                                                        names ADAPTER; key = number modulo 50
+  delivery.py wait BOOTSTRAP TOPICS COUNT SECONDS       until COUNT distinct ids have an outcome
+  delivery.py verify BOOTSTRAP TOPICS FIRST COUNT REPEATS   TAP: each id has outcomes, of one kind,
+                                                        and at most REPEATS come twice (all: -1)
+  delivery.py age BOOTSTRAP TOPICS MS                   TAP: what was answered twice had its first
+                                                        answer less than MS before its worker's last
+  delivery.py committed BOOTSTRAP GROUP TOPIC PARTITION     prints "OFFSET METADATA"
+  delivery.py commit BOOTSTRAP GROUP TOPIC PARTITION OFFSET METADATA    the group must be empty
+  delivery.py order BOOTSTRAP TOPICS COUNT              TAP: replies of a key come in order
+
+TOPICS is comma-separated. Everything is read with read_committed.
+"""
+import collections
+import json
+import sys
+import time
+
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+
+def client(bootstrap, group, **more):
+    return Consumer({"bootstrap.servers": bootstrap, "group.id": group, "log_level": 3,
+                     "enable.auto.commit": False, "auto.offset.reset": "earliest",
+                     "isolation.level": "read_committed", **more})
+
+
+def produce(bootstrap, topic, first, count, adapter=None, every="0"):
+    errors = []
+    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5, "enable.idempotence": True,
+                  "partitioner": "murmur2_random", "queue.buffering.max.messages": 200000})
+    for i in range(int(first), int(first) + int(count)):
+        prompt = {"id": f"p-{i}", "prompt": f"number {i}"}
+        if adapter and i % int(every) == 0:
+            prompt["adapter"] = adapter
+        while True:
+            try:
+                p.produce(topic, key=str(i % 50), value=json.dumps(prompt).encode(),
+                          on_delivery=lambda e, m: e and errors.append(e))
+                break
+            except BufferError:
+                p.poll(0.1)
+        p.poll(0)
+    left = p.flush(60)
+    assert not errors and not left, (errors[:3], left)
+
+
+def partitions(c, topics):
+    md = c.list_topics(timeout=10)
+    return [TopicPartition(t, p, 0) for t in topics.split(",") for p in md.topics[t].partitions]
+
+
+def record_id(m):
+    return json.loads(m.value())["id"]
+
+
+def read_all(bootstrap, topics):
+    """Every committed record of the topics up to their ends now."""
+    c = client(bootstrap, "oracle", **{"enable.partition.eof": True})
+    open_parts = partitions(c, topics)
+    c.assign(open_parts)
+    left = len(open_parts)
+    while left:
+        for m in c.consume(1000, timeout=1.0):
+            if m.error():
+                left -= m.error().name() == "_PARTITION_EOF"
+            else:
+                yield m
+    c.close()
+
+
+def wait(bootstrap, topics, count, seconds):
+    c, seen, start = client(bootstrap, "oracle"), set(), time.time()
+    c.assign(partitions(c, topics))
+    while time.time() - start < float(seconds):
+        for m in c.consume(1000, timeout=0.2):
+            if not m.error():
+                seen.add(record_id(m))
+        if len(seen) >= int(count):
+            print(f"# {len(seen)} outcomes after {time.time() - start:.1f} s")
+            return 0
+    print(f"# only {len(seen)} of {count} outcomes after {seconds} s")
+    return 1
+
+
+def verify(bootstrap, topics, first, count, repeats):
+    got = collections.defaultdict(list)
+    for m in read_all(bootstrap, topics):
+        got[record_id(m)].append(m.topic())
+    want = {f"p-{i}" for i in range(int(first), int(first) + int(count))}
+    lost = sorted(want - set(got))
+    strange = sorted(set(got) - want)
+    mixed = sorted(i for i in got if len(set(got[i])) > 1)
+    extra = sum(len(x) - 1 for x in got.values())
+    print(f"# {len(got)} ids, {sum(map(len, got.values()))} outcomes, {extra} repeats; lost "
+          f"{lost[:5]}, strange {strange[:5]}, mixed {mixed[:5]}")
+    limit = int(repeats)
+    good = not lost and not strange and not mixed
+    print("ok" if good else "not ok", "- every id has its outcome, and of one kind")
+    few = limit < 0 or extra <= limit
+    print("ok" if few else "not ok", f"- at most {limit} repeats" if limit >= 0 else "- repeats are "
+          "allowed")
+    return 0 if good and few else 1
+
+
+def age(bootstrap, topics, ms):
+    first, last, repeats, oldest = {}, {}, 0, 0
+    records = [(json.loads(m.value()), m.timestamp()[1]) for m in read_all(bootstrap, topics)]
+    for r, t in records:
+        last[r["worker"]] = max(last.get(r["worker"], 0), t)
+    for r, t in records:
+        if r["id"] in first:
+            worker, at = first[r["id"]]
+            repeats, oldest = repeats + 1, max(oldest, last[worker] - at)
+        else:
+            first[r["id"]] = r["worker"], t
+    print(f"# {repeats} repeats; the oldest was answered {oldest} ms before its worker ended")
+    good = oldest <= int(ms)
+    print("ok" if good else "not ok", f"- only the last {ms} ms of a killed worker run again")
+    return 0 if good else 1
+
+
+def committed(bootstrap, group, topic, partition):
+    c = client(bootstrap, group)
+    got = c.committed([TopicPartition(topic, int(partition))], timeout=10)[0]
+    print(got.offset, got.metadata or "")
+    return 0
+
+
+def commit(bootstrap, group, topic, partition, offset, metadata):
+    c = client(bootstrap, group)
+    c.commit(offsets=[TopicPartition(topic, int(partition), int(offset), metadata)],
+             asynchronous=False)
+    c.close()
+    return 0
+
+
+def order(bootstrap, topics, count):
+    last, bad, n = {}, [], 0
+    for m in read_all(bootstrap, topics):
+        number, key = int(record_id(m)[2:]), m.key()
+        n += 1
+        if last.get(key, -1) >= number:
+            bad.append((key, last[key], number))
+        last[key] = number
+    good = not bad and n == int(count)
+    print(f"# {n} replies, {len(last)} keys; out of order {bad[:5]}")
+    print("ok" if good else "not ok", "- replies of a key come in the order of its prompts")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))
