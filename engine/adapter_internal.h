@@ -58,6 +58,10 @@ int adapter_regex_group_int(const adapter_regex *r, const char *group);
  * chunk fits a cell. */
 int adapter_chunk_width(int rank, int64_t n, size_t elem_bytes, int64_t cell_bytes);
 
+/* The image's sizes and ranks alone; out->cells stays NULL. Tensors are not looked at. */
+lm_status adapter_pack_size(const struct adapter_plan *plan, const struct model_config *cfg,
+                            enum kn_dtype dtype, int64_t cell_bytes, struct adapter_image *out,
+                            struct lm_err *err);
 /* Lays the plan's matrices out and writes the image; out->digest is the caller's. */
 lm_status adapter_pack(const struct adapter_plan *plan, const struct model_config *cfg,
                        enum kn_dtype dtype, int64_t cell_bytes, const struct adapter_alloc *alloc,

@@ -83,6 +83,11 @@ static lm_status place(struct cursor *at, int rank, int64_t n, size_t elem_bytes
     return LM_OK;
 }
 
+static const char *slot_name(const struct st_tensor *t)
+{
+    return t ? t->name : "a matrix";
+}
+
 static lm_status lay_out(const struct adapter_plan *plan, const struct model_config *cfg,
                          size_t elem_bytes, struct cursor *at, struct kn_lora_row *rows,
                          struct lm_err *err)
@@ -104,9 +109,9 @@ static lm_status lay_out(const struct adapter_plan *plan, const struct model_con
             adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
             e->rank = slot->rank;
             e->scale = slot->scale;
-            lm_status s = place(at, slot->rank, in, elem_bytes, slot->a->name, &e->a, err);
+            lm_status s = place(at, slot->rank, in, elem_bytes, slot_name(slot->a), &e->a, err);
             if (!s)
-                s = place(at, slot->rank, out, elem_bytes, slot->b->name, &e->b, err);
+                s = place(at, slot->rank, out, elem_bytes, slot_name(slot->b), &e->b, err);
             if (s)
                 return s;
         }
@@ -289,10 +294,41 @@ static lm_status fill(const struct adapter_plan *plan, const struct model_config
                 continue;
             adapter_module_shape(cfg, (enum kn_module)m, &in, &out);
             s = fill_slot(f, slot, in, out, &rows[l].module[m], img);
-            img->module_rank[m] = LM_MAX(img->module_rank[m], slot->rank);
-            img->rank_max = LM_MAX(img->rank_max, slot->rank);
         }
     }
+    return s;
+}
+
+/* All of an image but its cells and digest. */
+static void set_sizes(const struct adapter_plan *plan, const struct cursor *end,
+                      struct adapter_image *img)
+{
+    img->cells = NULL;
+    img->n_cells = (int)end->cell + 1;
+    img->cell_bytes = end->cell_bytes;
+    img->rank_max = 0;
+    memset(img->module_rank, 0, sizeof img->module_rank);
+    for (int l = 0; l < plan->n_layers; l++) {
+        for (int m = 0; m < KN_MODULES; m++) {
+            int rank = plan->slots[l][m].rank;
+            img->module_rank[m] = LM_MAX(img->module_rank[m], rank);
+            img->rank_max = LM_MAX(img->rank_max, rank);
+        }
+    }
+}
+
+lm_status adapter_pack_size(const struct adapter_plan *plan, const struct model_config *cfg,
+                            enum kn_dtype dtype, int64_t cell_bytes, struct adapter_image *out,
+                            struct lm_err *err)
+{
+    struct cursor at = { .cell_bytes = cell_bytes };
+    struct kn_lora_row *rows = lm_calloc((size_t)plan->n_layers, sizeof *rows);
+    if (!rows)
+        return lm_err_set(err, LM_NOMEM, "no memory for the adapter's directory");
+    lm_status s = lay_out(plan, cfg, kn_dtype_size(dtype), &at, rows, err);
+    if (!s)
+        set_sizes(plan, &at, out);
+    free(rows);
     return s;
 }
 
@@ -317,10 +353,7 @@ lm_status adapter_pack(const struct adapter_plan *plan, const struct model_confi
     size_t bytes, tile = (size_t)cell_bytes / kn_dtype_size(dtype);     /* a chunk fits a cell */
     f.tile = lm_calloc(tile + ADAPTER_MAX_RANK, sizeof *f.tile);
     f.row = f.tile ? f.tile + tile : NULL;
-    out->n_cells = (int)at.cell + 1;
-    out->cell_bytes = cell_bytes;
-    out->rank_max = 0;
-    memset(out->module_rank, 0, sizeof out->module_rank);
+    set_sizes(plan, &at, out);
     if (!f.tile || __builtin_mul_overflow((size_t)out->n_cells, (size_t)cell_bytes, &bytes) ||
         !(out->cells = image_alloc(alloc, bytes))) {
         s = lm_err_set(err, LM_NOMEM, "no memory for an adapter of %d cells of %lld bytes",

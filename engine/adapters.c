@@ -26,6 +26,8 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "engine/dummy.h"
+
 struct adapters {
     struct adapters_config cfg;
     pthread_mutex_t mu;
@@ -226,8 +228,8 @@ static lm_status check_pool_fit(const adapters *a, struct engine_adapter *ad, st
     return ad->res.blocks ? LM_OK : lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", ad->id);
 }
 
-static lm_status version_read(adapters *a, const char *id, const char *dir,
-                              struct engine_adapter **out, struct lm_err *err)
+static lm_status version_new(adapters *a, const char *id, struct engine_adapter **out,
+                             struct lm_err *err)
 {
     struct engine_adapter *ad = lm_calloc(1, sizeof *ad);
     if (!ad || !(ad->id = lm_strdup(id))) {
@@ -235,7 +237,17 @@ static lm_status version_read(adapters *a, const char *id, const char *dir,
         return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", id);
     }
     ad->home = a;
-    lm_status st;
+    *out = ad;
+    return LM_OK;
+}
+
+static lm_status version_read(adapters *a, const char *id, const char *dir,
+                              struct engine_adapter **out, struct lm_err *err)
+{
+    struct engine_adapter *ad = NULL;
+    lm_status st = version_new(a, id, &ad, err);
+    if (st != LM_OK)
+        return st;
     if (a->cfg.model) {
         struct adapter_alloc alloc = image_alloc(a);
         st = adapter_parse(dir, a->cfg.model, a->cfg.lora_dtype, a->cfg.cell_bytes,
@@ -252,6 +264,28 @@ static lm_status version_read(adapters *a, const char *id, const char *dir,
     return st;
 }
 
+/* Makes a version public, or takes the one of the same content that came first. */
+static lm_status publish(adapters *a, struct engine_adapter *ad, engine_adapter **out,
+                         struct lm_err *err)
+{
+    if ((*out = find_digest(a, ad->id, ad->image.digest))) {
+        version_free(ad);
+        return LM_OK;
+    }
+    pthread_mutex_lock(&a->mu);
+    lm_status st = make_room(a, version_bytes(ad), ad->id, err);
+    if (st == LM_OK) {
+        insert(a, ad);
+        *out = ref_locked(ad);
+    }
+    pthread_mutex_unlock(&a->mu);
+    if (st != LM_OK)
+        version_free(ad);
+    if (atomic_load_explicit(&a->has_condemned, memory_order_acquire) && a->cfg.rouse)
+        a->cfg.rouse(a->cfg.rouse_ctx);
+    return st;
+}
+
 lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_adapter **out,
                         struct lm_err *err)
 {
@@ -263,24 +297,31 @@ lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_ada
         return LM_OK;
     struct engine_adapter *ad = NULL;
     st = version_read(a, id, dir, &ad, err);
+    return st == LM_OK ? publish(a, ad, out, err) : st;
+}
+
+lm_status adapters_dummy(adapters *a, const char *id, int rank, unsigned modules,
+                         engine_adapter **out, struct lm_err *err)
+{
+    struct engine_adapter *ad = NULL;
+    struct adapter_alloc alloc = image_alloc(a);
+    char digest[ENGINE_DIGEST_CHARS];
+    dummy_digest(id, rank, modules, digest);
+    if ((*out = find_digest(a, id, digest)))
+        return LM_OK;
+    lm_status st = version_new(a, id, &ad, err);
     if (st != LM_OK)
         return st;
-    if ((*out = find_digest(a, id, ad->image.digest))) {
+    st = dummy_image(a->cfg.model, rank, modules, a->cfg.lora_dtype, a->cfg.cell_bytes,
+                     a->cfg.no_payload ? NULL : &alloc, &ad->image, err);
+    memcpy(ad->image.digest, digest, sizeof digest);
+    if (st == LM_OK)
+        st = check_pool_fit(a, ad, err);
+    if (st != LM_OK) {
         version_free(ad);
-        return LM_OK;
+        return lm_err_prefix(err, "stand-in '%s'", id);
     }
-    pthread_mutex_lock(&a->mu);
-    st = make_room(a, version_bytes(ad), id, err);
-    if (st == LM_OK) {
-        insert(a, ad);
-        *out = ref_locked(ad);
-    }
-    pthread_mutex_unlock(&a->mu);
-    if (st != LM_OK)
-        version_free(ad);
-    if (atomic_load_explicit(&a->has_condemned, memory_order_acquire) && a->cfg.rouse)
-        a->cfg.rouse(a->cfg.rouse_ctx);
-    return st;
+    return publish(a, ad, out, err);
 }
 
 engine_adapter *adapters_find(adapters *a, const char *id)

@@ -65,6 +65,7 @@ struct adapters_config {
     int64_t cell_bytes;
     int n_layers;
     int pool_blocks;            /* larger adapters are refused */
+    bool no_payload;            /* stand-ins get no cells: the device is simulated */
     size_t host_budget, max_file_bytes;
     void (*rouse)(void *ctx);   /* something was condemned */
     void *rouse_ctx;
@@ -76,6 +77,9 @@ void adapters_free(adapters *a);
 
 lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_adapter **out,
                         struct lm_err *err);
+/* See engine_adapter_dummy(). */
+lm_status adapters_dummy(adapters *a, const char *id, int rank, unsigned modules,
+                         engine_adapter **out, struct lm_err *err);
 engine_adapter *adapters_find(adapters *a, const char *id);
 
 /* Engine thread: frees what was condemned; `drop` gives back a version's blocks first. */

@@ -95,8 +95,10 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
 static lm_status open_all(struct core *c, struct lm_err *err)
 {
     const struct core_params *p = &c->p;
-    lm_status st = weights_load(p->model_dir, p->model, p->dev, (struct shard){ 0, 1 },
-                                &c->weights, err);
+    const struct shard whole = { 0, 1 };
+    lm_status st = p->model_dir
+                       ? weights_load(p->model_dir, p->model, p->dev, whole, &c->weights, err)
+                       : weights_fill(p->model, p->dev, whole, &c->weights, err);
     if (st == LM_OK)
         st = open_steps(c, err);
     if (st == LM_OK)

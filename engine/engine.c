@@ -69,8 +69,14 @@ static int or_default(int given, int fallback)
 
 static lm_status check_config(struct engine_config *c, struct lm_err *err)
 {
-    if (!c->echo && !c->model_dir)
+    if (!c->echo && !c->model_dir && !c->shape)
         return lm_err_set(err, LM_INVALID, "model_dir is missing");
+    if (c->model_dir && c->shape)
+        return lm_err_set(err, LM_INVALID, "model_dir and shape are both given; a shape stands in "
+                                           "for a model");
+    if (c->sim && c->backend && strcmp(c->backend, "sim") != 0)
+        return lm_err_set(err, LM_INVALID, "a device description is for backend 'sim', not '%s'",
+                          c->backend);
     c->block_tokens = or_default(c->block_tokens, DEFAULT_BLOCK_TOKENS);
     c->max_seqs = or_default(c->max_seqs, DEFAULT_MAX_SEQS);
     c->max_waiting = or_default(c->max_waiting, DEFAULT_MAX_WAITING);
@@ -116,18 +122,23 @@ static char *folder_name(const char *path)
 
 static lm_status set_model_name(engine *e, struct lm_err *err)
 {
-    const char *name = e->cfg.model_name, *dir = e->cfg.model_dir;
+    const char *name = e->cfg.model_name;
+    const char *dir = e->cfg.model_dir ? e->cfg.model_dir : e->cfg.shape;
     e->model_name = name ? lm_strdup(name) : dir ? folder_name(dir) : lm_strdup("echo");
+    size_t n = e->model_name && !name && e->cfg.shape ? strlen(e->model_name) : 0;
+    if (n > 5 && !strcmp(e->model_name + n - 5, ".json"))
+        e->model_name[n - 5] = '\0';
     return e->model_name ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for the model's name");
 }
 
 static lm_status load_texts(engine *e, struct lm_err *err)
 {
     const char *dir = e->cfg.model_dir;
-    lm_status st = model_config_load(dir, &e->model, err);
-    if (st == LM_OK)
+    lm_status st = dir ? model_config_load(dir, &e->model, err)
+                       : model_config_load_file(e->cfg.shape, &e->model, err);
+    if (st == LM_OK && dir)
         st = tokenizer_load(dir, &e->tok, err);
-    if (st == LM_OK)
+    if (st == LM_OK && dir)
         st = chat_template_load(dir, &e->chat, err);
     if (st != LM_OK)
         return st;
@@ -143,8 +154,9 @@ static lm_status load_texts(engine *e, struct lm_err *err)
 
 static lm_status open_device(engine *e, struct lm_err *err)
 {
-    struct kn_open_params p = { .index = e->cfg.device_index, .threads = e->cfg.threads };
-    lm_status st = kn_open(e->cfg.backend, &p, &e->dev, err);
+    struct kn_open_params p = { .index = e->cfg.device_index, .threads = e->cfg.threads,
+                                .sim = e->cfg.sim };
+    lm_status st = kn_open(e->cfg.sim ? "sim" : e->cfg.backend, &p, &e->dev, err);
     if (st != LM_OK)
         return st;
     kn_props(e->dev, &e->props);
@@ -187,6 +199,7 @@ static lm_status open_registry(engine *e, struct lm_err *err)
         c.cell_bytes = core_block_bytes(e->core);
         c.n_layers = e->model.n_layers;
         c.pool_blocks = core_pool_blocks(e->core);
+        c.no_payload = e->props.virtual_time;
     }
     return adapters_new(&c, &e->adapters, err);
 }
@@ -283,7 +296,7 @@ void engine_info(const engine *e, struct engine_info *out)
     }
     out->architecture = e->model.architecture;
     out->device = e->props.name;
-    out->chat_family = chat_template_family(e->chat);
+    out->chat_family = e->chat ? chat_template_family(e->chat) : NULL;
     out->vocab_size = e->model.vocab;
     out->max_model_len = e->cfg.max_model_len;
     out->n_layers = e->model.n_layers;
@@ -351,6 +364,15 @@ lm_status engine_adapter_load(engine *e, const char *id, const char *dir, engine
     return st == LM_OK ? adapters_load(e->adapters, id, dir, out, err) : st;
 }
 
+lm_status engine_adapter_dummy(engine *e, const char *id, int rank, unsigned modules,
+                               engine_adapter **out, struct lm_err *err)
+{
+    lm_status st = engine_adapter_id_check(id, strlen(id), err);
+    if (st == LM_OK && e->cfg.echo)
+        st = lm_err_set(err, LM_UNSUPPORTED, "an echo engine has no model to adapt");
+    return st == LM_OK ? adapters_dummy(e->adapters, id, rank, modules, out, err) : st;
+}
+
 engine_adapter *engine_adapter_find(engine *e, const char *id)
 {
     return adapters_find(e->adapters, id);
@@ -381,6 +403,17 @@ static lm_status check_room(const engine *e, const struct request *r, struct lm_
     return LM_OK;
 }
 
+/* An engine of a mere shape has no tokenizer. */
+static lm_status check_no_text(const struct engine_request *in, struct lm_err *err)
+{
+    if (!in->token_ids)
+        return lm_err_set(err, LM_UNSUPPORTED, "this engine has no tokenizer; give token ids");
+    if (in->params.n_stop > 0 || in->params.echo)
+        return lm_err_set(err, LM_UNSUPPORTED, "this engine has no tokenizer; %s needs one",
+                          in->params.echo ? "echo" : "stop");
+    return LM_OK;
+}
+
 static lm_status make_request(engine *e, const struct engine_request *in, struct request **out,
                               struct lm_err *err)
 {
@@ -388,8 +421,11 @@ static lm_status make_request(engine *e, const struct engine_request *in, struct
     struct token_ids ids = { 0 };
     char *text = NULL;
     size_t len = 0;
-    struct request_limits lim = { e->cfg.max_model_len, e->cfg.block_tokens, engine_now_us(e) };
+    struct request_limits lim = { e->cfg.echo ? 0 : e->cfg.max_model_len, e->cfg.block_tokens,
+                                  engine_now_us(e) };
     lm_status st = prompt_check(in, err);
+    if (st == LM_OK && !e->cfg.echo && !e->tok)
+        st = check_no_text(in, err);
     if (st == LM_OK)
         st = params_resolve(&in->params, e->cfg.echo ? NULL : &e->model, &p, err);
     if (st != LM_OK)

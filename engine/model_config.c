@@ -378,6 +378,21 @@ lm_status model_config_load(const char *dir, struct model_config *out, struct lm
     return s;
 }
 
+lm_status model_config_load_file(const char *path, struct model_config *out, struct lm_err *err)
+{
+    char *text = NULL;
+    size_t n = 0;
+    memset(out, 0, sizeof *out);
+    lm_status s = ju_read_file(path, MAX_CONFIG_BYTES, &text, &n, err);
+    if (!s) {
+        s = model_config_parse(text, n, NULL, 0, out, err);
+        if (s)
+            lm_err_prefix(err, "%s", path);
+    }
+    free(text);
+    return s;
+}
+
 void model_config_release(struct model_config *c)
 {
     free(c->window);

@@ -46,6 +46,8 @@ struct model_config {
  * field: LM_NOT_FOUND, LM_FORMAT, LM_INVALID (a value out of range), LM_UNSUPPORTED (a field or
  * value that we don't implement), LM_NOMEM. On failure *out is released. */
 lm_status model_config_load(const char *dir, struct model_config *out, struct lm_err *err);
+/* One file that is a config.json, whatever its name; nothing else of the model. */
+lm_status model_config_load_file(const char *path, struct model_config *out, struct lm_err *err);
 /* The same over text; `generation` may be NULL. */
 lm_status model_config_parse(const char *config, size_t config_n, const char *generation,
                              size_t generation_n, struct model_config *out, struct lm_err *err);

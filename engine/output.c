@@ -102,6 +102,8 @@ static bool take_text(struct seq *s, size_t total)
 static lm_status push_text(struct seq *s, int32_t id, bool *stopped)
 {
     size_t total;
+    if (!s->dec)                /* no tokenizer: ids are all there is */
+        return LM_OK;
     lm_status st = detok_push(s->dec, id, &s->text, &total, NULL);
     if (st == LM_OK)
         *stopped = take_text(s, total);
@@ -111,6 +113,8 @@ static lm_status push_text(struct seq *s, int32_t id, bool *stopped)
 static lm_status finish_text(struct seq *s, bool *stopped)
 {
     size_t total;
+    if (!s->dec)
+        return LM_OK;
     lm_status st = detok_finish(s->dec, &s->text, &total, NULL);
     if (st == LM_OK)
         *stopped = take_text(s, total);

@@ -75,7 +75,7 @@ static lm_status prime_decoder(struct seq *s)
 
 lm_status seq_open(struct seq *s)
 {
-    if (s->dec)
+    if (s->tokens && s->blocks && (s->dec || !s->req->tok))
         return LM_OK;
     if (!s->tokens)
         s->tokens = lm_reallocarray(NULL, (size_t)s->cap_tokens, sizeof *s->tokens);
@@ -84,7 +84,7 @@ lm_status seq_open(struct seq *s)
     if (!s->tokens || !s->blocks)
         return LM_NOMEM;
     memcpy(s->tokens, s->req->prompt.id, (size_t)s->n_prompt * sizeof *s->tokens);
-    return prime_decoder(s);
+    return s->req->tok ? prime_decoder(s) : LM_OK;
 }
 
 static void seq_init(struct seq *s, struct request *r, int index, const struct request_limits *lim)
@@ -154,7 +154,7 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     for (int i = 0; i < params->n; i++)
         seq_init(&r->seqs[i], r, i, lim);
     r->tok = tok;
-    return tok ? seq_open(&r->seqs[0]) : LM_OK;
+    return lim->max_model_len > 0 ? seq_open(&r->seqs[0]) : LM_OK;
 }
 
 lm_status request_new(const struct engine_request *in, const struct engine_params *params,

@@ -101,7 +101,7 @@ struct request {
     int64_t deadline_ms;
     uint64_t order;             /* arrival */
 
-    const tokenizer *tok;       /* NULL in echo mode */
+    const tokenizer *tok;       /* NULL: no text (an echo, or a model of which only the shape is) */
     struct seq *seqs;           /* [params.n] */
     int n_seqs, n_live;
     bool ended;                 /* cancelled, expired or failed: its sequences are on the way out */
@@ -119,12 +119,13 @@ struct request {
 
 /* What request_new() needs to know of the engine. */
 struct request_limits {
-    int max_model_len, block_tokens;
+    int max_model_len;          /* 0: an echo, nothing is computed */
+    int block_tokens;
     int64_t now_us;             /* on the engine's clock */
 };
 
 /* Takes over `prompt` (cleared) and the fields of `r` by copy; a reference on r->adapter is taken.
- * `tok` may be NULL (echo mode): no decoder. Parameters must have been checked. */
+ * `tok` may be NULL: no decoder, no text. Parameters must have been checked. */
 lm_status request_new(const struct engine_request *r, const struct engine_params *params,
                       struct token_ids *prompt, const tokenizer *tok,
                       const struct request_limits *lim, struct request **out, struct lm_err *err);

@@ -47,8 +47,8 @@ static void piece(struct builder *b, int32_t id, char **text, size_t *len)
 {
     struct lm_err err;
     size_t n = 0;
-    lm_status st = tokenizer_piece(b->tok, id, text, &n, &err);
-    if (st != LM_OK) {          /* an id that the vocabulary leaves out: no text */
+    lm_status st = b->tok ? tokenizer_piece(b->tok, id, text, &n, &err) : LM_UNSUPPORTED;
+    if (st != LM_OK) {          /* no tokenizer, or an id that the vocabulary leaves out: no text */
         *text = lm_strdup("");
         n = 0;
     }

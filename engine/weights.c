@@ -4,6 +4,9 @@
  * have must be demanded: a checkpoint that differs from its config in either direction would run
  * and give plausible nonsense, so it is refused by the tensor's name.
  *
+ * Without files (`st` NULL, weights_fill()) the same walk makes every tensor up, so that what is
+ * measured has exactly the shapes of what is served.
+ *
  * Two exceptions, both harmless: rotary_emb.inv_freq buffers, which old checkpoints carry and the
  * config determines; and lm_head.weight beside tied embeddings, which some exporters write twice.
  */
@@ -16,10 +19,15 @@
 
 #include "engine/safetensors.h"
 
+/* Of made-up values: activations neither die out nor overflow over a hundred layers. */
+#define FILL_SCALE 0.02f
+
 struct loader {
     const struct model_config *cfg;
     struct shard shard;
-    safetensors *st;
+    safetensors *st;            /* NULL: tensors are made up */
+    struct st_tensor stand_in;  /* what want() answers then */
+    uint64_t seed;
     struct weights *w;
     kn_stream *stream;
     float *staging;             /* pinned, staging_n floats */
@@ -52,6 +60,14 @@ static lm_status check_shape(const struct loader *l, const struct st_tensor *t, 
                       t->name, got, rows);
 }
 
+static lm_status stand_in(struct loader *l, int rows, int cols, const struct st_tensor **out)
+{
+    l->stand_in = (struct st_tensor){ .name = "made up", .dtype = l->cfg->dtype, .is_float = true };
+    l->w->bytes += (size_t)rows * (size_t)LM_MAX(cols, 1) * kn_dtype_size(l->cfg->dtype);
+    *out = &l->stand_in;
+    return LM_OK;
+}
+
 /* `layer` < 0: a tensor outside the layers. cols 0: a vector. */
 static lm_status want(struct loader *l, int layer, const char *suffix, int rows, int cols,
                       const struct st_tensor **out)
@@ -61,6 +77,8 @@ static lm_status want(struct loader *l, int layer, const char *suffix, int rows,
         snprintf(name, sizeof name, "model.layers.%d.%s", layer, suffix);
     else
         snprintf(name, sizeof name, "%s", suffix);
+    if (!l->st)
+        return stand_in(l, rows, cols, out);
     const struct st_tensor *t = safetensors_find(l->st, name);
     if (!t)
         return lm_err_set(l->err, LM_MISMATCH, "tensor '%s' is missing; a %s of %d layers has it",
@@ -145,7 +163,7 @@ static lm_status upload_floats(struct loader *l, const struct st_tensor *t, int 
                                float *dst, int at)
 {
     for (int i = 0; i < n; i++) {
-        l->staging[i] = load_float(t, first + i);
+        l->staging[i] = l->st ? load_float(t, first + i) : 1;   /* a norm's weight, for instance */
         if (!isfinite(l->staging[i]))
             return lm_err_set(l->err, LM_INVALID, "tensor '%s': element %d is not finite", t->name,
                               first + i);
@@ -197,6 +215,8 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
         dtype = i == 0 || t[i]->dtype == dtype ? t[i]->dtype : KN_F32;
     }
     lm_status st = kn_mat_new(l->w->dev, dtype, rows, cols, out, l->err);
+    if (st == LM_OK && !l->st)
+        return kn_mat_fill(*out, ++l->seed, FILL_SCALE, l->err);
     int row0 = 0;
     for (int i = 0; st == LM_OK && i < n_parts; i++) {
         int n = part[i].split_cols ? part[i].rows : part[i].rows / world;
@@ -325,16 +345,17 @@ static lm_status load_all(struct loader *l)
     st = load_ends(l);
     for (int i = 0; st == LM_OK && i < c->n_layers; i++)
         st = load_layer(l, i, &l->w->layer[i]);
-    return st == LM_OK ? check_extra(l) : st;
+    return st == LM_OK && l->st ? check_extra(l) : st;
 }
 
-lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
-                       struct shard shard, struct weights *out, struct lm_err *err)
+/* `dir` NULL: without files. */
+static lm_status make(const char *dir, const struct model_config *cfg, kn_device *dev,
+                      struct shard shard, struct weights *out, struct lm_err *err)
 {
     *out = (struct weights){ .dev = dev };
     struct loader l = { .cfg = cfg, .shard = shard, .w = out, .err = err };
     lm_status st = check_shard(cfg, shard, err);
-    if (st == LM_OK)
+    if (st == LM_OK && dir)
         st = safetensors_open_model(dir, &l.st, err);
     if (st == LM_OK)
         st = load_all(&l);
@@ -347,6 +368,18 @@ lm_status weights_load(const char *dir, const struct model_config *cfg, kn_devic
     if (st != LM_OK)
         weights_release(out);
     return st;
+}
+
+lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
+                       struct shard shard, struct weights *out, struct lm_err *err)
+{
+    return make(dir, cfg, dev, shard, out, err);
+}
+
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+                       struct weights *out, struct lm_err *err)
+{
+    return make(NULL, cfg, dev, shard, out, err);
 }
 
 static void layer_release(kn_device *dev, struct layer_weights *w)

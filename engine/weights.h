@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * weights.h - base weights on the device, from safetensors.
+ * weights.h - base weights on the device, from safetensors, or made up.
  *
  * q, k and v become one matrix, gate and up another, so that a layer is four GEMMs. Matrices keep
  * the stored dtype as far as the backend wishes; norms and biases are float32 vectors.
@@ -42,6 +42,9 @@ struct weights {
  * dtype, or not part of the architecture. On failure nothing is left behind. */
 lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
                        struct shard shard, struct weights *out, struct lm_err *err);
+/* The same shapes with random values (none at all on a simulated device): for measuring. */
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+                       struct weights *out, struct lm_err *err);
 void weights_release(struct weights *w);
 
 #endif
