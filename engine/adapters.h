@@ -22,6 +22,7 @@
 
 #include "engine/adapter.h"
 #include "engine/evict.h"
+#include "engine/tree.h"
 
 typedef struct adapters adapters;
 
@@ -35,6 +36,7 @@ struct residency {
     kn_event *ready;            /* the upload has passed */
     struct engine_adapter *prev, *next; /* idle (least recently used first) or loading list */
     int uses;                   /* sequences it was admitted for; halved when it leaves */
+    struct tree lane;           /* sequences that wait for it (queue.h) */
     uint64_t seen_step;         /* the step that last grouped tokens by adapter, */
     int group;                  /* and this adapter's place in it */
 };

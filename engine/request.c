@@ -14,6 +14,7 @@
 #include <xxhash.h>
 
 #include "engine/mailbox.h"
+#include "engine/tenants.h"
 
 /* vLLM and others decode the output behind the prompt's last tokens, so that a leading space or a
  * half character continues rightly; five reach over any multi-token character. */
@@ -134,13 +135,14 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     r->priority = in->priority;
     r->stream = in->stream;
     r->deadline_ms = in->deadline_ms;
+    r->first_token_by_ms = in->first_token_by_ms;
     r->submit_us = lim->now_us;
     r->adapter = in->adapter ? engine_adapter_ref(in->adapter) : NULL;
     r->id = lm_strdup(in->id);
-    r->tenant = in->tenant ? lm_strdup(in->tenant) : NULL;
+    r->spare_account = in->tenant ? tenant_new(in->tenant) : NULL;
     r->finish = lm_calloc(1, sizeof *r->finish);
     r->result = lm_calloc(1, sizeof *r->result);
-    if (!r->id || (in->tenant && !r->tenant) || !r->finish || !r->result)
+    if (!r->id || (in->tenant && !r->spare_account) || !r->finish || !r->result)
         return LM_NOMEM;
     lm_status st = copy_params(r, params);
     if (st != LM_OK)
@@ -201,7 +203,7 @@ void request_free(struct request *r)
     engine_adapter_unref(r->adapter);
     free(r->finish);
     engine_result_free(r->result);
-    free(r->tenant);
+    tenant_free(r->spare_account);
     free(r->id);
     free(r);
 }

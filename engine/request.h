@@ -39,6 +39,7 @@
 
 #include "engine/engine.h"
 #include "engine/tokenizer.h"
+#include "engine/tree.h"
 
 enum seq_state { SEQ_WAITING, SEQ_RUNNING, SEQ_DONE };
 
@@ -52,6 +53,17 @@ struct score_list {
 };
 
 struct event_node;
+struct tenant;
+
+/* A sequence's places in the queue, while it waits (queue.h). */
+struct seq_queued {
+    struct tree_node turn, lane, age, deadline, due;
+    int64_t since_us;           /* moved back by what it had waited before */
+    int64_t waited_us;          /* in all, until it last left the queue */
+    int64_t deadline_ms;        /* the one that binds, 0: none */
+    int overtaken;              /* times that a later one was admitted before it */
+    bool charged;               /* its prompt is in its tenant's counter */
+};
 
 struct seq {
     struct request *req;
@@ -75,6 +87,7 @@ struct seq {
 
     uint64_t seed;
     int bypassed;               /* times that a later sequence was admitted before this one */
+    struct seq_queued queued;
 
     detok *dec;                 /* of the output; primed with the prompt's end */
     const char *text;           /* the decoder's final text, primer included; until its next push */
@@ -89,7 +102,6 @@ struct request {
     struct request *next;       /* in the mailbox's inbox */
     engine_handle handle;
     char *id;
-    char *tenant;
     void *user;
     struct engine_adapter *adapter;     /* our reference, or NULL */
     struct engine_params params;        /* stop strings and ids are our copies */
@@ -98,7 +110,9 @@ struct request {
     size_t prompt_text_len;
     int priority;
     bool stream;
-    int64_t deadline_ms;
+    int64_t deadline_ms, first_token_by_ms;
+    struct tenant *account;     /* from queue_join() to queue_leave() */
+    struct tenant *spare_account;       /* ours, for the first of its name; NULL: nameless */
     uint64_t order;             /* arrival */
 
     const tokenizer *tok;       /* NULL: no text (an echo, or a model of which only the shape is) */

@@ -27,15 +27,6 @@
 
 /* ---- lists in rank order --------------------------------------------------------------- */
 
-bool seq_before(const struct seq *a, const struct seq *b)
-{
-    if (a->req->priority != b->req->priority)
-        return a->req->priority > b->req->priority;
-    if (a->req->order != b->req->order)
-        return a->req->order < b->req->order;
-    return a->index < b->index;
-}
-
 lm_status seq_list_reserve(struct seq_list *l, int n)
 {
     if (n <= l->cap)

@@ -14,7 +14,7 @@
 
 #include "engine/adapters.h"
 #include "engine/prefix.h"
-#include "engine/request.h"
+#include "engine/queue.h"
 
 /* A waiting sequence that was overtaken this often is overtaken no more: until it is admitted,
  * nobody behind it is. A thousand short requests may slip by a long one; a starving one waits for
@@ -33,8 +33,6 @@ struct seq_list {               /* in rank order */
     int n, cap;
 };
 
-/* True when a goes before b. */
-bool seq_before(const struct seq *a, const struct seq *b);
 lm_status seq_list_reserve(struct seq_list *l, int n);
 /* Room must be reserved. The `n` sequences are neighbours in rank, as one request's choices are. */
 void seq_list_insert(struct seq_list *l, struct seq *s, int n);
