@@ -53,7 +53,7 @@ static lm_status grow(struct core *c, struct seq *s, int n_tokens, struct lm_err
     int need = blocks_for(n_tokens, c->p.block_tokens) - s->n_blocks;
     if (need <= 0)
         return LM_OK;
-    lm_status st = evict_until(&c->prefix, &c->tier, need);
+    lm_status st = evict_for(&c->prefix, &c->tier, EVICT_PREFIX, need);
     if (st == LM_OK)
         st = pool_take(&c->pool, POOL_KV, need, s->blocks + s->n_blocks);
     if (st != LM_OK)
@@ -66,7 +66,7 @@ static lm_status grow(struct core *c, struct seq *s, int n_tokens, struct lm_err
 static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct lm_err *err)
 {
     lm_status st = LM_OK;
-    if (evict_until(&c->prefix, &c->tier, a->n_blocks) != LM_OK)
+    if (evict_for(&c->prefix, &c->tier, EVICT_ADAPTER, a->n_blocks) != LM_OK)
         st = lm_err_set(err, LM_INTERNAL, "adapter '%s' was planned into %d blocks; %d are free",
                         a->id, a->n_blocks, c->pool.n_free);
     if (st == LM_OK)

@@ -3,8 +3,10 @@
  * core.c - opens and closes what the engine thread owns, and sizes the pool.
  *
  * Order matters: weights first, then every buffer of the step path, and only then the pool, which
- * takes what is left. On a GPU that is all of it but a reserve; on a CPU memory belongs to others
- * too, so a quarter of what is free, at most 2 GiB, unless pool_bytes says otherwise.
+ * takes what the device says is left. On a GPU that is all of it but a reserve for what comes later
+ * without asking us: kernels are loaded when first launched, libraries take workspaces, and an
+ * allocator rounds up. On a CPU memory belongs to others too, so a quarter of what is free, at most
+ * 2 GiB. pool_bytes says otherwise.
  */
 #include "engine/core_int.h"
 
@@ -13,7 +15,8 @@
 
 #define CPU_POOL_SHARE 4                        /* a quarter */
 #define CPU_POOL_MAX ((size_t)2 << 30)
-#define DEVICE_RESERVE_SHARE 20                 /* 5 %: fragmentation, library workspaces */
+#define RESERVE_SHARE 50                        /* 2 % of the device, */
+#define RESERVE_BYTES ((size_t)256 << 20)       /* and this */
 #define MAX_RANKED_SEQS 1024
 #define MAX_POOL_BLOCKS ((size_t)1 << 26)
 
@@ -24,13 +27,27 @@ void core_force_pipeline(bool on)
     atomic_store(&forced_depth, on);
 }
 
-static size_t choose_pool_bytes(const struct core *c, const struct kn_props *props)
+/* Bytes for the pool; with them goes how much of what is free is left alone. */
+static size_t choose_pool_bytes(const struct core_params *p, const struct kn_props *props)
 {
-    if (c->p.pool_bytes)
-        return c->p.pool_bytes;
+    if (p->pool_bytes)
+        return p->pool_bytes;
     if (!strcmp(props->backend, "cpu"))
         return LM_MIN(props->mem_free / CPU_POOL_SHARE, CPU_POOL_MAX);
-    return props->mem_free - props->mem_total / DEVICE_RESERVE_SHARE;
+    size_t reserve = props->mem_total / RESERVE_SHARE + RESERVE_BYTES;
+    return props->mem_free > reserve ? props->mem_free - reserve : 0;
+}
+
+static void log_pool(const struct core *c, const struct kn_props *props)
+{
+    size_t bytes = (size_t)c->memory.num_blocks * (size_t)c->memory.block_bytes *
+                   (size_t)c->memory.n_layers;
+    lm_log(LM_INFO, "engine",
+           "pool: %d blocks of %d tokens, %zu MiB (%s); %zu MiB were free on %s after weights of "
+           "%zu MiB and buffers, and %zu MiB are left in reserve",
+           c->memory.num_blocks, c->p.block_tokens, bytes >> 20,
+           c->p.pool_bytes ? "as configured" : "all that is left", props->mem_free >> 20,
+           props->name, c->weights.bytes >> 20, c->reserve >> 20);
 }
 
 static lm_status open_pool(struct core *c, struct lm_err *err)
@@ -39,21 +56,21 @@ static lm_status open_pool(struct core *c, struct lm_err *err)
     struct kn_props props;
     kn_props(c->p.dev, &props);
     size_t block = kn_kv_block_bytes(c->p.dev, c->p.block_tokens, m->kv_heads, m->head_dim);
-    size_t bytes = choose_pool_bytes(c, &props), per_id = block * (size_t)m->n_layers;
+    size_t bytes = choose_pool_bytes(&c->p, &props), per_id = block * (size_t)m->n_layers;
     size_t n = LM_MIN(bytes / per_id, MAX_POOL_BLOCKS);
     if (n < 1)
         return lm_err_set(err, LM_TOO_LARGE,
                           "a pool of %zu bytes holds no block: one of %d tokens takes %zu bytes in "
-                          "each of %d layers", bytes, c->p.block_tokens, block, m->n_layers);
+                          "each of %d layers; of %zu bytes on %s, %zu are free after weights and "
+                          "buffers", bytes, c->p.block_tokens, block, m->n_layers,
+                          props.mem_total, props.name, props.mem_free);
     lm_status st = kn_alloc(c->p.dev, n * per_id, &c->pool_memory, err);
     if (st != LM_OK)
         return lm_err_prefix(err, "pool of %zu bytes (set a smaller pool size)", n * per_id);
     c->memory = (struct kn_pool){ .base = c->pool_memory, .num_blocks = (int32_t)n,
                                   .n_layers = m->n_layers, .block_bytes = (int64_t)block };
-    lm_log(LM_INFO, "engine",
-           "pool: %zu blocks of %d tokens, %zu MiB (%s; %zu MiB were free on %s)", n,
-           c->p.block_tokens, n * per_id >> 20, c->p.pool_bytes ? "as configured" : "chosen",
-           props.mem_free >> 20, props.name);
+    c->reserve = props.mem_free > n * per_id ? props.mem_free - n * per_id : 0;
+    log_pool(c, &props);
     return pool_init(&c->pool, (int32_t)n, err);
 }
 
@@ -105,10 +122,13 @@ static lm_status open_all(struct core *c, struct lm_err *err)
         st = open_pool(c, err);
     if (st == LM_OK)
         st = evict_init(&c->evict, c->memory.num_blocks, err);
+    if (st == LM_OK)
+        evict_limit(&c->evict, c->memory.num_blocks, p->policy.adapter_percent,
+                    p->policy.adapter_slots);
     /* Keys of dynamic NTK scaling depend on the whole prompt's length: no prefix is the same. */
     if (st == LM_OK)
         st = prefix_init(&c->prefix, &c->pool, &c->evict, p->block_tokens,
-                         p->model->rope != ROPE_DYNAMIC, err);
+                         p->policy.prefix_cache && p->model->rope != ROPE_DYNAMIC, err);
     if (st == LM_OK)
         st = residency_init(&c->tier, p->dev, &c->pool, &c->evict, &c->memory, err);
     if (st == LM_OK)
@@ -163,6 +183,18 @@ void core_close(struct core *c)
 int core_pool_blocks(const struct core *c)
 {
     return c->memory.num_blocks;
+}
+
+void core_limits(const struct core *c, int *kv, int *adapters)
+{
+    const int32_t *cap = c->evict.cap;
+    *kv = cap[EVICT_PREFIX] ? cap[EVICT_PREFIX] : c->memory.num_blocks;
+    *adapters = cap[EVICT_ADAPTER] ? cap[EVICT_ADAPTER] : c->memory.num_blocks;
+}
+
+size_t core_pool_reserve(const struct core *c)
+{
+    return c->reserve;
 }
 
 int64_t core_block_bytes(const struct core *c)

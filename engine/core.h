@@ -31,6 +31,9 @@ lm_status core_open(const struct core_params *p, struct core **out, struct lm_er
 void core_close(struct core *c);
 
 int core_pool_blocks(const struct core *c);
+/* Blocks that KV, and adapters, may take: all of them, unless the pool is split. */
+void core_limits(const struct core *c, int *kv, int *adapters);
+size_t core_pool_reserve(const struct core *c);  /* free when the pool was made, and left so */
 int64_t core_block_bytes(const struct core *c);
 size_t core_weight_bytes(const struct core *c);
 

@@ -43,6 +43,7 @@ struct core {
     kn_stream *stream;
     int64_t lora_rows;          /* of the LoRA workspace, sized once */
     void *pool_memory;
+    size_t reserve;             /* device memory that was free and is left so */
     struct kn_pool memory;      /* the pool as kernels see it */
     struct pool pool;           /* its book */
     struct evict evict;

@@ -305,6 +305,7 @@ void engine_info(const engine *e, struct engine_info *out)
     out->pool_blocks = core_pool_blocks(e->core);
     out->block_bytes = (size_t)core_block_bytes(e->core);
     out->weight_bytes = core_weight_bytes(e->core);
+    out->pool_reserve = core_pool_reserve(e->core);
 }
 
 /* ---- turns and time -------------------------------------------------------------------- */
@@ -400,6 +401,13 @@ static lm_status check_room(const engine *e, const struct request *r, struct lm_
                           "%d prompt tokens and max_tokens %d need %d blocks of KV cache and the "
                           "adapter %d; the pool has %d", r->prompt.n, r->params.max_tokens, kv,
                           lora, pool);
+    int kv_limit, lora_limit;
+    core_limits(e->core, &kv_limit, &lora_limit);
+    if (kv > kv_limit || lora > lora_limit)
+        return lm_err_set(err, LM_TOO_LARGE,
+                          "%d prompt tokens and max_tokens %d need %d blocks of KV cache and the "
+                          "adapter %d; in the split pool they may take %d and %d", r->prompt.n,
+                          r->params.max_tokens, kv, lora, kv_limit, lora_limit);
     return LM_OK;
 }
 

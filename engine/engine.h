@@ -70,7 +70,8 @@ struct engine_config {
     const char *backend;        /* "cpu", "cuda" or NULL: cuda where a device works, else cpu */
     int device_index;
     int threads;                /* CPU backend: cores, 0 = all */
-    size_t pool_bytes;          /* KV cache and adapters together; 0: what the device has left */
+    size_t pool_bytes;          /* KV cache and adapters together; 0: what the device has left after
+                                 * weights and buffers, less a reserve (engine_info()) */
     int block_tokens;           /* tokens of KV a block; 0: 16 */
     int max_seqs;               /* sequences in one step; 0: 256 */
     int max_step_tokens;        /* prefill + decode tokens in one step; 0: 2048 (cpu: 512) */
@@ -99,6 +100,7 @@ struct engine_info {
     int block_tokens, pool_blocks;
     size_t block_bytes;         /* of one layer */
     size_t weight_bytes;
+    size_t pool_reserve;        /* device memory left alone when the pool took the rest */
 };
 void engine_info(const engine *e, struct engine_info *out);     /* strings live with the engine */
 

@@ -309,6 +309,50 @@ lm_status evict_until(struct prefix *p, struct residency_tier *t, int n)
     return LM_OK;
 }
 
+/* ---- a split pool ---------------------------------------------------------------------- */
+
+void evict_limit(struct evict *e, int32_t n_blocks, int adapter_percent, int slots)
+{
+    e->slots = LM_MAX(slots, 0);
+    if (adapter_percent <= 0 || adapter_percent >= 100)
+        return;
+    e->cap[EVICT_ADAPTER] = LM_MAX((int32_t)((int64_t)n_blocks * adapter_percent / 100), 1);
+    e->cap[EVICT_PREFIX] = LM_MAX(n_blocks - e->cap[EVICT_ADAPTER], 1);
+}
+
+static int taken(const struct prefix *p, enum evict_kind kind)
+{
+    return p->pool->count[kind == EVICT_PREFIX ? POOL_KV : POOL_ADAPTER];
+}
+
+static bool slots_full(const struct prefix *p, const struct residency_tier *t)
+{
+    return p->evict->slots > 0 && t->n_resident + t->n_loading >= p->evict->slots;
+}
+
+lm_status evict_for(struct prefix *p, struct residency_tier *t, enum evict_kind kind, int n)
+{
+    int32_t cap = p->evict->cap[kind];
+    while (cap > 0 && taken(p, kind) + n > cap)
+        if (!evict_kind(p, t, kind))
+            return LM_BUSY;
+    while (kind == EVICT_ADAPTER && slots_full(p, t))
+        if (!evict_kind(p, t, kind))
+            return LM_BUSY;
+    return evict_until(p, t, n);
+}
+
+int evict_room(const struct prefix *p, const struct residency_tier *t, enum evict_kind kind)
+{
+    const struct evict *e = p->evict;
+    if (kind == EVICT_ADAPTER && slots_full(p, t) && !evict_least(e, kind))
+        return 0;
+    if (e->cap[kind] == 0)
+        return evict_reclaimable(p, t);
+    int idle = kind == EVICT_PREFIX ? p->n_idle : t->idle_blocks;
+    return e->cap[kind] - taken(p, kind) + idle;
+}
+
 /* ---- checking -------------------------------------------------------------------------- */
 
 static lm_status check_queue(const struct evict *e, const struct evict_heap *h, int i,

@@ -70,12 +70,16 @@ struct evict {
     struct evict_costs measured, used;
     double found_used;
     int32_t blocks[2];          /* idle ones: unwanted, wanted */
+    int32_t cap[EVICT_KINDS];   /* split pool: blocks that KV, and adapters, may take; 0: unified */
+    int slots;                  /* adapters in the pool at most, 0: any */
     int64_t rebuilds;
 };
 
 /* The pool has n_blocks; no more queues than that are ever filled. */
 lm_status evict_init(struct evict *e, int32_t n_blocks, struct lm_err *err);
 void evict_release(struct evict *e);
+/* For measuring what a unified pool buys (struct engine_policy): splits it, limits adapters. */
+void evict_limit(struct evict *e, int32_t n_blocks, int adapter_percent, int slots);
 void evict_version_init(struct evict_version *v, uint64_t serial);
 
 /* ---- reports --------------------------------------------------------------------------- */
@@ -117,6 +121,11 @@ int evict_spare(const struct prefix *p, const struct residency_tier *t);
 
 /* Evicts until `n` blocks are free. LM_BUSY when nothing idle is left before that. */
 lm_status evict_until(struct prefix *p, struct residency_tier *t, int n);
+/* The same for KV blocks (EVICT_PREFIX) or an adapter of `n` blocks, within the limits of a split
+ * pool. */
+lm_status evict_for(struct prefix *p, struct residency_tier *t, enum evict_kind kind, int n);
+/* The largest `n` that evict_for() would find; 0 for adapters when all slots are in use. */
+int evict_room(const struct prefix *p, const struct residency_tier *t, enum evict_kind kind);
 /* Evicts one item of this kind; false when none is idle. */
 bool evict_kind(struct prefix *p, struct residency_tier *t, enum evict_kind kind);
 
