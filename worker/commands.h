@@ -10,6 +10,7 @@ int cmd_worker(int argc, char **argv);
 int cmd_batch(int argc, char **argv);
 int cmd_submit(int argc, char **argv);
 int cmd_collect(int argc, char **argv);
+int cmd_cancel(int argc, char **argv);
 int cmd_dev(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 

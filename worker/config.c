@@ -494,6 +494,24 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
+static lm_status check_claims(const struct config *c, struct lm_err *err)
+{
+    if (*c->topics_control) {
+        lm_status st = check_topic("topics.control", c->topics_control, err);
+        if (st)
+            return st;
+    }
+    if (strcmp(c->replies_too_large, "claim"))
+        return LM_OK;
+    if (!strstr(c->claim_url, "{object}"))
+        return lm_err_set(err, LM_INVALID, "replies.too_large=claim needs replies.claim_url with "
+                          "{object} in it, as https://store/replies/{object}");
+    if (strncmp(c->claim_url, "http://", 7) && strncmp(c->claim_url, "https://", 8))
+        return lm_err_set(err, LM_INVALID, "replies.claim_url=%s: must begin with http:// or "
+                          "https://", c->claim_url);
+    return LM_OK;
+}
+
 lm_status config_check(const struct config *c, struct lm_err *err)
 {
     lm_status st = each_property(visit_required, (void *)(uintptr_t)c, err);
@@ -509,6 +527,8 @@ lm_status config_check(const struct config *c, struct lm_err *err)
                           "brokers as host:port,host:port");
     if (!strcmp(c->replies_encoding, "avro") && !*c->registry_url)
         return lm_err_set(err, LM_INVALID, "replies.encoding=avro needs registry.url");
+    if ((st = check_claims(c, err)))
+        return st;
     if ((st = check_topic("topics.replies", c->topics_replies, err)) ||
         (st = check_topic("topics.dead_letters", c->topics_dead_letters, err)) ||
         (st = check_prompt_topics(c, err)) ||

@@ -35,6 +35,8 @@ struct config {
     char *topics_prompts, *topics_replies, *topics_dead_letters, *topics_replies_allowed;
     char *replies_encoding;
     bool errors_reply;
+    char *topics_control, *replies_too_large, *claim_url, *claim_auth_header;
+    int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
     int64_t stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
     char *registry_url, *registry_auth, *registry_ca_file;

@@ -79,6 +79,11 @@ static const struct config_property topic_rows[] = {
         "names or `prefix*`. Any other is a dead letter."),
     STR("topics.dead_letters", topics_dead_letters, "dead-letters", CONFIG_REQUIRED,
         "Where prompts go that can't be answered, with the reason in headers."),
+    STR("topics.control", topics_control, "", 0,
+        "Orders to cancel prompts, `{\"cancel\": \"ID\"}`; every worker reads all of it. Empty: "
+        "none."),
+    INT("control.retention_ms", control_retention_ms, "3600000", 1000, 30LL * DAY_MS,
+        "How long an order is remembered, for prompts that are read after it."),
     CHOICE("replies.encoding", replies_encoding, "same", "same|json|avro",
         "`same`: as the prompt came."),
     BOOL("errors.reply", errors_reply, "false",
@@ -90,6 +95,17 @@ static const struct config_property topic_rows[] = {
     BYTES("message.max_bytes", message_max_bytes, "16M", 1024, 1 << 30,
         "Largest prompt that is decoded and largest reply that is produced. The broker's own "
         "limits hold as well."),
+    CHOICE("replies.too_large", replies_too_large, "refuse", "refuse|claim",
+        "A reply that is too large for the broker: `refuse` makes a dead letter that names the "
+        "sizes, `claim` puts it into the object store and replies with where it is."),
+    STR("replies.claim_url", claim_url, "", 0,
+        "URL template with `{object}` (the SHA-256 of its bytes), for PUT. Required by "
+        "replies.too_large=claim. http or https."),
+    STR("replies.claim_auth_header", claim_auth_header, "", CONFIG_SECRET,
+        "A whole header, such as `Authorization: Bearer ...`, sent with every PUT."),
+    BYTES("replies.claim_above", claim_above, "900K", 1024, 1 << 30,
+        "With claim: replies larger than this go to the object store at once; smaller ones only "
+        "when the broker refuses them."),
     STR("headers.correlation_id", headers_correlation_id, "kafka_correlationId", CONFIG_REQUIRED,
         "Header whose bytes the reply repeats. `correlation-id` is repeated too."),
     STR("headers.reply_topic", headers_reply_topic, "kafka_replyTopic", CONFIG_REQUIRED,
@@ -146,6 +162,10 @@ static const struct config_property flow_rows[] = {
     INT("retry.max_attempts", retry_max_attempts, "5", 1, 1000,
         "Times the engine may fail a prompt for a reason that can heal before it is a dead "
         "letter. Outages of broker, registry or adapter store are waited out, without a limit."),
+    INT("retry.deadline_ms", retry_deadline_ms, "600000", 1000, 7LL * DAY_MS,
+        "No such retry later than this after the prompt was read."),
+    INT("deadline.default_ms", deadline_default_ms, "0", 0, 365LL * DAY_MS,
+        "Deadline of prompts that have none, counted from their record's timestamp; 0: none."),
     INT("retry.backoff_ms", retry_backoff_ms, "200", 1, DAY_MS,
         "First pause before a retry; doubles each time, with jitter."),
     INT("retry.backoff_max_ms", retry_backoff_max_ms, "15000", 1, DAY_MS,

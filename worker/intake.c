@@ -13,7 +13,11 @@
  *
  * Outages (disposition RETRY) are waited out without a limit, so that an outage never drains the
  * topic into the dead letters; the prompt's deadline still counts meanwhile. Faults of the prompt
- * (REFUSE) are dead letters at once.
+ * (REFUSE) are dead letters at once. What the engine fails for a reason that can heal has
+ * retry.max_attempts tries within retry.deadline_ms.
+ *
+ * A prompt whose deadline has passed, or that an order from topics.control has cancelled, is
+ * answered from here, without the engine.
  *
  * The backlog counter says how many jobs are here; the consumer pauses by it.
  */
@@ -23,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/cancels.h"
 #include "worker/stream.h"
 
 enum { IDLE_MS = 100, BUSY_MS = 20 };
@@ -104,7 +109,7 @@ static void submitted(intake *in, struct job *j, engine_handle h)
 {
     atomic_store(&j->handle, h);
     /* A revocation may have looked for the handle a moment before it was here. */
-    if (atomic_load(&in->w->cancelling) ||
+    if (atomic_load(&in->w->cancelling) || atomic_load(&j->cancelled) ||
         (lease_revoked(j->lease) && atomic_load(&j->stage) == JOB_RUNNING))
         engine_cancel(in->w->engine, h);
     histogram_observe(&in->w->metrics.queue_wait, j->submitted_us - j->received_us);
@@ -122,6 +127,11 @@ static lm_status submit(intake *in, struct job *j)
     job_set_stage(j, JOB_RUNNING);
     if (worker_gives_up(w, j)) {
         drop(in, j);
+        return LM_OK;
+    }
+    if (atomic_load(&j->cancelled) || past_deadline(j)) {
+        job_set_stage(j, JOB_READY);
+        end_early(in, j, atomic_load(&j->cancelled) ? ENGINE_CANCELLED : ENGINE_EXPIRED);
         return LM_OK;
     }
     if (j->prompt->stream && !j->stream && !(j->stream = stream_new(j->prompt->params.n))) {
@@ -143,7 +153,7 @@ static lm_status submit(intake *in, struct job *j)
             worker_fail(w, st, "the engine can't go on: %s", err.msg);
             drop(in, j);
         } else if (st != LM_BUSY && lm_status_disposition(st) == LM_DO_RETRY &&
-                   ++j->attempts < w->cfg->retry_max_attempts) {
+                   worker_may_retry(w, j)) {
             wait_for_healing(in, j, &err);
         } else if (st != LM_BUSY) {
             refuse(in, j, &err, "ENGINE");
@@ -246,9 +256,25 @@ static lm_status check_prompt(intake *in, struct job *j, struct lm_err *err)
     lm_status st = reply_route(r->headers, r->n_headers, &in->w->header_names,
                                j->prompt->reply_topic, cfg->topics_replies,
                                cfg->topics_replies_allowed, &j->route, err);
+    if (!j->prompt->deadline_ms && cfg->deadline_default_ms)
+        j->prompt->deadline_ms = cfg->deadline_default_ms +
+                                 (r->timestamp_ms >= 0 ? r->timestamp_ms : lm_wall_ms());
     if (!st && j->prompt->adapter)
         st = engine_adapter_id_check(j->prompt->adapter, strlen(j->prompt->adapter), err);
     return st;
+}
+
+/* Where a decoded prompt goes. */
+static void dispatch(intake *in, struct job *j)
+{
+    if (in->w->cancels && cancels_enter(in->w->cancels, j)) {
+        end_early(in, j, ENGINE_CANCELLED);
+    } else if (j->prompt->adapter) {
+        fetch(in, j);
+    } else {
+        job_set_stage(j, JOB_READY);
+        submit_or_keep(in, j);
+    }
 }
 
 static void decode(intake *in, struct job *j)
@@ -273,12 +299,7 @@ static void decode(intake *in, struct job *j)
         return;
     }
     j->waits = 0;
-    if (j->prompt->adapter) {
-        fetch(in, j);
-    } else {
-        job_set_stage(j, JOB_READY);
-        submit_or_keep(in, j);
-    }
+    dispatch(in, j);
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -293,9 +314,17 @@ static void step(intake *in, struct job *j)
         job_list_add(&in->later, j, j->due_us);
         return;
     }
+    if (atomic_load(&j->cancelled)) {
+        job_fail(j, NULL);
+        end_early(in, j, ENGINE_CANCELLED);
+        return;
+    }
     switch (atomic_load(&j->stage)) {
     case JOB_QUEUED:
-        decode(in, j);
+        if (j->prompt)
+            dispatch(in, j);
+        else
+            decode(in, j);
         break;
     case JOB_FETCHING:
         fetch(in, j);
@@ -335,6 +364,31 @@ static void drop_given_up(intake *in)
     }
 }
 
+/* An order has marked something here, perhaps. */
+static void sweep_cancelled(intake *in)
+{
+    struct job *all = in->busy;
+    in->busy = NULL;
+    in->busy_tail = &in->busy;
+    for (struct job *next; all; all = next) {
+        next = all->next;
+        if (atomic_load(&all->cancelled))
+            step(in, all);
+        else
+            keep_busy(in, all);
+    }
+    for (all = job_list_take_all(&in->later); all;) {
+        struct job *j = all;
+        all = all->next;
+        if (atomic_load(&j->cancelled)) {
+            j->due_us = 0;
+            step(in, j);
+        } else {
+            job_list_add(&in->later, j, j->due_us);
+        }
+    }
+}
+
 static void *intake_main(void *arg)
 {
     intake *in = arg;
@@ -346,6 +400,8 @@ static void *intake_main(void *arg)
         step_chain(in, job_queue_take(&w->to_intake, wait));
         step_chain(in, job_list_take_due(&in->later, lm_now_us()));
         submit_busy(in);
+        if (atomic_exchange(&w->look_for_cancelled, false))
+            sweep_cancelled(in);
         if (atomic_load(&w->stopping) && !swept) {
             drop_given_up(in);
             swept = true;

@@ -105,6 +105,10 @@ struct job {
     atomic_int unreported;      /* records with the client library, plus one while sending */
     struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
     struct job *parent;         /* of a part */
+    bool claimed;               /* its reply is in the object store */
+    atomic_bool cancelled;      /* by an order from topics.control */
+    bool entered;               /* in cancels.h's table, with same_bucket; under its lock */
+    struct job *same_bucket;
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */

@@ -16,6 +16,7 @@ static const struct command {
     { "batch", cmd_batch, "answer a file of OpenAI Batch requests, without Kafka" },
     { "submit", cmd_submit, "send prompts from a JSONL file to the prompt topic" },
     { "collect", cmd_collect, "gather the replies of a job into a JSONL file" },
+    { "cancel", cmd_cancel, "cancel prompts by their ids, wherever they are" },
     { "dev", cmd_dev, "an embedded broker and adapter store for trying things out" },
     { "bench", cmd_bench, "measure the engine on this machine" },
 };

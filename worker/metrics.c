@@ -160,6 +160,9 @@ static void write_flow(struct metrics *m, FILE *f)
             "finished.", &m->skipped);
     counter(f, P "reply_bytes_total", "Bytes of acknowledged replies.", &m->reply_bytes);
     counter(f, P "stream_parts_total", "Parts of streamed replies produced.", &m->stream_parts);
+    counter(f, P "cancel_orders_total", "Orders read from topics.control.", &m->cancel_orders);
+    counter(f, P "claims_total", "Replies put into the object store.", &m->claims);
+    counter(f, P "claim_bytes_total", "Bytes of those.", &m->claim_bytes);
     counter(f, P "prompt_tokens_total", "Tokens of answered prompts.", &m->prompt_tokens);
     counter(f, P "cached_tokens_total", "Of those, found in the prefix cache.",
             &m->cached_tokens);

@@ -35,6 +35,7 @@ struct metrics {
     atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
     atomic_ullong retries, produce_failures, reply_bytes, stream_parts;
+    atomic_ullong cancel_orders, claims, claim_bytes;
     atomic_ullong commits, commit_failures;
     atomic_ullong assigned, revoked, lost, pauses;
     atomic_llong backlog, held, held_bytes;

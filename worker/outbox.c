@@ -94,7 +94,7 @@ static void failed(outbox *o, struct job *j, lm_status st)
         return;
     }
     if (lm_status_disposition(st) == LM_DO_RETRY &&
-        ++j->attempts < o->w->cfg->retry_max_attempts) {
+        worker_may_retry(o->w, j)) {
         send_back(o, j);
         return;
     }

@@ -197,10 +197,12 @@ static struct completion describe(const struct worker *w, const struct job *j)
     };
 }
 
+/* On LM_TOO_LARGE the value is there all the same. */
 static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc,
-                              struct lm_err *err)
+                              const struct completion_claim *claim, struct lm_err *err)
 {
     struct completion done = describe(w, j);
+    done.claim = claim;
     struct completion_stream final = { .final = true };
     if (j->stream) {
         final.generation = j->stream->generation;
@@ -215,7 +217,7 @@ static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc
     return st;
 }
 
-static void count_reply(struct worker *w, const struct engine_result *r)
+void worker_count_reply(struct worker *w, const struct engine_result *r)
 {
     struct metrics *m = &w->metrics;
     enum engine_reason reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP;
@@ -226,18 +228,9 @@ static void count_reply(struct worker *w, const struct engine_result *r)
     metric_add(&m->completion_tokens, (uint64_t)r->completion_tokens);
 }
 
-lm_status worker_reply(struct worker *w, struct job *j)
+/* Fills all of j->out but the value. */
+static lm_status address_reply(struct worker *w, struct job *j, enum encoding enc)
 {
-    struct lm_err err;
-    enum encoding enc = reply_encoding(w, j);
-    job_clear_out(j);
-    lm_status st = encode_reply(w, j, enc, &err);
-    if (st && lm_status_disposition(st) == LM_DO_RETRY)
-        return st;
-    if (st) {
-        worker_dead_letter(w, j, &err, "ENCODE");
-        return LM_OK;
-    }
     reply_headers(&j->out.headers, j->record.headers, j->record.n_headers, &w->header_names,
                   j->prompt, enc);
     if (j->out.headers.failed) {
@@ -249,8 +242,52 @@ lm_status worker_reply(struct worker *w, struct job *j)
     j->out.asked = j->route.asked;
     j->outcome = OUTCOME_REPLY;
     job_set_stage(j, JOB_ANSWERING);
-    count_reply(w, j->result);
-    producer_send(w->producer, j);
+    return LM_OK;
+}
+
+lm_status worker_reply(struct worker *w, struct job *j)
+{
+    struct lm_err err;
+    enum encoding enc = reply_encoding(w, j);
+    job_clear_out(j);
+    lm_status st = encode_reply(w, j, enc, NULL, &err);
+    bool claim = w->claims && (st == LM_TOO_LARGE ||
+                               (!st && j->out.len > (size_t)w->cfg->claim_above));
+    if (st && lm_status_disposition(st) == LM_DO_RETRY)
+        return st;
+    if (st && !claim) {
+        worker_dead_letter(w, j, &err, "ENCODE");
+        return LM_OK;
+    }
+    if ((st = address_reply(w, j, enc)))
+        return st;
+    if (claim)
+        claims_put(w->claims, j);
+    else
+        producer_send(w->producer, j);
+    return LM_OK;
+}
+
+lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim)
+{
+    struct lm_err err;
+    enum encoding enc = reply_encoding(w, j);
+    struct outgoing whole = j->out;     /* kept until its successor is there */
+    j->out = (struct outgoing){ .partition = -1 };
+    lm_status st = encode_reply(w, j, enc, claim, &err);
+    if (!st)
+        st = address_reply(w, j, enc);
+    if (st && lm_status_disposition(st) == LM_DO_RETRY) {
+        outgoing_release(&j->out);
+        j->out = whole;
+        return st;
+    }
+    outgoing_release(&whole);
+    j->claimed = true;
+    if (st)
+        worker_dead_letter(w, j, &err, "ENCODE");
+    else
+        producer_send(w->producer, j);
     return LM_OK;
 }
 

@@ -9,7 +9,8 @@
  *   any other dead letter                 tried again for ever, with backoff: its offset is
  *                                         blocked, lag grows and the log says why. Dropping it
  *                                         would be a loss.
- *   a reply that can never fit            dead letter that names the sizes
+ *   a reply that can never fit            to the object store (claim.c), or dead letter that names
+ *                                         the sizes
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write
  *   any other reply                       tried again for ever, with backoff
@@ -204,6 +205,10 @@ static void outcome_failed(producer *p, struct job *j)
         lm_log(LM_WARN, "producer", "%s; no more parts", why.msg);
         worker_end_job(p->w, j, OUTCOME_PART);
     } else if (!is_dead_letter(j) && final_reason(p, j, &j->out, &why)) {
+        if (why.code == LM_TOO_LARGE && p->w->claims && !j->claimed) {
+            claims_put(p->w->claims, j);
+            return;
+        }
         worker_dead_letter(p->w, j, &why, "PRODUCE");
     } else if (!(is_dead_letter(j) && too_large(p, j, &j->out) &&
                  worker_trim_dead_letter(p->w, j))) {
@@ -228,6 +233,8 @@ static void acknowledged(producer *p, struct job *j)
         metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
     else
         metric_add(&m->reply_bytes, j->out.len);
+    if (j->outcome == OUTCOME_REPLY)
+        worker_count_reply(p->w, j->result);
     worker_end_job(p->w, j, j->outcome);
 }
 

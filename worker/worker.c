@@ -23,6 +23,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "worker/cancels.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
@@ -52,9 +53,17 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
         engine_wake(w->engine);
         return;
     }
+    if (w->cancels)
+        cancels_leave(w->cancels, j);
     j->outcome = outcome;
     job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
     job_queue_push(&w->done, j);
+}
+
+bool worker_may_retry(struct worker *w, struct job *j)
+{
+    return ++j->attempts < w->cfg->retry_max_attempts &&
+           lm_now_us() - j->received_us < w->cfg->retry_deadline_ms * 1000;
 }
 
 bool worker_gives_up(struct worker *w, struct job *j)
@@ -160,6 +169,18 @@ static void worker_init(struct worker *w, const struct config *cfg)
     atomic_store(&w->outbox_beat_us, lm_now_us());
 }
 
+static lm_status open_control(struct worker *w, struct lm_err *err)
+{
+    if (!*w->cfg->topics_control)
+        return LM_OK;
+    if (!(w->cancels = cancels_new(w->cfg->control_retention_ms)))
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    lm_status st = control_new(w, &w->control, err);
+    if (!st)
+        control_wait(w->control);
+    return st;
+}
+
 static lm_status start(struct worker *w, struct lm_err *err)
 {
     lm_status st = kafka_check_library(w->cfg, err);
@@ -177,6 +198,10 @@ static lm_status start(struct worker *w, struct lm_err *err)
         st = open_codec(w, err);
     if (!st)
         st = open_store(w, err);
+    if (!st && !strcmp(w->cfg->replies_too_large, "claim"))
+        st = claims_new(w, &w->claims, err);
+    if (!st)
+        st = open_control(w, err);
     if (!st)
         st = outbox_new(w, &w->outbox, err);
     if (!st)
@@ -260,18 +285,23 @@ static void allow_release(struct watchdog *d, int status)
 static void end_threads(struct worker *w, struct watchdog *dog, int status)
 {
     store_free(w->store);
+    control_stop(w->control);
     atomic_store(&w->ending, true);
     intake_free(w->intake);
     outbox_free(w->outbox);
+    claims_stop(w->claims);
     producer_stop(w->producer);
     http_free(w->http);
     log_summary(w);
     allow_release(dog, status);
     consumer_free(w->consumer);         /* drops the ledger's references */
     producer_free(w->producer);
+    claims_free(w->claims);
+    control_free(w->control);
     job_queue_release(&w->to_intake);
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
+    cancels_free(w->cancels);
     codec_free(w->codec);
     if (w->engine)
         engine_close(w->engine);

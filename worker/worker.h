@@ -25,6 +25,9 @@ typedef struct intake intake;
 typedef struct outbox outbox;
 typedef struct producer producer;
 typedef struct http http;
+typedef struct control control;
+typedef struct claims claims;
+struct cancels;
 
 struct worker {
     const struct config *cfg;
@@ -42,6 +45,9 @@ struct worker {
     outbox *outbox;
     producer *producer;
     http *http;
+    control *control;           /* NULL: no topics.control */
+    struct cancels *cancels;    /* likewise */
+    claims *claims;             /* NULL: replies.too_large=refuse */
 
     struct job_queue to_intake, done;
     struct job_queue parts;     /* parts of streamed replies with their reports, to the outbox */
@@ -50,6 +56,7 @@ struct worker {
     atomic_bool cancelling;     /* the budget is spent: unfinished work is handed back */
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
+    atomic_bool look_for_cancelled;     /* intake: sweep what waits */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
@@ -86,6 +93,16 @@ lm_status worker_reply(struct worker *w, struct job *j);
  * w->parts. A status that can heal: nothing was sent. Takes nothing over. */
 lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text);
 
+/* The reply is acknowledged. */
+void worker_count_reply(struct worker *w, const struct engine_result *r);
+
+/* The reply lies in the object store: produces the record that says so. As worker_reply(). */
+lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim);
+
+/* The engine has failed this prompt for a reason that can heal: is there another attempt, by
+ * retry.max_attempts and retry.deadline_ms? Counts it. */
+bool worker_may_retry(struct worker *w, struct job *j);
+
 /* A result with one empty choice that ended for `reason`, for a prompt that never reached the
  * engine. NULL: out of memory. */
 struct engine_result *worker_empty_result(enum engine_reason reason);
@@ -108,6 +125,17 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err);
 void producer_send(producer *p, struct job *j);
 void producer_stop(producer *p);                /* drops what is unacknowledged, ends its thread */
 void producer_free(producer *p);
+
+lm_status control_new(struct worker *w, control **out, struct lm_err *err);
+void control_wait(control *c);                  /* until the orders that were there are known */
+void control_stop(control *c);                  /* no more orders: the engine may go */
+void control_free(control *c);
+
+lm_status claims_new(struct worker *w, claims **out, struct lm_err *err);
+/* Takes a job whose `out` holds the reply that is too large. Any thread. */
+void claims_put(claims *c, struct job *j);
+void claims_stop(claims *c);                    /* needs `ending` */
+void claims_free(claims *c);
 
 lm_status http_new(struct worker *w, http **out, struct lm_err *err);
 void http_free(http *h);

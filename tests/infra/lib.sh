@@ -7,6 +7,7 @@
 #   kafka_start NODES           a KRaft cluster on loopback; sets $BOOTSTRAP
 #   registry_start              Apicurio with Confluent's API; sets $REGISTRY
 #   nginx_start DIR             serves DIR; sets $STORE
+#   nginx_put DIR               a server that also takes PUT; sets $STORE
 #   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
 #   wait_until SECONDS COMMAND...
 #
@@ -170,25 +171,27 @@ registry_start() {
     wait_until 60 curl -sf -o /dev/null "$REGISTRY/subjects"
 }
 
-nginx_start() {
-    local dir port
-    dir=$(realpath "$1")
-    port=$(free_ports 1)
-    mkdir -p "$RUN/nginx"
-    cat > "$RUN/nginx/nginx.conf" <<P
+# nginx_run NAME DIR PORT DIRECTIVES: sets $STORE
+nginx_run() {
+    local n=$RUN/$1
+    mkdir -p "$n"
+    cat > "$n/nginx.conf" <<P
 daemon off;
 master_process off;
-pid $RUN/nginx/pid;
-error_log $RUN/nginx/error.log;
+pid $n/pid;
+error_log $n/error.log;
 events { worker_connections 64; }
 http {
-    access_log $RUN/nginx/access.log;
-    client_body_temp_path $RUN/nginx/tmp; proxy_temp_path $RUN/nginx/tmp;
-    fastcgi_temp_path $RUN/nginx/tmp; uwsgi_temp_path $RUN/nginx/tmp; scgi_temp_path $RUN/nginx/tmp;
-    server { listen 127.0.0.1:$port; root $dir; location / { } }
+    access_log $n/access.log;
+    client_max_body_size 1g;
+    client_body_temp_path $n/tmp; proxy_temp_path $n/tmp;
+    fastcgi_temp_path $n/tmp; uwsgi_temp_path $n/tmp; scgi_temp_path $n/tmp;
+    server { listen 127.0.0.1:$3; root $(realpath "$2"); location / { $4 } }
 }
 P
-    spawn "$RUN/nginx/out.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/nginx.conf" -e "$RUN/nginx/error.log"
-    STORE=http://127.0.0.1:$port
+    spawn "$n/out.log" nginx -p "$n" -c "$n/nginx.conf" -e "$n/error.log"
+    STORE=http://127.0.0.1:$3
     wait_until 10 curl -s -o /dev/null "$STORE/"
 }
+nginx_start() { nginx_run nginx "$1" "$(free_ports 1)" ''; }
+nginx_put() { nginx_run nginx-put "$1" "${2:-$(free_ports 1)}" 'dav_methods PUT;'; }

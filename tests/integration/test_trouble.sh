@@ -45,3 +45,25 @@ case_ errors
 n=$(metric 'records_total{outcome="dead_letter"}')
 check "a dead letter with its notice counts once ($n)" [ "$n" = 5 ]
 stop
+
+echo "topics.control=control" >> "$RUN/worker.properties"
+case_ cancel_before "$LORAMILL" "$RUN/worker.properties" send before
+worker cancel engine.max_seqs=64 engine.max_waiting=4
+case_ cancel_before "$LORAMILL" "$RUN/worker.properties" look before
+case_ cancel "$LORAMILL" "$RUN/worker.properties"
+check "orders that are none are ignored" wait_until 5 grep -q 'control \[0\] @.* is no' "$RUN/worker-cancel.log"
+stop
+
+worker expiry deadline.default_ms=1500
+case_ expiry
+stop
+
+worker refuse
+case_ claims refuse
+stop
+mkdir -p "$RUN/objects"
+nginx_put "$RUN/objects"
+worker claim replies.too_large=claim "replies.claim_url=$STORE/{object}" replies.claim_above=500M
+case_ claims claim
+check "an object for the claim" [ "$(ls "$RUN/objects" | wc -l)" = 1 ]
+stop

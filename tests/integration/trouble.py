@@ -132,6 +132,107 @@ def errors():
           and header(notes[""], "correlation-id") == b"n")
 
 
+def cancel(loramill, properties):
+    """An order finds its prompt in the topic, in the queue and in the engine; an id can come back."""
+    import subprocess
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+
+    def order(*ids):
+        done = subprocess.run([loramill, "cancel", "-c", properties, *ids], capture_output=True,
+                              text=True)
+        check(f"loramill cancel ends with 0: {done.stderr.strip()}", done.returncode == 0)
+
+    def finish(records):
+        return {body(m)["id"]: body(m)["choices"][0]["finish_reason"] for m in records}
+
+    params = {"max_tokens": 460, "ignore_eos": True, "temperature": 1, "n": 64}
+    # engine.max_seqs=64 and max_waiting=4: one runs, three wait in the engine, the others before
+    ids = [f"{run}-{i}" for i in range(8)]
+    send([({"id": i, "prompt": "event: order_placed ->", "params": params}, [], "same") for i in ids])
+    time.sleep(0.4)
+    order(ids[0], ids[3], ids[7], "nobody-has-this")
+    got = finish(r.until(lambda s: len(s) == 8))
+    check("cancelled in the engine, in its queue and before it; the others are answered",
+          [got.get(i) for i in ids] == ["cancelled", "length", "length", "cancelled", "length",
+                                        "length", "length", "cancelled"], got)
+    send([({"id": ids[0], "prompt": "event: order_placed ->", "params": {"max_tokens": 2}}, [])])
+    got = r.until(lambda s: len(s) == 9)
+    check("a cancelled id can be used again", finish(got[8:]) == {ids[0]: "length"}
+          or finish(got[8:]) == {ids[0]: "stop"}, finish(got[8:]))
+    send([(b"what is this", []), ({"cancel": 7}, []), ({"cancel": "x", "more": 1}, [])], "control")
+
+
+def cancel_before(loramill, properties, step, run):
+    """Prompts and an order are there before the worker starts."""
+    if step == "send":
+        send([({"id": f"{run}-a", "prompt": "x", "params": {"max_tokens": 400}}, []),
+              ({"id": f"{run}-b", "prompt": "x", "params": {"max_tokens": 2}}, [])])
+        time.sleep(0.05)
+        send([({"cancel": f"{run}-a"}, [])], "control")
+        return
+    r = Reader("replies")
+    for tp in r.c.assignment():
+        r.c.seek(TopicPartition(tp.topic, tp.partition, 0))
+    mine = lambda s: {body(m)["id"]: body(m) for m in s if body(m)["id"].startswith(run)}
+    got = mine(r.until(lambda s: len(mine(s)) == 2))
+    a = got.get(f"{run}-a")
+    check("an order that was there first is obeyed without the engine",
+          a and a["choices"][0]["finish_reason"] == "cancelled" and a["choices"][0]["text"] == ""
+          and a["usage"]["completion_tokens"] == 0, a)
+
+
+def expiry():
+    """A deadline ends a prompt wherever it is, as a completion."""
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    now = int(time.time() * 1000)
+    long = {"max_tokens": 460, "ignore_eos": True, "n": 64, "temperature": 1}
+    send([({"id": f"{run}-past", "prompt": "x", "deadline_ms": now - 1}, []),
+          ({"id": f"{run}-soon", "prompt": "x", "deadline_ms": now + 1500, "params": long}, []),
+          ({"id": f"{run}-default", "prompt": "x", "params": long}, []),
+          ({"id": f"{run}-fine", "prompt": "x", "deadline_ms": now + 600000,
+            "params": {"max_tokens": 2}}, [])])
+    got = {body(m)["id"][7:]: body(m) for m in r.until(lambda s: len(s) == 4)}
+    reason = {i: d["choices"][0]["finish_reason"] for i, d in got.items()}
+    check("past, too short and default deadlines expire, a long one does not",
+          {i: reason.get(i) for i in ("past", "soon", "default")}
+          == dict.fromkeys(("past", "soon", "default"), "expired")
+          and reason.get("fine") in ("stop", "length"), reason)
+    check("what there was is in the completion", got["soon"]["choices"][0]["text"] != "")
+
+
+def claims(kind):
+    """Replies that the broker would not take."""
+    import hashlib
+    import urllib.request
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    big = {"max_tokens": 200, "ignore_eos": True, "n": 100, "logprobs": 5}
+    send([({"id": f"{run}-{i}", "prompt": "event ->", "params": p}, [("kafka_correlationId", b"c")])
+          for i, p in enumerate([big, {"max_tokens": 3}])])
+    got = {header(m, "loramill-request-id") or body(m)["id"].encode(): m
+           for m in r.until(lambda s: len(s) == 2)}
+    m = got.get(f"{run}-0".encode())
+    if kind == "refuse":
+        check("too large, and configured so: a dead letter that names the sizes", m.topic() == "dead"
+              and header(m, "loramill-error-code") == b"too_large"
+              and b"max.message.bytes" in header(m, "loramill-error-message"), m.headers())
+        return
+    d = body(m)
+    check("the reply says where", m.topic() == "replies" and "claim" in d and d["choices"][5]["text"]
+          == "" and d["usage"]["completion_tokens"] > 100, str(d)[:300])
+    whole = urllib.request.urlopen(d["claim"]["url"]).read()
+    check("the object is what it says", len(whole) == d["claim"]["bytes"]
+          and hashlib.sha256(whole).hexdigest() == d["claim"]["sha256"]
+          and d["claim"]["content_type"] == "application/json")
+    doc = json.loads(whole)
+    check("it is the whole reply", doc["id"] == d["id"] and len(doc["choices"]) == 100
+          and all(c["text"] and c["logprobs"] for c in doc["choices"]) and "claim" not in doc)
+    check("correlation id and a small neighbour are as ever", header(m, "kafka_correlationId") == b"c"
+          and "claim" not in body(got[f"{run}-1".encode()]))
+
+
 if __name__ == "__main__":
     globals()[sys.argv[2]](*sys.argv[3:])
     sys.exit(1 if failed else 0)

@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * claim.c - replies that are too large for the broker, to the object store (claim check).
+ *
+ *   worker_reply, or the broker's refusal --> [in] --> PUT --> a reply that says where
+ *                                              |  ^ store away
+ *                                              +--+ later
+ *
+ * The object is what the record's value would have been. Its name is the SHA-256 of its bytes, so a
+ * repeated upload writes the same object, and one reply never overwrites another. The record that
+ * follows is the completion without its texts (docs/messages.md).
+ *
+ * A store that is away, or refuses our credentials, is waited for without a limit, with backoff:
+ * the offset waits, as for any reply. Only a store that finds the object too large itself (413)
+ * makes a dead letter.
+ *
+ * One thread with one connection: such replies are rare, and their order does not matter.
+ */
+#include "worker/worker.h"
+
+#include <curl/curl.h>
+#include <inttypes.h>
+#include <openssl/evp.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { IDLE_MS = 100, CONNECT_MS = 5000, STALL_S = 30, STALL_BYTES = 4096, HEX = 65 };
+
+struct claims {
+    struct worker *w;
+    CURL *curl;
+    pthread_t thread;
+    bool stopped;
+    struct job_queue in;
+    struct job_list later;
+};
+
+struct body { const char *at; size_t left; };
+
+/* ---- one upload ------------------------------------------------------------------------- */
+
+static size_t read_body(char *to, size_t size, size_t n, void *ctx)
+{
+    struct body *b = ctx;
+    size_t take = LM_MIN(size * n, b->left);
+    memcpy(to, b->at, take);
+    b->at += take;
+    b->left -= take;
+    return take;
+}
+
+static int seek_body(void *ctx, curl_off_t offset, int origin)
+{
+    (void)ctx;
+    (void)offset;
+    (void)origin;
+    return CURL_SEEKFUNC_FAIL;  /* the connection is tried anew by us, from the start */
+}
+
+static size_t drop_body(char *at, size_t size, size_t n, void *ctx)
+{
+    (void)at;
+    (void)ctx;
+    return size * n;
+}
+
+static void hex_digest(const void *at, size_t len, char out[HEX])
+{
+    unsigned char digest[EVP_MAX_MD_SIZE];
+    memset(digest, 0, sizeof digest);
+    EVP_Digest(at, len, digest, NULL, EVP_sha256(), NULL);
+    for (int i = 0; i < 32; i++)
+        snprintf(out + i * 2, 3, "%02x", digest[i]);
+}
+
+static void object_url(const char *template, const char *name, char *out, size_t size)
+{
+    const char *at = strstr(template, "{object}");
+    snprintf(out, size, "%.*s%s%s", (int)(at - template), template, name,
+             at + strlen("{object}"));
+}
+
+static void set_transfer(claims *c, const char *url, struct body *b, struct curl_slist *headers)
+{
+    const struct config *cfg = c->w->cfg;
+    curl_easy_reset(c->curl);
+    curl_easy_setopt(c->curl, CURLOPT_URL, url);
+    curl_easy_setopt(c->curl, CURLOPT_UPLOAD, 1L);
+    curl_easy_setopt(c->curl, CURLOPT_READFUNCTION, read_body);
+    curl_easy_setopt(c->curl, CURLOPT_READDATA, b);
+    curl_easy_setopt(c->curl, CURLOPT_SEEKFUNCTION, seek_body);
+    curl_easy_setopt(c->curl, CURLOPT_INFILESIZE_LARGE, (curl_off_t)b->left);
+    curl_easy_setopt(c->curl, CURLOPT_WRITEFUNCTION, drop_body);
+    curl_easy_setopt(c->curl, CURLOPT_HTTPHEADER, headers);
+    curl_easy_setopt(c->curl, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(c->curl, CURLOPT_PROTOCOLS_STR, "http,https");
+    curl_easy_setopt(c->curl, CURLOPT_CONNECTTIMEOUT_MS, (long)CONNECT_MS);
+    curl_easy_setopt(c->curl, CURLOPT_LOW_SPEED_LIMIT, (long)STALL_BYTES);
+    curl_easy_setopt(c->curl, CURLOPT_LOW_SPEED_TIME, (long)STALL_S);
+    if (*cfg->adapters_ca_file)
+        curl_easy_setopt(c->curl, CURLOPT_CAINFO, cfg->adapters_ca_file);
+}
+
+static lm_status put(claims *c, const char *url, const struct job *j, const char *type,
+                     struct lm_err *err)
+{
+    char content[64];
+    long status = 0;
+    struct body b = { j->out.value, j->out.len };
+    snprintf(content, sizeof content, "Content-Type: %s", type);
+    struct curl_slist *headers = curl_slist_append(NULL, content);
+    headers = curl_slist_append(headers, "Expect:");
+    if (*c->w->cfg->claim_auth_header)
+        headers = curl_slist_append(headers, c->w->cfg->claim_auth_header);
+    set_transfer(c, url, &b, headers);
+    CURLcode e = curl_easy_perform(c->curl);
+    curl_easy_getinfo(c->curl, CURLINFO_RESPONSE_CODE, &status);
+    curl_slist_free_all(headers);
+    if (e)
+        return lm_err_set(err, LM_NET, "PUT %s: %s", url, curl_easy_strerror(e));
+    if (status == 413)
+        return lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, more than the object store "
+                          "takes: PUT %s: HTTP 413", j->out.len, url);
+    if (status < 200 || status > 299)
+        return lm_err_set(err, LM_NET, "PUT %s: HTTP %ld", url, status);
+    return LM_OK;
+}
+
+/* ---- jobs ------------------------------------------------------------------------------- */
+
+static void try_later(claims *c, struct job *j, const char *why)
+{
+    const struct config *cfg = c->w->cfg;
+    metric_add(&c->w->metrics.retries, 1);
+    lm_log(j->waits ? LM_DEBUG : LM_WARN, "claim", "%s [%d] @%" PRId64 ": %s; trying again, its "
+           "offset waits", j->lease->topic, (int)j->lease->partition, j->record.offset, why);
+    job_list_add(&c->later, j, lm_now_us() + backoff_us(j->waits++, cfg->retry_backoff_ms,
+                                                        cfg->retry_backoff_max_ms));
+}
+
+static void upload(claims *c, struct job *j)
+{
+    char digest[HEX], url[2048];
+    struct lm_err err;
+    const struct header *type = header_find(j->out.headers.items, j->out.headers.n,
+                                            "content-type");
+    char content[32] = "application/json";
+    if (type)
+        snprintf(content, sizeof content, "%.*s", (int)type->len, (const char *)type->value);
+    hex_digest(j->out.value, j->out.len, digest);
+    object_url(c->w->cfg->claim_url, digest, url, sizeof url);
+    lm_status st = put(c, url, j, content, &err);
+    if (st && lm_status_disposition(st) == LM_DO_RETRY) {
+        try_later(c, j, err.msg);
+        return;
+    }
+    if (st) {
+        worker_dead_letter(c->w, j, &err, "CLAIM");
+        return;
+    }
+    const struct completion_claim claim = { url, digest, content, (int64_t)j->out.len };
+    metric_add(&c->w->metrics.claims, 1);
+    metric_add(&c->w->metrics.claim_bytes, j->out.len);
+    if (worker_claimed(c->w, j, &claim))
+        try_later(c, j, "the claim can't be encoded yet");
+}
+
+static void serve(claims *c, struct job *j)
+{
+    for (struct job *next; j; j = next) {
+        next = j->next;
+        if (atomic_load(&c->w->ending) || lease_revoked(j->lease))
+            worker_end_job(c->w, j, OUTCOME_DROPPED);
+        else
+            upload(c, j);
+    }
+}
+
+static void *claims_main(void *arg)
+{
+    claims *c = arg;
+    while (!atomic_load(&c->w->ending)) {
+        serve(c, job_queue_take(&c->in, job_list_wait_ms(&c->later, lm_now_us(), IDLE_MS)));
+        serve(c, job_list_take_due(&c->later, lm_now_us()));
+    }
+    serve(c, job_queue_take(&c->in, 0));
+    serve(c, job_list_take_all(&c->later));
+    return NULL;
+}
+
+/* ---- life ------------------------------------------------------------------------------- */
+
+lm_status claims_new(struct worker *w, claims **out, struct lm_err *err)
+{
+    claims *c = lm_calloc(1, sizeof *c);
+    if (!c)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    c->w = w;
+    job_queue_init(&c->in);
+    curl_global_init(CURL_GLOBAL_DEFAULT);
+    c->curl = curl_easy_init();
+    if (!c->curl || pthread_create(&c->thread, NULL, claims_main, c)) {
+        curl_easy_cleanup(c->curl);
+        job_queue_release(&c->in);
+        free(c);
+        return lm_err_set(err, LM_NOMEM, "can't start the claim thread");
+    }
+    *out = c;
+    return LM_OK;
+}
+
+void claims_put(claims *c, struct job *j)
+{
+    j->waits = 0;
+    job_queue_push(&c->in, j);
+}
+
+void claims_stop(claims *c)
+{
+    if (!c || c->stopped)
+        return;
+    c->stopped = true;
+    job_queue_wake(&c->in);
+    pthread_join(c->thread, NULL);
+}
+
+void claims_free(claims *c)
+{
+    if (!c)
+        return;
+    claims_stop(c);
+    serve(c, job_queue_take(&c->in, 0));        /* what the producer's last reports put here */
+    job_queue_release(&c->in);
+    curl_easy_cleanup(c->curl);
+    free(c);
+}

@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * control.c - the thread that reads topics.control: orders to cancel a request, wherever it is.
+ *
+ * An order is a JSON record {"cancel": "<id of the prompt>"}. Any worker may hold the prompt, and
+ * nobody knows which, so every worker reads all partitions of the topic: with a consumer that joins
+ * no group and commits nothing, from the records of the last control.retention_ms on. What has not
+ * come out of the prompt topic yet is thus cancelled too, by whoever reads it later. cancels.h says
+ * how an order and its prompt find each other.
+ *
+ * A worker waits with its first prompt until it has read the orders that were there at its start,
+ * for at most START_WAIT_MS; a topic that is missing or a broker that is away does not stop it.
+ *
+ * A record that is no order is logged and skipped: it came from no prompt, so it has no dead
+ * letter.
+ */
+#include "worker/worker.h"
+
+#include <jansson.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/cancels.h"
+#include "worker/kafka_conf.h"
+
+enum { POLL_MS = 100, ASK_MS = 5000, RETRY_US = 2000000, LOOK_AGAIN_US = 60000000,
+       START_WAIT_MS = 10000 };
+
+struct control {
+    struct worker *w;
+    rd_kafka_t *rk;
+    pthread_t thread;
+    atomic_bool end, caught_up;
+    int n_parts, ends_seen;
+    int64_t look_us;            /* when to look for the topic's partitions */
+};
+
+/* ---- orders ----------------------------------------------------------------------------- */
+
+static void cancel_running(void *ctx, uint64_t handle)
+{
+    struct worker *w = ctx;
+    engine_cancel(w->engine, handle);
+}
+
+static void obey(control *c, const char *id, int64_t when_ms)
+{
+    struct worker *w = c->w;
+    int64_t now = lm_wall_ms();
+    int n = cancels_order(w->cancels, id, when_ms > 0 ? when_ms : now, now, cancel_running, w);
+    metric_add(&w->metrics.cancel_orders, 1);
+    if (!n)
+        return;
+    lm_log(LM_DEBUG, "control", "cancel '%s': %d here", id, n);
+    atomic_store(&w->look_for_cancelled, true);
+    job_queue_wake(&w->to_intake);
+}
+
+static void take_order(control *c, const rd_kafka_message_t *m)
+{
+    json_t *root = m->payload ? json_loadb(m->payload, m->len, 0, NULL) : NULL;
+    const char *id = json_string_value(json_object_get(root, "cancel"));
+    if (id && *id && json_object_size(root) == 1)
+        obey(c, id, rd_kafka_message_timestamp(m, NULL));
+    else
+        lm_log(LM_WARN, "control", "%s [%d] @%" PRId64 " is no {\"cancel\": \"id\"}: ignored",
+               rd_kafka_topic_name(m->rkt), (int)m->partition, m->offset);
+    json_decref(root);
+}
+
+/* ---- the topic -------------------------------------------------------------------------- */
+
+static int count_partitions(control *c, const char *topic)
+{
+    const struct rd_kafka_metadata *md = NULL;
+    rd_kafka_topic_t *rkt = rd_kafka_topic_new(c->rk, topic, NULL);
+    int n = 0;
+    if (rkt && !rd_kafka_metadata(c->rk, 0, rkt, &md, ASK_MS)) {
+        n = md->topic_cnt == 1 && !md->topics[0].err ? md->topics[0].partition_cnt : 0;
+        rd_kafka_metadata_destroy(md);
+    }
+    if (rkt)
+        rd_kafka_topic_destroy(rkt);
+    return n;
+}
+
+/* Reads all partitions from the retention on. A topic that has grown is read again: an order twice
+ * is an order. */
+static bool assign(control *c, const char *topic, int n)
+{
+    int64_t since = LM_MAX(lm_wall_ms() - c->w->cfg->control_retention_ms, 0);
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(n);
+    for (int i = 0; i < n; i++)
+        rd_kafka_topic_partition_list_add(l, topic, i)->offset = since;
+    rd_kafka_resp_err_t e = rd_kafka_offsets_for_times(c->rk, l, ASK_MS);
+    for (int i = 0; !e && i < l->cnt; i++)
+        e = l->elems[i].err;
+    if (!e)
+        e = rd_kafka_assign(c->rk, l);
+    rd_kafka_topic_partition_list_destroy(l);
+    if (e)
+        lm_log(LM_WARN, "control", "topics.control=%s: %s", topic, rd_kafka_err2str(e));
+    return !e;
+}
+
+static void look(control *c, int64_t now)
+{
+    const char *topic = c->w->cfg->topics_control;
+    int n = count_partitions(c, topic);
+    c->look_us = now + (n ? LOOK_AGAIN_US : RETRY_US);
+    if (!n && !c->n_parts)
+        lm_log(LM_WARN, "control", "topics.control=%s: no such topic yet, or no broker", topic);
+    if (n <= c->n_parts)
+        return;
+    if (assign(c, topic, n)) {
+        c->n_parts = n;
+        c->ends_seen = 0;
+    } else {
+        c->look_us = now + RETRY_US;
+    }
+}
+
+static void take(control *c, const rd_kafka_message_t *m)
+{
+    if (!m->err)
+        take_order(c, m);
+    else if (m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF)
+        lm_log(LM_DEBUG, "control", "%s", rd_kafka_message_errstr(m));
+    else if (++c->ends_seen >= c->n_parts)
+        atomic_store(&c->caught_up, true);
+}
+
+static void *control_main(void *arg)
+{
+    control *c = arg;
+    while (!atomic_load(&c->end)) {
+        int64_t now = lm_now_us();
+        if (now >= c->look_us)
+            look(c, now);
+        rd_kafka_message_t *m = rd_kafka_consumer_poll(c->rk, POLL_MS);
+        if (m) {
+            take(c, m);
+            rd_kafka_message_destroy(m);
+        }
+    }
+    return NULL;
+}
+
+/* ---- life ------------------------------------------------------------------------------- */
+
+static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
+{
+    (void)rk;
+    (void)opaque;
+    lm_log(LM_DEBUG, "control", "%s: %s", rd_kafka_err2name((rd_kafka_resp_err_t)err), reason);
+}
+
+static lm_status open_consumer(control *c, struct lm_err *err)
+{
+    rd_kafka_conf_t *conf;
+    lm_status st = kafka_conf_new(c->w->cfg, CONFIG_CONSUMER, c->w->name, &conf, err);
+    if (st)
+        return st;
+    rd_kafka_conf_set(conf, "enable.partition.eof", "true", NULL, 0);
+    rd_kafka_conf_set(conf, "auto.offset.reset", "earliest", NULL, 0);
+    rd_kafka_conf_set_error_cb(conf, on_error);
+    st = kafka_open(RD_KAFKA_CONSUMER, conf, &c->rk, err);
+    if (!st)
+        rd_kafka_poll_set_consumer(c->rk);
+    return st;
+}
+
+lm_status control_new(struct worker *w, control **out, struct lm_err *err)
+{
+    control *c = lm_calloc(1, sizeof *c);
+    if (!c)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    c->w = w;
+    lm_status st = open_consumer(c, err);
+    if (!st && pthread_create(&c->thread, NULL, control_main, c)) {
+        rd_kafka_destroy(c->rk);
+        st = lm_err_set(err, LM_NOMEM, "can't start the control thread");
+    }
+    if (st) {
+        free(c);
+        return st;
+    }
+    *out = c;
+    return LM_OK;
+}
+
+void control_wait(control *c)
+{
+    int64_t end = lm_now_us() + (int64_t)START_WAIT_MS * 1000;
+    const struct timespec tick = { 0, 20 * 1000000 };
+    while (!atomic_load(&c->caught_up) && lm_now_us() < end)
+        nanosleep(&tick, NULL);
+}
+
+void control_stop(control *c)
+{
+    if (!c || atomic_exchange(&c->end, true))
+        return;
+    pthread_join(c->thread, NULL);
+}
+
+void control_free(control *c)
+{
+    if (!c)
+        return;
+    control_stop(c);
+    rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
+    free(c);
+}
