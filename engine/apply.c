@@ -2,8 +2,9 @@
 /*
  * apply.c - a plan becomes true: the only place where blocks change hands.
  *
- * Order: preempt, pin, grow, load. Adapters and prefixes that the plan relies on are pinned before
- * anything is evicted, so that making room can't take them away.
+ * Order: preempt (swapping KV out), pin, grow, bring swapped KV back, load. Adapters and prefixes
+ * that the plan relies on are pinned before anything is evicted, so that making room can't take
+ * them away.
  *
  * No memory for an upload's bookkeeping ends the requests that wait for it; what goes wrong with a
  * device or with the books is for the caller to act on.
@@ -12,8 +13,26 @@
  */
 #include "engine/core_int.h"
 
-static void preempt(struct core *c, struct seq *s)
+/* By what it costs to have its KV back: computed again, or copied out and in. */
+static bool should_swap(const struct core *c, const struct seq *s)
 {
+    const struct evict_costs *cost = &c->evict.measured;
+    int n = blocks_for(s->n_computed, c->p.block_tokens);
+    enum engine_preempt how = c->p.policy.preempt;
+    if (how == ENGINE_PREEMPT_RECOMPUTE || n == 0 || s->n_swapped || seq_is_ending(s) ||
+        !swap_fits(&c->swap, n))
+        return false;
+    return how == ENGINE_PREEMPT_SWAP ||
+           2 * (cost->copy_fixed + n * cost->copy_block) < n * cost->prefill_block;
+}
+
+static lm_status preempt(struct core *c, struct seq *s)
+{
+    lm_status st = LM_OK;
+    if (should_swap(c, s)) {
+        st = swap_out(&c->swap, s, c->p.block_tokens, c->tier.step_done, c->stream);
+        COUNT(c, swap_outs, 1);
+    }
     finish_leave_running(c, s);
     s->state = SEQ_WAITING;
     seq_list_insert(&c->waiting, s, 1);
@@ -21,6 +40,7 @@ static void preempt(struct core *c, struct seq *s)
     evict_waiting(&c->evict, seq_version(s), 1);
     s->req->preemptions++;
     COUNT(c, preemptions, 1);
+    return st;
 }
 
 /* Takes the sequence's references before anything is evicted. */
@@ -61,6 +81,18 @@ static lm_status grow(struct core *c, struct seq *s, int n_tokens, struct lm_err
                           s->req->id, need, c->pool.n_free);
     s->n_blocks += need;
     return LM_OK;
+}
+
+/* An admitted one's KV comes back from host memory, as far as the prefix cache had not got it. */
+static lm_status bring_back(struct core *c, struct seq *s)
+{
+    if (s->swapped_tokens <= s->n_computed) {
+        swap_forget(&c->swap, s);
+        return LM_OK;
+    }
+    s->n_computed = s->swapped_tokens;
+    COUNT(c, swap_ins, 1);
+    return swap_in(&c->swap, s, s->n_hashed, c->tier.step_done);
 }
 
 static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct lm_err *err)
@@ -118,8 +150,10 @@ bool apply_open_admitted(struct core *c, const struct plan *p)
 lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
 {
     lm_status st = LM_OK;
-    for (int i = 0; i < p->n_preempt; i++)
-        preempt(c, p->preempt[i]);
+    for (int i = 0; st == LM_OK && i < p->n_preempt; i++)
+        st = preempt(c, p->preempt[i]);
+    if (st != LM_OK)
+        return lm_err_set(err, st, "copying KV to host memory failed");
     for (int i = 0; i < p->n_overtaken; i++)
         p->overtaken[i]->bypassed++;
     for (int i = 0; i < p->n_admit; i++)
@@ -128,6 +162,11 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
         residency_touch(&c->tier, p->charged[i]);
     for (int i = 0; st == LM_OK && i < p->n_admit; i++)
         st = grow(c, p->admit[i], p->admit[i]->n_tokens, err);
+    for (int i = 0; st == LM_OK && i < p->n_admit; i++)
+        if (p->admit[i]->n_swapped && bring_back(c, p->admit[i]) != LM_OK)
+            st = lm_err_set(err, LM_DEVICE, "copying KV from host memory failed");
+    if (st == LM_OK && swap_flush(&c->swap) != LM_OK)
+        st = lm_err_set(err, LM_DEVICE, "copying KV from host memory failed");
     for (int i = 0; st == LM_OK && i < p->n_items; i++) {
         struct plan_item *it = &p->item[i];
         /* What the prefix cache had need not be computed. */

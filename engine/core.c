@@ -134,6 +134,10 @@ static lm_status open_all(struct core *c, struct lm_err *err)
     if (st == LM_OK)
         st = residency_measure(&c->tier, err);
     if (st == LM_OK)
+        st = swap_init(&c->swap, p->dev, c->tier.copy, &c->memory,
+                       p->policy.preempt == ENGINE_PREEMPT_RECOMPUTE ? 0 : p->policy.swap_bytes,
+                       err);
+    if (st == LM_OK)
         GAUGE(c, free_blocks, c->pool.n_free);
     return st;
 }
@@ -163,6 +167,7 @@ void core_close(struct core *c)
 {
     if (!c)
         return;
+    swap_release(&c->swap);
     residency_release(&c->tier);
     prefix_release(&c->prefix);
     evict_release(&c->evict);

@@ -25,6 +25,24 @@ static void add_list(int32_t *held, const struct adapter_list *l, int *idle_bloc
     }
 }
 
+static lm_status check_swap(const struct core *c, struct lm_err *err)
+{
+    int n = 0;
+    for (int i = 0; i < c->waiting.n; i++)
+        n += c->waiting.at[i]->n_swapped;
+    for (int i = 0; i < c->running.n; i++) {
+        const struct seq *s = c->running.at[i];
+        n += s->n_swapped;
+        if (s->resuming != (s->n_swapped > 0))
+            return lm_err_set(err, LM_INTERNAL, "request '%s' has %d blocks swapped and %s",
+                              s->req->id, s->n_swapped, s->resuming ? "resumes" : "runs");
+    }
+    if (n != swap_count(&c->swap) || n != c->swap.n_slots - c->swap.n_free)
+        return lm_err_set(err, LM_INTERNAL, "%d blocks are swapped, %d of %d slots are taken", n,
+                          swap_count(&c->swap), c->swap.n_slots);
+    return LM_OK;
+}
+
 /* An adapter in use is on no list: it is met through its running sequences, the first of which adds
  * its blocks. */
 static lm_status add_running(const struct core *c, int32_t *held, struct lm_err *err)
@@ -76,6 +94,8 @@ lm_status core_check(const struct core *c, struct lm_err *err)
         st = evict_check(&c->evict, err);
     if (st == LM_OK)
         st = check_waiting(c, err);
+    if (st == LM_OK)
+        st = check_swap(c, err);
     int32_t *held = lm_calloc((size_t)c->pool.n_blocks, sizeof *held);
     if (st != LM_OK || !held) {
         free(held);

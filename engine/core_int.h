@@ -11,6 +11,7 @@
 #include "engine/core.h"
 #include "engine/residency.h"
 #include "engine/step.h"
+#include "engine/swap.h"
 
 /* X(name): one word each, written by the engine thread, read by core_stats(). */
 #define CORE_COUNTERS(X)                                                                       \
@@ -49,6 +50,7 @@ struct core {
     struct evict evict;
     struct prefix prefix;
     struct residency_tier tier;
+    struct swap swap;
     struct seq_list running, waiting;
     struct plan plan;
     int64_t next_deadline_ms;   /* earliest of any live request, INT64_MAX: none */

@@ -29,6 +29,8 @@ static void release_blocks(struct core *c, struct seq *s)
 /* RUNNING to anything else: blocks, adapter and place in the list. */
 void finish_leave_running(struct core *c, struct seq *s)
 {
+    if (s->resuming)            /* a failing device says so at the next call again */
+        (void)swap_interrupt(&c->swap, s, c->stream);
     seq_list_remove(&c->running, s);
     release_blocks(c, s);
     if (s->req->adapter)
@@ -80,6 +82,7 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
     else if (s->state == SEQ_WAITING)
         finish_leave_waiting(c, s);
     step_void(c->step, s);
+    swap_forget(&c->swap, s);
     s->state = SEQ_DONE;
     s->reason = reason;
     post_stream(c, s, true);

@@ -4,7 +4,7 @@
  *
  *     mailbox_take     new requests join `waiting` in rank order
  *     sweep            cancelled and expired ones end
- *     residency_poll   uploads that have passed
+ *     residency_poll   uploads that have passed; swap_poll: KV that is back from host memory
  *     sched_plan       pure
  *     apply_plan       preempt, pin, load, admit, grow (apply.c)
  *     step_launch      layout, enqueue (step.c)
@@ -214,6 +214,7 @@ static void publish(struct core *c)
     GAUGE(c, adapter_blocks, c->pool.count[POOL_ADAPTER]);
     GAUGE(c, adapters_resident, c->tier.n_resident);
     GAUGE(c, adapter_evictions, c->tier.evictions);
+    GAUGE(c, swap_bytes, c->swap.bytes);
     GAUGE(c, waiting_prompt_tokens, c->waiting_prompt_tokens);
 }
 
@@ -249,6 +250,8 @@ static lm_status wait_or_idle(struct core *c, bool *idle, struct lm_err *err)
 {
     if (c->tier.n_loading > 0)
         return residency_wait(&c->tier, err);
+    if (c->swap.n_batches > 0)
+        return swap_wait(&c->swap, err);
     if (c->running.n + c->waiting.n > 0)
         return lm_err_set(err, LM_INTERNAL, "%d sequences run and %d wait, and none can advance; "
                                             "%d of %d blocks are free", c->running.n,
@@ -263,6 +266,8 @@ static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
     *idle = false;
     int before = step_in_flight(c->step);
     lm_status st = residency_poll(&c->tier, err);
+    if (st == LM_OK)
+        st = swap_poll(&c->swap, err);
     if (st != LM_OK)
         return st;
     make_plan(c);

@@ -22,7 +22,8 @@
  *          SEQ_DONE <----------------------+                 finish_seq()
  *
  *   WAITING  holds no blocks; n_computed = 0. `tokens` may be longer than the prompt: what was
- *            generated before a preemption is recomputed as if it were prompt.
+ *            generated before a preemption is recomputed as if it were prompt, unless its KV was
+ *            swapped to host memory (n_swapped).
  *   RUNNING  holds blocks for positions 0 .. n_blocks * block_tokens - 1; KV of the first
  *            n_computed positions is in them. n_computed < n_tokens - 1 means prefill.
  *            While a step is under way, n_computed counts its positions too (later steps run
@@ -84,6 +85,12 @@ struct seq {
     int n_blocks, cap_blocks;
     int n_hashed;               /* leading full blocks already offered to the prefix cache */
     int32_t prefix_tail;        /* prefix cache entry of block n_hashed - 1, or -1 */
+
+    int n_swapped;              /* blocks of KV in host memory, 0: none; see swap.h */
+    int32_t swap_slot;          /* the first of them */
+    int swapped_tokens;         /* computed positions in them */
+    bool resuming;              /* RUNNING, but its KV is on the way back: not to be planned */
+    struct seq *swap_prev, *swap_next;
 
     uint64_t seed;
     int bypassed;               /* times that a later sequence was admitted before this one */

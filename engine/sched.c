@@ -170,7 +170,7 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
     int end = v->running.n;
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        if (!is_decode(s) || seq_is_ending(s) || fit_tokens(p, s, 1) == 0)
+        if (!is_decode(s) || s->resuming || seq_is_ending(s) || fit_tokens(p, s, 1) == 0)
             continue;
         int need = blocks_for(seq_length(s), v->block_tokens) - s->n_blocks;
         if (need > p->budget)
@@ -194,7 +194,7 @@ static void plan_prefills(const struct sched_view *v, struct plan *p, int end)
 {
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        int n = is_decode(s) ? 0 : fit_tokens(p, s, s->n_tokens - s->n_computed);
+        int n = is_decode(s) || s->resuming ? 0 : fit_tokens(p, s, s->n_tokens - s->n_computed);
         if (n > 0)
             add_item(p, s, n);
     }
@@ -291,7 +291,7 @@ static void plan_admissions(const struct sched_view *v, struct plan *p, int n_ru
             p->admit[p->n_admit++] = s;
             p->n_overtaken = passed;
             int n = fit_tokens(p, s, s->n_tokens);
-            if (n > 0)
+            if (n > 0 && !s->n_swapped)         /* its KV must come back first */
                 add_item(p, s, n);
         } else if (verdict == NO_ROOM) {
             if (full || s->bypassed >= SCHED_MAX_BYPASS)

@@ -76,6 +76,10 @@ bool cpu_isa_runs(enum cpu_isa isa);
 /* Tests only: devices opened from now on use at most `isa`. CPU_ISA_COUNT takes the limit away. */
 void kn_cpu_force_isa(enum cpu_isa isa);
 
+/* Tests only: events recorded from now on answer LM_BUSY to so many queries before they have
+ * passed, as those of a device that works by itself would. */
+void kn_cpu_force_late_events(int queries);
+
 /* ---- objects --------------------------------------------------------------------------- */
 
 struct cpu_pool;
@@ -92,6 +96,11 @@ struct cpu_stream {
     struct cpu_device *dev;
     float *partial;             /* attention's split sequences, cpu_split_floats() a thread */
     float *gemm_scratch;        /* cpu_gemm_scratch_floats() a thread */
+};
+
+struct cpu_event {
+    struct kn_event base;
+    int late;                   /* queries that still answer LM_BUSY: tests only */
 };
 
 struct cpu_mat {

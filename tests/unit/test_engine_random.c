@@ -13,6 +13,7 @@
 #include "engine_fixture.h"
 
 #include "engine/core.h"
+#include "kernels/cpu/cpu_int.h"
 
 #define ADAPTERS "tests/models/spm-tiny-adapters"
 #define KINDS 60                /* distinct prompt + adapter + length */
@@ -159,7 +160,12 @@ static void round_of(int number)
     cfg.max_step_tokens = 8 + rnd(120);
     cfg.max_seqs = 1 + rnd(24);
     cfg.max_waiting = REQUESTS;
+    struct engine_policy policy;
+    engine_policy_default(&policy);
+    policy.preempt = (enum engine_preempt)(number / 2 % 3);
+    cfg.policy = &policy;
     core_force_pipeline(number % 2);
+    kn_cpu_force_late_events(number % 5);
     engine *e = fixture_engine(&cfg);
     engine_adapter *a[3];
     struct sent sent[REQUESTS] = { { 0 } };
@@ -184,9 +190,10 @@ static void round_of(int number)
     struct engine_stats st;
     engine_stats(e, &st);
     assert_int_equal(st.failed, 0);
-    print_message("round %d: pool %d, %llu steps, %llu preemptions, %llu evictions\n", number,
-                  st.pool_blocks, (unsigned long long)st.steps,
-                  (unsigned long long)st.preemptions, (unsigned long long)st.adapter_evictions);
+    print_message("round %d: pool %d, %llu steps, %llu preemptions, %llu swapped, %llu evictions\n",
+                  number, st.pool_blocks, (unsigned long long)st.steps,
+                  (unsigned long long)st.preemptions, (unsigned long long)st.swap_outs,
+                  (unsigned long long)st.adapter_evictions);
     engine_adapter_unref(a[1]);
     engine_adapter_unref(a[2]);
     engine_close(e);

@@ -282,9 +282,14 @@ static void run_mixed(struct suite *s, struct engine_config cfg)
 }
 
 static void run_preempted(struct suite *s, struct engine_config cfg,
-                          const struct engine_info *info, size_t adapter_blocks)
+                          const struct engine_info *info, size_t adapter_blocks,
+                          enum engine_preempt how)
 {
+    struct engine_policy policy;
     int longest = 0;
+    engine_policy_default(&policy);
+    policy.preempt = how;
+    cfg.policy = &policy;
     for (int i = 0; i < s->n; i++)
         longest = LM_MAX(longest, s->c[i].n_prompt);
     size_t kv = (size_t)LM_DIV_UP(longest + STEPS, info->block_tokens);
@@ -302,6 +307,10 @@ static void run_preempted(struct suite *s, struct engine_config cfg,
     struct engine_stats st;
     engine_stats(e, &st);
     assert_int_equal(st.preemptions, n);
+    if (how == ENGINE_PREEMPT_SWAP)
+        assert_true(st.swap_outs > 0 && st.swap_ins > 0 && st.swap_bytes > 0);
+    else
+        assert_true(st.swap_outs + st.swap_ins + st.swap_bytes == 0);
     unload_adapters(s);
     engine_close(e);
 }
@@ -317,7 +326,8 @@ static void run_suite(struct suite *s)
     for (int pipelined = 0; pipelined < 2; pipelined++) {
         core_force_pipeline(pipelined);
         run_mixed(s, cfg);
-        run_preempted(s, cfg, &info, adapter_blocks);
+        run_preempted(s, cfg, &info, adapter_blocks, ENGINE_PREEMPT_RECOMPUTE);
+        run_preempted(s, cfg, &info, adapter_blocks, ENGINE_PREEMPT_SWAP);
     }
     core_force_pipeline(false);
     for (int i = 0; i < s->n; i++)
