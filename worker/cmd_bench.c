@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * cmd_bench.c - `loramill bench`: the engine alone, measured through its public interface.
+ * cmd_bench.c - `loramill bench`: the engine alone, measured through its public interface; with
+ * --trace see cmd_bench_replay.c.
  *
- * Three runs on one model: prefill (a long prompt, one token), decode of one sequence, decode of
- * many sequences over many adapters. Decode rates leave out the first token of each sequence and
+ * Else three runs on one model: prefill (a long prompt, one token), decode of one sequence, decode
+ * of many sequences over many adapters. Decode rates leave out the first token of each sequence and
  * the time before the earliest of them, so the prefill of later sequences counts against us.
  * Prompts are token ids drawn by a fixed formula, so that a peer can be given the same;
  * end-of-sequence is ignored, sampling is greedy. One JSON line each:
@@ -12,18 +13,16 @@
  *
  * Every figure is the best of --repeat runs: on a shared machine the others measure the neighbours.
  */
-#include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/engine.h"
 #include "worker/adapter_dirs.h"
+#include "worker/cmd_bench.h"
 #include "worker/commands.h"
 
 struct bench {
-    const char *model, *adapters, *backend;
-    int threads, prompt_tokens, tokens, batch, repeat;
+    struct bench_args args;
     engine *e;
     struct engine_info info;
     engine_adapter **adapter;
@@ -46,12 +45,6 @@ static void figure(const char *name, double value, const char *unit)
     fflush(stdout);
 }
 
-/* The trace formula: token t of request i. Any engine that is compared uses the same. */
-static int32_t bench_token(int64_t i, int64_t t, int vocab)
-{
-    return (int32_t)(10 + (i * 7919 + t * 104729 + (i ^ t) * 31) % (vocab - 20));
-}
-
 static lm_status submit_one(struct bench *b, int i, int prompt_tokens, int max_tokens, int distinct,
                             int32_t *ids, struct lm_err *err)
 {
@@ -59,7 +52,7 @@ static lm_status submit_one(struct bench *b, int i, int prompt_tokens, int max_t
     struct engine_request r = { .id = id, .token_ids = ids, .n_token_ids = prompt_tokens };
     snprintf(id, sizeof id, "bench-%d", i);
     for (int t = 0; t < prompt_tokens; t++)
-        ids[t] = bench_token(b->serial, t, b->info.vocab_size);
+        ids[t] = trace_token(b->serial, t, b->info.vocab_size);
     b->serial++;
     engine_params_default(&r.params);
     r.params.max_tokens = max_tokens;
@@ -101,7 +94,7 @@ static lm_status await_all(struct bench *b, int n, struct run *out, int64_t star
         if (state != LM_OK)
             return lm_err_set(err, state, "the engine stopped: %s", lm_status_text(state));
     }
-    int64_t end = lm_now_us() - start_us;
+    int64_t end = engine_now_us(b->e) - start_us;
     out->total_s = (double)end / 1e6;
     out->decode_s = (double)LM_MAX(end - first, 1) / 1e6;
     return LM_OK;
@@ -115,7 +108,7 @@ static lm_status run_batch(struct bench *b, int n, int prompt_tokens, int max_to
     if (!ids)
         return lm_err_set(err, LM_NOMEM, "no memory for %d prompt tokens", prompt_tokens);
     engine_stats(b->e, &out->before);
-    int64_t start = lm_now_us();
+    int64_t start = engine_now_us(b->e);
     lm_status st = LM_OK;
     for (int i = 0; i < n && st == LM_OK; i++)
         st = submit_one(b, i, prompt_tokens, max_tokens, distinct, ids, err);
@@ -132,7 +125,7 @@ static lm_status bench_prefill(struct bench *b, struct lm_err *err)
 {
     double best = 0;
     int len = LM_MIN(b->info.max_model_len - 1, 512);
-    for (int i = 0; i < b->repeat; i++) {
+    for (int i = 0; i < b->args.repeat; i++) {
         struct run r;
         lm_status st = run_batch(b, 1, len, 1, 0, &r, err);
         if (st != LM_OK)
@@ -147,9 +140,9 @@ static lm_status bench_decode(struct bench *b, const char *name, int n, int dist
                               struct lm_err *err)
 {
     double best = 0, host_us = 0;
-    for (int i = 0; i < b->repeat; i++) {
+    for (int i = 0; i < b->args.repeat; i++) {
         struct run r;
-        lm_status st = run_batch(b, n, b->prompt_tokens, b->tokens, distinct, &r, err);
+        lm_status st = run_batch(b, n, b->args.prompt_tokens, b->args.tokens, distinct, &r, err);
         if (st != LM_OK)
             return st;
         double steps = (double)(r.after.steps - r.before.steps);
@@ -170,22 +163,17 @@ static lm_status bench_all(struct bench *b, struct lm_err *err)
     if (st == LM_OK)
         st = bench_decode(b, "decode_batch1", 1, 0, err);
     if (st == LM_OK)
-        st = bench_decode(b, "decode_base", b->batch, 0, err);
+        st = bench_decode(b, "decode_base", b->args.batch, 0, err);
     if (st == LM_OK && b->n_adapters)
-        st = bench_decode(b, "decode_adapters", b->batch, b->n_adapters, err);
+        st = bench_decode(b, "decode_adapters", b->args.batch, b->n_adapters, err);
     return st;
 }
 
 /* ---- set-up ---------------------------------------------------------------------------- */
 
-static lm_status load_adapter(void *ctx, const char *id, const char *dir, struct lm_err *err)
+static lm_status keep_adapter(struct bench *b, engine_adapter *a, struct lm_err *err)
 {
-    struct bench *b = ctx;
-    engine_adapter *a, **grown;
-    lm_status st = engine_adapter_load(b->e, id, dir, &a, err);
-    if (st != LM_OK)
-        return st;
-    grown = lm_reallocarray(b->adapter, (size_t)b->n_adapters + 1, sizeof *grown);
+    engine_adapter **grown = lm_reallocarray(b->adapter, (size_t)b->n_adapters + 1, sizeof *grown);
     if (!grown) {
         engine_adapter_unref(a);
         return lm_err_set(err, LM_NOMEM, "no memory for the list of adapters");
@@ -195,95 +183,76 @@ static lm_status load_adapter(void *ctx, const char *id, const char *dir, struct
     return LM_OK;
 }
 
-static int usage(FILE *f, int status)
+static lm_status load_adapter(void *ctx, const char *id, const char *dir, struct lm_err *err)
 {
-    fprintf(f,
-        "usage: loramill bench --model DIR [OPTION]...\n\n"
-        "  --model DIR            Hugging Face model folder\n"
-        "  --adapters DIR         PEFT folders to decode with, all of them\n"
-        "  --backend cpu|cuda     default: cuda where a device works, else cpu\n"
-        "  --threads N            CPU cores; default all\n"
-        "  --prompt-tokens N      default 32\n"
-        "  --tokens N             tokens to decode; default 64\n"
-        "  --batch N              sequences at once; default 32\n"
-        "  --repeat N             runs of each figure, the best counts; default 3\n\n"
-        "Prints one JSON line a figure.\n");
-    return status;
+    struct bench *b = ctx;
+    engine_adapter *a;
+    lm_status st = engine_adapter_load(b->e, id, dir, &a, err);
+    return st == LM_OK ? keep_adapter(b, a, err) : st;
 }
 
-static int parse_positive(const char *text, int *out)
+static lm_status make_adapters(struct bench *b, struct lm_err *err)
 {
-    char *end;
-    long v = strtol(text, &end, 10);
-    if (*end || v < 1 || v > 1 << 20)
-        return -1;
-    *out = (int)v;
-    return 0;
-}
-
-static int parse(struct bench *b, int argc, char **argv)
-{
-    enum { MODEL = 1, ADAPTERS, BACKEND, THREADS, PROMPT, TOKENS, BATCH, REPEAT, HELP };
-    static const struct option options[] = {
-        { "model", required_argument, NULL, MODEL },
-        { "adapters", required_argument, NULL, ADAPTERS },
-        { "backend", required_argument, NULL, BACKEND },
-        { "threads", required_argument, NULL, THREADS },
-        { "prompt-tokens", required_argument, NULL, PROMPT },
-        { "tokens", required_argument, NULL, TOKENS },
-        { "batch", required_argument, NULL, BATCH },
-        { "repeat", required_argument, NULL, REPEAT },
-        { "help", no_argument, NULL, HELP },
-        { NULL, 0, NULL, 0 },
-    };
-    int *number[] = { [THREADS] = &b->threads, [PROMPT] = &b->prompt_tokens,
-                      [TOKENS] = &b->tokens, [BATCH] = &b->batch, [REPEAT] = &b->repeat };
-    for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        switch (c) {
-        case MODEL: b->model = optarg; break;
-        case ADAPTERS: b->adapters = optarg; break;
-        case BACKEND: b->backend = optarg; break;
-        case HELP: return usage(stdout, -1);
-        case THREADS: case PROMPT: case TOKENS: case BATCH: case REPEAT:
-            if (parse_positive(optarg, number[c]) == 0)
-                break;
-            fprintf(stderr, "loramill bench: '%s' is not a positive number\n", optarg);
-            return 2;
-        default: return usage(stderr, 2);
-        }
+    lm_status st = LM_OK;
+    for (int i = 0; i < b->args.dummy && st == LM_OK; i++) {
+        char id[32];
+        engine_adapter *a;
+        snprintf(id, sizeof id, "dummy-%d", i);
+        st = engine_adapter_dummy(b->e, id, b->args.rank, b->args.modules, &a, err);
+        if (st == LM_OK)
+            st = keep_adapter(b, a, err);
     }
-    if (b->model && optind == argc)
-        return 0;
-    if (b->model)
-        fprintf(stderr, "loramill bench: unexpected argument '%s'\n", argv[optind]);
+    return st;
+}
+
+static lm_status fixed_figures(struct bench *b, struct lm_err *err)
+{
+    const struct bench_args *a = &b->args;
+    struct engine_config cfg = {
+        .model_dir = a->model, .shape = a->shape, .backend = a->backend, .sim = a->sim,
+        .threads = a->threads, .pool_bytes = a->pool_bytes, .block_tokens = a->block_tokens,
+        .max_seqs = a->max_seqs ? a->max_seqs : a->batch, .max_step_tokens = a->max_step_tokens,
+        .max_waiting = a->batch + 1, .host_adapter_bytes = a->host_adapter_bytes,
+        .policy = &a->policy,
+    };
+    lm_status st = engine_open(&cfg, &b->e, err);
+    if (st != LM_OK)
+        return st;
+    engine_info(b->e, &b->info);
+    if (a->adapters)
+        st = adapter_dirs_each(a->adapters, load_adapter, b, err);
     else
-        fprintf(stderr, "loramill bench: --model is missing\n");
-    return usage(stderr, 2);
+        st = make_adapters(b, err);
+    if (st == LM_OK)
+        st = bench_all(b, err);
+    for (int i = 0; i < b->n_adapters; i++)
+        engine_adapter_unref(b->adapter[i]);
+    free(b->adapter);
+    engine_close(b->e);
+    return st;
+}
+
+static lm_status replay_trace(const struct bench_args *a, struct lm_err *err)
+{
+    struct trace t;
+    struct replay r = { 0 };
+    lm_status st = trace_load(a->trace, &t, err);
+    if (st != LM_OK)
+        return st;
+    st = bench_replay(a, &t, &r, err);
+    free(r.outcome);
+    trace_release(&t);
+    return st;
 }
 
 int cmd_bench(int argc, char **argv)
 {
-    struct bench b = { .prompt_tokens = 32, .tokens = 64, .batch = 32, .repeat = 3 };
-    int status = parse(&b, argc, argv);
+    struct bench b = { 0 };
+    struct lm_err err = { 0 };
+    int status = bench_parse(&b.args, argc, argv);
     if (status != 0)
         return status < 0 ? 0 : status;
-    struct lm_err err = { 0 };
-    struct engine_config cfg = { .model_dir = b.model, .backend = b.backend,
-                                 .threads = b.threads, .max_seqs = LM_MAX(b.batch, 1),
-                                 .max_waiting = b.batch + 1 };
-    lm_status st = engine_open(&cfg, &b.e, &err);
-    if (st == LM_OK) {
-        engine_info(b.e, &b.info);
-        if (b.adapters)
-            st = adapter_dirs_each(b.adapters, load_adapter, &b, &err);
-    }
-    if (st == LM_OK)
-        st = bench_all(&b, &err);
-    for (int i = 0; i < b.n_adapters; i++)
-        engine_adapter_unref(b.adapter[i]);
-    free(b.adapter);
-    if (b.e)
-        engine_close(b.e);
+    lm_status st = b.args.trace ? replay_trace(&b.args, &err) : fixed_figures(&b, &err);
     if (st != LM_OK)
         fprintf(stderr, "loramill bench: %s\n", err.msg);
     return st != LM_OK;
