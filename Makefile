@@ -181,8 +181,30 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/rep
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
+# One file that a GPU machine needs: all but cuBLASLt is inside (see tests/gpu/gpu-check.sh).
+GPU_SRC   := $(wildcard tests/gpu/*.c)
+GPU_CHECK := build/gpu/gpu-check
+
+$(BUILD)/tests/gpu/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include
+$(BUILD)/tests/gpu/blas.o: CFLAGS += -O3
+
+$(GPU_CHECK): $(call obj,$(GPU_SRC)) $(LIB)
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -s $^ -Wl,-Bstatic -ljansson -lpcre2-8 -lcrypto -lutf8proc \
+	    -Wl,-Bdynamic $(CUDA_LDLIBS) -lm -o $@
+
+.PHONY: gpu-build gpu-check
+gpu-build:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh cuda
+	$(Q)$(MAKE) $(jobs) --no-print-directory CUDA=1 WORKER=0 BUILD=build/cuda $(GPU_CHECK)
+
+# Builds what is not built yet; on a machine without a compiler, a prebuilt build/gpu will do.
+gpu-check:
+	$(Q)PART='$(or $(PART),smoke)' RESULTS='$(or $(RESULTS),build)' tests/gpu/gpu-check.sh
+
 .SECONDARY:
--include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC)))
+-include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC)))
 
 # Programs of the test tiers; `make test` installs what is missing, builds, and runs them all.
 programs: $(if $(filter 1,$(WORKER)),$(BIN)) $(UNITS) $(REPLAYS)
@@ -241,6 +263,8 @@ help:
 	@echo 'make lint       include direction, banned functions, sizes, generated files fresh'
 	@echo 'make bench      CPU figures against transformers, engine overhead, messages/s'
 	@echo 'make fuzz       TARGET=NAME SECONDS=N: coverage-guided fuzzing (clang)'
+	@echo 'make gpu-build  compile kernels/cuda and its checks (needs no GPU)'
+	@echo 'make gpu-check  PART=smoke|kernels|trace|full RESULTS=DIR: prove and measure it on a GPU'
 	@echo 'make docs       regenerate docs/configuration.md and the sample properties'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR='
 	@echo 'make clean      remove build/'

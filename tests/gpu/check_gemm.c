@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * check_gemm.c - y = x W^T against the CPU, row by row in any company, and its speed.
+ *
+ * Inputs are random signs times magnitudes in [0, 1), so the magnitudes of k products sum to k / 4
+ * on average and to no more than k.
+ */
+#include "check.h"
+
+struct gemm_case {
+    int m, n, k;
+    bool bias, accumulate, f32;
+    int pad;                    /* more than a row's length between rows */
+};
+
+static void check_case(struct gpu_check *c, const struct gemm_case *t, kn_mat *g, kn_mat *h)
+{
+    int64_t ldx = t->k + t->pad, ldy = t->n + t->pad;
+    size_t nx = (size_t)(t->m * ldx), ny = (size_t)(t->m * ldy);
+    struct pair x = pair_new(c, nx), y = pair_new(c, ny);
+    float *bias = malloc((size_t)t->n * sizeof *bias), *got = NULL, *yf = NULL;
+    for (int i = 0; i < t->n; i++)
+        bias[i] = round_bf16(rnd_float());
+    float *dbias = dev_put(c, bias, (size_t)t->n * sizeof *bias);
+    if (t->f32)
+        yf = dev_put(c, y.cpu, ny * sizeof *y.cpu);
+    struct kn_gemm a = { t->f32 ? (void *)yf : y.gpu, x.gpu, g, t->bias ? dbias : NULL, t->m, ldx,
+                         ldy, t->accumulate, t->f32 };
+    struct kn_gemm b = { y.cpu, x.cpu, h, t->bias ? bias : NULL, t->m, ldx, ldy, t->accumulate,
+                         t->f32 };
+    lm_status st = kn_op_gemm(c->gs, &a);
+    must(kn_op_gemm(c->cs, &b), "gemm");
+    if (t->f32) {
+        got = malloc((ny + 1) * sizeof *got);
+        dev_get(c, got, yf, ny * sizeof *got);
+        dev_free(c, yf);
+    } else {
+        got = pair_get(c, &y);
+    }
+    /* bias on top of an old y is one more rounding, of at most 2 */
+    double sum_tol = F32_SUM * t->k / 4 + (t->bias && t->accumulate && !t->f32 ? 2 * OUT_ULP : 0);
+    double e = excess(got, y.cpu, NULL, ny, t->f32 ? F32_SUM : OUT_ULP, sum_tol);
+    check_that(c, st == LM_OK && e <= 1, "gemm m=%d n=%d k=%d%s%s%s%s: %.2f of the tolerance",
+               t->m, t->n, t->k, t->bias ? " bias" : "", t->accumulate ? " accumulate" : "",
+               t->f32 ? " float32" : "", t->pad ? " strided" : "", e);
+    pair_free(c, &x);
+    pair_free(c, &y);
+    dev_free(c, dbias);
+    free(bias);
+    free(got);
+}
+
+/* The same row alone among zeros and among strangers, at the same row count: the same bits. */
+static void check_company(struct gpu_check *c, int m, int n, int k, kn_mat *g)
+{
+    struct pair x = pair_new(c, (size_t)m * (size_t)k), z = pair_new(c, (size_t)m * (size_t)k);
+    size_t row = (size_t)k * 2;
+    int at = m / 2;
+    must(kn_copy(c->gs, (char *)z.gpu + (size_t)at * row, (char *)x.gpu + (size_t)at * row, row),
+         "copy");
+    struct pair y1 = pair_new(c, (size_t)m * (size_t)n), y2 = pair_new(c, (size_t)m * (size_t)n);
+    struct kn_gemm a = { y1.gpu, x.gpu, g, NULL, m, k, n, false, false };
+    struct kn_gemm b = { y2.gpu, z.gpu, g, NULL, m, k, n, false, false };
+    must(kn_op_gemm(c->gs, &a), "gemm");
+    must(kn_op_gemm(c->gs, &b), "gemm");
+    float *r1 = pair_get(c, &y1), *r2 = pair_get(c, &y2);
+    size_t o = (size_t)at * (size_t)n;
+    check_that(c, !memcmp(r1 + o, r2 + o, (size_t)n * sizeof *r1),
+               "gemm m=%d n=%d k=%d: a row's bits do not depend on its neighbours", m, n, k);
+    pair_free(c, &x);
+    pair_free(c, &z);
+    pair_free(c, &y1);
+    pair_free(c, &y2);
+    free(r1);
+    free(r2);
+}
+
+void check_gemm(struct gpu_check *c)
+{
+    static const int shapes[][2] = { { 40, 24 }, { 33, 72 }, { 192, 512 }, { 1000, 4096 },
+                                     { 4096, 1016 }, { 37, 11008 } };
+    static const int ms[] = { 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 133 };
+    for (size_t s = 0; s < LM_COUNT(shapes); s++) {
+        kn_mat *g, *h;
+        int n = shapes[s][0], k = shapes[s][1];
+        mats_new(c, n, k, 1, &g, &h);
+        for (size_t i = 0; i < LM_COUNT(ms); i++) {
+            struct gemm_case t = { ms[i], n, k, false, false, false, 0 };
+            t.bias = i % 3 == 1;
+            t.accumulate = (i + s) % 4 == 2;
+            t.f32 = (i + s) % 5 == 3;
+            t.pad = (i + s) % 3 == 2 ? 8 : 0;
+            check_case(c, &t, g, h);
+            if (ms[i] > 1)
+                check_company(c, ms[i], n, k, g);
+        }
+        kn_mat_free(g);
+        kn_mat_free(h);
+    }
+}
+
+/* ---- speed ----------------------------------------------------------------------------- */
+
+#define COPIES 8                /* of the weight: more than L2 holds */
+
+struct gemm_run {
+    struct kn_gemm a;
+    kn_mat *w[COPIES];
+};
+
+static lm_status one_gemm(struct gpu_check *c, void *ctx, int i)
+{
+    struct gemm_run *r = ctx;
+    r->a.w = r->w[i % COPIES];
+    return kn_op_gemm(c->gs, &r->a);
+}
+
+void bench_gemm(struct gpu_check *c)
+{
+    static const int shapes[][2] = { { 4096, 4096 }, { 12288, 4096 }, { 6144, 4096 },
+                                     { 22016, 4096 }, { 28672, 4096 }, { 4096, 11008 },
+                                     { 4096, 14336 }, { 32000, 4096 } };
+    static const int ms[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096 };
+    struct lm_err err;
+    void *x = dev_new(c, (size_t)4096 * 14336 * 2), *y = dev_new(c, (size_t)4096 * 32000 * 2);
+    for (size_t s = 0; s < LM_COUNT(shapes); s++) {
+        struct gemm_run r = { 0 };
+        int n = shapes[s][0], k = shapes[s][1];
+        for (int i = 0; i < COPIES; i++) {
+            must(kn_mat_new(c->cuda, KN_BF16, n, k, &r.w[i], &err), "mat_new");
+            must(kn_mat_fill(r.w[i], 1 + (uint64_t)i, 1, &err), "mat_fill");
+        }
+        for (size_t i = 0; i < LM_COUNT(ms); i++) {
+            int m = ms[i];
+            char name[64];
+            r.a = (struct kn_gemm){ .y = y, .x = x, .m = m, .ldx = k, .ldy = n };
+            double us = time_op(c, one_gemm, &r, m > 1000 ? COPIES : 3 * COPIES);
+            double bytes = 2.0 * ((double)n * k + (double)m * (n + k)), flops = 2.0 * m * n * k;
+            snprintf(name, sizeof name, "gemm m=%d, %d x %d", m, n, k);
+            figure(c, name, us, "us", "\"gbps\": %.0f, \"tflops\": %.1f, \"share\": %.2f",
+                   bytes / us / 1e3, flops / us / 1e6,
+                   fmax(bytes / us / 1e3 / c->gbps, flops / us / 1e6 / c->tflops));
+        }
+        for (int i = 0; i < COPIES; i++)
+            kn_mat_free(r.w[i]);
+    }
+    dev_free(c, x);
+    dev_free(c, y);
+}
