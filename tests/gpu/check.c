@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * check.c - gpu-check PART [RESULTS.jsonl]: the CUDA backend against its CPU twin, and its speed.
+ * check.c - gpu-check RESULTS.jsonl PART...: the CUDA backend against its CPU twin, and its speed.
  *
- *     smoke     every operation against the CPU, at ragged sizes
- *     kernels   the same, then the table of achieved bandwidth and arithmetic
+ *     smoke     every operation against the CPU, at ragged sizes and all block sizes; a single
+ *               group of them by its name: device rows gemm sample attention lora
+ *     bench     the table of achieved bandwidth and arithmetic
+ *     golden    the whole engine on the small models against transformers + PEFT
  *
  * tests/gpu/gpu-check.sh runs this program and the parts that need the whole engine. Exit status: 0
  * all well, 1 something failed, 2 no device or bad usage.
@@ -42,38 +44,62 @@ static void run_bench(struct gpu_check *c)
     bench_lora(c);
 }
 
+static const struct {
+    const char *name;
+    void (*run)(struct gpu_check *c);
+} parts[] = {
+    { "smoke", run_checks },
+    { "bench", run_bench },
+    { "golden", check_golden },
+    { "device", check_device },
+    { "rows", check_rows },
+    { "gemm", check_gemm },
+    { "sample", check_sample },
+    { "attention", check_attention },
+    { "lora", check_lora },
+};
+
+static int usage(void)
+{
+    fprintf(stderr, "usage: gpu-check RESULTS.jsonl PART...\nparts:");
+    for (size_t i = 0; i < LM_COUNT(parts); i++)
+        fprintf(stderr, " %s", parts[i].name);
+    fprintf(stderr, "\n");
+    return 2;
+}
+
+static bool run_part(struct gpu_check *c, const char *name)
+{
+    for (size_t i = 0; i < LM_COUNT(parts); i++)
+        if (!strcmp(parts[i].name, name)) {
+            int64_t t0 = lm_now_us();
+            parts[i].run(c);
+            printf("# %s took %.1f s\n", name, (double)(lm_now_us() - t0) / 1e6);
+            return true;
+        }
+    return false;
+}
+
 int main(int argc, char **argv)
 {
     struct gpu_check c = { 0 };
     struct lm_err err = { 0 };
-    bool kernels = argc > 1 && !strcmp(argv[1], "kernels");
-    bool bench = kernels || (argc > 1 && !strcmp(argv[1], "bench"));
-    bool smoke = argc > 1 && !strcmp(argv[1], "smoke");
-    if ((!bench && !smoke) || argc > 3) {
-        fprintf(stderr, "usage: gpu-check smoke|kernels|bench [RESULTS.jsonl]\n");
-        return 2;
-    }
-    if (open_both(&c, &err) != LM_OK) {
-        printf("gpu-check: %s\n", err.msg);
-        return 2;
-    }
-    if (argc == 3 && !(c.json = fopen(argv[2], "a"))) {
-        printf("gpu-check: cannot write %s\n", argv[2]);
-        return 2;
-    }
     struct kn_props p;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc < 3)
+        return usage();
+    if (open_both(&c, &err) != LM_OK || !(c.json = fopen(argv[1], "a"))) {
+        printf("gpu-check: %s\n", err.msg[0] ? err.msg : "cannot write the results file");
+        return 2;
+    }
     kn_props(c.cuda, &p);
-    printf("# %s, %.1f of %.1f GB free; twin: ", p.name, (double)p.mem_free / 1e9,
+    printf("# %s, %.1f of %.1f GB free\n", p.name, (double)p.mem_free / 1e9,
            (double)p.mem_total / 1e9);
-    kn_props(c.cpu, &p);
-    printf("%s\n", p.name);
-    if (smoke || kernels)
-        run_checks(&c);
-    if (bench)
-        run_bench(&c);
+    for (int i = 2; i < argc; i++)
+        if (!run_part(&c, argv[i]))
+            return usage();
     printf("%d passed, %d failed\n", c.passed, c.failed);
-    if (c.json)
-        fclose(c.json);
+    fclose(c.json);
     kn_stream_free(c.gs);
     kn_stream_free(c.cs);
     kn_close(c.cuda);

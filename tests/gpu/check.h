@@ -99,6 +99,7 @@ void check_gemm(struct gpu_check *c);
 void check_sample(struct gpu_check *c);
 void check_attention(struct gpu_check *c);      /* rope_kv too */
 void check_lora(struct gpu_check *c);           /* merge too */
+void check_golden(struct gpu_check *c);         /* the whole engine, on the small models */
 
 void bench_ceilings(struct gpu_check *c);
 void bench_rows(struct gpu_check *c);

@@ -233,7 +233,8 @@ static void bench_upload(struct gpu_check *c)
         must(kn_mat_upload(m, 0, 0, rows, cols, src, KN_BF16, (size_t)cols, &err), "upload");
         double us = (double)(lm_now_us() - t0);
         if (round)
-            figure(c, "mat_upload, one thread", (double)rows * cols * 2 / us / 1e3, "GB/s", "%s", "");
+            figure(c, "mat_upload, one thread", (double)rows * cols * 2 / us / 1e3, "GB/s", "%s",
+                   "");
     }
     kn_mat_free(m);
     free(src);

@@ -67,7 +67,7 @@ memcheck() {
         return
     fi
     local out
-    out=$(timeout -k 5 60 "$tool" --tool memcheck --error-exitcode 99 "$bin" short 2>&1)
+    out=$(timeout -k 5 60 "$tool" --tool memcheck --error-exitcode 99 "$bin" /dev/null device rows sample 2>&1)
     local st=$?
     if printf '%s' "$out" | grep -qE 'Device not supported|No kernels were launched'; then
         echo "memcheck was not run: compute-sanitizer does not accept this device"
@@ -80,8 +80,8 @@ memcheck() {
 }
 
 smoke() {
-    step "operations against the CPU" 80 "$bin" smoke "$results"
-    step "golden logits" 60 "$bin" golden "$results"
+    step "operations against the CPU" 80 "$bin" "$results" smoke
+    step "golden logits" 60 "$bin" "$results" golden
 }
 
 case $PART in
@@ -89,12 +89,12 @@ smoke)
     smoke
     say "memcheck"; memcheck || failed=1
     ;;
-kernels) step "operations against the CPU, and their speed" 130 "$bin" kernels "$results" ;;
-trace) step "traces" 400 "$bin" trace "$results" ;;
+kernels) step "operations against the CPU, and their speed" 130 "$bin" "$results" smoke bench ;;
+trace) step "traces" 400 "$bin" "$results" trace ;;
 full)
     smoke
-    step "speed of operations" 130 "$bin" bench "$results"
-    step "traces" 300 "$bin" trace "$results"
+    step "speed of operations" 130 "$bin" "$results" bench
+    step "traces" 300 "$bin" "$results" trace
     ;;
 esac
 [ $failed -eq 0 ] && say "all passed" || say "something failed"

@@ -1,0 +1,278 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * check_golden.c - the whole engine on the GPU against transformers + PEFT in float32.
+ *
+ * Each case's prompt and its 64 greedy tokens are scored as one prompt: log-probability errors at
+ * every position, and whether the most likely token after each true prefix is the reference's
+ * (teacher-forced agreement: one different token does not spoil those behind it).
+ *
+ * rope-dynamic is left out: there a position's keys depend on how long the prompt was, so its
+ * generated tokens cannot be scored as one. Its angles are checked with rope_kv.
+ *
+ * Models are tests/fixtures/families/NAME and tests/models/NAME, references are described in
+ * tests/golden/make_golden.py. Largest errors are held against those of transformers' own bf16
+ * runs, tests/gpu/bf16_errors.json, where that has the suite.
+ */
+#include "check.h"
+
+#include <dirent.h>
+#include <jansson.h>
+#include <limits.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "engine/safetensors.h"
+
+#define MEDIAN_LIMIT 5e-3
+#define LARGEST_RATIO 1.5       /* of transformers' largest bf16 error */
+#define AGREEMENT_LIMIT 0.99
+#define MAX_CASES 512
+
+struct golden_case {
+    char variant[256];
+    int32_t *ids;               /* prompt, then greedy tokens */
+    int n_prompt, n_greedy;
+    float *want;                /* log-probability of each of ids[1..] */
+};
+
+struct suite {
+    struct gpu_check *c;
+    const char *name;
+    engine *e;
+    struct golden_case cases[MAX_CASES];
+    int n;
+    float *error;               /* of every scored token */
+    int n_errors, room, agreed, greedy;
+    const char *only;           /* variant that the largest error is taken of; NULL: all */
+    double largest_base;
+};
+
+/* ---- reading --------------------------------------------------------------------------- */
+
+static const void *data(safetensors *st, const char *variant, int i, const char *what, int *n)
+{
+    char name[400];
+    snprintf(name, sizeof name, "%s/%d/%s", variant, i, what);
+    const struct st_tensor *t = safetensors_find(st, name);
+    if (n)
+        *n = t ? (int)t->shape[0] : 0;
+    return t ? t->data : NULL;
+}
+
+static void read_case(struct suite *s, safetensors *st, const char *variant, int i)
+{
+    struct golden_case *c = &s->cases[s->n];
+    const int32_t *prompt = data(st, variant, i, "prompt", &c->n_prompt);
+    const int32_t *greedy = data(st, variant, i, "greedy", &c->n_greedy);
+    const float *a = data(st, variant, i, "prompt_logprobs", NULL);
+    const float *b = data(st, variant, i, "greedy_logprobs", NULL);
+    if (!prompt || !greedy || !a || !b || s->n == MAX_CASES - 1)
+        return;
+    int n = c->n_prompt + c->n_greedy;
+    c->ids = malloc((size_t)n * sizeof *c->ids);
+    c->want = malloc((size_t)n * sizeof *c->want);
+    for (int k = 0; k < n; k++) {
+        c->ids[k] = k < c->n_prompt ? prompt[k] : greedy[k - c->n_prompt];
+        c->want[k] = k < c->n_prompt ? a[k] : b[k - c->n_prompt];
+    }
+    snprintf(c->variant, sizeof c->variant, "%s", variant);
+    s->room += n;
+    s->n++;
+}
+
+static bool read_cases(struct suite *s, const char *path)
+{
+    static const char end[] = "/prompt";
+    struct lm_err err = { 0 };
+    safetensors *st = NULL;
+    if (safetensors_open(path, &st, &err) != LM_OK)
+        return check_that(s->c, false, "%s: %s", s->name, err.msg);
+    for (int i = 0; i < safetensors_count(st); i++) {
+        char name[256];
+        snprintf(name, sizeof name, "%s", safetensors_at(st, i)->name);
+        size_t n = strlen(name), k = sizeof end - 1;
+        if (n < k || strcmp(name + n - k, end) != 0)
+            continue;
+        name[n - k] = '\0';
+        char *slash = strrchr(name, '/');
+        *slash = '\0';
+        read_case(s, st, name, (int)strtol(slash + 1, NULL, 10));
+    }
+    safetensors_close(st);
+    s->error = malloc((size_t)(s->room + 1) * sizeof *s->error);
+    return true;
+}
+
+/* ---- scoring --------------------------------------------------------------------------- */
+
+static void take(struct suite *s, const struct golden_case *c, const struct engine_result *r)
+{
+    const struct engine_choice *ch = r->choices;
+    for (int i = 1; i < c->n_prompt + c->n_greedy; i++) {
+        const struct engine_token *t = &ch->logprobs[i];
+        float off = fabsf(t->logprob - c->want[i]);
+        s->error[s->n_errors++] = isnan(off) ? INFINITY : off;
+        if (!strcmp(c->variant, "base"))
+            s->largest_base = fmax(s->largest_base, off);
+        if (i >= c->n_prompt) {
+            s->greedy++;
+            s->agreed += t->n_top > 0 && t->top[0].id == t->id;
+        }
+    }
+}
+
+static bool submit_all(struct suite *s, const char *adapters)
+{
+    struct lm_err err = { 0 };
+    for (int i = 0; i < s->n; i++) {
+        struct golden_case *c = &s->cases[i];
+        char dir[PATH_MAX];
+        struct engine_request r = { .id = c->variant, .token_ids = c->ids,
+                                    .n_token_ids = c->n_prompt + c->n_greedy, .user = c };
+        engine_params_default(&r.params);
+        r.params.max_tokens = 0;
+        r.params.echo = true;
+        r.params.logprobs = 1;
+        r.params.temperature = 0;
+        r.params.set = ~0u;
+        snprintf(dir, sizeof dir, "%s/%s", adapters, c->variant);
+        if (strcmp(c->variant, "base") != 0 &&
+            engine_adapter_load(s->e, c->variant, dir, &r.adapter, &err) != LM_OK)
+            return check_that(s->c, false, "%s, %s: %s", s->name, c->variant, err.msg);
+        engine_handle h;
+        lm_status st = engine_submit(s->e, &r, &h, &err);
+        engine_adapter_unref(r.adapter);
+        if (st != LM_OK)
+            return check_that(s->c, false, "%s, %s: %s", s->name, c->variant, err.msg);
+    }
+    return true;
+}
+
+static bool collect(struct suite *s)
+{
+    lm_status state = LM_OK;
+    int64_t until = lm_now_us() + 30 * 1000000;
+    for (int left = s->n; left > 0;) {
+        struct engine_event ev;
+        if (engine_poll(s->e, &ev, 1, 1000, &state) == 1 && ev.kind == ENGINE_FINISHED) {
+            const struct golden_case *c = ev.user;
+            if (ev.result->status != LM_OK)
+                return check_that(s->c, false, "%s, %s: %s", s->name, c->variant,
+                                  ev.result->error);
+            take(s, c, ev.result);
+            engine_result_free(ev.result);
+            left--;
+        } else if (state != LM_OK || lm_now_us() > until) {
+            return check_that(s->c, false, "%s: the engine %s", s->name,
+                              state != LM_OK ? "failed" : "gave no result in 30 s");
+        }
+    }
+    return true;
+}
+
+/* ---- verdicts -------------------------------------------------------------------------- */
+
+static int by_size(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static double peer_error(const char *name)
+{
+    json_t *all = json_load_file("tests/gpu/bf16_errors.json", 0, NULL);
+    json_t *v = json_object_get(all, name);
+    double largest = v ? json_number_value(json_object_get(v, "largest")) : 0;
+    json_decref(all);
+    return largest;
+}
+
+static void judge(struct suite *s)
+{
+    qsort(s->error, (size_t)s->n_errors, sizeof *s->error, by_size);
+    double median = s->n_errors ? s->error[s->n_errors / 2] : INFINITY;
+    double largest = s->n_errors ? s->error[s->n_errors - 1] : INFINITY;
+    double agreement = s->greedy ? (double)s->agreed / s->greedy : 0, peer = peer_error(s->name);
+    char name[128];
+    check_that(s->c, median <= MEDIAN_LIMIT, "%s: median log-probability error %.2g", s->name,
+               median);
+    check_that(s->c, agreement >= AGREEMENT_LIMIT, "%s: teacher-forced greedy agreement %.2f %%",
+               s->name, 100 * agreement);
+    if (peer > 0)
+        check_that(s->c, s->largest_base <= LARGEST_RATIO * peer,
+                   "%s: largest error of the base model %.3g, transformers' in bf16 %.3g", s->name,
+                   s->largest_base, peer);
+    snprintf(name, sizeof name, "golden %s: largest error", s->name);
+    figure(s->c, name, largest, "nats", "\"median\": %.3g, \"agreement\": %.4f, \"base\": %.3g, "
+           "\"peer_base\": %.3g, \"tokens\": %d", median, agreement, s->largest_base, peer,
+           s->n_errors);
+}
+
+/* The families have no tokenizer: they borrow spm-tiny's through a folder of links. */
+static void link_files(const char *from, const char *to, const char *only)
+{
+    char real[PATH_MAX], a[PATH_MAX + 300], b[PATH_MAX + 300];
+    DIR *d = opendir(from);
+    if (!realpath(from, real) || !d)
+        return;
+    for (struct dirent *f; (f = readdir(d));) {
+        if (f->d_name[0] == '.' || (only && strncmp(f->d_name, only, strlen(only)) != 0))
+            continue;
+        snprintf(a, sizeof a, "%s/%s", real, f->d_name);
+        snprintf(b, sizeof b, "%s/%s", to, f->d_name);
+        if (access(b, F_OK) != 0 && symlink(a, b) != 0)
+            printf("# cannot link %s\n", b);
+    }
+    closedir(d);
+}
+
+static void run_suite(struct gpu_check *c, const char *name, const char *model,
+                      const char *adapters, const char *golden)
+{
+    struct suite *s = calloc(1, sizeof *s);
+    struct lm_err err = { 0 };
+    char dir[] = "/tmp/loramill-gpu-XXXXXX";
+    s->c = c;
+    s->name = name;
+    if (!mkdtemp(dir) || !read_cases(s, golden))
+        return;
+    link_files(model, dir, NULL);
+    link_files("tests/models/spm-tiny", dir, "tokenizer");
+    struct engine_config cfg = { .model_dir = dir, .backend = c->cuda ? "cuda" : "cpu",
+                                 .max_waiting = MAX_CASES, .pool_bytes = (size_t)256 << 20 };
+    if (engine_open(&cfg, &s->e, &err) != LM_OK) {
+        check_that(c, false, "%s: %s", name, err.msg);
+    } else {
+        if (submit_all(s, adapters) && collect(s))
+            judge(s);
+        engine_close(s->e);
+    }
+    for (int i = 0; i < s->n; i++) {
+        free(s->cases[i].ids);
+        free(s->cases[i].want);
+    }
+    free(s->error);
+    free(s);
+}
+
+void check_golden(struct gpu_check *c)
+{
+    static const char *const families[] = { "llama2", "llama3", "mistral", "qwen2",
+                                            "qwen2-window", "qwen3", "tied", "rope-linear",
+                                            "rope-yarn" };
+    static const char *const shipped[] = { "spm-tiny", "storefront" };
+    char model[256], adapters[256], golden[256];
+    for (size_t i = 0; i < LM_COUNT(families); i++) {
+        snprintf(model, sizeof model, "tests/fixtures/families/%s/model", families[i]);
+        snprintf(adapters, sizeof adapters, "tests/fixtures/families/%s/adapters", families[i]);
+        snprintf(golden, sizeof golden, "tests/fixtures/families/%s/golden.safetensors",
+                 families[i]);
+        run_suite(c, families[i], model, adapters, golden);
+    }
+    for (size_t i = 0; i < LM_COUNT(shipped); i++) {
+        snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
+        snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);
+        snprintf(golden, sizeof golden, "tests/golden/%s.safetensors", shipped[i]);
+        run_suite(c, shipped[i], model, adapters, golden);
+    }
+}
