@@ -151,6 +151,8 @@ void cpu_sys_memory(size_t *total, size_t *avail);
 void *cpu_aligned_alloc(size_t bytes);  /* CPU_ALIGN, huge pages for large sizes; free() */
 
 void cpu_mat_row(const struct cpu_mat *m, int row, float *out);
+/* Element (row, col0 + i) += scale * add[i] for i < n, rounded once. */
+void cpu_mat_add(struct cpu_mat *m, int row, int col0, const float *add, float scale, int n);
 
 /* Bytes from one head to the next inside a KV block, and floats of its transposed K. */
 static inline int64_t cpu_kv_lanes(int block_tokens)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * lora.c - y += scale * (x A^T) B for each segment's own adapter, straight from the pool's cells.
+ * lora.c - y += scale * (x A^T) B for each segment's own adapter, straight from the pool's cells;
+ * and the same product added to a base weight.
  *
  * The step's tokens come in segments of one adapter each (Punica's grouping, arXiv 2310.18547);
  * ranks differ between segments and no one is padded. A job item is one segment, one part and one
@@ -335,8 +336,84 @@ lm_status cpu_op_lora_expand(kn_stream *s, const struct kn_lora *a)
 
 /* ---- merge ----------------------------------------------------------------------------- */
 
+#define MERGE_TILE 256          /* columns summed at a time */
+
+struct merge_job {
+    const struct kn_lora_merge *m;
+    struct kn_lora a;           /* what finds the module in the pool */
+    struct kn_lora_seg seg;
+    struct target t;
+    atomic_int fault;
+};
+
+/* One row of the weight: acc[k] = sum over j of B[j][row] A[j][k], in tiles of columns. */
+static bool merge_row(const struct merge_job *j, int row)
+{
+    const struct kn_lora_entry *e = j->t.entry;
+    struct cpu_mat *w = (struct cpu_mat *)j->m->w;
+    struct chunks walk_a, walk_b;
+    if (!chunks_seek(&walk_b, &j->t, &e->b, row / e->b.width) ||
+        !chunks_seek(&walk_a, &j->t, &e->a, 0))
+        return false;
+    const float *b = chunks_next(&walk_b);
+    for (int i = 0; i < j->m->in; i += e->a.width) {
+        const float *chunk = chunks_next(&walk_a);
+        int cols = LM_MIN(e->a.width, j->m->in - i);
+        if (!b || !chunk)
+            return false;
+        for (int k0 = 0; k0 < cols; k0 += MERGE_TILE) {
+            float acc[MERGE_TILE] = { 0 };
+            int n = LM_MIN(MERGE_TILE, cols - k0);
+            for (int r = 0; r < e->rank; r++) {
+                float f = b[r * e->b.width + row % e->b.width];
+                const float *x = chunk + (int64_t)r * e->a.width + k0;
+                for (int k = 0; k < n; k++)
+                    acc[k] += f * x[k];
+            }
+            cpu_mat_add(w, j->m->row0 + row, i + k0, acc, e->scale, n);
+        }
+    }
+    return true;
+}
+
+static void merge_range(void *ctx, int slot, int begin, int end)
+{
+    struct merge_job *j = ctx;
+    (void)slot;
+    for (int i = begin; i < end; i++)
+        if (!merge_row(j, i))
+            atomic_store_explicit(&j->fault, 1, memory_order_relaxed);
+}
+
+static const char *merge_fault(const struct kn_lora_merge *a)
+{
+    if (!a->w || !a->block_ids)
+        return "null pointer";
+    if (!cpu_pool_valid(&a->pool, a->layer))
+        return "bad pool, or the layer is outside of it";
+    if ((unsigned)a->module >= KN_MODULES || a->row0 < 0 || a->out <= 0 || a->in <= 0 ||
+        a->out > a->w->rows - a->row0 || a->in > a->w->cols)
+        return "the module does not fit the weight";
+    return NULL;
+}
+
 lm_status cpu_op_lora_merge(kn_stream *s, const struct kn_lora_merge *a)
 {
-    (void)s, (void)a;
-    return LM_UNSUPPORTED;
+    const char *fault = merge_fault(a);
+    if (fault)
+        return cpu_refuse("lora_merge", fault);
+    struct merge_job j = {
+        .m = a, .seg = { .n_tok = 1, .rank_max = INT32_MAX },
+        .a = { .in = a->in, .pool = a->pool, .layer = a->layer, .n_parts = 1,
+               .part = { { a->module, 0, a->out } }, .batch = { .block_ids = a->block_ids } },
+    };
+    j.a.batch.segs = &j.seg;
+    if (find_target(&j.a, 0, 0, &j.t) != LM_OK)
+        return cpu_refuse("lora_merge", "an adapter's cells are damaged");
+    if (!j.t.entry)
+        return LM_OK;
+    int64_t work = (int64_t)a->out * a->in * j.t.entry->rank / 8;
+    cpu_parallel(cpu_stream_of(s), a->out, CPU_PANEL, work, merge_range, &j);
+    return atomic_load(&j.fault) ? cpu_refuse("lora_merge", "an adapter's cells are damaged")
+                                 : LM_OK;
 }

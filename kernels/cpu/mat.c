@@ -179,6 +179,20 @@ void cpu_mat_row(const struct cpu_mat *m, int row, float *out)
         out[c] = read_elem(m->data, at + (size_t)c * CPU_PANEL, m->base.dtype);
 }
 
+void cpu_mat_add(struct cpu_mat *m, int row, int col0, const float *add, float scale, int n)
+{
+    size_t at = first_index(m, row) + (size_t)col0 * CPU_PANEL;
+    for (int i = 0; i < n; i++) {
+        size_t k = at + (size_t)i * CPU_PANEL;
+        float v = read_elem(m->data, k, m->base.dtype) + scale * add[i];
+        if (m->base.dtype == KN_F32)
+            ((float *)m->data)[k] = v;
+        else
+            ((uint16_t *)m->data)[k] =
+                m->base.dtype == KN_F16 ? cpu_f32_to_f16(v) : cpu_f32_to_bf16(v);
+    }
+}
+
 /* ---- whole matrices -------------------------------------------------------------------- */
 
 static uint64_t mix64(uint64_t z)

@@ -384,6 +384,89 @@ static void company(void **state)
     each_env(company_env);
 }
 
+/* ---- merging into a base weight -------------------------------------------------------- */
+
+#define MERGE_IN 61
+#define MERGE_OUT 45
+#define MERGE_ROW0 7
+#define MERGE_ROWS (MERGE_ROW0 + MERGE_OUT + 5)
+
+/* Half a unit in the last place, relative: 24, 11 and 8 bits of significand. */
+static const double unit_roundoff[] = { 0x1p-24, 0x1p-11, 0x1p-8 };
+
+static void check_merged(struct bed *t, const struct adapter *ad, int layer, const kn_mat *w,
+                         const float *before, double unit)
+{
+    for (int r = 0; r < MERGE_ROWS; r++) {
+        float got[MERGE_IN];
+        int i = r - MERGE_ROW0;
+        cpu_mat_row((const struct cpu_mat *)w, r, got);
+        for (int k = 0; k < MERGE_IN; k++) {
+            double want = (double)before[r * MERGE_IN + k], mag = fabs(want);
+            if (i < 0 || i >= MERGE_OUT) {
+                assert_true((double)got[k] == want);
+                continue;
+            }
+            for (int j = 0; j < ad->rank[layer][0]; j++) {
+                double d = (double)ad->scale * (double)ad->b[layer][0][j * t->out[0] + i] *
+                           (double)ad->a[layer][0][j * t->in + k];
+                want += d, mag += fabs(d);
+            }
+            /* One rounding of the result, and float32 sums before it. */
+            near("merge", r, k, got[k], want, mag, unit + 2e-6);
+        }
+    }
+}
+
+static void merge_one(struct env *e, struct bed *t, const struct adapter *ad, int layer,
+                      enum kn_dtype type)
+{
+    kn_mat *w = NULL;
+    float *src = rnd_floats(MERGE_ROWS * MERGE_IN), *before = rnd_floats(MERGE_ROWS * MERGE_IN);
+    void *kept = NULL;
+    assert_int_equal(kn_mat_new(e->dev, type, MERGE_ROWS, MERGE_IN, &w, NULL), LM_OK);
+    assert_int_equal(kn_mat_upload(w, 0, 0, MERGE_ROWS, MERGE_IN, src, KN_F32, MERGE_IN, NULL),
+                     LM_OK);
+    for (int r = 0; r < MERGE_ROWS; r++)
+        cpu_mat_row((const struct cpu_mat *)w, r, before + r * MERGE_IN);
+    assert_int_equal(kn_host_alloc(e->dev, kn_mat_bytes(w), &kept, NULL), LM_OK);
+    assert_int_equal(kn_mat_save(e->s, kept, w), LM_OK);
+    struct kn_lora_merge a = { .w = w, .row0 = MERGE_ROW0, .in = MERGE_IN, .out = MERGE_OUT,
+                               .module = (enum kn_module)0, .layer = layer, .pool = t->pool,
+                               .block_ids = t->ids + ad->block0 };
+    assert_int_equal(kn_op_lora_merge(e->s, &a), LM_OK);
+    check_merged(t, ad, layer, w, before, unit_roundoff[type]);
+    assert_int_equal(kn_mat_restore(e->s, w, kept), LM_OK);
+    assert_memory_equal(((struct cpu_mat *)w)->data, kept, kn_mat_bytes(w));
+    a.row0 = MERGE_ROWS - MERGE_OUT + 1;
+    assert_int_equal(kn_op_lora_merge(e->s, &a), LM_INVALID);
+    a.row0 = 0, a.layer = LAYERS;
+    assert_int_equal(kn_op_lora_merge(e->s, &a), LM_INVALID);
+    kn_host_free(e->dev, kept);
+    kn_mat_free(w);
+    free(src), free(before);
+}
+
+/* Every dtype of weights; rows beside the module stay; a kept copy undoes it bit for bit. */
+static void merge_env(struct env *e)
+{
+    static const int widths[] = { 7, 16, 300 };
+    for (size_t i = 0; i < LM_COUNT(widths); i++) {
+        struct bed t;
+        bed_open(&t, e, MERGE_IN, (int[]){ MERGE_OUT }, 1, 2048, widths[i], 4, mixed_ranks, 4);
+        for (int ad = 0; ad < 4; ad++)
+            for (int type = KN_F32; type <= KN_BF16; type++)
+                merge_one(e, &t, &t.ad[ad], ad % LAYERS, (enum kn_dtype)type);
+        bed_close(&t);
+    }
+}
+
+static void merge(void **state)
+{
+    (void)state;
+    each_env(merge_env);
+}
+
 /* Damaged directories and metadata are refused; memory outside is never touched (ASan watches). */
 static void damaged(void **state)
 {
@@ -399,12 +482,17 @@ static void damaged(void **state)
         (struct kn_lora_row *)((char *)t.pool.base + (int64_t)t.ids[t.ad[0].block0] * t.cell);
     struct kn_lora_row good = *row;
     good.module[0].rank = LM_MAX(good.module[0].rank, 1);
+    kn_mat *w = NULL;
+    assert_int_equal(kn_mat_new(e.dev, KN_F32, 48, 64, &w, NULL), LM_OK);
+    struct kn_lora_merge m = { .w = w, .in = 64, .out = 48, .pool = t.pool,
+                               .block_ids = t.ids + t.ad[0].block0 };
 #define DAMAGED(field, value)                                                                  \
     do {                                                                                       \
         *row = good;                                                                           \
         row->module[0].field = value;                                                          \
         assert_int_equal(kn_op_lora_shrink(e.s, &b.a), LM_INVALID);                            \
         assert_int_equal(kn_op_lora_expand(e.s, &b.a), LM_INVALID);                            \
+        assert_int_equal(kn_op_lora_merge(e.s, &m), LM_INVALID);                               \
     } while (0)
     DAMAGED(rank, -1);
     DAMAGED(rank, 9);
@@ -428,6 +516,7 @@ static void damaged(void **state)
     assert_int_equal(kn_op_lora_expand(e.s, &b.a), LM_INVALID);
     b.a.n_parts = 1, b.a.batch.n_segs = 0;
     assert_int_equal(kn_op_lora_expand(e.s, &b.a), LM_OK);
+    kn_mat_free(w);
     batch_close(&b);
     bed_close(&t);
     env_close(&e);
@@ -440,6 +529,7 @@ int main(void)
         cmocka_unit_test(layouts),
         cmocka_unit_test(prefill),
         cmocka_unit_test(company),
+        cmocka_unit_test(merge),
         cmocka_unit_test(damaged),
     };
     return cmocka_run_group_tests_name("kernels: lora", tests, NULL, NULL);
