@@ -173,6 +173,12 @@ $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
+# A worker whose engine some prompts kill or hang: the shipped objects, two calls wrapped.
+POISON := $(BUILD)/tests/integration/poison_worker
+$(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats $^ $(LDLIBS) -o $@
+
 $(BUILD)/tests/bench/%: $(BUILD)/tests/bench/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
@@ -207,7 +213,7 @@ gpu-check:
 -include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC)))
 
 # Programs of the test tiers; `make test` installs what is missing, builds, and runs them all.
-programs: $(if $(filter 1,$(WORKER)),$(BIN)) $(UNITS) $(REPLAYS)
+programs: $(if $(filter 1,$(WORKER)),$(BIN) $(POISON)) $(UNITS) $(REPLAYS)
 .PHONY: programs
 
 unit: $(UNITS) $(REPLAYS)

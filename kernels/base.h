@@ -40,6 +40,7 @@ enum lm_disposition {
     X(TOO_LARGE,   "too_large",     "too large",                               LM_DO_REFUSE)   \
     X(DENIED,      "denied",        "permission denied",                       LM_DO_REFUSE)   \
     X(EXPIRED,     "expired",       "deadline passed",                         LM_DO_REFUSE)   \
+    X(POISON,      "poison",        "kills or hangs the engine",               LM_DO_REFUSE)   \
     X(CANCELLED,   "cancelled",     "cancelled",                               LM_DO_NOTHING)  \
     X(BUSY,        "busy",          "no room at present",                      LM_DO_RETRY)    \
     X(TIMEOUT,     "timeout",       "timed out",                               LM_DO_RETRY)    \

@@ -494,8 +494,11 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status check_claims(const struct config *c, struct lm_err *err)
+static lm_status check_trouble(const struct config *c, struct lm_err *err)
 {
+    if (c->poison_max_attempts == 1)
+        return lm_err_set(err, LM_INVALID, "poison.max_attempts=1 would refuse every prompt that "
+                          "was there when a worker died; use 0 (off) or 2 and more");
     if (*c->topics_control) {
         lm_status st = check_topic("topics.control", c->topics_control, err);
         if (st)
@@ -527,7 +530,7 @@ lm_status config_check(const struct config *c, struct lm_err *err)
                           "brokers as host:port,host:port");
     if (!strcmp(c->replies_encoding, "avro") && !*c->registry_url)
         return lm_err_set(err, LM_INVALID, "replies.encoding=avro needs registry.url");
-    if ((st = check_claims(c, err)))
+    if ((st = check_trouble(c, err)))
         return st;
     if ((st = check_topic("topics.replies", c->topics_replies, err)) ||
         (st = check_topic("topics.dead_letters", c->topics_dead_letters, err)) ||
@@ -535,6 +538,20 @@ lm_status config_check(const struct config *c, struct lm_err *err)
         (st = check_adapters_url(c, err)))
         return st;
     return check_flow(c, err);
+}
+
+char *config_journal_dir(const struct config *c)
+{
+    if (*c->journal_dir)
+        return lm_strdup(c->journal_dir);
+    const char *xdg = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
+    char path[4096];
+    if (xdg && *xdg == '/')
+        snprintf(path, sizeof path, "%s/loramill/journal", xdg);
+    else
+        snprintf(path, sizeof path, "%s/.local/state/loramill/journal",
+                 home && *home ? home : "/tmp");
+    return lm_strdup(path);
 }
 
 char *config_cache_dir(const struct config *c)

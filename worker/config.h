@@ -36,6 +36,8 @@ struct config {
     char *replies_encoding;
     bool errors_reply;
     char *topics_control, *replies_too_large, *claim_url, *claim_auth_header;
+    char *journal_dir;
+    int64_t poison_max_attempts, hang_timeout_ms;
     int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
     int64_t stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
@@ -66,6 +68,9 @@ bool config_exactly_once(const struct config *c);
 
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
+
+/* journal.dir or the user's default; likewise. */
+char *config_journal_dir(const struct config *c);
 
 /* adapters.cache_dir or the user's default; malloc'ed, NULL when memory is exhausted. */
 char *config_cache_dir(const struct config *c);

@@ -162,6 +162,17 @@ static const struct config_property flow_rows[] = {
     INT("retry.max_attempts", retry_max_attempts, "5", 1, 1000,
         "Times the engine may fail a prompt for a reason that can heal before it is a dead "
         "letter. Outages of broker, registry or adapter store are waited out, without a limit."),
+    INT("poison.max_attempts", poison_max_attempts, "3", 0, 100,
+        "A prompt with which workers die (crash, or hang) is a dead letter after about so many "
+        "tries; from the last but one on it runs alone, so that its neighbours are not blamed. 0: "
+        "off. At least 2 else."),
+    STR("journal.dir", journal_dir, "", 0,
+        "Where workers note what is in the engine, for those who come after a crash; workers that "
+        "share it share what they know. Empty: $XDG_STATE_HOME/loramill/journal, or "
+        "~/.local/state/loramill/journal."),
+    INT("engine.hang_timeout_ms", hang_timeout_ms, "300000", 0, DAY_MS,
+        "An engine that runs prompts and makes no step for so long has hung: the process ends, "
+        "with status 1. 0: never."),
     INT("retry.deadline_ms", retry_deadline_ms, "600000", 1000, 7LL * DAY_MS,
         "No such retry later than this after the prompt was read."),
     INT("deadline.default_ms", deadline_default_ms, "0", 0, 365LL * DAY_MS,

@@ -19,6 +19,9 @@
  * A prompt whose deadline has passed, or that an order from topics.control has cancelled, is
  * answered from here, without the engine.
  *
+ * Poison. Before the engine sees a prompt, the journal (journal.h) is asked whether workers died
+ * with it: then it runs alone, with everything else waiting in `busy`, or is a dead letter.
+ *
  * The backlog counter says how many jobs are here; the consumer pauses by it.
  */
 #include "worker/worker.h"
@@ -28,6 +31,7 @@
 #include <string.h>
 
 #include "worker/cancels.h"
+#include "worker/journal.h"
 #include "worker/stream.h"
 
 enum { IDLE_MS = 100, BUSY_MS = 20 };
@@ -115,6 +119,46 @@ static void submitted(intake *in, struct job *j, engine_handle h)
     histogram_observe(&in->w->metrics.queue_wait, j->submitted_us - j->received_us);
 }
 
+/* ---- poison ----------------------------------------------------------------------------- */
+
+/* Was this prompt in the engine when workers died? JOURNAL_POISON: it has been refused. */
+static enum journal_verdict judge(intake *in, struct job *j)
+{
+    struct lm_err why;
+    int deaths;
+    struct worker *w = in->w;
+    if (!w->journal)
+        return JOURNAL_FINE;
+    if (!j->journal_key)
+        j->journal_key = journal_key(w->journal, j);
+    enum journal_verdict v = journal_judge(w->journal, j->journal_key, &deaths);
+    if (v == JOURNAL_POISON) {
+        lm_err_set(&why, LM_POISON, "%d workers died of this prompt", deaths);
+        refuse(in, j, &why, "ENGINE");
+    }
+    return v;
+}
+
+/* Room in the engine, for one that must be alone there, or beside one that must be? */
+static bool engine_open_to(const struct worker *w, enum journal_verdict v)
+{
+    return !atomic_load(&w->alone) &&
+           (v != JOURNAL_ALONE || !atomic_load(&w->in_engine));
+}
+
+static void enter_engine(intake *in, struct job *j, enum journal_verdict v)
+{
+    struct worker *w = in->w;
+    atomic_fetch_add(&w->in_engine, 1);
+    if (v == JOURNAL_ALONE) {
+        atomic_store(&w->alone, true);
+        lm_log(LM_INFO, "intake", "%s [%d] @%" PRId64 " runs alone: workers died while it ran",
+               j->lease->topic, (int)j->lease->partition, j->record.offset);
+    }
+    if (w->journal)
+        j->journaled = journal_enter(w->journal, j->journal_key, v == JOURNAL_ALONE) + 1;
+}
+
 /* LM_BUSY: the caller keeps the job. Everything else has been dealt with. */
 static lm_status submit(intake *in, struct job *j)
 {
@@ -134,6 +178,13 @@ static lm_status submit(intake *in, struct job *j)
         end_early(in, j, atomic_load(&j->cancelled) ? ENGINE_CANCELLED : ENGINE_EXPIRED);
         return LM_OK;
     }
+    enum journal_verdict v = judge(in, j);
+    if (v == JOURNAL_POISON)
+        return LM_OK;
+    if (!engine_open_to(w, v)) {
+        job_set_stage(j, JOB_READY);
+        return LM_BUSY;
+    }
     if (j->prompt->stream && !j->stream && !(j->stream = stream_new(j->prompt->params.n))) {
         job_set_stage(j, JOB_READY);
         lm_err_set(&err, LM_NOMEM, "no memory for a streamed reply");
@@ -143,11 +194,13 @@ static lm_status submit(intake *in, struct job *j)
     fill_request(j, &r);
     j->submitted_us = lm_now_us();
     job_ref(j);                 /* its end may overtake this thread */
+    enter_engine(in, j, v);
     lm_status st = engine_submit(w->engine, &r, &h, &err);
     if (st == LM_OK) {
         leave(in);
         submitted(in, j, h);
     } else {
+        worker_left_engine(w, j);
         job_set_stage(j, JOB_READY);
         if (st == LM_DEVICE || st == LM_STATE) {
             worker_fail(w, st, "the engine can't go on: %s", err.msg);
@@ -286,8 +339,14 @@ static void decode(intake *in, struct job *j)
         refuse(in, j, &err, "VALUE_CONVERTER");
         return;
     }
+    if (judge(in, j) == JOURNAL_POISON)
+        return;
+    if (in->w->journal)
+        journal_decoding(in->w->journal, j->journal_key);
     lm_status st = codec_decode_prompt(in->w->codec, r->value, r->value_len, r->headers,
                                        r->n_headers, &j->prompt, &err);
+    if (in->w->journal)
+        journal_decoding(in->w->journal, 0);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {
         wait_for_healing(in, j, &err);
         return;
@@ -396,6 +455,9 @@ static void *intake_main(void *arg)
     bool swept = false;
     while (!atomic_load(&w->ending)) {
         int64_t now = lm_now_us();
+        atomic_store(&w->intake_beat_us, now);
+        if (w->journal)
+            journal_refresh(w->journal, now);
         int wait = in->busy ? BUSY_MS : job_list_wait_ms(&in->later, now, IDLE_MS);
         step_chain(in, job_queue_take(&w->to_intake, wait));
         step_chain(in, job_list_take_due(&in->later, lm_now_us()));

@@ -105,6 +105,8 @@ struct job {
     atomic_int unreported;      /* records with the client library, plus one while sending */
     struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
     struct job *parent;         /* of a part */
+    uint64_t journal_key;       /* 0: not known yet */
+    int journaled;              /* its slot in the journal, plus 1; 0: none */
     bool claimed;               /* its reply is in the object store */
     atomic_bool cancelled;      /* by an order from topics.control */
     bool entered;               /* in cancels.h's table, with same_bucket; under its lock */

@@ -226,6 +226,8 @@ static void serve_streams(outbox *o)
 static void finished(outbox *o, struct job *j, struct engine_result *r)
 {
     j->result = r;
+    if (r->status != LM_DEVICE)         /* else it is a suspect */
+        worker_left_engine(o->w, j);
     j->answered_us = lm_now_us();
     histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
     if (j->stream && j->stream->listed) {

@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #include "worker/cancels.h"
+#include "worker/journal.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
@@ -58,6 +59,15 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
     j->outcome = outcome;
     job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
     job_queue_push(&w->done, j);
+}
+
+void worker_left_engine(struct worker *w, struct job *j)
+{
+    if (j->journaled)
+        journal_leave(w->journal, j->journaled - 1);
+    j->journaled = 0;
+    if (atomic_fetch_sub(&w->in_engine, 1) == 1)
+        atomic_store(&w->alone, false);
 }
 
 bool worker_may_retry(struct worker *w, struct job *j)
@@ -167,6 +177,23 @@ static void worker_init(struct worker *w, const struct config *cfg)
     job_queue_init(&w->parts);
     atomic_store(&w->consumer_beat_us, lm_now_us());
     atomic_store(&w->outbox_beat_us, lm_now_us());
+    atomic_store(&w->intake_beat_us, lm_now_us());
+}
+
+/* Without a journal the worker works, only less safely: said, and gone on. */
+static void open_journal(struct worker *w)
+{
+    struct lm_err err;
+    if (!w->cfg->poison_max_attempts)
+        return;
+    char *dir = config_journal_dir(w->cfg);
+    if (!dir || journal_open(dir, w->cfg->group_id, (int)w->cfg->poison_max_attempts, &w->journal,
+                             &err))
+        lm_log(LM_WARN, "worker", "no journal, so a prompt that kills the engine is tried for "
+               "ever: %s", dir ? err.msg : "out of memory");
+    else
+        journal_watch_signals(w->journal);
+    free(dir);
 }
 
 static lm_status open_control(struct worker *w, struct lm_err *err)
@@ -200,6 +227,8 @@ static lm_status start(struct worker *w, struct lm_err *err)
         st = open_store(w, err);
     if (!st && !strcmp(w->cfg->replies_too_large, "claim"))
         st = claims_new(w, &w->claims, err);
+    if (!st)
+        open_journal(w);
     if (!st)
         st = open_control(w, err);
     if (!st)
@@ -302,10 +331,37 @@ static void end_threads(struct worker *w, struct watchdog *dog, int status)
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
     cancels_free(w->cancels);
+    if (atomic_load(&w->failed) == LM_DEVICE)
+        journal_abandon(w->journal, JOURNAL_DEVICE);
+    else
+        journal_close(w->journal);
     codec_free(w->codec);
     if (w->engine)
         engine_close(w->engine);
     metrics_release(&w->metrics);
+}
+
+struct progress_seen { uint64_t steps; int64_t at_us; };
+
+/* An engine that runs prompts and makes no step, or an intake that does not come back from one, has
+ * hung, and nothing in this process can be trusted to end it in order. */
+static void watch_engine(struct worker *w, struct progress_seen *seen)
+{
+    struct engine_stats s;
+    int64_t now = lm_now_us(), limit = w->cfg->hang_timeout_ms * 1000;
+    if (!limit)
+        return;
+    engine_stats(w->engine, &s);
+    if (!s.running || s.steps != seen->steps || !seen->at_us)
+        *seen = (struct progress_seen){ s.steps, now };
+    if (now - seen->at_us < limit && now - atomic_load(&w->intake_beat_us) < limit)
+        return;
+    lm_log(LM_ERROR, "worker", "%s for %" PRId64 " ms: ending at once; prompts will be read again",
+           now - seen->at_us < limit ? "intake hangs" : "the engine hangs",
+           w->cfg->hang_timeout_ms);
+    if (w->journal)
+        journal_cause(w->journal, JOURNAL_HUNG);
+    _exit(1);
 }
 
 /* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
@@ -313,8 +369,11 @@ static void supervise(struct worker *w, struct watchdog *dog)
 {
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
-    while (got < 0 && !atomic_load(&w->failed))
+    struct progress_seen seen = { 0 };
+    while (got < 0 && !atomic_load(&w->failed)) {
+        watch_engine(w, &seen);
         got = sigtimedwait(&dog->signals, NULL, &tick);
+    }
     bool failed = atomic_load(&w->failed);
     if (!failed)
         lm_log(LM_INFO, "worker", "%s: finishing what runs, for at most %" PRId64 " ms",

@@ -28,6 +28,7 @@ typedef struct http http;
 typedef struct control control;
 typedef struct claims claims;
 struct cancels;
+struct journal;
 
 struct worker {
     const struct config *cfg;
@@ -47,6 +48,7 @@ struct worker {
     http *http;
     control *control;           /* NULL: no topics.control */
     struct cancels *cancels;    /* likewise */
+    struct journal *journal;    /* NULL: poison.max_attempts=0, or its folder can't be had */
     claims *claims;             /* NULL: replies.too_large=refuse */
 
     struct job_queue to_intake, done;
@@ -57,10 +59,12 @@ struct worker {
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
     atomic_bool look_for_cancelled;     /* intake: sweep what waits */
+    atomic_int in_engine;       /* prompts that the engine has */
+    atomic_bool alone;          /* one of them, which must be alone there */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
-    atomic_llong consumer_beat_us, outbox_beat_us;
+    atomic_llong consumer_beat_us, outbox_beat_us, intake_beat_us;
 };
 
 /* Runs until a signal or a failure. Returns the process's exit status. */
@@ -92,6 +96,9 @@ lm_status worker_reply(struct worker *w, struct job *j);
 /* Encodes `text` as the next part of j's streamed reply and produces it; it comes back through
  * w->parts. A status that can heal: nothing was sent. Takes nothing over. */
 lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text);
+
+/* The engine has it no more: strikes it out of the journal. */
+void worker_left_engine(struct worker *w, struct job *j);
 
 /* The reply is acknowledged. */
 void worker_count_reply(struct worker *w, const struct engine_result *r);

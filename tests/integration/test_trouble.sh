@@ -25,6 +25,7 @@ retry.backoff_max_ms=1000
 kafka.bootstrap.servers=$BOOTSTRAP
 kafka.session.timeout.ms=6000
 kafka.heartbeat.interval.ms=500
+journal.dir=$RUN/journal
 P
 PORT=$(free_ports 1)
 # worker NAME [KEY=VALUE]...: starts one; $W is its pid
@@ -39,25 +40,35 @@ stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" 
 metric() { curl -sf "http://127.0.0.1:$PORT/metrics" | awk -v m="loramill_$1" '$1 == m { print $2 }'; }
 case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
 
+# part NAME: is it wanted? PARTS="stream cancel ..." runs some only
+part() { [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $1 "* ]]; }
+
+if part stream; then
 worker stream stream.interval_ms=20 errors.reply=true
 case_ stream
 case_ errors
 n=$(metric 'records_total{outcome="dead_letter"}')
 check "a dead letter with its notice counts once ($n)" [ "$n" = 5 ]
 stop
+fi
 
 echo "topics.control=control" >> "$RUN/worker.properties"
+if part cancel; then
 case_ cancel_before "$LORAMILL" "$RUN/worker.properties" send before
 worker cancel engine.max_seqs=64 engine.max_waiting=4
 case_ cancel_before "$LORAMILL" "$RUN/worker.properties" look before
 case_ cancel "$LORAMILL" "$RUN/worker.properties"
 check "orders that are none are ignored" wait_until 5 grep -q 'control \[0\] @.* is no' "$RUN/worker-cancel.log"
 stop
+fi
 
+if part expiry; then
 worker expiry deadline.default_ms=1500
 case_ expiry
 stop
+fi
 
+if part claim; then
 worker refuse
 case_ claims refuse
 stop
@@ -67,3 +78,20 @@ worker claim replies.too_large=claim "replies.claim_url=$STORE/{object}" replies
 case_ claims claim
 check "an object for the claim" [ "$(ls "$RUN/objects" | wc -l)" = 1 ]
 stop
+fi
+
+if part poison; then
+# A supervisor that starts the worker again whenever it dies, as Kubernetes would.
+cat > "$RUN/supervise" <<P
+while :; do
+    "$BUILD/tests/integration/poison_worker" -c "$RUN/worker.properties" --set engine.mode=echo \\
+        --set engine.hang_timeout_ms=1000 --set http.port=0 --set worker.name=poison \\
+        --set kafka.group.instance.id=p && exit 0
+done
+P
+spawn "$RUN/poison.log" bash "$RUN/supervise"; S=$!
+case_ poison "$RUN/poison.log"
+check "a journal of the living only" [ "$(ls "$RUN"/journal/*.journal | wc -l)" = 1 ]
+pkill -TERM -P "$S" poison_worker; wait "$S"
+check "an orderly end leaves no journal" [ -z "$(ls "$RUN/journal" | grep journal)" ]
+fi

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * poison_worker.c - `loramill worker` with an engine that some prompts kill or hang, for
+ * test_trouble.sh. Linked with --wrap, so that the worker itself is the shipped one.
+ *
+ *   a prompt with POISON-KILL    the process dies of SIGSEGV a moment after it was submitted, with
+ *                                whatever else is in the engine
+ *   a prompt with POISON-HANG    the engine runs it and makes no step any more
+ */
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "worker/commands.h"
+
+lm_status __real_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
+                               struct lm_err *err);
+lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
+                               struct lm_err *err);
+void __real_engine_stats(engine *e, struct engine_stats *out);
+void __wrap_engine_stats(engine *e, struct engine_stats *out);
+
+static atomic_bool hung;
+
+static void *kill_soon(void *arg)
+{
+    (void)arg;
+    usleep(100000);
+    raise(SIGSEGV);
+    return NULL;
+}
+
+lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
+                               struct lm_err *err)
+{
+    pthread_t t;
+    bool kills = r->prompt && strstr(r->prompt, "POISON-KILL");
+    bool hangs = r->prompt && strstr(r->prompt, "POISON-HANG");
+    if (!kills && !hangs && !atomic_load(&hung))
+        return __real_engine_submit(e, r, out, err);
+    if (kills)
+        pthread_create(&t, NULL, kill_soon, NULL);
+    if (hangs)
+        atomic_store(&hung, true);
+    *out = UINT64_MAX;
+    return LM_OK;
+}
+
+void __wrap_engine_stats(engine *e, struct engine_stats *out)
+{
+    __real_engine_stats(e, out);
+    if (atomic_load(&hung)) {
+        out->running = 1;
+        out->steps = 1;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    return cmd_worker(argc, argv);
+}

@@ -1,0 +1,232 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_journal.c - processes that die with prompts in the engine, and what those who come
+ * after make of it. Each death is a real one, of a forked process.
+ */
+#include <dirent.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "worker/journal.h"
+
+static char dir[64];
+
+static int setup(void **state)
+{
+    (void)state;
+    snprintf(dir, sizeof dir, "/tmp/loramill-journal-XXXXXX");
+    return mkdtemp(dir) ? 0 : -1;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    char path[512];
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        unlink(path);
+    }
+    closedir(d);
+    return rmdir(dir);
+}
+
+static journal *open_one(void)
+{
+    journal *j;
+    struct lm_err err;
+    if (journal_open(dir, "group", 3, &j, &err))
+        fail_msg("%s", err.msg);
+    return j;
+}
+
+/* cmocka's own handlers would survive the signals that are meant to kill. */
+static void default_signals(void)
+{
+    static const int all[] = { SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT };
+    for (size_t i = 0; i < LM_COUNT(all); i++)
+        signal(all[i], SIG_DFL);
+}
+
+/* A process that dies by `sig` with these keys in the engine. 0: of SIGKILL after a hang. */
+static void die(int sig, bool alone, int n, const uint64_t *keys)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        default_signals();
+        journal *j = open_one();
+        journal_watch_signals(j);
+        for (int i = 0; i < n; i++)
+            journal_enter(j, keys[i], alone);
+        journal_leave(j, journal_enter(j, 999, alone));         /* this one was finished */
+        if (!sig)
+            journal_cause(j, JOURNAL_HUNG);
+        raise(sig ? sig : SIGKILL);
+        _exit(0);
+    }
+    int st;
+    waitpid(pid, &st, 0);
+    assert_true(WIFSIGNALED(st));
+    assert_int_equal(WTERMSIG(st), sig ? sig : SIGKILL);
+}
+
+static void expect(uint64_t key, enum journal_verdict v, int deaths)
+{
+    int n;
+    journal *j = open_one();
+    assert_int_equal(journal_judge(j, key, &n), v);
+    assert_int_equal(n, deaths);
+    journal_close(j);
+}
+
+static void test_proof_needs_a_lonely_death(void **state)
+{
+    (void)state;
+    const uint64_t many[] = { 1, 2, 3 }, one[] = { 1 };
+    expect(1, JOURNAL_FINE, 0);
+    die(SIGSEGV, false, 3, many);
+    expect(1, JOURNAL_FINE, 1);
+    expect(999, JOURNAL_FINE, 0);
+    die(SIGABRT, false, 3, many);
+    expect(1, JOURNAL_ALONE, 2);
+    expect(3, JOURNAL_ALONE, 2);
+    die(SIGSEGV, true, 1, one);
+    expect(1, JOURNAL_POISON, 3);
+    expect(2, JOURNAL_ALONE, 2);        /* its neighbours are not blamed */
+}
+
+static void test_one_sigkill_proves_nothing(void **state)
+{
+    (void)state;
+    const uint64_t one[] = { 5 };
+    for (int i = 0; i < 6; i++)
+        die(SIGKILL, false, 1, one);
+    expect(5, JOURNAL_ALONE, 6);
+    die(SIGKILL, true, 1, one);
+    expect(5, JOURNAL_ALONE, 7);
+    die(SIGKILL, true, 1, one);
+    expect(5, JOURNAL_POISON, 8);
+}
+
+static void test_a_hang_is_proof(void **state)
+{
+    (void)state;
+    const uint64_t one[] = { 5 };
+    for (int i = 0; i < 2; i++)
+        die(0, true, 1, one);
+    expect(5, JOURNAL_ALONE, 2);
+    die(0, true, 1, one);
+    expect(5, JOURNAL_POISON, 3);
+}
+
+static void test_decoding_is_alone(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        pid_t pid = fork();
+        if (pid == 0) {
+            default_signals();
+            journal *j = open_one();
+            journal_watch_signals(j);
+            journal_decoding(j, 8);
+            raise(SIGBUS);
+        }
+        waitpid(pid, NULL, 0);
+    }
+    expect(8, JOURNAL_POISON, 3);
+}
+
+/* A living worker hears of its neighbour's death; the living are no suspects. */
+static void test_neighbours_learn(void **state)
+{
+    (void)state;
+    const uint64_t one[] = { 5 };
+    int n;
+    journal *a = open_one(), *b = open_one();
+    assert_int_equal(journal_enter(b, 6, false) >= 0, 1);
+    die(SIGSEGV, false, 1, one);
+    journal_refresh(a, lm_now_us());
+    journal_refresh(b, lm_now_us());
+    journal_judge(a, 5, &n);
+    assert_int_equal(n, 1);
+    journal_judge(b, 5, &n);
+    assert_int_equal(n, 1);
+    journal_judge(a, 6, &n);
+    assert_int_equal(n, 0);
+    journal_close(b);                   /* in order: nobody died */
+    journal_refresh(a, lm_now_us() + 2000000);
+    journal_judge(a, 6, &n);
+    assert_int_equal(n, 0);
+    journal_close(a);
+}
+
+static void test_a_failed_device_is_a_death(void **state)
+{
+    (void)state;
+    journal *j = open_one();
+    journal_enter(j, 4, true);
+    journal_abandon(j, JOURNAL_DEVICE);
+    expect(4, JOURNAL_FINE, 1);
+}
+
+/* Garbage under our names, and a torn journal. */
+static void test_foreign_files(void **state)
+{
+    (void)state;
+    static const char *const names[] = { "x.journal", "y.dead", ".journal", "z.journal.new" };
+    char path[512];
+    for (size_t i = 0; i < LM_COUNT(names); i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, names[i]);
+        FILE *f = fopen(path, "w");
+        fputs("not ours", f);
+        fclose(f);
+    }
+    expect(1, JOURNAL_FINE, 0);
+}
+
+static void test_keys(void **state)
+{
+    (void)state;
+    struct lease l = { .partition = 1 };
+    struct job a = { .lease = &l, .record = { .offset = 7, .timestamp_ms = 5, .value = "v",
+                                              .value_len = 1 } };
+    strcpy(l.topic, "t");
+    journal *j = open_one();
+    uint64_t key = journal_key(j, &a);
+    assert_int_equal(key == journal_key(j, &a), 1);
+    a.record.offset = 8;
+    assert_int_not_equal(key, journal_key(j, &a));
+    a.record.offset = 7;
+    a.record.value = "w";
+    assert_int_not_equal(key, journal_key(j, &a));
+    a.record.value = "v";
+    l.partition = 2;
+    assert_int_not_equal(key, journal_key(j, &a));
+    a.record.value = NULL;
+    a.record.value_len = 0;
+    assert_int_not_equal(journal_key(j, &a), 0);
+    journal_close(j);
+    journal_close(NULL);
+}
+
+#define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        T(test_proof_needs_a_lonely_death), T(test_one_sigkill_proves_nothing),
+        T(test_a_hang_is_proof), T(test_decoding_is_alone), T(test_neighbours_learn),
+        T(test_a_failed_device_is_a_death), T(test_foreign_files), T(test_keys),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
