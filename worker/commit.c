@@ -5,6 +5,8 @@
  * Commits are explicit, by the ledger's watermarks, and one at a time: rd_kafka_commit() would set
  * an offset back without complaint, so the order of commits is ours to keep. They run through a
  * queue of their own, because a rebalance callback must wait for one without polling the consumer.
+ *
+ * In exactly-once mode nothing is committed here: staging.c gives the same offsets to transactions.
  */
 #include "worker/consumer_int.h"
 
@@ -83,7 +85,7 @@ static void wait_for_commit(consumer *c)
 }
 
 /* Where the consumer stands in an idle partition: past trailing transaction markers. */
-static void note_position(consumer *c, const struct assigned *a)
+void commit_note_position(consumer *c, const struct assigned *a)
 {
     struct ledger_info info;
     if (!ledger_get(c->ledger, a->ref, &info) || info.in_flight)
@@ -104,7 +106,7 @@ static bool grow_pending(consumer *c)
 }
 
 /* The commit of one partition, with its map. */
-static bool add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
+bool commit_add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l)
 {
     char map[OFFSET_MAP_MAX + 1];
@@ -122,7 +124,7 @@ static bool add_offset(consumer *c, const struct assigned *a, const struct ledge
 /* Starts a commit of what is new; nothing when one is under way. */
 void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
 {
-    if (c->committing || !grow_pending(c))
+    if (c->exactly_once || c->committing || !grow_pending(c))
         return;
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
     c->n_pending = 0;
@@ -130,9 +132,9 @@ void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
         const struct assigned *a = &c->parts[i];
         if (!consumer_selected(only, a))
             continue;
-        note_position(c, a);
+        commit_note_position(c, a);
         if (ledger_due(c->ledger, a->ref, false, &c->pending[c->n_pending]))
-            add_offset(c, a, &c->pending[c->n_pending++], false, l);
+            commit_add_offset(c, a, &c->pending[c->n_pending++], false, l);
     }
     if (c->n_pending) {
         rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);

@@ -301,6 +301,7 @@ static void housekeeping(consumer *c)
     int64_t now = lm_now_us();
     atomic_store(&c->w->consumer_beat_us, now);
     consumer_take_finished(c, 0);
+    staging_serve(c);
     control_flow(c);
     commit_serve(c, 0);
     if (now >= c->next_commit_us) {
@@ -334,6 +335,7 @@ static void drain_all(consumer *c)
     }
     atomic_store(&c->w->cancelling, true);
     rebalance_hand_back(c, NULL);
+    staging_close(c);
 }
 
 /* Leaves the group. rd_kafka_consumer_close() would wait for ever for a commit that a silent broker
@@ -424,7 +426,10 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
         return st;
     }
     rd_kafka_poll_set_consumer(c->rk);
+    c->queue = rd_kafka_queue_get_consumer(c->rk);
     c->commit_queue = rd_kafka_queue_new(c->rk);
+    c->exactly_once = config_exactly_once(w->cfg);
+    staging_init(&c->staging);
     *out = c;
     return LM_OK;
 }
@@ -448,7 +453,9 @@ void consumer_free(consumer *c)
         return;
     while (c->n_parts)
         rebalance_remove(c, &c->parts[0]);
+    rd_kafka_queue_destroy(c->queue);
     rd_kafka_queue_destroy(c->commit_queue);
+    staging_release(&c->staging);
     rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
     ledger_free(c->ledger);
     free(c->parts);

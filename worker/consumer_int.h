@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, admission,
- * records), rebalance.c (assignment, draining) and commit.c (offsets). Nobody else includes it.
+ * records), rebalance.c (assignment, draining), commit.c (offsets) and staging.c (offsets in
+ * transactions). Nobody else includes it.
  *
  * Everything here belongs to the consumer thread.
  */
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
 
-#include <librdkafka/rdkafka.h>
-
-#include "worker/worker.h"
+#include "worker/transaction.h"
 
 enum { DRAIN_POLL_MS = 10 };
 
@@ -21,10 +20,23 @@ struct assigned {
     bool paused;
 };
 
+/* A request of the producer thread; see staging.c. */
+enum staging_what { STAGING_STAGE, STAGING_COMMITTED, STAGING_ABORTED };
+
+struct staging {
+    pthread_mutex_t lock;
+    pthread_cond_t served;
+    struct stage *asked;
+    enum staging_what what;
+    bool closed;
+};
+
 struct consumer {
     struct worker *w;
     rd_kafka_t *rk;
-    rd_kafka_queue_t *commit_queue;
+    rd_kafka_queue_t *queue, *commit_queue;
+    bool exactly_once;          /* offsets are committed by transactions only */
+    struct staging staging;
     pthread_t thread;
     ledger *ledger;
     size_t map_limit;           /* of the offset map; 0: none */
@@ -51,6 +63,17 @@ void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one
 /* Starts a commit of what is new; nothing when one is under way. */
 void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only);
 void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only);      /* and waits */
+
+void commit_note_position(consumer *c, const struct assigned *a);
+/* Adds a partition's commit with its map; false: the map had to be cut. */
+bool commit_add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
+                       bool staged, rd_kafka_topic_partition_list_t *l);
+
+/* staging.c */
+void staging_init(struct staging *g);
+void staging_serve(consumer *c);        /* the producer thread's request, if there is one */
+void staging_close(consumer *c);        /* refuses all later ones */
+void staging_release(struct staging *g);
 
 /* rebalance.c */
 void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *parts,

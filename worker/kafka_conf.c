@@ -6,6 +6,7 @@
 #include "worker/kafka_conf.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 #include <syslog.h>
@@ -39,10 +40,19 @@ static const struct setting producer_defaults[] = {
     { "compression.type", "lz4" },
     { "linger.ms", "5" },
     { "batch.size", "65536" },                          /* see producer.c on MSG_SIZE_TOO_LARGE */
-    { "delivery.timeout.ms", "120000" },
     /* No limit of the client's own: replies are measured against message.max_bytes before they get
      * here, and a dead letter must go out however large its prompt was. */
     { "message.max.bytes", "1000000000" },
+};
+
+static const struct setting at_least_once_defaults[] = {
+    { "delivery.timeout.ms", "120000" },
+};
+
+static const struct setting exactly_once_defaults[] = {
+    /* What a dead worker's open transaction costs its readers; bounds delivery.timeout.ms too. */
+    { "transaction.timeout.ms", "10000" },
+    { "topic.metadata.propagation.max.ms", "5000" },    /* a missing topic holds a transaction up */
 };
 
 static const struct setting consumer_forced[] = {
@@ -108,12 +118,27 @@ static lm_status set_consumer(rd_kafka_conf_t *conf, const struct config *c, str
     return st ? st : set_one(conf, "group.id", c->group_id, err);
 }
 
-static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
+static lm_status set_transactional(rd_kafka_conf_t *conf, const struct config *c,
+                                   const char *client_id, struct lm_err *err)
 {
+    char id[512];
+    snprintf(id, sizeof id, "%s-%s", c->group_id, client_id);
+    return set_one(conf, "transactional.id", *c->transaction_id ? c->transaction_id : id, err);
+}
+
+static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, const char *client_id,
+                              struct lm_err *err)
+{
+    bool eos = config_exactly_once(c);
     lm_status st = set_all(conf, producer_defaults, LM_COUNT(producer_defaults), err);
     if (!st)
+        st = eos ? set_all(conf, exactly_once_defaults, LM_COUNT(exactly_once_defaults), err)
+                 : set_all(conf, at_least_once_defaults, LM_COUNT(at_least_once_defaults), err);
+    if (!st)
         st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
-    return st ? st : set_all(conf, producer_forced, LM_COUNT(producer_forced), err);
+    if (!st)
+        st = set_all(conf, producer_forced, LM_COUNT(producer_forced), err);
+    return st || !eos ? st : set_transactional(conf, c, client_id, err);
 }
 
 /* ---- log -------------------------------------------------------------------------------- */
@@ -145,7 +170,8 @@ lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const 
     if (!st)
         st = set_one(conf, "client.id", client_id, err);
     if (!st)
-        st = scope == CONFIG_CONSUMER ? set_consumer(conf, c, err) : set_producer(conf, c, err);
+        st = scope == CONFIG_CONSUMER ? set_consumer(conf, c, err)
+                                      : set_producer(conf, c, client_id, err);
     if (st) {
         rd_kafka_conf_destroy(conf);
         return st;
@@ -195,8 +221,6 @@ lm_status kafka_check_library(const struct config *c, struct lm_err *err)
     if (!kafka_has_offset_map() && config_exactly_once(c))
         return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once needs librdkafka 2.2 or "
                           "newer, this is %s; 2.12 or newer is advised", name);
-    if (config_exactly_once(c))
-        return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once is not served yet");
     if (!kafka_has_offset_map())
         lm_log(LM_WARN, "kafka", "librdkafka %s can't keep offset metadata: at-least-once without "
                "the offset map, so a crash repeats finished prompts too; 2.12 or newer is advised",

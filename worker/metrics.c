@@ -190,6 +190,11 @@ static void write_group(struct metrics *m, FILE *f)
                 atomic_load_explicit(rows[i].c, memory_order_relaxed));
     counter(f, P "commits_total", "Accepted offset commits.", &m->commits);
     counter(f, P "commit_failures_total", "Refused offset commits.", &m->commit_failures);
+    counter(f, P "transactions_total", "Committed transactions.", &m->transactions);
+    counter(f, P "transaction_aborts_total", "Aborted transactions; what they held is sent again.",
+            &m->transaction_aborts);
+    counter(f, P "producer_rebuilds_total", "Producers replaced because a transaction's fate was "
+            "unknown.", &m->producer_rebuilds);
 }
 
 void metrics_write(struct metrics *m, const struct metrics_labels *l, FILE *f)

@@ -37,6 +37,7 @@ struct metrics {
     atomic_ullong retries, produce_failures, reply_bytes, stream_parts;
     atomic_ullong cancel_orders, claims, claim_bytes;
     atomic_ullong commits, commit_failures;
+    atomic_ullong transactions, transaction_aborts, producer_rebuilds;
     atomic_ullong assigned, revoked, lost, pauses;
     atomic_llong backlog, held, held_bytes;
     atomic_bool paused;

@@ -28,34 +28,27 @@
  * with its neighbours. batch.size is kept small: a reply above it travels alone, and its verdict is
  * its own; a smaller one is tried a few times more, among other neighbours, before it is believed.
  *
+ * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
+ * has committed; what is said above about failed deliveries holds there too.
+ *
  * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
  * and everything else happen on the producer thread. The value is not copied by the library: it
  * belongs to the job, which nobody frees before its report.
  */
-#include "worker/worker.h"
+#include "worker/producer_int.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "worker/kafka_conf.h"
+#include "worker/transaction.h"
 
 enum {
     POLL_MS = 100,
     BELIEVE_TOO_LARGE_AFTER = 5,
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
-};
-
-struct producer {
-    struct worker *w;
-    rd_kafka_t *rk;
-    pthread_t thread;
-    struct job_queue again;     /* could not be queued: any thread -> producer thread */
-    struct job_list later;
-    atomic_bool end;
-    int64_t complained_us;
-    int64_t batch_bytes;
 };
 
 /* ---- sending ---------------------------------------------------------------------------- */
@@ -99,7 +92,7 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
 }
 
 /* Sends what is not acknowledged yet. True: no report will come, the caller judges the job. */
-static bool send_records(producer *p, struct job *j)
+bool producer_send_records(producer *p, struct job *j)
 {
     atomic_store(&j->unreported, 1);    /* ours: reports may come while we are still here */
     if (!j->out.acked)
@@ -111,7 +104,7 @@ static bool send_records(producer *p, struct job *j)
 
 void producer_send(producer *p, struct job *j)
 {
-    if (send_records(p, j))
+    if (p->exactly_once || producer_send_records(p, j))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -239,7 +232,7 @@ static void acknowledged(producer *p, struct job *j)
 }
 
 /* All that was sent has its report: is the job done? Producer thread. */
-static void judge(producer *p, struct job *j)
+void producer_judge(producer *p, struct job *j)
 {
     struct lm_err why;
     char text[256];
@@ -272,15 +265,17 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     struct job *j = o->job;
     o->error = m->err;
     o->acked = !m->err;
-    if (atomic_fetch_sub(&j->unreported, 1) == 1)
-        judge(p, j);
+    if (atomic_fetch_sub(&j->unreported, 1) == 1 && !p->exactly_once)
+        producer_judge(p, j);
 }
 
 static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     producer *p = opaque;
     char text[512];
-    if (err == RD_KAFKA_RESP_ERR__FATAL) {
+    if (err == RD_KAFKA_RESP_ERR__FATAL && p->exactly_once) {
+        lm_log(LM_WARN, "producer", "%s", reason);      /* transaction.c decides */
+    } else if (err == RD_KAFKA_RESP_ERR__FATAL) {
         rd_kafka_fatal_error(rk, text, sizeof text);
         worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
     } else {
@@ -294,12 +289,12 @@ static void serve_again(producer *p)
 {
     for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
         next = j->next;
-        judge(p, j);
+        producer_judge(p, j);
     }
     for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
         next = j->next;
-        if (send_records(p, j))
-            judge(p, j);
+        if (producer_send_records(p, j))
+            producer_judge(p, j);
     }
 }
 
@@ -332,25 +327,31 @@ static int64_t conf_int(const rd_kafka_conf_t *conf, const char *key)
     return strtoll(text, NULL, 10);
 }
 
-lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
+lm_status producer_open(producer *p, struct lm_err *err)
 {
     rd_kafka_conf_t *conf;
-    lm_status st = kafka_conf_new(w->cfg, CONFIG_PRODUCER, w->name, &conf, err);
+    lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
     if (st)
         return st;
-    producer *p = lm_calloc(1, sizeof *p);
-    if (!p) {
-        rd_kafka_conf_destroy(conf);
-        return lm_err_set(err, LM_NOMEM, "out of memory");
-    }
-    p->w = w;
     p->batch_bytes = conf_int(conf, "batch.size");
-    job_queue_init(&p->again);
+    p->transaction_timeout_ms = conf_int(conf, "transaction.timeout.ms");
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
     rd_kafka_conf_set_error_cb(conf, on_error);
-    st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
-    if (!st && pthread_create(&p->thread, NULL, producer_main, p))
+    return kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
+}
+
+lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
+{
+    producer *p = lm_calloc(1, sizeof *p);
+    if (!p)
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    p->w = w;
+    p->exactly_once = config_exactly_once(w->cfg);
+    job_queue_init(&p->again);
+    lm_status st = producer_open(p, err);
+    if (!st && pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main : producer_main,
+                              p))
         st = lm_err_set(err, LM_NOMEM, "can't start the producer thread");
     if (st) {
         if (p->rk)
@@ -367,6 +368,7 @@ void producer_stop(producer *p)
 {
     if (!p || atomic_exchange(&p->end, true))
         return;
+    job_queue_wake(&p->again);
     pthread_join(p->thread, NULL);
 }
 
@@ -375,7 +377,8 @@ void producer_free(producer *p)
     if (!p)
         return;
     producer_stop(p);
-    rd_kafka_destroy(p->rk);
+    if (p->rk)
+        rd_kafka_destroy(p->rk);
     job_queue_release(&p->again);
     free(p);
 }

@@ -110,6 +110,7 @@ static void drain(consumer *c, const rd_kafka_topic_partition_list_t *only, int6
            !atomic_load(&c->w->cancelling)) {
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
         consumer_take_finished(c, DRAIN_POLL_MS);
+        staging_serve(c);
     }
     rebalance_hand_back(c, only);
 }

@@ -8,6 +8,7 @@
                                                         and at most REPEATS come twice (all: -1)
   delivery.py age BOOTSTRAP TOPICS MS                   TAP: what was answered twice had its first
                                                         answer less than MS before its worker's last
+  delivery.py count BOOTSTRAP TOPICS PREFIX N           exit 0 when N records' ids begin so
   delivery.py committed BOOTSTRAP GROUP TOPIC PARTITION     prints "OFFSET METADATA"
   delivery.py commit BOOTSTRAP GROUP TOPIC PARTITION OFFSET METADATA    the group must be empty
   delivery.py order BOOTSTRAP TOPICS COUNT              TAP: replies of a key come in order
@@ -121,6 +122,10 @@ def age(bootstrap, topics, ms):
     good = oldest <= int(ms)
     print("ok" if good else "not ok", f"- only the last {ms} ms of a killed worker run again")
     return 0 if good else 1
+
+
+def count(bootstrap, topics, prefix, n):
+    return sum(record_id(m).startswith(prefix) for m in read_all(bootstrap, topics)) != int(n)
 
 
 def committed(bootstrap, group, topic, partition):

@@ -1,0 +1,82 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# delivery.mode=exactly-once on a real broker: two workers, one of them killed with SIGKILL again and
+# again, the broker killed and started again in the middle; a worker stopped in mid-flight whose twin
+# takes its transactional.id. A read_committed reader sees each id once.
+. "$(dirname "$0")/../infra/lib.sh"
+N=${N:-30000}
+infra_begin exactly-once
+kafka_start 1 || die "the broker started"
+topic_create prompts 4; topic_create replies 2; topic_create dead 1
+topic_create small 1 max.message.bytes=2000
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+cat > "$RUN/worker.properties" <<P
+engine.mode=echo
+delivery.mode=exactly-once
+topics.prompts=prompts
+topics.replies=replies
+topics.dead_letters=dead
+topics.replies_allowed=small,absent
+group.id=eos
+commit.interval_ms=300
+retry.backoff_ms=50
+retry.backoff_max_ms=500
+http.port=0
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+P
+start_worker() {    # NAME LOG
+    spawn "$RUN/worker-$2.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"
+}
+start_worker a a0; A=$!
+start_worker b b0; B=$!
+d produce prompts 0 "$N"
+for i in 1 2 3 4; do
+    sleep 0.$((RANDOM % 9))
+    kill -9 -- "-$A"; wait "$A" 2>/dev/null
+    start_worker a "a$i"; A=$!
+    wait_until 30 grep -q 'assigned prompts' "$RUN/worker-a$i.log"
+    d produce prompts $((N + i * 2000 - 2000)) 2000
+done
+check "the job ends although a worker was killed four times" d wait replies,dead $((N + 8000)) 90
+d verify replies,dead 0 $((N + 8000)) 0 || FAILED=1
+
+# The broker goes away in the middle of transactions, for longer than one may last.
+d produce prompts $((N + 8000)) 4000
+broker=$(cat "$RUN/kafka/n1/pid")
+kill -9 -- "-$broker"
+sleep 12
+kafka_node 1 "$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)"
+wait_until 60 kafka_ready 1
+check "and although the broker was away for 12 s" d wait replies,dead $((N + 12000)) 90
+d verify replies,dead 0 $((N + 12000)) 0 || FAILED=1
+check "no worker gave up" kill -0 "$A" "$B"
+
+# Refused records: one too large for its topic, and one for a topic that is not there.
+"$PYTHON" - "$BOOTSTRAP" <<'P'
+import json, os, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i, topic in ((0, "small"), (1, "absent")):
+    p.produce("prompts", json.dumps({"id": f"refused-{i}", "prompt": os.urandom(2000).hex(),
+                                     "params": {"max_tokens": 4000}, "reply_topic": topic}))
+assert not p.flush(20)
+P
+d produce prompts $((N + 12000)) 100
+refused() { d count dead refused- 2; }
+check "refused replies are dead letters" wait_until 40 refused
+check "and hold nobody up" d wait replies $((N + 12100)) 20
+
+# A zombie: stopped with work in hand until its twin has taken over, then woken.
+d produce prompts $((N + 12100)) 8000
+kill -STOP "$A"
+start_worker a twin; T=$!
+check "the twin and the other worker answer all" d wait replies $((N + 20100)) 90
+kill -CONT "$A"
+zombie_ends() { ! kill -0 "$A" 2>/dev/null || ! kill -0 "$T" 2>/dev/null; }
+d produce prompts $((N + 20100)) 2000
+check "one of two with the same transactional.id ends" wait_until 40 zombie_ends
+check "the job ends" d wait replies $((N + 22100)) 60
+d verify replies 0 $((N + 22100)) 0 || FAILED=1

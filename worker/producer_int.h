@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * producer_int.h - what producer.c and transaction.c share. Everything but `again` and `end`
+ * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`.
+ */
+#ifndef LORAMILL_WORKER_PRODUCER_INT_H
+#define LORAMILL_WORKER_PRODUCER_INT_H
+
+#include <librdkafka/rdkafka.h>
+
+#include "worker/worker.h"
+
+struct producer {
+    struct worker *w;
+    rd_kafka_t *rk;             /* exactly-once: replaced when a transaction's fate is unknown */
+    pthread_t thread;
+    /* At-least-once: could not be queued. Exactly-once: everything to be sent. */
+    struct job_queue again;
+    struct job_list later;
+    atomic_bool end;
+    bool exactly_once;
+    int64_t complained_us;
+    int64_t batch_bytes, transaction_timeout_ms;
+};
+
+/* Opens p->rk with its callbacks. */
+lm_status producer_open(producer *p, struct lm_err *err);
+/* Sends what is not acknowledged yet. True: no report will come. */
+bool producer_send_records(producer *p, struct job *j);
+/* All that was sent has its report: is the job done? */
+void producer_judge(producer *p, struct job *j);
+
+#endif

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * staging.c - the consumer thread's half of exactly-once; see transaction.h.
+ *
+ * The producer thread leaves a request and sleeps; the consumer thread finds it between two polls,
+ * or while it drains in a rebalance. Only one request exists at a time. After staging_close() every
+ * request is refused, so the producer thread never waits for a consumer that is gone.
+ *
+ * The map must hold all that the transaction finishes: what it left out would be answered twice
+ * after a crash. When it has no room (the brake on reading makes that rare), the highest offsets
+ * wait for a later transaction, by which time the watermark has moved.
+ */
+#include "worker/consumer_int.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { COMMITTED_MS = 5000 };
+
+/* ---- consumer thread --------------------------------------------------------------------- */
+
+static void stage_jobs(consumer *c, struct stage *s)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        const struct job *j = s->jobs[i];
+        bool in = j->parent ? !lease_revoked(j->lease) :
+                  ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
+        s->verdicts[i] = in ? STAGE_IN : STAGE_GONE;
+    }
+}
+
+static bool of_part(const struct job *j, const struct assigned *a)
+{
+    return !j->parent && j->lease->ref.slot == a->ref.slot && j->lease->ref.epoch == a->ref.epoch;
+}
+
+/* Takes the highest staged offset of the partition out again. */
+static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a)
+{
+    size_t last = s->n;
+    for (size_t i = 0; i < s->n; i++)
+        if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
+            (last == s->n || s->jobs[i]->record.offset > s->jobs[last]->record.offset))
+            last = i;
+    if (last == s->n)
+        return false;
+    s->verdicts[last] = STAGE_WAIT;
+    ledger_stage(c->ledger, a->ref, s->jobs[last]->record.offset, false);
+    return true;
+}
+
+static void stage_offset(consumer *c, struct stage *s, const struct assigned *a)
+{
+    struct ledger_commit due;
+    char map[OFFSET_MAP_MAX + 1];
+    bool whole = false;
+    commit_note_position(c, a);
+    while (ledger_due(c->ledger, a->ref, true, &due)) {
+        ledger_map(c->ledger, &due, true, map, &whole);
+        if (whole || !unstage_last(c, s, a))
+            break;
+    }
+    if (!ledger_due(c->ledger, a->ref, true, &due))
+        return;
+    commit_add_offset(c, a, &due, true, s->offsets);
+    s->commits[s->n_commits++] = due;
+}
+
+static void serve_stage(consumer *c, struct stage *s)
+{
+    s->offsets = rd_kafka_topic_partition_list_new((int)c->n_parts);
+    s->commits = lm_calloc(LM_MAX(c->n_parts, 1), sizeof *s->commits);
+    s->group = rd_kafka_consumer_group_metadata(c->rk);
+    stage_jobs(c, s);
+    for (size_t i = 0; s->commits && i < c->n_parts; i++)
+        stage_offset(c, s, &c->parts[i]);
+}
+
+static void serve_settle(consumer *c, struct stage *s, bool committed)
+{
+    for (size_t i = 0; committed && i < s->n_commits; i++)
+        ledger_committed(c->ledger, &s->commits[i]);
+    for (size_t i = 0; !committed && i < s->n; i++)
+        if (s->verdicts[i] == STAGE_IN && !s->jobs[i]->parent)
+            ledger_stage(c->ledger, s->jobs[i]->lease->ref, s->jobs[i]->record.offset, false);
+    if (committed && s->n_commits)
+        metric_add(&c->w->metrics.commits, 1);
+}
+
+void staging_serve(consumer *c)
+{
+    struct staging *g = &c->staging;
+    pthread_mutex_lock(&g->lock);
+    if (g->asked) {
+        if (g->what == STAGING_STAGE)
+            serve_stage(c, g->asked);
+        else
+            serve_settle(c, g->asked, g->what == STAGING_COMMITTED);
+        g->asked = NULL;
+        pthread_cond_signal(&g->served);
+    }
+    pthread_mutex_unlock(&g->lock);
+}
+
+void staging_init(struct staging *g)
+{
+    pthread_mutex_init(&g->lock, NULL);
+    pthread_cond_init(&g->served, NULL);
+}
+
+void staging_close(consumer *c)
+{
+    staging_serve(c);
+    pthread_mutex_lock(&c->staging.lock);
+    c->staging.closed = true;
+    pthread_cond_signal(&c->staging.served);
+    pthread_mutex_unlock(&c->staging.lock);
+}
+
+void staging_release(struct staging *g)
+{
+    pthread_cond_destroy(&g->served);
+    pthread_mutex_destroy(&g->lock);
+}
+
+/* ---- producer thread --------------------------------------------------------------------- */
+
+static lm_status ask(consumer *c, struct stage *s, enum staging_what what)
+{
+    struct staging *g = &c->staging;
+    pthread_mutex_lock(&g->lock);
+    g->asked = s;
+    g->what = what;
+    rd_kafka_queue_yield(c->queue);     /* out of its poll, */
+    job_queue_wake(&c->w->done);        /* or out of its wait while it drains */
+    while (g->asked && !g->closed)
+        pthread_cond_wait(&g->served, &g->lock);
+    lm_status st = g->asked ? LM_CANCELLED : LM_OK;
+    g->asked = NULL;
+    pthread_mutex_unlock(&g->lock);
+    return st;
+}
+
+lm_status consumer_stage(consumer *c, struct stage *s)
+{
+    lm_status st = ask(c, s, STAGING_STAGE);
+    return st ? st : s->commits ? LM_OK : LM_NOMEM;
+}
+
+void consumer_settle(consumer *c, struct stage *s, bool committed)
+{
+    ask(c, s, committed ? STAGING_COMMITTED : STAGING_ABORTED);
+}
+
+void stage_release(struct stage *s)
+{
+    if (s->offsets)
+        rd_kafka_topic_partition_list_destroy(s->offsets);
+    if (s->group)
+        rd_kafka_consumer_group_metadata_destroy(s->group);
+    free(s->commits);
+    s->offsets = NULL;
+    s->group = NULL;
+    s->commits = NULL;
+    s->n_commits = 0;
+}
+
+static bool same_commit(const rd_kafka_topic_partition_t *a, const rd_kafka_topic_partition_t *b)
+{
+    return !a->err && a->offset == b->offset && a->metadata_size == b->metadata_size &&
+           (!a->metadata_size || !memcmp(a->metadata, b->metadata, a->metadata_size));
+}
+
+lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds)
+{
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(s->offsets->cnt);
+    for (int i = 0; i < s->offsets->cnt; i++)
+        rd_kafka_topic_partition_list_add(l, s->offsets->elems[i].topic,
+                                          s->offsets->elems[i].partition);
+    rd_kafka_resp_err_t e = l->cnt ? rd_kafka_committed(c->rk, l, COMMITTED_MS) : 0;
+    *holds = false;
+    for (int i = 0; !e && i < s->offsets->cnt; i++) {
+        const rd_kafka_topic_partition_t *sent = &s->offsets->elems[i];
+        const rd_kafka_topic_partition_t *got = rd_kafka_topic_partition_list_find(
+            l, sent->topic, sent->partition);
+        *holds |= got && same_commit(got, sent);
+    }
+    rd_kafka_topic_partition_list_destroy(l);
+    return e ? LM_NET : LM_OK;
+}

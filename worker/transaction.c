@@ -1,0 +1,499 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * transaction.c - exactly-once: the producer thread's half; see transaction.h.
+ *
+ * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
+ * transaction.max_messages are there, one transaction takes them:
+ *
+ *   stage --> begin --> produce --> offsets and maps --> commit --> settle
+ *
+ * and with nothing to send, one for offsets alone, every commit.interval_ms, when there is
+ * something new to commit. How a transaction may end:
+ *
+ *   committed    the jobs end
+ *   aborted      confirmed by the broker: a record was refused, or the group has moved on. The
+ *                refused job is judged as in producer.c (and travels alone from then on, so that it
+ *                holds up no others); the rest go into the next transaction as they are
+ *   unknown      a call failed in a way that leaves open what the broker did. librdkafka speaks the
+ *                first version of the transaction protocol, where a delayed commit may even land on
+ *                a later transaction. So the producer is destroyed and a new one made: its
+ *                init_transactions() ends whatever the old one had open and fences its requests.
+ *                Then the group's committed offsets tell which it was, for each commit's offset and
+ *                map are its own
+ *   fenced       another producer has our transactional.id: the worker ends. Unless our transaction
+ *                had outlived transaction.timeout.ms while this process was awake: then it was the
+ *                coordinator that fenced us, for a broker was away, and a new producer is made. A
+ *                process that has slept through that (SIGSTOP, a frozen machine) can't tell, may be
+ *                replaced by now, and ends
+ *
+ * Threads: the producer thread's. p->rk is replaced here and nobody else uses it.
+ */
+#include "worker/transaction.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "worker/producer_int.h"
+
+enum {
+    CALL_MS = 5000,             /* of one call; it is made again until it has an answer */
+    IDLE_MS = 100,
+    SLEPT_MS = 3000,            /* so much later than it should be: this process was stopped */
+    SLEPT_MEMORY_MS = 60000,
+    REBUILD_MIN_MS = 1000,      /* between two rebuilds */
+    MAX_BYTES = 32 << 20,       /* of one transaction */
+};
+
+enum fate { COMMITTED, ABORTED, UNKNOWN, HOPELESS };
+
+struct tx {
+    producer *p;
+    struct worker *w;
+    struct job *ready, **tail;
+    size_t n_ready;
+    struct stage stage;
+    bool initialised;
+    int failures;               /* in a row */
+    int64_t since_us;           /* the oldest in `ready` */
+    int64_t not_before_us, next_idle_us, begun_us, beat_us, slept_us, rebuilt_us;
+};
+
+/* ---- ready ------------------------------------------------------------------------------ */
+
+static void make_ready(struct tx *t, struct job *j)
+{
+    if (!t->ready)
+        t->since_us = lm_now_us();
+    j->next = NULL;
+    *t->tail = j;
+    t->tail = &j->next;
+    t->n_ready++;
+}
+
+static void take_ready(struct tx *t)
+{
+    struct job *all = t->ready;
+    t->ready = NULL;
+    t->tail = &t->ready;
+    t->n_ready = 0;
+    t->stage.n = 0;
+    size_t bytes = 0, most = (size_t)t->w->cfg->transaction_max_messages;
+    /* One that was refused before goes alone. */
+    bool alone = all && all->out.attempts > 0;
+    for (struct job *j = all, *next; j; j = next) {
+        next = j->next;
+        bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
+                                              bytes < MAX_BYTES;
+        if (!fits) {
+            make_ready(t, j);
+            continue;
+        }
+        bytes += j->out.len;
+        t->stage.jobs[t->stage.n++] = j;
+    }
+}
+
+/* Back to the front, in order. */
+static void put_back(struct tx *t, const enum stage_verdict which)
+{
+    struct job *later = t->ready;
+    t->ready = NULL;
+    t->tail = &t->ready;
+    t->n_ready = 0;
+    for (size_t i = 0; i < t->stage.n; i++)
+        if (t->stage.jobs[i] && t->stage.verdicts[i] == which) {
+            make_ready(t, t->stage.jobs[i]);
+            t->stage.jobs[i] = NULL;
+        }
+    for (struct job *next; later; later = next) {
+        next = later->next;
+        make_ready(t, later);
+    }
+}
+
+static void drop(struct tx *t, struct job *j)
+{
+    worker_end_job(t->w, j, OUTCOME_DROPPED);
+}
+
+/* ---- calls that may take long ----------------------------------------------------------- */
+
+/* Since the last beat, no more than `allowed_ms` should have passed. */
+static void beat(struct tx *t, int64_t allowed_ms)
+{
+    int64_t now = lm_now_us();
+    if (t->beat_us && now - t->beat_us > (allowed_ms + SLEPT_MS) * 1000)
+        t->slept_us = now;
+    t->beat_us = now;
+}
+
+typedef rd_kafka_error_t *call(struct tx *t);
+
+static rd_kafka_error_t *init(struct tx *t)
+{
+    return rd_kafka_init_transactions(t->p->rk, CALL_MS);
+}
+
+static rd_kafka_error_t *send_offsets(struct tx *t)
+{
+    return rd_kafka_send_offsets_to_transaction(t->p->rk, t->stage.offsets, t->stage.group,
+                                                CALL_MS);
+}
+
+static rd_kafka_error_t *commit(struct tx *t)
+{
+    return rd_kafka_commit_transaction(t->p->rk, CALL_MS);
+}
+
+static rd_kafka_error_t *abort_it(struct tx *t)
+{
+    return rd_kafka_abort_transaction(t->p->rk, CALL_MS);
+}
+
+/* Until there is an answer, or the worker ends. */
+static rd_kafka_error_t *persist(struct tx *t, call *make)
+{
+    for (;;) {
+        beat(t, CALL_MS);
+        rd_kafka_error_t *e = make(t);
+        beat(t, CALL_MS);
+        if (!e || !rd_kafka_error_is_retriable(e) || atomic_load(&t->p->end))
+            return e;
+        lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
+        rd_kafka_error_destroy(e);
+        nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);
+    }
+}
+
+/* ---- a new producer --------------------------------------------------------------------- */
+
+static bool initialise(struct tx *t)
+{
+    rd_kafka_error_t *e = persist(t, init);
+    t->initialised = !e;
+    if (e && !atomic_load(&t->p->end))
+        worker_fail(t->w, LM_STATE, "transactions can't be had: %s", rd_kafka_error_string(e));
+    if (e)
+        rd_kafka_error_destroy(e);
+    return t->initialised;
+}
+
+/* Whatever the old one had open is over when this returns true. */
+static bool rebuild(struct tx *t)
+{
+    struct lm_err err;
+    int64_t wait = t->rebuilt_us + REBUILD_MIN_MS * 1000 - lm_now_us();
+    if (t->rebuilt_us && wait > 0)
+        nanosleep(&(struct timespec){ .tv_nsec = LM_MIN(wait, 999999) * 1000 }, NULL);
+    t->rebuilt_us = lm_now_us();
+    metric_add(&t->w->metrics.producer_rebuilds, 1);
+    rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    rd_kafka_destroy(t->p->rk);
+    t->p->rk = NULL;
+    t->initialised = false;
+    if (producer_open(t->p, &err)) {
+        worker_fail(t->w, LM_STATE, "%s", err.msg);
+        return false;
+    }
+    return initialise(t);
+}
+
+/* ---- one transaction -------------------------------------------------------------------- */
+
+static bool is_fenced(rd_kafka_resp_err_t e)
+{
+    return e == RD_KAFKA_RESP_ERR__FENCED || e == RD_KAFKA_RESP_ERR_PRODUCER_FENCED ||
+           e == RD_KAFKA_RESP_ERR_INVALID_PRODUCER_EPOCH;
+}
+
+/* The client is at its end: may a new one go on? */
+static enum fate fatal_fate(struct tx *t, const char *text)
+{
+    char why[512];
+    rd_kafka_resp_err_t e = rd_kafka_fatal_error(t->p->rk, why, sizeof why);
+    int64_t now = lm_now_us();
+    bool overdue = now - t->begun_us >= t->p->transaction_timeout_ms * 1000;
+    bool slept = t->slept_us && now - t->slept_us < SLEPT_MEMORY_MS * 1000;
+    if (!is_fenced(e) || (overdue && !slept)) {
+        lm_log(LM_WARN, "producer", "transaction: %s; a new producer finds out", text);
+        return UNKNOWN;
+    }
+    worker_fail(t->w, LM_STATE, "another worker has this one's transactional.id%s: %s",
+                slept ? ", or this process was stopped for too long" : "", why);
+    return HOPELESS;
+}
+
+/* A call has failed: aborts if that is enough. Consumes the error. */
+static enum fate undo(struct tx *t, rd_kafka_error_t *e)
+{
+    enum fate fate = UNKNOWN;
+    const char *text = rd_kafka_error_string(e);
+    if (rd_kafka_error_is_fatal(e)) {
+        fate = fatal_fate(t, text);
+    } else if (rd_kafka_error_txn_requires_abort(e)) {
+        rd_kafka_error_t *e2 = persist(t, abort_it);
+        lm_log(LM_INFO, "producer", "transaction aborted: %s", text);
+        if (!e2)
+            fate = ABORTED;
+        else if (rd_kafka_error_is_fatal(e2))
+            fate = fatal_fate(t, rd_kafka_error_string(e2));
+        if (e2)
+            rd_kafka_error_destroy(e2);
+    } else {
+        lm_log(LM_WARN, "producer", "transaction: %s; a new producer finds out", text);
+    }
+    rd_kafka_error_destroy(e);
+    return fate;
+}
+
+/* Hands the records to the client; false: one was refused on the spot. */
+static bool produce(struct tx *t)
+{
+    for (size_t i = 0; i < t->stage.n; i++) {
+        struct job *j = t->stage.jobs[i];
+        if (!j || t->stage.verdicts[i] != STAGE_IN)
+            continue;
+        producer_send_records(t->p, j);
+        if (j->out.error || (j->notice && j->notice->error))
+            return false;
+    }
+    return true;
+}
+
+static enum fate run(struct tx *t)
+{
+    t->begun_us = lm_now_us();
+    beat(t, IDLE_MS);
+    rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
+    if (e)
+        return undo(t, e);
+    if (!produce(t)) {
+        e = persist(t, abort_it);
+        return e ? undo(t, e) : ABORTED;
+    }
+    if (t->stage.offsets->cnt && (e = persist(t, send_offsets)))
+        return undo(t, e);
+    e = persist(t, commit);
+    return e ? undo(t, e) : COMMITTED;
+}
+
+/* After a rebuild: what became of it? */
+static enum fate find_out(struct tx *t)
+{
+    bool holds = false;
+    lm_status st;
+    if (!rebuild(t))
+        return HOPELESS;
+    do {
+        beat(t, CALL_MS);
+        st = consumer_holds(t->w->consumer, &t->stage, &holds);
+        beat(t, CALL_MS);
+    } while (st && !atomic_load(&t->p->end));
+    lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
+           holds ? "committed" : "not committed");
+    return st ? HOPELESS : holds ? COMMITTED : ABORTED;
+}
+
+/* ---- before and after ------------------------------------------------------------------- */
+
+/* Was this very record refused? Else it only shared the fate of its transaction, or of a broker. */
+static bool refused(const struct outgoing *o)
+{
+    switch (o ? o->error : 0) {
+    case RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE:
+    case RD_KAFKA_RESP_ERR_INVALID_MSG:
+    case RD_KAFKA_RESP_ERR_INVALID_RECORD:
+    case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
+    case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
+    case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
+    case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
+    case RD_KAFKA_RESP_ERR__QUEUE_FULL:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* What an abort has left behind in a job; true: a record of its own was refused. */
+static bool forget_attempt(struct job *j)
+{
+    bool own = refused(&j->out) || refused(j->notice);
+    struct outgoing *both[] = { &j->out, j->notice };
+    for (size_t i = 0; i < LM_COUNT(both); i++) {
+        if (!both[i])
+            continue;
+        both[i]->acked = false;
+        if (!refused(both[i]))
+            both[i]->error = 0;
+    }
+    return own;
+}
+
+/* Its topic takes records again: the others that wait for it need not go alone any more. */
+static void trust(struct tx *t, const char *topic)
+{
+    for (struct job *j = t->ready; j; j = j->next)
+        if (!strcmp(j->out.topic, topic))
+            j->out.attempts = 0;
+}
+
+static void after_commit(struct tx *t)
+{
+    if (t->stage.n == 1 && t->stage.jobs[0] && t->stage.jobs[0]->out.attempts)
+        trust(t, t->stage.jobs[0]->out.topic);
+    metric_add(&t->w->metrics.transactions, 1);
+    for (size_t i = 0; i < t->stage.n; i++) {
+        struct job *j = t->stage.jobs[i];
+        if (!j || t->stage.verdicts[i] != STAGE_IN)
+            continue;
+        j->out.error = 0;       /* its report may have died with an old producer */
+        if (j->notice)
+            j->notice->error = 0;
+        t->stage.jobs[i] = NULL;
+        producer_judge(t->p, j);
+    }
+}
+
+static void after_abort(struct tx *t, bool going)
+{
+    metric_add(&t->w->metrics.transaction_aborts, 1);
+    for (size_t i = 0; going && i < t->stage.n; i++) {
+        struct job *j = t->stage.jobs[i];
+        if (j && t->stage.verdicts[i] == STAGE_IN && forget_attempt(j)) {
+            t->stage.jobs[i] = NULL;
+            producer_judge(t->p, j);
+        }
+    }
+    put_back(t, STAGE_IN);
+}
+
+static void finish(struct tx *t, enum fate fate)
+{
+    const struct config *cfg = t->w->cfg;
+    consumer_settle(t->w->consumer, &t->stage, fate == COMMITTED);
+    if (fate == COMMITTED)
+        after_commit(t);
+    else
+        after_abort(t, fate != HOPELESS);
+    t->failures = fate == COMMITTED ? 0 : t->failures + 1;
+    t->not_before_us = t->failures ? lm_now_us() + backoff_us(LM_MIN(t->failures - 1, 20), 50,
+                                                               cfg->retry_backoff_max_ms) : 0;
+}
+
+static void drop_gone(struct tx *t)
+{
+    for (size_t i = 0; i < t->stage.n; i++)
+        if (t->stage.verdicts[i] == STAGE_GONE) {
+            drop(t, t->stage.jobs[i]);
+            t->stage.jobs[i] = NULL;
+        }
+}
+
+static bool anything_in(const struct stage *s)
+{
+    for (size_t i = 0; i < s->n; i++)
+        if (s->verdicts[i] == STAGE_IN)
+            return true;
+    return s->offsets->cnt > 0;
+}
+
+static void transact(struct tx *t)
+{
+    take_ready(t);
+    for (size_t i = 0; i < t->stage.n; i++)
+        t->stage.verdicts[i] = STAGE_GONE;
+    if (consumer_stage(t->w->consumer, &t->stage)) {
+        drop_gone(t);           /* the consumer has ended */
+        stage_release(&t->stage);
+        return;
+    }
+    drop_gone(t);
+    put_back(t, STAGE_WAIT);
+    if (anything_in(&t->stage)) {
+        enum fate fate = run(t);
+        if (fate == UNKNOWN)
+            fate = find_out(t);
+        finish(t, fate);
+    }
+    stage_release(&t->stage);
+}
+
+/* ---- thread ----------------------------------------------------------------------------- */
+
+static void gather(struct tx *t, int wait_ms)
+{
+    for (struct job *j = job_queue_take(&t->p->again, wait_ms), *next; j; j = next) {
+        next = j->next;
+        make_ready(t, j);
+    }
+    for (struct job *j = job_list_take_due(&t->p->later, lm_now_us()), *next; j; j = next) {
+        next = j->next;
+        make_ready(t, j);
+    }
+}
+
+/* Microseconds from `now` until a transaction is due. */
+static int64_t until_due(const struct tx *t, int64_t now)
+{
+    const struct config *cfg = t->w->cfg;
+    int64_t at = t->next_idle_us;
+    if (t->ready)
+        at = t->n_ready >= (size_t)cfg->transaction_max_messages ? now :
+             t->since_us + cfg->transaction_interval_ms * 1000;
+    return LM_MAX(at, t->not_before_us) - now;
+}
+
+static void end(struct tx *t)
+{
+    gather(t, 0);
+    for (struct job *j = t->ready, *next; j; j = next) {
+        next = j->next;
+        drop(t, j);
+    }
+    for (struct job *j = job_list_take_all(&t->p->later), *next; j; j = next) {
+        next = j->next;
+        drop(t, j);
+    }
+    free(t->stage.jobs);
+    free(t->stage.verdicts);
+}
+
+static bool begin(struct tx *t)
+{
+    size_t most = (size_t)t->w->cfg->transaction_max_messages;
+    t->tail = &t->ready;
+    t->stage.jobs = lm_calloc(most, sizeof(*t->stage.jobs));
+    t->stage.verdicts = lm_calloc(most, sizeof(*t->stage.verdicts));
+    if (t->stage.jobs && t->stage.verdicts)
+        return true;
+    worker_fail(t->w, LM_NOMEM, "out of memory for transactions of %zu messages", most);
+    return false;
+}
+
+void *transaction_main(void *arg)
+{
+    producer *p = arg;
+    struct tx t = { .p = p, .w = p->w };
+    bool going = begin(&t);
+    while (going && !atomic_load(&p->end)) {
+        bool started = atomic_load(&t.w->started);
+        int64_t now = lm_now_us(), due = started ? until_due(&t, now) : IDLE_MS * 1000;
+        beat(&t, IDLE_MS);
+        rd_kafka_poll(p->rk, 0);
+        gather(&t, (int)LM_MAX(0, LM_MIN((due + 999) / 1000,
+                                         job_list_wait_ms(&p->later, now, IDLE_MS))));
+        now = lm_now_us();
+        if (!started || until_due(&t, now) > 0)
+            continue;
+        if (!t.initialised && !initialise(&t))
+            break;
+        t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
+        transact(&t);
+        going = p->rk != NULL;
+    }
+    end(&t);
+    return NULL;
+}
