@@ -34,13 +34,24 @@ static lm_status preempt(struct core *c, struct seq *s)
         COUNT(c, swap_outs, 1);
     }
     finish_leave_running(c, s);
-    s->state = SEQ_WAITING;
-    seq_list_insert(&c->waiting, s, 1);
-    c->waiting_prompt_tokens += (uint64_t)s->n_prompt;
-    evict_waiting(&c->evict, seq_version(s), 1);
+    finish_enter_waiting(c, s);
     s->req->preemptions++;
     COUNT(c, preemptions, 1);
     return st;
+}
+
+/* It is served: what its tenant, and those who estimate, should know. */
+static void note_admission(struct core *c, struct seq *s)
+{
+    int64_t now = core_now_us(c), most = c->p.policy.max_wait_ms * 1000;
+    queue_admitted(&c->queue, most > 0 && now - s->queued.since_us > most);
+    if (s->queued.deadline_ms)
+        estimate_left(&c->estimate, false, now);
+    if (request_deadline(s->req))
+        c->next_deadline_ms = LM_MIN(c->next_deadline_ms, request_deadline(s->req));
+    if (!s->queued.charged)
+        queue_charge(&c->queue, s->req, (uint64_t)s->n_prompt);
+    s->queued.charged = true;
 }
 
 /* Takes the sequence's references before anything is evicted. */
@@ -48,6 +59,7 @@ static void pin(struct core *c, struct seq *s)
 {
     struct request *r = s->req;
     int max = seq_cacheable_blocks(s, c->p.block_tokens);
+    note_admission(c, s);
     finish_leave_waiting(c, s);
     s->state = SEQ_RUNNING;
     seq_list_insert(&c->running, s, 1);
@@ -112,27 +124,31 @@ static lm_status load_adapter(struct core *c, struct engine_adapter *a, struct l
  * don't notice. */
 static void refuse_waiters(struct core *c, const struct engine_adapter *a, const char *why)
 {
+    const struct tree *lane = queue_lane(&c->queue, a);
     lm_log(LM_WARN, "engine", "%s; requests for it end with this error", why);
-    for (int i = 0; i < c->waiting.n;) {
-        struct request *r = c->waiting.at[i]->req;
-        if (r->adapter == a) {
-            finish_request(c, r, ENGINE_ERROR, LM_NOMEM, why);
-            i = 0;
-        } else {
-            i++;
-        }
-    }
+    while (lane->n > 0)
+        finish_request(c, queue_in_lane(tree_first(lane))->req, ENGINE_ERROR, LM_NOMEM, why);
 }
 
 /* Those who wait for weights, for their timings. Only when an upload starts. */
-static void note_adapter_waits(struct core *c)
+static void note_adapter_waits(struct core *c, const struct engine_adapter *a)
 {
     int64_t now = core_now_us(c);
-    for (int i = 0; i < c->waiting.n; i++) {
-        struct request *r = c->waiting.at[i]->req;
-        if (r->adapter && r->adapter->res.state == RES_LOADING && !r->adapter_since_us)
+    for (struct tree_node *n = tree_first(queue_lane(&c->queue, a)); n; n = tree_next(n)) {
+        struct request *r = queue_in_lane(n)->req;
+        if (!r->adapter_since_us)
             r->adapter_since_us = now;
     }
+}
+
+/* Those that can't be in time any more. None of their sequences runs or is admitted. */
+void apply_expire(struct core *c, const struct plan *p)
+{
+    for (int i = 0; i < p->n_expire; i++) {
+        estimate_left(&c->estimate, true, core_now_us(c));
+        finish_request(c, p->expire[i]->req, ENGINE_EXPIRED, LM_OK, "");
+    }
+    COUNT(c, early_aborts, p->n_expire);
 }
 
 /* False when one of them got no memory: its request has ended, and the plan is void. */
@@ -154,8 +170,8 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
         st = preempt(c, p->preempt[i]);
     if (st != LM_OK)
         return lm_err_set(err, st, "copying KV to host memory failed");
-    for (int i = 0; i < p->n_overtaken; i++)
-        p->overtaken[i]->bypassed++;
+    for (int i = 0; i < p->n_passed; i++)
+        queue_overtaken(&c->queue, p->passed[i].seq, p->passed[i].by, c->p.policy.max_overtaken);
     for (int i = 0; i < p->n_admit; i++)
         pin(c, p->admit[i]);
     for (int i = 0; i < p->n_charged; i++)
@@ -178,9 +194,9 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
         if (st == LM_NOMEM) {
             refuse_waiters(c, p->load[i], err->msg);
             st = LM_OK;
+        } else {
+            note_adapter_waits(c, p->load[i]);
         }
     }
-    if (p->n_load > 0)
-        note_adapter_waits(c);
     return st;
 }

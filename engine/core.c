@@ -104,8 +104,8 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
         st = plan_init(&c->plan, p->max_seqs, err);
     if (st == LM_OK && seq_list_reserve(&c->running, p->max_seqs) != LM_OK)
         st = lm_err_set(err, LM_NOMEM, "no memory for %d sequences", p->max_seqs);
-    if (st == LM_OK && seq_list_reserve(&c->waiting, p->max_waiting) != LM_OK)
-        st = lm_err_set(err, LM_NOMEM, "no memory for %d waiting requests", p->max_waiting);
+    if (st == LM_OK)
+        st = queue_init(&c->queue, p->max_waiting, p->policy.fair, err);
     return st;
 }
 
@@ -174,7 +174,7 @@ void core_close(struct core *c)
     pool_release(&c->pool);
     plan_release(&c->plan);
     seq_list_release(&c->running);
-    seq_list_release(&c->waiting);
+    queue_release(&c->queue);
     if (c->stream)
         kn_stream_free(c->stream);
     step_free(c->step);

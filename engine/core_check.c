@@ -28,8 +28,8 @@ static void add_list(int32_t *held, const struct adapter_list *l, int *idle_bloc
 static lm_status check_swap(const struct core *c, struct lm_err *err)
 {
     int n = 0;
-    for (int i = 0; i < c->waiting.n; i++)
-        n += c->waiting.at[i]->n_swapped;
+    for (struct tree_node *a = tree_first(&c->queue.by_age); a; a = tree_next(a))
+        n += queue_by_age(a)->n_swapped;
     for (int i = 0; i < c->running.n; i++) {
         const struct seq *s = c->running.at[i];
         n += s->n_swapped;
@@ -73,15 +73,13 @@ static lm_status add_running(const struct core *c, int32_t *held, struct lm_err 
 
 static lm_status check_waiting(const struct core *c, struct lm_err *err)
 {
-    for (int i = 0; i < c->waiting.n; i++) {
-        const struct seq *s = c->waiting.at[i];
+    for (struct tree_node *n = tree_first(&c->queue.by_age); n; n = tree_next(n)) {
+        const struct seq *s = queue_by_age(n);
         if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed || s->pending)
             return lm_err_set(err, LM_INTERNAL, "request '%s' waits in state %d with %d blocks",
                               s->req->id, s->state, s->n_blocks);
-        if (i > 0 && !seq_before(c->waiting.at[i - 1], s))
-            return lm_err_set(err, LM_INTERNAL, "request '%s' waits out of rank", s->req->id);
     }
-    return LM_OK;
+    return queue_check(&c->queue, err);
 }
 
 lm_status core_check(const struct core *c, struct lm_err *err)

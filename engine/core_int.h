@@ -51,10 +51,11 @@ struct core {
     struct prefix prefix;
     struct residency_tier tier;
     struct swap swap;
-    struct seq_list running, waiting;
+    struct seq_list running;
+    struct queue queue;         /* who waits */
+    struct estimate estimate;
     struct plan plan;
-    int64_t next_deadline_ms;   /* earliest of any live request, INT64_MAX: none */
-    uint64_t waiting_prompt_tokens;
+    int64_t next_deadline_ms;   /* no later than the earliest of who runs, INT64_MAX: none */
     lm_status failed;
     int starved;                /* steps in a row that got no memory */
     int depth;                  /* steps in flight at most: 2 plans one while one runs */
@@ -71,10 +72,14 @@ struct core {
 /* Memory for those that the plan admits. False when one got none: its request has ended, and the
  * plan is void. */
 bool apply_open_admitted(struct core *c, const struct plan *p);
+/* Ends those that can't be in time any more. */
+void apply_expire(struct core *c, const struct plan *p);
 lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err);
 
 /* ---- finish.c -------------------------------------------------------------------------- */
 
+/* It joins those that wait. */
+void finish_enter_waiting(struct core *c, struct seq *s);
 /* Blocks, adapter and place in the list are given up; the caller sets the next state. */
 void finish_leave_running(struct core *c, struct seq *s);
 void finish_leave_waiting(struct core *c, struct seq *s);

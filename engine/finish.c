@@ -37,10 +37,16 @@ void finish_leave_running(struct core *c, struct seq *s)
         residency_unuse(&c->tier, s->req->adapter);
 }
 
+void finish_enter_waiting(struct core *c, struct seq *s)
+{
+    s->state = SEQ_WAITING;
+    queue_insert(&c->queue, s, core_now_us(c));
+    evict_waiting(&c->evict, seq_version(s), 1);
+}
+
 void finish_leave_waiting(struct core *c, struct seq *s)
 {
-    seq_list_remove(&c->waiting, s);
-    c->waiting_prompt_tokens -= (uint64_t)s->n_prompt;
+    queue_remove(&c->queue, s, core_now_us(c));
     evict_waiting(&c->evict, seq_version(s), -1);
 }
 
@@ -60,6 +66,7 @@ void finish_result(struct core *c, struct request *r)
     struct engine_result *res = output_result(r, c->p.tok, core_now_us(c));
     COUNT(c, finished, res->status == LM_OK);
     COUNT(c, failed, res->status != LM_OK);
+    queue_leave(&c->queue, r);
     mailbox_post_result(c->mail, r, res);
     request_free(r);
 }
@@ -83,6 +90,8 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
         finish_leave_waiting(c, s);
     step_void(c->step, s);
     swap_forget(&c->swap, s);
+    if (reason == ENGINE_STOP || reason == ENGINE_LENGTH)
+        estimate_output(&c->estimate, seq_n_output(s));
     s->state = SEQ_DONE;
     s->reason = reason;
     post_stream(c, s, true);
@@ -156,6 +165,7 @@ static bool take_row(struct core *c, const struct step_row *row)
         }
     } else {
         st = output_push(s, &row->got, c->p.model, &done);
+        queue_charge(&c->queue, r, TENANTS_OUTPUT_WEIGHT);
         if (!r->first_token_us)
             r->first_token_us = core_now_us(c);
         if (st == LM_OK && !done)

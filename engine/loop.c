@@ -70,20 +70,9 @@ static void end_idle_choices(struct core *c, struct request *r)
 
 static void intake_one(struct core *c, struct request *r)
 {
-    if (seq_list_reserve(&c->waiting, c->waiting.n + r->n_seqs) != LM_OK) {
-        finish_note(r, LM_NOMEM, "no memory to queue the request");
-        for (int i = 0; i < r->n_seqs; i++) {
-            r->seqs[i].state = SEQ_DONE;
-            r->seqs[i].reason = ENGINE_ERROR;
-        }
-        finish_result(c, r);
-        return;
-    }
-    seq_list_insert(&c->waiting, r->seqs, r->n_seqs);
-    c->waiting_prompt_tokens += (uint64_t)r->prompt.n * (uint64_t)r->n_seqs;
-    evict_waiting(&c->evict, seq_version(&r->seqs[0]), r->n_seqs);
-    if (r->deadline_ms)
-        c->next_deadline_ms = LM_MIN(c->next_deadline_ms, r->deadline_ms);
+    queue_join(&c->queue, r);
+    for (int i = 0; i < r->n_seqs; i++)
+        finish_enter_waiting(c, &r->seqs[i]);
     end_idle_choices(c, r);
 }
 
@@ -95,21 +84,59 @@ static void intake(struct core *c, struct request *list)
     }
 }
 
-/* Ends cancelled and expired requests of one list. Ending one removes sequences of it from both
- * lists, so the walk starts over at the same index. */
-static void sweep_list(struct core *c, struct seq_list *l, int64_t now_ms)
+#define SWEEP_BATCH 64
+
+/* Of those that wait, ends the cancelled. Ending one takes its sequences out of the order that is
+ * walked, so some are found first and ended then, until none is left. */
+static void sweep_cancelled(struct core *c)
 {
-    for (int i = 0; i < l->n;) {
-        struct request *r = l->at[i]->req;
+    struct request *found[SWEEP_BATCH];
+    int n;
+    do {
+        n = 0;
+        for (struct tree_node *a = tree_first(&c->queue.by_age); a && n < SWEEP_BATCH;
+             a = tree_next(a)) {
+            struct request *r = queue_by_age(a)->req;
+            if (!r->ended && mailbox_is_cancelled(c->mail, r->handle)) {
+                r->ended = true;        /* its siblings are met too */
+                found[n++] = r;
+            }
+        }
+        for (int i = 0; i < n; i++)
+            finish_request(c, found[i], ENGINE_CANCELLED, LM_OK, "");
+    } while (n == SWEEP_BATCH);
+}
+
+/* Of those that wait, ends those whose deadline has passed. */
+static void sweep_late(struct core *c, int64_t now_ms)
+{
+    struct tree_node *a;
+    while ((a = tree_first(&c->queue.by_deadline)) != NULL) {
+        struct seq *s = queue_by_deadline(a);
+        if (s->queued.deadline_ms > now_ms)
+            return;
+        estimate_left(&c->estimate, true, core_now_us(c));
+        finish_request(c, s->req, ENGINE_EXPIRED, LM_OK, "");
+    }
+}
+
+/* Ends cancelled and expired requests that run. Ending one may take others of its sequences out of
+ * the list, so the walk starts over. */
+static void sweep_running(struct core *c, int64_t now_ms)
+{
+    c->next_deadline_ms = INT64_MAX;
+    for (int i = 0; i < c->running.n;) {
+        struct request *r = c->running.at[i]->req;
+        int64_t deadline = request_deadline(r);
         if (mailbox_is_cancelled(c->mail, r->handle)) {
             finish_request(c, r, ENGINE_CANCELLED, LM_OK, "");
             i = 0;
-        } else if (r->deadline_ms && r->deadline_ms <= now_ms) {
+        } else if (deadline && deadline <= now_ms) {
             finish_request(c, r, ENGINE_EXPIRED, LM_OK, "");
             i = 0;
         } else {
-            if (r->deadline_ms)
-                c->next_deadline_ms = LM_MIN(c->next_deadline_ms, r->deadline_ms);
+            if (deadline)
+                c->next_deadline_ms = LM_MIN(c->next_deadline_ms, deadline);
             i++;
         }
     }
@@ -117,14 +144,16 @@ static void sweep_list(struct core *c, struct seq_list *l, int64_t now_ms)
 
 static void sweep(struct core *c, bool cancels)
 {
-    if (!cancels && c->next_deadline_ms == INT64_MAX)
+    bool waits = c->queue.by_deadline.n > 0;
+    if (!cancels && !waits && c->next_deadline_ms == INT64_MAX)
         return;
     int64_t now = core_wall_ms(c);
-    if (!cancels && now < c->next_deadline_ms)
-        return;
-    c->next_deadline_ms = INT64_MAX;
-    sweep_list(c, &c->running, now);
-    sweep_list(c, &c->waiting, now);
+    if (cancels || now >= c->next_deadline_ms)
+        sweep_running(c, now);
+    if (cancels)
+        sweep_cancelled(c);
+    if (waits)
+        sweep_late(c, now);
 }
 
 static void drop_adapter(void *ctx, engine_adapter *a)
@@ -136,6 +165,11 @@ static void drop_adapter(void *ctx, engine_adapter *a)
 
 /* ---- the thread ------------------------------------------------------------------------ */
 
+static struct seq *first_waiting(const struct core *c)
+{
+    return queue_by_age(tree_first(&c->queue.by_age));
+}
+
 static void fail_all(struct core *c, lm_status st, const char *why)
 {
     if (c->failed == LM_OK)
@@ -144,8 +178,8 @@ static void fail_all(struct core *c, lm_status st, const char *why)
     step_abandon(c->step);
     while (c->running.n > 0)
         finish_request(c, c->running.at[0]->req, ENGINE_ERROR, st, why);
-    while (c->waiting.n > 0)
-        finish_request(c, c->waiting.at[0]->req, ENGINE_ERROR, st, why);
+    while (c->queue.n > 0)
+        finish_request(c, first_waiting(c)->req, ENGINE_ERROR, st, why);
     mailbox_fail(c->mail, st);
 }
 
@@ -184,6 +218,7 @@ static void note_step(struct core *c, const struct step_results *res, int64_t be
 {
     int64_t us = c->step_done_us - LM_MAX(res->launched_us, before_us);
     int n_tok = res->n_prefill + res->n_decode;
+    estimate_step(&c->estimate, res->n_prefill, us);
     if (n_tok >= 2 * res->n_items && us > 0)        /* mostly prefill */
         evict_measured_prefill(&c->evict, (double)us / n_tok * c->p.block_tokens);
 }
@@ -206,7 +241,7 @@ static lm_status finish(struct core *c, struct lm_err *err)
 
 static void publish(struct core *c)
 {
-    GAUGE(c, waiting, c->waiting.n);
+    GAUGE(c, waiting, c->queue.n);
     GAUGE(c, running, c->running.n);
     GAUGE(c, loading, c->plan.n_unready);
     GAUGE(c, free_blocks, c->pool.n_free);
@@ -215,25 +250,26 @@ static void publish(struct core *c)
     GAUGE(c, adapters_resident, c->tier.n_resident);
     GAUGE(c, adapter_evictions, c->tier.evictions);
     GAUGE(c, swap_bytes, c->swap.bytes);
-    GAUGE(c, waiting_prompt_tokens, c->waiting_prompt_tokens);
+    GAUGE(c, waiting_prompt_tokens, c->queue.prompt_tokens);
 }
 
 static void make_plan(struct core *c)
 {
     int64_t t0 = core_now_us(c);
+    queue_settle(&c->queue);
     struct sched_view v = {
-        .running = c->running, .waiting = c->waiting, .prefix = &c->prefix,
+        .running = c->running, .queue = &c->queue, .prefix = &c->prefix,
+        .estimate = &c->estimate, .policy = &c->p.policy, .costs = c->evict.measured,
         .reclaimable = evict_reclaimable(&c->prefix, &c->tier),
+        .spare = evict_spare(&c->prefix, &c->tier),
+        .kv_room = evict_room(&c->prefix, &c->tier, EVICT_PREFIX),
+        .adapter_room = evict_room(&c->prefix, &c->tier, EVICT_ADAPTER),
+        .n_loading = c->tier.n_loading, .now_us = t0, .now_ms = core_wall_ms(c),
         .block_tokens = c->p.block_tokens, .max_seqs = c->p.max_seqs,
         .max_step_tokens = c->p.max_step_tokens, .lora_rows = c->lora_rows,
     };
     sched_plan(&v, &c->plan);
     COUNT(c, host_us, core_now_us(c) - t0);
-}
-
-static bool plan_is_empty(const struct plan *p)
-{
-    return p->n_items + p->n_preempt + p->n_admit + p->n_load == 0;
 }
 
 /* Carries the plan out and launches its step. */
@@ -252,10 +288,10 @@ static lm_status wait_or_idle(struct core *c, bool *idle, struct lm_err *err)
         return residency_wait(&c->tier, err);
     if (c->swap.n_batches > 0)
         return swap_wait(&c->swap, err);
-    if (c->running.n + c->waiting.n > 0)
+    if (c->running.n + c->queue.n > 0)
         return lm_err_set(err, LM_INTERNAL, "%d sequences run and %d wait, and none can advance; "
                                             "%d of %d blocks are free", c->running.n,
-                          c->waiting.n, c->pool.n_free, c->pool.n_blocks);
+                          c->queue.n, c->pool.n_free, c->pool.n_blocks);
     *idle = true;
     return LM_OK;
 }
@@ -271,6 +307,7 @@ static lm_status turn(struct core *c, bool *idle, struct lm_err *err)
     if (st != LM_OK)
         return st;
     make_plan(c);
+    apply_expire(c, &c->plan);
     if (!apply_open_admitted(c, &c->plan))
         return LM_OK;
     bool empty = plan_is_empty(&c->plan);
@@ -345,8 +382,8 @@ void core_drop(struct core *c)
     step_abandon(c->step);
     while (c->running.n > 0)
         finish_request(c, c->running.at[0]->req, ENGINE_CANCELLED, LM_OK, "");
-    while (c->waiting.n > 0)
-        finish_request(c, c->waiting.at[0]->req, ENGINE_CANCELLED, LM_OK, "");
+    while (c->queue.n > 0)
+        finish_request(c, first_waiting(c)->req, ENGINE_CANCELLED, LM_OK, "");
     while (c->tier.loading.head)
         residency_drop(&c->tier, c->tier.loading.head);
     while (residency_evict(&c->tier)) {

@@ -102,20 +102,11 @@ const struct tree *queue_lane(const struct queue *q, const struct engine_adapter
     return a ? &a->res.lane : &q->base_lane;
 }
 
-/* The nearest moment that would make it useless: 0, none. */
-static int64_t binding_deadline(const struct request *r)
-{
-    int64_t first = r->first_token_us ? 0 : r->first_token_by_ms;
-    if (!r->deadline_ms || !first)
-        return r->deadline_ms + first;
-    return LM_MIN(r->deadline_ms, first);
-}
-
 void queue_insert(struct queue *q, struct seq *s, int64_t now_us)
 {
     struct seq_queued *k = &s->queued;
     k->since_us = now_us - k->waited_us;
-    k->deadline_ms = binding_deadline(s->req);
+    k->deadline_ms = request_deadline(s->req);
     tree_insert(&s->req->account->waiting, &k->turn);
     tree_insert(lane_of(q, s), &k->lane);
     tree_insert(&q->by_age, &k->age);
@@ -123,7 +114,6 @@ void queue_insert(struct queue *q, struct seq *s, int64_t now_us)
         tree_insert(&q->by_deadline, &k->deadline);
     tenants_update(&q->tenants, s->req->account);
     q->n++;
-    q->longest = LM_MAX(q->longest, s->n_tokens);
     q->prompt_tokens += (uint64_t)s->n_prompt;
 }
 

@@ -27,7 +27,7 @@ struct queue {
     struct tree base_lane;
     struct tree by_age, by_deadline, due;
     int n;
-    int longest;                /* tokens of the longest that has waited */
+    int since_aged;             /* admissions since that of one that had waited too long */
     uint64_t prompt_tokens;     /* of all that wait */
 };
 
@@ -44,6 +44,12 @@ void queue_leave(struct queue *q, struct request *r);
 
 void queue_insert(struct queue *q, struct seq *s, int64_t now_us);
 void queue_remove(struct queue *q, struct seq *s, int64_t now_us);
+
+/* It is about to leave, to run; `aged`: it has waited longer than is allowed. */
+static inline void queue_admitted(struct queue *q, bool aged)
+{
+    q->since_aged = aged ? 0 : q->since_aged + 1;
+}
 
 /* `by` later ones were admitted before it; from `max` on it is due. */
 void queue_overtaken(struct queue *q, struct seq *s, int by, int max);

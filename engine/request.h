@@ -93,7 +93,6 @@ struct seq {
     struct seq *swap_prev, *swap_next;
 
     uint64_t seed;
-    int bypassed;               /* times that a later sequence was admitted before this one */
     struct seq_queued queued;
 
     detok *dec;                 /* of the output; primed with the prompt's end */
@@ -171,6 +170,13 @@ static inline int seq_length(const struct seq *s)
 static inline bool seq_is_ending(const struct seq *s)
 {
     return s->pending > 0 && seq_length(s) >= s->cap_tokens;
+}
+
+/* The nearest moment that would make it useless, epoch milliseconds; 0: none. */
+static inline int64_t request_deadline(const struct request *r)
+{
+    int64_t first = r->first_token_us ? 0 : r->first_token_by_ms;
+    return r->deadline_ms && first ? LM_MIN(r->deadline_ms, first) : r->deadline_ms + first;
 }
 
 /* Tokens whose KV the sequence may need at most: its last token's is never read. */

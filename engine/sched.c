@@ -1,17 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * sched.c - three passes, each in rank order, over one budget of blocks and one of tokens.
+ * sched.c - three passes over one budget of blocks, one of tokens and one of LoRA workspace.
  *
- *  1. Decodes. A sequence whose next token needs a new block and finds none takes it from the last
- *     in rank (youngest, lowest priority): that one is preempted, and recomputes later. The first
- *     in rank never yields, so something always advances.
+ *  1. Decodes, in rank order. A sequence whose next token needs a new block and finds none takes it
+ *     from the last in rank (youngest, lowest priority): that one is preempted, and is computed
+ *     again later, or comes back from host memory. The first in rank never yields, so something
+ *     always advances.
  *  2. Prefills under way: the next chunk each, while tokens last. Their blocks were taken when they
  *     were admitted.
- *  3. Admission, unless something was preempted: whoever fits, with all blocks of its prompt and a
- *     reserve for those that decode. Who does not fit, or whose adapter is still on its way, is
- *     passed over and blocks nobody, until it was overtaken SCHED_MAX_BYPASS times. A wanted
- *     adapter that is not resident is loaded if it and its sequence fit, and both are charged, so
- *     that the room is still there when the upload has passed.
+ *  3. Admission (sched_admit.c), unless something was preempted.
  *
  * Why every admitted request ends: engine_submit() let in only what fits an empty pool. The first
  * in rank is never preempted while another could be; when it runs alone, all other blocks are
@@ -20,7 +17,7 @@
  * Block arithmetic is pessimistic where sharing makes it inexact (a block held by two victims
  * counts for neither), so a plan can always be applied.
  */
-#include "engine/sched.h"
+#include "engine/sched_int.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -78,19 +75,97 @@ void seq_list_release(struct seq_list *l)
     *l = (struct seq_list){ 0 };
 }
 
+/* ---- tables ---------------------------------------------------------------------------- */
+
+static bool known_init(struct known_table *t, size_t n)
+{
+    size_t cap = 64;
+    while (cap < 2 * n)
+        cap *= 2;
+    t->at = lm_calloc(cap, sizeof *t->at);
+    t->mask = (uint32_t)cap - 1;
+    t->stamp = 0;
+    return t->at != NULL;
+}
+
+/* A stamp of 0 is nobody's; when they run out, the table is emptied by hand. */
+void known_clear(struct known_table *t)
+{
+    if (++t->stamp == 0) {
+        memset(t->at, 0, ((size_t)t->mask + 1) * sizeof *t->at);
+        t->stamp = 1;
+    }
+}
+
+static struct known *known_place(const struct known_table *t, const void *key)
+{
+    uint64_t h = (uint64_t)(uintptr_t)key * 0x9e3779b97f4a7c15u;
+    uint32_t i = (uint32_t)(h >> 32) & t->mask;
+    while (t->at[i].stamp == t->stamp && t->at[i].key != key)
+        i = (i + 1) & t->mask;
+    return &t->at[i];
+}
+
+struct known *known_find(const struct known_table *t, const void *key)
+{
+    struct known *k = known_place(t, key);
+    return k->stamp == t->stamp ? k : NULL;
+}
+
+struct known *known_get(struct known_table *t, const void *key)
+{
+    struct known *k = known_place(t, key);
+    if (k->stamp != t->stamp)
+        *k = (struct known){ .key = key, .stamp = t->stamp };
+    return k;
+}
+
 /* ---- plan ------------------------------------------------------------------------------ */
+
+static void scratch_free(struct sched_scratch *x)
+{
+    if (!x)
+        return;
+    free(x->seqs.at);
+    free(x->adapters.at);
+    free(x->turn);
+    free(x->order);
+    free(x->lane);
+    free(x);
+}
+
+/* A plan looks at 2 * SCHED_LOOKAHEAD waiting sequences at most, and their siblings when they
+ * expire; adapters are theirs and those of the running. */
+static struct sched_scratch *scratch_new(size_t max_seqs)
+{
+    struct sched_scratch *x = lm_calloc(1, sizeof *x);
+    if (!x)
+        return NULL;
+    x->cap_lanes = (int)max_seqs + 2 * SCHED_LOOKAHEAD;
+    x->turn = lm_calloc(SCHED_LOOKAHEAD, sizeof *x->turn);
+    x->order = lm_calloc(SCHED_LOOKAHEAD, sizeof *x->order);
+    x->lane = lm_calloc((size_t)x->cap_lanes, sizeof *x->lane);
+    if (x->turn && x->order && x->lane && known_init(&x->seqs, 4 * SCHED_LOOKAHEAD) &&
+        known_init(&x->adapters, max_seqs + 4 * SCHED_LOOKAHEAD))
+        return x;
+    scratch_free(x);
+    return NULL;
+}
 
 lm_status plan_init(struct plan *p, int max_seqs, struct lm_err *err)
 {
     size_t n = (size_t)max_seqs;
-    *p = (struct plan){ .cap_seqs = max_seqs };
+    *p = (struct plan){ 0 };
     p->item = lm_calloc(n, sizeof *p->item);
     p->preempt = lm_calloc(n, sizeof *p->preempt);
     p->admit = lm_calloc(n, sizeof *p->admit);
-    p->overtaken = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->overtaken);
-    p->load = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->load);
-    p->charged = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->charged);
-    if (p->item && p->preempt && p->admit && p->overtaken && p->load && p->charged)
+    p->expire = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->expire);
+    p->passed = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->passed);
+    p->load = lm_calloc(2 * SCHED_LOOKAHEAD, sizeof *p->load);
+    p->charged = lm_calloc(2 * SCHED_LOOKAHEAD, sizeof *p->charged);
+    p->scratch = scratch_new(n);
+    if (p->item && p->preempt && p->admit && p->expire && p->passed && p->load && p->charged &&
+        p->scratch)
         return LM_OK;
     plan_release(p);
     return lm_err_set(err, LM_NOMEM, "no memory for plans of %d sequences", max_seqs);
@@ -101,13 +176,15 @@ void plan_release(struct plan *p)
     free(p->item);
     free(p->preempt);
     free(p->admit);
-    free(p->overtaken);
+    free(p->expire);
+    free(p->passed);
     free(p->load);
     free(p->charged);
+    scratch_free(p->scratch);
     *p = (struct plan){ 0 };
 }
 
-static void add_item(struct plan *p, struct seq *s, int n_tok)
+void plan_add_item(struct plan *p, struct seq *s, int n_tok)
 {
     p->item[p->n_items++] = (struct plan_item){ s, n_tok };
     p->n_tok += n_tok;
@@ -116,8 +193,7 @@ static void add_item(struct plan *p, struct seq *s, int n_tok)
         p->lora_rows -= (int64_t)n_tok * s->req->adapter->image.rank_max;
 }
 
-/* How many of `n` tokens the step still takes. */
-static int fit_tokens(const struct plan *p, const struct seq *s, int n)
+int plan_fit_tokens(const struct plan *p, const struct seq *s, int n)
 {
     const struct engine_adapter *a = s->req->adapter;
     if (a && a->image.rank_max > 0)
@@ -152,13 +228,20 @@ static int blocks_freed_by(const struct sched_view *v, const struct seq *s)
     return n;
 }
 
+static int kv_room(const struct plan *p)
+{
+    return LM_MIN(p->budget, p->kv_budget);
+}
+
 /* Preempts from the end of the list until `need` blocks are there or only [0, keep) is left.
  * Returns the new end. */
 static int preempt_for(const struct sched_view *v, struct plan *p, int need, int keep, int end)
 {
-    while (p->budget < need && end > keep) {
+    while (kv_room(p) < need && end > keep) {
         struct seq *victim = v->running.at[--end];
-        p->budget += blocks_freed_by(v, victim);
+        int n = blocks_freed_by(v, victim);
+        p->budget += n;
+        p->kv_budget += n;
         p->preempt[p->n_preempt++] = victim;
     }
     return end;
@@ -170,12 +253,12 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
     int end = v->running.n;
     for (int i = 0; i < end && p->tokens > 0; i++) {
         struct seq *s = v->running.at[i];
-        if (!is_decode(s) || s->resuming || seq_is_ending(s) || fit_tokens(p, s, 1) == 0)
+        if (!is_decode(s) || s->resuming || seq_is_ending(s) || plan_fit_tokens(p, s, 1) == 0)
             continue;
         int need = blocks_for(seq_length(s), v->block_tokens) - s->n_blocks;
-        if (need > p->budget)
+        if (need > kv_room(p))
             end = preempt_for(v, p, need, i + 1, end);
-        if (need > p->budget) {
+        if (need > kv_room(p)) {
             /* Everyone behind has gone. The last in rank goes too; the first waits a step, as
              * what the others held becomes exact only when this plan is applied. */
             if (i > 0)
@@ -183,7 +266,8 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
             break;
         }
         p->budget -= LM_MAX(need, 0);
-        add_item(p, s, 1);
+        p->kv_budget -= LM_MAX(need, 0);
+        plan_add_item(p, s, 1);
     }
     return end;
 }
@@ -192,124 +276,45 @@ static int plan_decodes(const struct sched_view *v, struct plan *p)
 
 static void plan_prefills(const struct sched_view *v, struct plan *p, int end)
 {
-    for (int i = 0; i < end && p->tokens > 0; i++) {
+    for (int i = 0; i < end; i++) {
         struct seq *s = v->running.at[i];
-        int n = is_decode(s) || s->resuming ? 0 : fit_tokens(p, s, s->n_tokens - s->n_computed);
+        int todo = s->n_tokens - s->n_computed;
+        if (is_decode(s) || s->resuming || todo <= 0)
+            continue;
+        p->prefill_ahead += todo;
+        int n = plan_fit_tokens(p, s, todo);
         if (n > 0)
-            add_item(p, s, n);
+            plan_add_item(p, s, n);
     }
 }
 
-/* ---- 3: admission ---------------------------------------------------------------------- */
+/* ---- all ------------------------------------------------------------------------------- */
 
-static bool is_charged(const struct plan *p, const struct engine_adapter *a)
+static void plan_clear(const struct sched_view *v, struct plan *p)
 {
-    for (int i = 0; i < p->n_charged; i++)
-        if (p->charged[i] == a)
-            return true;
-    return false;
-}
-
-/* Blocks that relying on this adapter takes out of the budget: an idle one is no longer
- * reclaimable, one in host memory needs its own. */
-static int adapter_cost(const struct plan *p, const struct engine_adapter *a)
-{
-    if (!a || a->res.state == RES_LOADING || a->res.users > 0 || is_charged(p, a))
-        return 0;
-    return a->n_blocks;
-}
-
-static void charge(struct plan *p, struct engine_adapter *a, int cost, int blocks)
-{
-    p->budget -= cost + blocks;
-    if (cost > 0)
-        p->charged[p->n_charged++] = a;
-}
-
-/* Blocks that admitting `s` takes out of the budget, given what the prefix cache has: matched
- * blocks are not taken, but the idle ones among them are no longer reclaimable. */
-static int admission_blocks(const struct sched_view *v, const struct plan *p, const struct seq *s,
-                            int cost, int reserve)
-{
-    int need = blocks_for(s->n_tokens, v->block_tokens);
-    if (need + cost + reserve <= p->budget)
-        return need;            /* fits even without: no need to look */
-    int idle, max = seq_cacheable_blocks(s, v->block_tokens);
-    int hit = prefix_match(v->prefix, seq_version(s), seq_tokens(s), max, &idle);
-    return need - hit + idle;
-}
-
-/* Choices after the first wait for its prompt, which they then find in the prefix cache. */
-static bool waits_for_leader(const struct seq *s)
-{
-    const struct seq *leader = &s->req->seqs[0];
-    return s->index > 0 && leader->state != SEQ_DONE && leader->n_computed < s->n_prompt &&
-           s->n_tokens == s->n_prompt;
-}
-
-/* Room that admission leaves to those that run: half a block each, which lasts them half a block's
- * tokens before anyone must be preempted. None when nothing runs, so that whatever fits an empty
- * pool is admitted to one. */
-static int decode_reserve(const struct plan *p, int n_running)
-{
-    return LM_DIV_UP(n_running + p->n_admit, 2);
-}
-
-enum verdict { ADMIT, PASS, NO_ROOM };
-
-static enum verdict consider(const struct sched_view *v, struct plan *p, struct seq *s,
-                             int n_running)
-{
-    struct engine_adapter *a = s->req->adapter;
-    p->n_unready += a && a->res.state != RES_RESIDENT;
-    if (waits_for_leader(s) || (a && a->res.state == RES_LOADING))
-        return PASS;
-    int cost = adapter_cost(p, a);
-    int reserve = decode_reserve(p, n_running);
-    int blocks = admission_blocks(v, p, s, cost, reserve);
-    if (blocks + cost + reserve > p->budget)
-        return NO_ROOM;
-    charge(p, a, cost, blocks);
-    if (!a || a->res.state == RES_RESIDENT)
-        return ADMIT;
-    if (cost > 0)
-        p->load[p->n_load++] = a;
-    return PASS;
-}
-
-static void plan_admissions(const struct sched_view *v, struct plan *p, int n_running)
-{
-    int looked = LM_MIN(v->waiting.n, SCHED_LOOKAHEAD), passed = 0, ahead = 0;
-    for (int i = 0; i < looked; i++) {
-        struct seq *s = v->waiting.at[i];
-        /* The batch is full: those next in line get their adapters meanwhile. */
-        bool full = n_running + p->n_admit >= v->max_seqs || p->tokens == 0;
-        if (full && ahead++ == SCHED_PREFETCH)
-            break;
-        enum verdict verdict = consider(v, p, s, n_running);
-        if (verdict == ADMIT && !full) {
-            p->admit[p->n_admit++] = s;
-            p->n_overtaken = passed;
-            int n = fit_tokens(p, s, s->n_tokens);
-            if (n > 0 && !s->n_swapped)         /* its KV must come back first */
-                add_item(p, s, n);
-        } else if (verdict == NO_ROOM) {
-            if (full || s->bypassed >= SCHED_MAX_BYPASS)
-                break;
-            p->overtaken[passed++] = s;
-        }
-    }
+    p->n_items = p->n_preempt = p->n_admit = p->n_expire = p->n_passed = p->n_load = 0;
+    p->n_charged = p->n_tok = p->n_unready = 0;
+    p->budget = v->reclaimable;
+    p->spare = v->spare;
+    p->kv_budget = v->kv_room;
+    p->adapter_budget = v->adapter_room;
+    p->slots = v->policy->adapter_slots > 0 ? v->policy->adapter_slots - v->n_loading
+                                            : SCHED_NO_LIMIT;
+    p->tokens = v->max_step_tokens;
+    p->lora_rows = v->lora_rows;
+    p->prefill_ahead = 0;
+    known_clear(&p->scratch->seqs);
+    known_clear(&p->scratch->adapters);
 }
 
 void sched_plan(const struct sched_view *v, struct plan *p)
 {
-    p->n_items = p->n_preempt = p->n_admit = p->n_overtaken = p->n_load = p->n_tok = 0;
-    p->n_charged = p->n_unready = 0;
-    p->budget = v->reclaimable;
-    p->tokens = v->max_step_tokens;
-    p->lora_rows = v->lora_rows;
+    plan_clear(v, p);
     int end = plan_decodes(v, p);
     plan_prefills(v, p, end);
+    if (v->queue->n == 0)
+        return;
+    plan_expiries(v, p);
     if (p->n_preempt == 0)
         plan_admissions(v, p, end);
 }

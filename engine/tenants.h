@@ -24,6 +24,9 @@
 
 struct seq;
 
+/* Virtual tokens for one that was generated; one of a prompt is one. */
+#define TENANTS_OUTPUT_WEIGHT 2
+
 /* Tenants without requests that are remembered for their counters. */
 #define TENANTS_MAX_IDLE 4096
 
