@@ -211,7 +211,8 @@ __device__ static inline void cuda_wait_prior(void)
 #endif
 }
 
-/* Optional: from here on the next kernel may start its preamble (never its work: it waits). */
+/* Optional, best at the start: once all blocks have said so, the next kernel's blocks may take the
+ * room that is left and run their preamble (never their work: they wait for this one's end). */
 __device__ static inline void cuda_allow_next(void)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -1,6 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gemm_few.cu - y = x W^T for few rows, and the start of y from a bias.
+ * gemm_few.cu - y = x W^T for few rows of x, and the start of y from a bias.
+ *
+ * Few rows are bound by reading W once. A block of WARPS warps takes 16 rows of W; its warps take
+ * chunks of k in turn and their sums meet in shared memory. Each warp keeps two chunks of U * 32
+ * columns in flight in registers, straight from global memory: no shared memory, no barrier on the
+ * way. The first chunk is asked for before the kernel waits for its predecessor, since nobody on
+ * this stream writes weights (kn_lora_merge wants a stream of its own for that reason): the start
+ * of the read hides behind the end of whatever ran before.
+ *
+ * Tensor cores do the sums because 16 x 8 products cost no more than one: W is the 16 x 16 operand,
+ * x^T the 16 x 8 one (8 rows of x a tile). The order of k inside a chunk is free as long as both
+ * agree, so a thread loads 16 contiguous bytes of its rows and calls them what the fragments want:
+ * in step s of 0, 1, the fragment's columns 2t, 2t+1, 2t+8, 2t+9 are columns 8t + 4s + 0..3.
+ *
+ * A row of y is summed in an order that depends on k alone: the same bits for every m served here.
  */
 #include "kernels/cuda/cuda_int.h"
 
@@ -40,14 +54,139 @@ extern "C" lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm
     return rc;
 }
 
+/* ---- few rows -------------------------------------------------------------------------- */
+
+#define TILE_ROWS 16            /* of W, a block */
+
+struct few {
+    const bf16 *w, *x;
+    void *y;
+    const float *bias;
+    int64_t ldx, ldy;
+    int m, n, k;
+    bool accumulate, f32;
+};
+
+__device__ static inline uint4 load_stream(const bf16 *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ static inline void mma16816(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                       uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* Two rows of W, 16 bytes of each for every 32 columns of the chunk at k0; k is what is left of a
+ * row from this lane's first column on. */
+template <int U>
+__device__ static inline void load_chunk(uint4 w[U][2], const bf16 *lo, const bf16 *hi, int k0,
+                                         int k)
+{
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        int at = k0 + u * 32;
+        bool in = at < k;
+        w[u][0] = in ? load_stream(lo + at) : make_uint4(0, 0, 0, 0);
+        w[u][1] = in ? load_stream(hi + at) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+template <int NT, int U>
+__device__ static inline void use_chunk(float acc[NT][4], const uint4 w[U][2],
+                                        const bf16 *const x[NT], int k0, int k, int k_all)
+{
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        int at = k0 + u * 32;
+        if (at >= k_all)        /* the same in all lanes */
+            break;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            uint4 b = x[j] && at < k ? *(const uint4 *)(x[j] + at) : make_uint4(0, 0, 0, 0);
+            mma16816(acc[j], w[u][0].x, w[u][1].x, w[u][0].y, w[u][1].y, b.x, b.y);
+            mma16816(acc[j], w[u][0].z, w[u][1].z, w[u][0].w, w[u][1].w, b.z, b.w);
+        }
+    }
+}
+
+/* The warps' sums, added in order, to y. */
+template <int NT, int WARPS>
+__device__ static inline void finish(const struct few &a, const float *sums, int row0)
+{
+    for (int i = threadIdx.x; i < NT * 8 * TILE_ROWS; i += WARPS * 32) {
+        int tok = i / TILE_ROWS, row = i % TILE_ROWS;
+        if (tok >= a.m || row0 + row >= a.n)
+            continue;
+        float v = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            v += sums[(w * NT * 8 + tok) * TILE_ROWS + row];
+        v += a.bias ? a.bias[row0 + row] : 0.0f;
+        int64_t at = tok * a.ldy + row0 + row;
+        if (a.f32)
+            ((float *)a.y)[at] = v + (a.accumulate ? ((float *)a.y)[at] : 0.0f);
+        else
+            store((bf16 *)a.y + at, v + (a.accumulate ? load((bf16 *)a.y + at) : 0.0f));
+    }
+}
+
+template <int NT, int U, int WARPS, int RESIDENT>
+__global__ void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct few a)
+{
+    __shared__ float sums[WARPS * NT * 8 * TILE_ROWS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row0 = blockIdx.x * TILE_ROWS, step = U * 32 * WARPS, k = a.k - t * 8;
+    const bf16 *lo = a.w + (int64_t)min(row0 + g, a.n - 1) * a.k + t * 8;
+    const bf16 *hi = a.w + (int64_t)min(row0 + g + 8, a.n - 1) * a.k + t * 8;
+    const bf16 *x[NT];
+    float acc[NT][4] = {};
+    uint4 w0[U][2], w1[U][2];
+    int k0 = warp * U * 32;
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+        x[j] = g + 8 * j < a.m ? a.x + (int64_t)(g + 8 * j) * a.ldx + t * 8 : nullptr;
+    cuda_allow_next();
+    load_chunk<U>(w0, lo, hi, k0, k);
+    cuda_wait_prior();
+    while (k0 < a.k) {
+        load_chunk<U>(w1, lo, hi, k0 + step, k);
+        use_chunk<NT, U>(acc, w0, x, k0, k, a.k);
+        load_chunk<U>(w0, lo, hi, k0 + 2 * step, k);
+        use_chunk<NT, U>(acc, w1, x, k0 + step, k, a.k);
+        k0 += 2 * step;
+    }
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            sums[(warp * NT * 8 + j * 8 + 2 * t + (c & 1)) * TILE_ROWS + g + (c & 2) * 4] =
+                acc[j][c];
+    __syncthreads();
+    finish<NT, WARPS>(a, sums, row0);
+}
+
+#define FEW_MAX 16              /* rows of x up to which this measures faster than cuBLASLt */
+
 extern "C" bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    (void)st, (void)a;
-    return false;
+    (void)st;
+    return a->m <= FEW_MAX && a->w->cols % 8 == 0 && a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0;
 }
 
 extern "C" lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    (void)st, (void)a;
-    return LM_UNSUPPORTED;
+    struct few f = { (const bf16 *)cuda_mat_of(a->w)->data, (const bf16 *)a->x, a->y, a->bias,
+                     a->ldx, a->ldy, a->m, a->w->rows, a->w->cols, a->accumulate, a->y_f32 };
+    dim3 grid(LM_DIV_UP(f.n, TILE_ROWS));
+    if (a->m <= 8)
+        return cuda_launch(st, "gemm", gemm_few<1, 4, 8, 2>, grid, dim3(256), 0, f);
+    return cuda_launch(st, "gemm", gemm_few<2, 4, 8, 2>, grid, dim3(256), 0, f);
 }

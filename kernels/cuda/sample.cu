@@ -548,6 +548,7 @@ __host__ __device__ static inline size_t padded(int vocab)
 __global__ void __launch_bounds__(THREADS) sample_rows(struct kn_sample a, int32_t *fault)
 {
     __shared__ struct shared s;
+    cuda_allow_next();
     cuda_wait_prior();
     const int row = blockIdx.x;
     struct draw d;
