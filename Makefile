@@ -124,6 +124,10 @@ endif
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst %.cu,$(BUILD)/%.cu.o,$(1)))
 LIB     := $(BUILD)/libloramill.a
 BIN     := $(BUILD)/loramill
+# Its fibers are unknown to ThreadSanitizer, and it has no threads.
+ifeq ($(SANITIZE),thread)
+UNIT_SRC   := $(filter-out tests/unit/test_cuda_emulated.c,$(UNIT_SRC))
+endif
 UNITS   := $(patsubst %.c,$(BUILD)/%,$(UNIT_SRC))
 REPLAYS := $(patsubst %.c,$(BUILD)/%,$(FUZZ_SRC))
 
@@ -169,6 +173,29 @@ $(BIN): $(call obj,worker/main.c) $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
+# CUDA kernels without a device: their source as host C++, on the emulator of tests/emu.
+CXX ?= g++
+EMU_CU  := rope attention attn_decode attn_prefill lora
+EMU_OBJ := $(patsubst %,$(BUILD)/tests/emu/%.o,$(EMU_CU) emu emu_backend)
+TWIN_OBJ := $(call obj,$(wildcard tests/twin/*.c))
+EMU_CXXFLAGS := -std=c++17 -O2 -g -Wall -Wextra -Wno-unused-function $(WERROR) -I. \
+    -isystem tests/emu -DKN_EMU -D__CUDACC__
+
+$(BUILD)/tests/emu/%.o: kernels/cuda/%.cu $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(say) CXX $<
+	$(Q)$(CXX) $(EMU_CXXFLAGS) -Wno-unknown-pragmas -MMD -MP -x c++ -c $< -o $@
+
+$(BUILD)/tests/emu/%.o: tests/emu/%.cc $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(say) CXX $<
+	$(Q)$(CXX) $(EMU_CXXFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/tests/unit/test_cuda_emulated: $(BUILD)/tests/unit/test_cuda_emulated.o $(TWIN_OBJ) \
+    $(EMU_OBJ) $(LIB)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -lstdc++ -o $@
+
 $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
@@ -194,7 +221,7 @@ GPU_CHECK := build/gpu/gpu-check
 $(BUILD)/tests/gpu/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include
 $(BUILD)/tests/gpu/blas.o: CFLAGS += -O3
 
-$(GPU_CHECK): $(call obj,$(GPU_SRC)) $(LIB)
+$(GPU_CHECK): $(call obj,$(GPU_SRC)) $(TWIN_OBJ) $(LIB)
 	@mkdir -p $(@D)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -s $^ -Wl,-Bstatic -ljansson -lpcre2-8 -lcrypto -lutf8proc \
@@ -210,7 +237,8 @@ gpu-check:
 	$(Q)PART='$(or $(PART),smoke)' RESULTS='$(or $(RESULTS),build)' tests/gpu/gpu-check.sh
 
 .SECONDARY:
--include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC)))
+-include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC)) \
+    $(TWIN_OBJ) $(EMU_OBJ))
 
 # Programs of the test tiers; `make test` installs what is missing, builds, and runs them all.
 programs: $(if $(filter 1,$(WORKER)),$(BIN) $(POISON)) $(UNITS) $(REPLAYS)

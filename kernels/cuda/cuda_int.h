@@ -39,6 +39,8 @@ extern "C" {
 /* ---- objects --------------------------------------------------------------------------- */
 
 #define CUDA_SCRATCH_BYTES ((size_t)64 << 20)   /* a stream's, for split attention and the like */
+/* Its first bytes are counters of blocks that have arrived: zero between operations. */
+#define CUDA_COUNTER_BYTES ((size_t)1 << 20)
 #define CUDA_GEMM_WS_BYTES ((size_t)32 << 20)   /* a stream's, for cuBLASLt */
 
 struct cuda_staging;            /* pinned buffers for uploads (mat.c) */
@@ -160,6 +162,10 @@ lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
 /* y = bias, or += bias when accumulating, in every row. */
 lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
 
+/* Once a device: kernels that use more than 48 KiB of shared memory ask for it. */
+cudaError_t cuda_attention_init(void);
+cudaError_t cuda_lora_init(void);
+
 /* attention.cu, sample.cu */
 size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
 size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
@@ -168,8 +174,10 @@ size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
  * The operations:
  *     gemm.c          gemm
  *     rows.cu         embed rmsnorm silu_mul gather_rows feed
- *     attention.cu    rope_kv attention
- *     lora.cu         lora_shrink lora_expand lora_merge
+ *     rope.cu         rope_kv
+ *     attention.cu    attention
+ *     lora.cu         lora_shrink lora_expand
+ *     lora_merge.cu   lora_merge
  *     sample.cu       sample
  */
 #define X(op, args) lm_status cuda_op_##op(kn_stream *s, const struct kn_##args *a);

@@ -148,6 +148,10 @@ static lm_status cuda_open(const struct kn_open_params *p, kn_device **out, stru
     if (st == LM_OK)
         st = make_fault_word(d, err);
     if (st == LM_OK)
+        st = check_err(d, "preparing its kernels", cuda_attention_init(), err);
+    if (st == LM_OK)
+        st = check_err(d, "preparing its kernels", cuda_lora_init(), err);
+    if (st == LM_OK)
         st = cuda_blas_new(d, err);
     if (st == LM_OK)
         st = cuda_staging_new(d, err);

@@ -57,6 +57,9 @@ static const struct {
     { "sample", check_sample },
     { "attention", check_attention },
     { "lora", check_lora },
+    { "ceilings", bench_ceilings },
+    { "bench-attention", bench_attention },
+    { "bench-lora", bench_lora },
 };
 
 static int usage(void)

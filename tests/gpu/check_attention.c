@@ -1,13 +1,157 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* check_attention.c - rope_kv and paged attention against the CPU. */
+/*
+ * check_attention.c - rope_kv and paged attention on the device: the twin's checks, and figures.
+ *
+ * Decode is judged by the bytes of K and V that it must read, prefill by the flops below the
+ * diagonal. KV of one layer is larger than L2 or rotates through layers until it is, so nothing
+ * is measured warm.
+ */
 #include "check.h"
+
+#include "tests/twin/twin.h"
 
 void check_attention(struct gpu_check *c)
 {
-    (void)c;
+    struct twin t;
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "attention: streams"))
+        check_that(c, twin_attention(&t), "rope_kv and attention equal their CPU twins");
+    twin_close(&t);
+}
+
+/* ---- speed ----------------------------------------------------------------------------- */
+
+struct attn_run {
+    struct kn_attention a;
+    struct kn_rope_kv r;
+    int layers;
+    void *mem[8];
+};
+
+/* n sequences with kv positions each, of which the last n_q are queries. */
+static void run_open(struct gpu_check *c, struct attn_run *r, int n, int n_q, int kv, int q_heads,
+                     int kv_heads, int hd)
+{
+    const int bt = 16, ld = LM_DIV_UP(kv, bt), width = (q_heads + 2 * kv_heads) * hd;
+    size_t block = kn_kv_block_bytes(c->cuda, bt, kv_heads, hd), layer = block * (size_t)(n * ld);
+    int32_t *table = malloc((size_t)(n * ld) * sizeof *table);
+    int32_t *start = malloc((size_t)(n + 1) * sizeof *start), *len = malloc((size_t)n * 4);
+    int32_t *pos = malloc((size_t)(n * n_q) * sizeof *pos);
+    int64_t *slot = malloc((size_t)(n * n_q) * sizeof *slot);
+    float freq[256];
+    /* Neighbours in a sequence are strangers in the pool. */
+    for (int i = 0; i < n * ld; i++)
+        table[i] = (int32_t)((int64_t)i * 7919 % (n * ld));
+    for (int s = 0; s <= n; s++)
+        start[s] = s * n_q;
+    for (int s = 0; s < n; s++)
+        len[s] = kv;
+    for (int i = 0; i < n * n_q; i++) {
+        pos[i] = kv - n_q + i % n_q;
+        slot[i] = (int64_t)table[i / n_q * ld + pos[i] / bt] * bt + pos[i] % bt;
+    }
+    for (int i = 0; i < hd / 2; i++)
+        freq[i] = powf(1e4f, -2.0f * (float)i / (float)hd);
+    r->layers = layer > ((size_t)256 << 20) ? 1 : (int)(((size_t)256 << 20) / layer) + 1;
+    r->layers = LM_MIN(r->layers, 64);
+    struct kn_pool pool = { .num_blocks = n * ld, .n_layers = r->layers,
+                            .block_bytes = (int64_t)block };
+    r->mem[0] = pool.base = dev_new(c, layer * (size_t)r->layers);
+    r->mem[1] = dev_new(c, (size_t)n * (size_t)n_q * (size_t)width * 2);
+    r->mem[2] = dev_new(c, (size_t)n * (size_t)n_q * (size_t)(q_heads * hd) * 2);
+    r->mem[3] = dev_put(c, table, (size_t)(n * ld) * sizeof *table);
+    r->mem[4] = dev_put(c, start, (size_t)(n + 1) * sizeof *start);
+    r->mem[5] = dev_put(c, len, (size_t)n * sizeof *len);
+    r->mem[6] = dev_put(c, pos, (size_t)(n * n_q) * sizeof *pos);
+    r->mem[7] = dev_put(c, slot, (size_t)(n * n_q) * sizeof *slot);
+    r->a = (struct kn_attention){
+        .out = r->mem[2], .qkv = r->mem[1], .ld = width, .q_start = r->mem[4], .kv_len = r->mem[5],
+        .block_table = r->mem[3], .table_ld = ld, .n_seqs = n, .n_tok = n * n_q, .max_q = n_q,
+        .max_kv = kv, .pool = pool, .block_tokens = bt, .q_heads = q_heads, .kv_heads = kv_heads,
+        .head_dim = hd, .scale = 1.0f / sqrtf((float)hd),
+    };
+    r->r = (struct kn_rope_kv){
+        .qkv = r->mem[1], .ld = width, .pos = r->mem[6], .slot = r->mem[7],
+        .inv_freq = dev_put(c, freq, (size_t)hd / 2 * 4), .attention_factor = 1, .pool = pool,
+        .block_tokens = bt, .n = n * n_q, .q_heads = q_heads, .kv_heads = kv_heads, .head_dim = hd,
+    };
+    free(table), free(start), free(len), free(pos), free(slot);
+}
+
+static void run_close(struct gpu_check *c, struct attn_run *r)
+{
+    for (size_t i = 0; i < LM_COUNT(r->mem); i++)
+        dev_free(c, r->mem[i]);
+    dev_free(c, (void *)r->r.inv_freq);
+}
+
+static lm_status one_attention(struct gpu_check *c, void *ctx, int i)
+{
+    struct attn_run *r = ctx;
+    r->a.layer = i % r->layers;
+    return kn_op_attention(c->gs, &r->a);
+}
+
+static lm_status one_rope(struct gpu_check *c, void *ctx, int i)
+{
+    struct attn_run *r = ctx;
+    r->r.layer = i % r->layers;
+    return kn_op_rope_kv(c->gs, &r->r);
+}
+
+static void bench_decode(struct gpu_check *c, int n, int kv, int q_heads, int kv_heads, int hd)
+{
+    struct attn_run r;
+    char name[96];
+    run_open(c, &r, n, 1, kv, q_heads, kv_heads, hd);
+    double us = time_op(c, one_attention, &r, LM_MAX(10, r.layers));
+    double bytes = 4.0 * n * kv * kv_heads * hd;
+    snprintf(name, sizeof name, "attention decode, %d x kv %d, %d/%d heads of %d", n, kv, q_heads,
+             kv_heads, hd);
+    figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.3f", bytes / 1e6,
+           bytes / us / 1e3, bytes / us / 1e3 / c->gbps);
+    double rope = time_op(c, one_rope, &r, 20);
+    snprintf(name, sizeof name, "rope_kv, %d tokens, %d/%d heads of %d", n, q_heads, kv_heads, hd);
+    figure(c, name, rope, "us", "\"gbps\": %.0f",
+           (2.0 * q_heads + 5.0 * kv_heads) * 2 * n * hd / rope / 1e3);
+    run_close(c, &r);
+}
+
+static void bench_prefill(struct gpu_check *c, int n, int n_q, int kv, int q_heads, int kv_heads,
+                          int hd)
+{
+    struct attn_run r;
+    char name[96];
+    run_open(c, &r, n, n_q, kv, q_heads, kv_heads, hd);
+    double us = time_op(c, one_attention, &r, 4);
+    double pairs = (double)n * n_q * (kv - n_q + (n_q + 1) / 2.0);
+    double flops = 4.0 * pairs * q_heads * hd;
+    snprintf(name, sizeof name, "attention prefill, %d x %d of %d, %d/%d heads of %d", n, n_q, kv,
+             q_heads, kv_heads, hd);
+    figure(c, name, us, "us", "\"tflops\": %.1f, \"share\": %.3f", flops / us / 1e6,
+           flops / us / 1e6 / c->tflops);
+    run_close(c, &r);
 }
 
 void bench_attention(struct gpu_check *c)
 {
-    (void)c;
+    /* llama-2-7b, llama-3.1-8b, qwen2.5-7b and others; n x kv. */
+    bench_decode(c, 1, 512, 32, 32, 128);
+    bench_decode(c, 1, 8192, 32, 8, 128);
+    bench_decode(c, 8, 1024, 32, 8, 128);
+    bench_decode(c, 32, 512, 32, 8, 128);
+    bench_decode(c, 32, 1024, 32, 32, 128);
+    bench_decode(c, 256, 160, 32, 32, 128);
+    bench_decode(c, 256, 512, 32, 32, 128);
+    bench_decode(c, 256, 512, 32, 8, 128);
+    bench_decode(c, 64, 4096, 32, 8, 128);
+    bench_decode(c, 2, 65536, 32, 8, 128);
+    bench_decode(c, 128, 1024, 28, 4, 128);
+    bench_decode(c, 128, 1024, 32, 8, 64);
+    bench_prefill(c, 1, 2048, 2048, 32, 32, 128);
+    bench_prefill(c, 1, 2048, 2048, 32, 8, 128);
+    bench_prefill(c, 1, 8192, 8192, 32, 8, 128);
+    bench_prefill(c, 32, 256, 256, 32, 32, 128);
+    bench_prefill(c, 32, 256, 256, 32, 8, 128);
+    bench_prefill(c, 1, 2048, 16384, 32, 8, 128);
+    bench_prefill(c, 4, 2048, 2048, 32, 8, 64);
 }

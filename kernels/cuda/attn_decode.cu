@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attn_decode.cu - paged attention for sequences with one query token (flash decoding).
+ *
+ * Bound by reading K and V once. A block of four warps takes one sequence, one kv head (up to 16 of
+ * its query heads, which are the 16 rows of a tensor-core tile: grouped heads share every load) and
+ * one split of the keys. Its warps take tiles of 16 keys in turn and never wait for each other:
+ * each has its own ring of STAGES tiles in shared memory, filled by cp.async two tiles ahead of the
+ * one at work, and its own running maximum, sum and output. At the end the four are merged in
+ * shared memory; with several splits the block that arrives last merges those, always in the same
+ * order.
+ *
+ * Why tensor cores at a single row: not for their flops but because scores need no horizontal sums
+ * and bf16 no conversion; 15 of 16 rows idle cost nothing beside memory.
+ */
+#include "kernels/cuda/attn.cuh"
+
+#define WARPS 4
+#define TILE 16                 /* keys */
+
+template <int HD> struct decode_shape {
+    static constexpr int STAGES = HD > 128 ? 2 : 3;
+    static constexpr int TILE_BYTES = TILE * HD * 2;
+    static constexpr int RING = STAGES * 2 * TILE_BYTES;        /* K and V, a warp */
+    static constexpr int OUT = TILE * HD * 4;                   /* a warp's output, over its ring */
+    static constexpr int SMEM = WARPS * (RING > OUT ? RING : OUT);
+};
+
+/* What a warp knows of its share. */
+template <int HD> struct decode_warp {
+    const struct attn_launch *p;
+    const int32_t *table;
+    const char *base;           /* pool block 0 of the layer, this head's K */
+    unsigned char *ring;
+    int lane, lo, len;          /* keys lo .. len-1 are visible */
+    int pos0, n_tiles;          /* tile i starts at pos0 + i * WARPS * TILE */
+    int id;                     /* lane k < 16: block of key k of the next tile to load */
+};
+
+template <int HD> __device__ static inline void fetch_ids(struct decode_warp<HD> *w, int i)
+{
+    int pos = w->pos0 + i * WARPS * TILE + (w->lane & 15);
+    w->id = i < w->n_tiles && pos >= w->lo && pos < w->len ? block_of(w->p, w->table, pos) : 0;
+}
+
+/* Starts the copies of tile i, as one group; beyond the last an empty group keeps the count. */
+template <int HD> __device__ static inline void load_tile(struct decode_warp<HD> *w, int i)
+{
+    constexpr int P = HD / 8;
+    typedef struct decode_shape<HD> S;
+    const struct kn_attention *a = &w->p->a;
+    if (i < w->n_tiles) {
+        unsigned char *k = w->ring + i % S::STAGES * 2 * S::TILE_BYTES;
+        const int pos0 = w->pos0 + i * WARPS * TILE;
+#pragma unroll
+        for (int j = 0; j < TILE * P / 32; j++) {
+            int at = j * 32 + w->lane, key = at / P, piece = at % P, pos = pos0 + key;
+            int64_t id = __shfl_sync(FULL_MASK, w->id, key);
+            const char *src = w->base + id * a->pool.block_bytes +
+                              (pos & (a->block_tokens - 1)) * (HD * 2) + piece * 16;
+            bool valid = pos >= w->lo && pos < w->len;
+            int dst = tile_at<HD>(key, piece);
+            cp_async16(k + dst, src, valid);
+            cp_async16(k + S::TILE_BYTES + dst, src + (int64_t)a->block_tokens * (HD * 2), valid);
+        }
+        fetch_ids(w, i + 1);
+    }
+    cp_async_commit();
+}
+
+/* Running softmax of two rows (g and g + 8) of a warp's tile. */
+template <int HD> struct decode_acc {
+    float o[HD / 8][4];
+    float m[2], l[2];           /* l: this lane's columns only, summed over the quad at the end */
+};
+
+/* s [16 rows, 16 keys] = q K^T, scaled to powers of two, masked to [lo, len). */
+template <int HD>
+__device__ static inline void tile_scores(const struct decode_warp<HD> *w, float s[2][4],
+                                          const uint32_t q[HD / 16][4], const unsigned char *k,
+                                          int pos0)
+{
+    const int lane = w->lane, row = (lane >> 4) * 8 + (lane & 7);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+    for (int ks = 0; ks < HD / 16; ks++) {
+        uint32_t b[4];
+        ldmatrix(b, k + tile_at<HD>(row, 2 * ks + (lane >> 3 & 1)));
+        mma_bf16(s[0], q[ks], b);
+        mma_bf16(s[1], q[ks], b + 2);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int pos = pos0 + n * 8 + (lane & 3) * 2 + (e & 1);
+            s[n][e] = pos >= w->lo && pos < w->len ? s[n][e] * w->p->scale_log2 : -INFINITY;
+        }
+}
+
+/* Scores become weights; what was summed so far is rescaled to the new maximum. */
+template <int HD>
+__device__ static inline void soften(struct decode_acc<HD> *acc, float s[2][4], uint32_t p[4])
+{
+    float keep[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float m = fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]));
+        m = fmaxf(acc->m[r], quad_max(m));
+        keep[r] = exp2_fast(acc->m[r] - m);
+        acc->m[r] = m;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            s[n][2 * r] = exp2_fast(s[n][2 * r] - m);
+            s[n][2 * r + 1] = exp2_fast(s[n][2 * r + 1] - m);
+            sum += s[n][2 * r] + s[n][2 * r + 1];
+        }
+        acc->l[r] = acc->l[r] * keep[r] + sum;
+    }
+    if (__any_sync(FULL_MASK, keep[0] != 1.0f || keep[1] != 1.0f)) {
+#pragma unroll
+        for (int d = 0; d < HD / 8; d++) {
+            acc->o[d][0] *= keep[0], acc->o[d][1] *= keep[0];
+            acc->o[d][2] *= keep[1], acc->o[d][3] *= keep[1];
+        }
+    }
+    p[0] = bf16_pack(s[0][0], s[0][1]);
+    p[1] = bf16_pack(s[0][2], s[0][3]);
+    p[2] = bf16_pack(s[1][0], s[1][1]);
+    p[3] = bf16_pack(s[1][2], s[1][3]);
+}
+
+template <int HD>
+__device__ static inline void add_values(struct decode_acc<HD> *acc, const uint32_t p[4],
+                                         const unsigned char *v, int lane)
+{
+    const int row = (lane >> 3 & 1) * 8 + (lane & 7);
+#pragma unroll
+    for (int d = 0; d < HD / 16; d++) {
+        uint32_t b[4];
+        ldmatrix_trans(b, v + tile_at<HD>(row, 2 * d + (lane >> 4)));
+        mma_bf16(acc->o[2 * d], p, b);
+        mma_bf16(acc->o[2 * d + 1], p, b + 2);
+    }
+}
+
+template <int HD>
+__device__ static inline void run_tiles(struct decode_warp<HD> *w, struct decode_acc<HD> *acc,
+                                        const uint32_t q[HD / 16][4])
+{
+    typedef struct decode_shape<HD> S;
+    for (int i = 0; i < w->n_tiles; i++) {
+        const unsigned char *k = w->ring + i % S::STAGES * 2 * S::TILE_BYTES;
+        float s[2][4];
+        uint32_t p[4];
+        cp_async_wait<S::STAGES - 1>();
+        __syncwarp();
+        tile_scores<HD>(w, s, q, k, w->pos0 + i * WARPS * TILE);
+        soften<HD>(acc, s, p);
+        add_values<HD>(acc, p, k + S::TILE_BYTES, w->lane);
+        __syncwarp();
+        load_tile(w, i + S::STAGES);
+    }
+    cp_async_wait<0>();
+}
+
+/* Rows 0 .. n-1 of the group's heads as the A operand; the rest are zero. */
+template <int HD>
+__device__ static inline void load_query(uint32_t q[HD / 16][4], const uint16_t *head0, int n,
+                                         int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int ks = 0; ks < HD / 16; ks++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = g + (i & 1) * 8, d = ks * 16 + (i >> 1) * 8 + t * 2;
+            q[ks][i] = row < n ? *(const uint32_t *)(head0 + row * HD + d) : 0;
+        }
+}
+
+/* One row's place among partial results. */
+struct decode_item {
+    int item, rows, rows_cap, splits, split;
+    uint16_t *out;              /* row r's output starts at out + r * head_dim */
+};
+
+/* The warps' results, left in shared memory, become the block's: the output itself, or a partial
+ * one. Fixed order: warp 0 to 3. */
+template <int HD>
+__device__ static inline void merge_warps(const struct attn_launch *p, const struct decode_item *it,
+                                          const float *o, const float (*ml)[TILE][2])
+{
+    const int64_t part = ((int64_t)it->item * p->cap_splits + it->split) * it->rows_cap;
+    for (int i = (int)threadIdx.x; i < it->rows * HD / 2; i += WARPS * 32) {
+        int row = i / (HD / 2), d = i % (HD / 2) * 2;
+        float m = -INFINITY, l = 0, x = 0, y = 0;
+        for (int w = 0; w < WARPS; w++)
+            m = fmaxf(m, ml[w][row][0]);
+        for (int w = 0; w < WARPS; w++) {
+            float f = exp2_fast(ml[w][row][0] - m);
+            l += f * ml[w][row][1];
+            x += f * o[(w * TILE + row) * HD + d];
+            y += f * o[(w * TILE + row) * HD + d + 1];
+        }
+        if (it->splits == 1) {
+            *(uint32_t *)(it->out + row * HD + d) = bf16_pack(x / l, y / l);
+        } else {
+            float *dst = p->part + (part + row) * HD + d;
+            dst[0] = x, dst[1] = y;
+            if (d == 0)
+                p->part_ml[part + row] = make_float2(m, l);
+        }
+    }
+}
+
+template <int HD>
+__device__ static inline void merge_splits(const struct attn_launch *p,
+                                           const struct decode_item *it)
+{
+    const int64_t stride = it->rows_cap, part = (int64_t)it->item * p->cap_splits * stride;
+    const float *ml = (const float *)p->part_ml;
+    for (int i = (int)threadIdx.x; i < it->rows * HD / 2; i += WARPS * 32) {
+        int row = i / (HD / 2), d = i % (HD / 2) * 2;
+        float m = -INFINITY, l = 0, x = 0, y = 0;
+        for (int s = 0; s < it->splits; s++)
+            m = fmaxf(m, load_l2(ml + (part + s * stride + row) * 2));
+        for (int s = 0; s < it->splits; s++) {
+            const int64_t at = part + s * stride + row;
+            float f = exp2_fast(load_l2(ml + at * 2) - m);
+            l += f * load_l2(ml + at * 2 + 1);
+            x += f * load_l2(p->part + at * HD + d);
+            y += f * load_l2(p->part + at * HD + d + 1);
+        }
+        *(uint32_t *)(it->out + row * HD + d) = bf16_pack(x / l, y / l);
+    }
+}
+
+/* Leaves the warp's output and sums where merge_warps() finds them. */
+template <int HD>
+__device__ static inline void leave_result(struct decode_acc<HD> *acc, float *o, float (*ml)[2],
+                                           int rows, int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float l = quad_sum(acc->l[r]);
+        int row = g + r * 8;
+        if (t == 0)
+            ml[row][0] = acc->m[r], ml[row][1] = l;
+        if (row >= rows)
+            continue;
+#pragma unroll
+        for (int d = 0; d < HD / 8; d++)
+            *(float2 *)(o + row * HD + d * 8 + t * 2) = make_float2(acc->o[d][2 * r],
+                                                                   acc->o[d][2 * r + 1]);
+    }
+}
+
+template <int HD>
+__global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
+    const __grid_constant__ struct attn_launch p)
+{
+    typedef struct decode_shape<HD> S;
+    DYNAMIC_SMEM(smem);
+    __shared__ float ml[WARPS][TILE][2];
+    __shared__ int last;
+    const struct kn_attention *a = &p.a;
+    const int seq = (int)blockIdx.z, warp = (int)threadIdx.x / 32;
+    const int group = a->q_heads / a->kv_heads;
+    const int kv_head = (int)blockIdx.y / p.row_tiles, row0 = (int)blockIdx.y % p.row_tiles * TILE;
+    const int tok = a->q_start[seq], len = a->kv_len[seq];
+    cuda_allow_next();
+    struct decode_warp<HD> w;
+    w.lo = first_visible(a, len - 1);
+    const int start = w.lo & ~(TILE - 1), tiles = (len - start + TILE - 1) / TILE;
+    struct decode_item it;
+    it.splits = decode_splits(tiles, p.want_splits, p.cap_splits);
+    it.split = (int)blockIdx.x;
+    const bool fits = (len - 1) >> p.bt_shift < a->table_ld;
+    if (!fits)
+        cuda_report(p.fault, CUDA_FAULT_BLOCK);
+    if (a->q_start[seq + 1] - tok != 1 || len < 1 || !fits || it.split >= it.splits) {
+        cuda_wait_prior();      /* the next kernel counts on the one before us being done */
+        return;
+    }
+    const int per = (tiles + it.splits - 1) / it.splits, tile0 = it.split * per;
+    w.p = &p;
+    w.lane = (int)threadIdx.x % 32;
+    w.len = len;
+    w.table = a->block_table + seq * a->table_ld;
+    w.base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at(a, kv_head);
+    w.ring = smem + warp * S::RING;
+    w.pos0 = start + (tile0 + warp) * TILE;
+    w.n_tiles = max(0, (min(per, tiles - tile0) - warp + WARPS - 1) / WARPS);
+    fetch_ids(&w, 0);
+    cuda_wait_prior();
+    for (int i = 0; i < S::STAGES; i++)
+        load_tile(&w, i);
+
+    it.rows = min(TILE, group - row0);
+    it.rows_cap = min(TILE, group);
+    it.item = seq * (int)gridDim.y + (int)blockIdx.y;
+    const int head = kv_head * group + row0;
+    it.out = (uint16_t *)a->out + ((int64_t)tok * a->q_heads + head) * HD;
+    uint32_t q[HD / 16][4];
+    load_query<HD>(q, (const uint16_t *)a->qkv + tok * a->ld + head * HD, it.rows, w.lane);
+    struct decode_acc<HD> acc;
+#pragma unroll
+    for (int d = 0; d < HD / 8; d++)
+        acc.o[d][0] = acc.o[d][1] = acc.o[d][2] = acc.o[d][3] = 0;
+    acc.m[0] = acc.m[1] = -INFINITY;
+    acc.l[0] = acc.l[1] = 0;
+    run_tiles<HD>(&w, &acc, q);
+
+    __syncthreads();            /* every ring is free: outputs go over them */
+    float *o = (float *)smem;
+    leave_result<HD>(&acc, o + warp * TILE * HD, ml[warp], it.rows, w.lane);
+    __syncthreads();
+    merge_warps<HD>(&p, &it, o, ml);
+    if (it.splits == 1)
+        return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        last = atomicInc(p.arrived + it.item, (unsigned)it.splits - 1) ==
+               (unsigned)it.splits - 1;
+    __syncthreads();
+    if (!last)
+        return;
+    __threadfence();
+    merge_splits<HD>(&p, &it);
+}
+
+template <int HD>
+static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int max_tiles)
+{
+    /* The most splits that any sequence of at most max_tiles tiles may have. */
+    int splits = 1;
+    for (int t = max_tiles; t > 0 && t > max_tiles - DECODE_MAX_TILES; t--)
+        splits = LM_MAX(splits, decode_splits(t, p->want_splits, p->cap_splits));
+    dim3 grid((unsigned)LM_MIN(splits, p->cap_splits),
+              (unsigned)(p->a.kv_heads * p->row_tiles), (unsigned)p->a.n_seqs);
+    return cuda_launch(st, "attention (decode)", decode_kernel<HD>, grid, dim3(WARPS * 32),
+                       decode_shape<HD>::SMEM, *p);
+}
+
+cudaError_t cuda_attn_decode_init(void)
+{
+    cudaError_t e = cudaSuccess;
+#define X(hd)                                                                                  \
+    if (e == cudaSuccess)                                                                      \
+        e = cudaFuncSetAttribute(decode_kernel<hd>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                 decode_shape<hd>::SMEM);
+    CUDA_HEAD_DIMS(X)
+#undef X
+    return e;
+}
+
+lm_status cuda_attn_decode(struct cuda_stream *st, const struct attn_launch *p, int max_tiles)
+{
+    switch (p->a.head_dim) {
+#define X(hd)                                                                                  \
+    case hd:                                                                                   \
+        return launch<hd>(st, p, max_tiles);
+        CUDA_HEAD_DIMS(X)
+#undef X
+    }
+    return LM_UNSUPPORTED;
+}

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * prim.cuh - the few instructions that CUDA C++ has no word for, and bf16 as plain bits.
+ *
+ * Kernels that use only these and the common intrinsics also run in the host emulator of tests/emu,
+ * which supplies its own versions (KN_EMU): indexing is tested without a device.
+ *
+ * Fragments of mma.m16n8k16 (PTX ISA, "Matrix Fragments"), with g = lane / 4 and t = lane % 4:
+ *     A [16][16]   a[0] row g, columns 2t 2t+1    a[1] row g+8    a[2], a[3] the same, columns + 8
+ *     B [16][8]    b[0] rows 2t 2t+1, column g    b[1] rows + 8
+ *     C [16][8]    c[0] c[1] row g, columns 2t 2t+1               c[2] c[3] row g+8
+ */
+#ifndef LORAMILL_KERNELS_PRIM_CUH
+#define LORAMILL_KERNELS_PRIM_CUH
+
+#include "kernels/cuda/cuda_int.h"
+
+#define FULL_MASK 0xffffffffu
+
+__device__ static inline float bf16_lo(uint32_t pair)
+{
+    return __uint_as_float(pair << 16);
+}
+
+__device__ static inline float bf16_hi(uint32_t pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
+#ifdef KN_EMU
+#include "tests/emu/prim_emu.h"
+#else
+
+/* Two floats, rounded to nearest even; `lo` comes first in memory. */
+__device__ static inline uint32_t bf16_pack(float lo, float hi)
+{
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+__device__ static inline float exp2_fast(float x)
+{
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+__device__ static inline uint32_t smem_addr(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* Four 8x8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i. */
+__device__ static inline void ldmatrix(uint32_t r[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_addr(row)) : "memory");
+}
+
+__device__ static inline void ldmatrix_trans(uint32_t r[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_addr(row)) : "memory");
+}
+
+__device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* 16 bytes to shared memory behind the thread's back; zeros when !valid (src is then not read). */
+__device__ static inline void cp_async16(void *dst, const void *src, bool valid)
+{
+    int n = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(smem_addr(dst)), "l"(src), "r"(n) : "memory");
+}
+
+__device__ static inline void cp_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Until at most N of this thread's groups are under way. */
+template <int N> __device__ static inline void cp_async_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+
+/* 16 bytes that nobody writes during the kernel and nobody reads twice. */
+__device__ static inline uint4 load_once(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+/* A float that another block may just have written. */
+__device__ static inline float load_l2(const float *p)
+{
+    return __ldcg(p);
+}
+
+#define DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+__device__ static inline float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
+}
+
+__device__ static inline float quad_sum(float x)
+{
+    x += __shfl_xor_sync(FULL_MASK, x, 1);
+    return x + __shfl_xor_sync(FULL_MASK, x, 2);
+}
+
+__device__ static inline float warp_sum(float x)
+{
+    for (int i = 16; i > 0; i /= 2)
+        x += __shfl_xor_sync(FULL_MASK, x, i);
+    return x;
+}
+
+#endif

@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rope.cu - rotary embedding, optional per-head norm, and the write of K and V to the pool.
+ *
+ * A block is one token: its first threads take the sines, which serve all heads; then each warp
+ * takes a head in turn, two neighbouring pairs a lane. The angle is pos * inv_freq in float32, as
+ * the models' own code computes it. Everything is float32 between the bf16 read and the bf16 write.
+ */
+#include "kernels/cuda/attn.cuh"
+
+#define WARPS 8
+#define MAX_HALF 128
+
+struct rope_launch {
+    struct kn_rope_kv a;
+    int32_t *fault;
+    int bt_shift;
+};
+
+/* Dynamic NTK: the base grows with the sequence's length. Rare, so it may be slow. */
+__device__ static float frequency(const struct kn_rope_kv *a, int tok, int j)
+{
+    if (!a->dyn_len || a->dyn_len[tok] <= a->dyn_max)
+        return a->inv_freq[j];
+    double d = a->head_dim;
+    double grow = (double)a->dyn_factor * a->dyn_len[tok] / a->dyn_max - (a->dyn_factor - 1.0);
+    double base = a->dyn_base * pow(grow, d / (d - 2.0));
+    return (float)(1.0 / pow(base, 2.0 * j / d));
+}
+
+/* 1 / rms of the head, 1 without a norm. */
+__device__ static inline float head_scale(const struct kn_rope_kv *a, const uint32_t *lo,
+                                          const uint32_t *hi, const float *norm, int lane)
+{
+    if (!norm)
+        return 1;
+    float sq = 0;
+    for (int i = lane; i < a->head_dim / 4; i += 32) {
+        uint32_t u = lo[i], v = hi[i];
+        sq += bf16_lo(u) * bf16_lo(u) + bf16_hi(u) * bf16_hi(u);
+        sq += bf16_lo(v) * bf16_lo(v) + bf16_hi(v) * bf16_hi(v);
+    }
+    return 1.0f / sqrtf(warp_sum(sq) / (float)a->head_dim + a->norm_eps);
+}
+
+/* Rotates a head in place and, if kv is not NULL, writes it there too. */
+__device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *head,
+                                          const float *norm, const float *c, const float *s,
+                                          uint16_t *kv, int lane)
+{
+    const int half = a->head_dim / 2;
+    uint32_t *lo = (uint32_t *)head, *hi = (uint32_t *)(head + half);
+    uint32_t *klo = (uint32_t *)kv, *khi = (uint32_t *)(kv + half);
+    const float f = head_scale(a, lo, hi, norm, lane);
+    for (int i = lane; i < half / 2; i += 32) {
+        int d = 2 * i;
+        float x0 = bf16_lo(lo[i]) * f, x1 = bf16_hi(lo[i]) * f;
+        float y0 = bf16_lo(hi[i]) * f, y1 = bf16_hi(hi[i]) * f;
+        if (norm) {
+            x0 *= norm[d], x1 *= norm[d + 1];
+            y0 *= norm[half + d], y1 *= norm[half + d + 1];
+        }
+        uint32_t u = bf16_pack(x0 * c[d] - y0 * s[d], x1 * c[d + 1] - y1 * s[d + 1]);
+        uint32_t v = bf16_pack(y0 * c[d] + x0 * s[d], y1 * c[d + 1] + x1 * s[d + 1]);
+        lo[i] = u, hi[i] = v;
+        if (kv)
+            klo[i] = u, khi[i] = v;
+    }
+}
+
+/* The token's K rows start here, one kv_head_at() apart; NULL when it writes nothing. */
+__device__ static inline char *token_rows(const struct rope_launch *p, int64_t slot)
+{
+    const struct kn_rope_kv *a = &p->a;
+    if (slot < 0)
+        return NULL;
+    int64_t block = slot >> p->bt_shift;
+    if (block >= a->pool.num_blocks) {
+        cuda_report(p->fault, CUDA_FAULT_BLOCK);
+        return NULL;
+    }
+    return cuda_pool_block(&a->pool, a->layer, block) +
+           (slot & (a->block_tokens - 1)) * a->head_dim * 2;
+}
+
+__global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
+    const __grid_constant__ struct rope_launch p)
+{
+    __shared__ float c[MAX_HALF], s[MAX_HALF];
+    const struct kn_rope_kv *a = &p.a;
+    const int tok = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int hd = a->head_dim, half = hd / 2;
+    cuda_allow_next();
+    for (int j = (int)threadIdx.x; j < half; j += WARPS * 32) {
+        float angle = frequency(a, tok, j) * (float)a->pos[tok], sine, cosine;
+        sincosf(angle, &sine, &cosine);
+        c[j] = cosine * a->attention_factor;
+        s[j] = sine * a->attention_factor;
+    }
+    __syncthreads();
+    char *rows = token_rows(&p, a->slot[tok]);
+    uint16_t *qkv = (uint16_t *)a->qkv + tok * a->ld;
+    const int64_t head_bytes = (int64_t)2 * a->block_tokens * hd * 2;
+    cuda_wait_prior();
+    for (int h = warp; h < a->q_heads + 2 * a->kv_heads; h += WARPS) {
+        uint16_t *x = qkv + h * hd;
+        int kh = h - a->q_heads;
+        if (kh < 0) {
+            rotate_head(a, x, a->q_norm, c, s, NULL, lane);
+        } else if (kh < a->kv_heads) {
+            rotate_head(a, x, a->k_norm, c, s, rows ? (uint16_t *)(rows + kh * head_bytes) : NULL,
+                        lane);
+        } else if (rows) {
+            uint32_t *dst = (uint32_t *)(rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2);
+            for (int i = lane; i < half; i += 32)
+                dst[i] = ((const uint32_t *)x)[i];
+        }
+    }
+}
+
+static const char *fault_of(const struct kn_rope_kv *a)
+{
+    if (a->n < 0 || (a->n && (!a->qkv || !a->pos || !a->slot || !a->inv_freq)))
+        return "null pointer or negative count";
+    if (a->q_heads <= 0 || a->kv_heads <= 0 || a->q_heads % a->kv_heads || a->head_dim <= 0 ||
+        a->head_dim % 2 || a->block_tokens <= 0)
+        return "bad head shape";
+    if (a->n > 1 && a->ld < (int64_t)(a->q_heads + 2 * a->kv_heads) * a->head_dim)
+        return "row stride is shorter than a row";
+    if (!cuda_pool_valid(&a->pool, a->layer) ||
+        (int64_t)cuda_kv_block_bytes(NULL, a->block_tokens, a->kv_heads, a->head_dim) >
+            a->pool.block_bytes)
+        return "the pool's blocks are too small, or the layer is outside of it";
+    if (a->dyn_len && (a->dyn_max <= 0 || a->head_dim <= 2))
+        return "dynamic scaling without a limit";
+    if (a->ld % 2 || (uintptr_t)a->qkv % 4)
+        return "rows that are not 4-byte aligned";
+    return NULL;
+}
+
+extern "C" lm_status cuda_op_rope_kv(kn_stream *s, const struct kn_rope_kv *a)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    const char *fault = fault_of(a);
+    if (fault)
+        return cuda_refuse("rope_kv", fault);
+    if (a->head_dim % 4 || a->head_dim > 2 * MAX_HALF || a->block_tokens & (a->block_tokens - 1))
+        return LM_UNSUPPORTED;
+    if (a->n == 0)
+        return LM_OK;
+    struct rope_launch p = {};
+    p.a = *a;
+    p.fault = st->dev->fault;
+    while (1 << p.bt_shift < a->block_tokens)
+        p.bt_shift++;
+    return cuda_launch(st, "rope_kv", rope_kernel, dim3((unsigned)a->n), dim3(WARPS * 32), 0, p);
+}

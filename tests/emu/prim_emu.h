@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * prim_emu.h - the primitives of prim.cuh for the emulator, written from the PTX ISA's fragment
+ * tables. Included by prim.cuh only.
+ */
+static inline uint32_t emu_bf16_bits(float f)
+{
+    uint32_t u = __float_as_uint(f);
+    if ((u & 0x7fffffff) > 0x7f800000)
+        return (u >> 16 | 0x40) & 0xffff;
+    return ((u + 0x7fff + (u >> 16 & 1)) >> 16) & 0xffff;
+}
+
+static inline uint32_t bf16_pack(float lo, float hi)
+{
+    return emu_bf16_bits(lo) | emu_bf16_bits(hi) << 16;
+}
+
+static inline float exp2_fast(float x)
+{
+    return exp2f(x);
+}
+
+static inline void emu_ldmatrix(uint32_t r[4], const void *row, bool trans)
+{
+    emu_warp(&row, sizeof row, r, 16, [](const void *ins[32], void *outs[32], void *arg) {
+        bool tr = *(bool *)arg;
+        for (int l = 0; l < 32; l++)
+            for (int m = 0; m < 4; m++) {
+                const uint16_t *rows[8];
+                for (int i = 0; i < 8; i++)
+                    rows[i] = *(const uint16_t *const *)ins[8 * m + i];
+                int g = l / 4, t = l % 4;
+                uint32_t lo = tr ? rows[2 * t][g] : rows[g][2 * t];
+                uint32_t hi = tr ? rows[2 * t + 1][g] : rows[g][2 * t + 1];
+                ((uint32_t *)outs[l])[m] = lo | hi << 16;
+            }
+    }, &trans);
+}
+
+static inline void ldmatrix(uint32_t r[4], const void *row)
+{
+    emu_ldmatrix(r, row, false);
+}
+
+static inline void ldmatrix_trans(uint32_t r[4], const void *row)
+{
+    emu_ldmatrix(r, row, true);
+}
+
+struct emu_frags {
+    uint32_t a[4], b[2];
+    float c[4];
+};
+
+static inline void emu_mma(const void *ins[32], void *outs[32], void *)
+{
+    static float a[16][16], b[16][8];
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        int g = l / 4, t = l % 4;
+        for (int i = 0; i < 4; i++) {
+            a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = bf16_lo(f->a[i]);
+            a[g + 8 * (i & 1)][2 * t + 1 + 8 * (i >> 1)] = bf16_hi(f->a[i]);
+        }
+        for (int i = 0; i < 2; i++) {
+            b[2 * t + 8 * i][g] = bf16_lo(f->b[i]);
+            b[2 * t + 1 + 8 * i][g] = bf16_hi(f->b[i]);
+        }
+    }
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        for (int i = 0; i < 4; i++) {
+            int row = l / 4 + 8 * (i >> 1), col = 2 * (l % 4) + (i & 1);
+            float sum = f->c[i];
+            for (int k = 0; k < 16; k++)
+                sum += a[row][k] * b[k][col];
+            ((float *)outs[l])[i] = sum;
+        }
+    }
+}
+
+static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    struct emu_frags f;
+    memcpy(f.a, a, sizeof f.a);
+    memcpy(f.b, b, sizeof f.b);
+    memcpy(f.c, c, sizeof f.c);
+    emu_warp(&f, sizeof f, c, 16, emu_mma, NULL);
+}
+
+static inline void cp_async16(void *dst, const void *src, bool valid)
+{
+    emu_copy_later(dst, valid ? src : NULL, 16);
+}
+
+static inline void cp_async_commit(void)
+{
+    emu_copy_commit();
+}
+
+template <int N> static inline void cp_async_wait(void)
+{
+    emu_copy_wait(N);
+}
+
+static inline uint4 load_once(const void *p)
+{
+    uint4 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline float load_l2(const float *p)
+{
+    return *p;
+}
+
+#define DYNAMIC_SMEM(name) unsigned char *name = emu_dynamic_smem()

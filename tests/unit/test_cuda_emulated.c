@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The CUDA kernels without a device: their own source, run by the emulator of tests/emu, against
+ * the CPU twin. Settles indexing, masks, barriers and merging; what only a device can show (speed,
+ * memory ordering, the tensor cores' own rounding) is for `make gpu-check`.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#include "tests/emu/emu_backend.h"
+#include "tests/twin/twin.h"
+
+static void run(bool (*check)(struct twin *))
+{
+    struct twin c;
+    struct kn_open_params one = { .threads = 1 };
+    kn_device *emu = emu_device_new(8), *cpu = NULL;
+    assert_int_equal(kn_open("cpu", &one, &cpu, NULL), LM_OK);
+    assert_true(twin_open(&c, emu, cpu));
+    c.slow = true;
+    assert_true(check(&c));
+    twin_close(&c);
+    kn_close(emu);
+    kn_close(cpu);
+}
+
+static void attention(void **state)
+{
+    (void)state;
+    run(twin_attention);
+}
+
+static void lora(void **state)
+{
+    (void)state;
+    run(twin_lora);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(attention),
+        cmocka_unit_test(lora),
+    };
+    return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
+}
