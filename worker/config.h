@@ -37,7 +37,7 @@ struct config {
     bool errors_reply;
     char *topics_control, *replies_too_large, *claim_url, *claim_auth_header;
     char *journal_dir;
-    int64_t poison_max_attempts, hang_timeout_ms;
+    int64_t blocked_warn_ms, poison_max_attempts, hang_timeout_ms;
     int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
     int64_t stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;

@@ -173,6 +173,9 @@ static const struct config_property flow_rows[] = {
     INT("engine.hang_timeout_ms", hang_timeout_ms, "300000", 0, DAY_MS,
         "An engine that runs prompts and makes no step for so long has hung: the process ends, "
         "with status 1. 0: never."),
+    INT("blocked.warn_ms", blocked_warn_ms, "60000", 0, DAY_MS,
+        "A prompt that is unfinished for so long, while later ones of its partition are finished, "
+        "is named in the log. 0: never."),
     INT("retry.deadline_ms", retry_deadline_ms, "600000", 1000, 7LL * DAY_MS,
         "No such retry later than this after the prompt was read."),
     INT("deadline.default_ms", deadline_default_ms, "0", 0, 365LL * DAY_MS,

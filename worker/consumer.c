@@ -276,7 +276,7 @@ static void snapshot(consumer *c)
     if (!rows)
         return;
     for (size_t i = 0; i < c->n_parts; i++) {
-        const struct assigned *a = &c->parts[i];
+        struct assigned *a = &c->parts[i];
         struct ledger_info info;
         int64_t low, high;
         if (!ledger_get(c->ledger, a->ref, &info))
@@ -287,6 +287,7 @@ static void snapshot(consumer *c)
         rows[i].committed = info.committed;
         rows[i].in_flight = info.in_flight;
         rows[i].map_bytes = info.map_bytes;
+        rows[i].blocked_us = blocking_look(c, a, &info, lm_now_us());
         rows[i].lag = -1;
         int64_t at = LM_MAX(info.watermark, info.committed);
         if (!rd_kafka_get_watermark_offsets(c->rk, a->lease->topic, a->partition, &low, &high) &&

@@ -18,6 +18,7 @@ struct assigned {
     struct ledger_ref ref;
     int32_t partition;
     bool paused;
+    int64_t blocked_offset, blocked_said_us;    /* blocking.c */
 };
 
 /* A request of the producer thread; see staging.c. */
@@ -74,6 +75,10 @@ void staging_init(struct staging *g);
 void staging_serve(consumer *c);        /* the producer thread's request, if there is one */
 void staging_close(consumer *c);        /* refuses all later ones */
 void staging_release(struct staging *g);
+/* blocking.c: for how long (microseconds) the partition's first unfinished prompt has been here
+ * while later ones are finished; 0: it blocks nothing. Says so when it lasts. */
+int64_t blocking_look(consumer *c, struct assigned *a, const struct ledger_info *info,
+                      int64_t now_us);
 
 /* rebalance.c */
 void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *parts,

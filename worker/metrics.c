@@ -148,6 +148,14 @@ static void write_partitions(struct metrics *m, FILE *f)
                    part_incomplete);
     partition_rows(f, m, P "partition_offset_metadata_bytes", "The offset map last committed.",
                    part_map_bytes);
+    metrics_help(f, P "partition_blocked_seconds", "gauge", "Age of the first unfinished prompt "
+                 "while later ones are finished; 0: it blocks nothing.");
+    for (size_t i = 0; i < m->n_parts; i++) {
+        fputs(P "partition_blocked_seconds{topic=\"", f);
+        label(f, m->parts[i].topic);
+        fprintf(f, "\",partition=\"%d\"} %.3f\n", m->parts[i].partition,
+                (double)m->parts[i].blocked_us / 1e6);
+    }
     pthread_mutex_unlock(&m->lock);
 }
 

@@ -27,6 +27,7 @@ struct metrics_partition {
     int partition;
     long long lag, watermark, committed;        /* -1: not known */
     size_t in_flight, map_bytes;
+    int64_t blocked_us;         /* 0: not blocked */
 };
 
 struct metrics {

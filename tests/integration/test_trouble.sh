@@ -68,6 +68,13 @@ case_ expiry
 stop
 fi
 
+if part blocking; then
+worker blocking blocked.warn_ms=1000
+case_ blocking "$PORT"
+check "the log names it" grep -qE 'prompts \[[01]\] @[0-9]+ is unfinished for [0-9]+ s \(in the engine\) and holds up 100' "$RUN/worker-blocking.log"
+stop
+fi
+
 if part claim; then
 worker refuse
 case_ claims refuse

@@ -254,6 +254,31 @@ def poison(log):
           4 <= starts - 1 <= 2 * 4)
 
 
+def blocking(port):
+    """A slow prompt at the head of a partition: named, measured, and nobody waits for it."""
+    import urllib.request
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    slow = {"max_tokens": 480, "ignore_eos": True, "n": 128, "temperature": 1}
+    send([({"id": f"{run}-slow", "prompt": "x", "params": slow}, [], "same")]
+         + [({"id": f"{run}-{i}", "prompt": "x", "params": {"max_tokens": 1}}, [], "same")
+            for i in range(100)])
+    ids = [body(m)["id"] for m in r.until(lambda s: len(s) == 100)]
+    check("a hundred later ones are answered before it", len(ids) == 100 and f"{run}-slow" not in ids)
+    worst, end = 0, time.time() + 30
+    while time.time() < end and f"{run}-slow" not in [body(m)["id"] for m in r.seen]:
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        worst = max([worst] + [float(x.split()[-1]) for x in page.splitlines()
+                               if x.startswith("loramill_partition_blocked_seconds{")])
+        r.until(lambda s: False, 0.3)
+    check(f"the metric shows its age ({worst} s)", worst > 1)
+    time.sleep(1.5)
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    left = [x for x in page.splitlines() if x.startswith("loramill_partition_blocked_seconds{")
+            and not x.endswith(" 0.000")]
+    check("and nothing when it has ended", not left, left)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[2]](*sys.argv[3:])
     sys.exit(1 if failed else 0)
