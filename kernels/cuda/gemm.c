@@ -9,6 +9,9 @@
  * (one thread uses a stream, so there is no lock). The bucket, not m, picks the algorithm: a row
  * comes out the same whatever the number of its neighbours inside a bucket.
  *
+ * Parts of a split k are added in float32 only: rounded to bf16 before they meet, they would cost
+ * more than the result's own rounding.
+ *
  * A bias is float32 here and epilogues want the output's dtype, so y starts as the bias and the
  * product is added: the biases of checkpoints are bf16 themselves, and lose nothing.
  */
@@ -111,9 +114,12 @@ static bool prefer(cublasLtMatmulPreference_t pref, uint32_t align)
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
     };
     const size_t room = CUDA_GEMM_WS_BYTES;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    /* or none at all */
     bool ok = cublasLtMatmulPreferenceInit(pref) == 0 &&
               cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                   &room, sizeof room) == 0;
+                                                   &room, sizeof room) == 0 &&
+              cublasLtMatmulPreferenceSetAttribute(
+                  pref, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes) == 0;
     for (size_t i = 0; i < LM_COUNT(of); i++)
         ok = ok && cublasLtMatmulPreferenceSetAttribute(pref, of[i], &align, sizeof align) == 0;
     return ok;
@@ -161,28 +167,35 @@ static const struct plan *plan_for(struct cuda_stream *st, const struct plan *wa
 
 /* ---- the operation --------------------------------------------------------------------- */
 
+static cublasStatus_t run_plan(struct cuda_stream *st, const struct kn_gemm *a,
+                               const struct plan *p)
+{
+    struct product d;
+    const float one = 1, beta = p->onto ? 1 : 0;
+    if (!describe(&d, p, a->m))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    return cublasLtMatmul(st->dev->blas, &d.op, &one, cuda_mat_of(a->w)->data, &d.w, a->x, &d.x,
+                          &beta, a->y, &d.y, a->y, &d.y, &p->algo, st->gemm_ws,
+                          CUDA_GEMM_WS_BYTES, st->s);
+}
+
 static lm_status multiply(struct cuda_stream *st, const struct kn_gemm *a, bool onto)
 {
-    const struct cuda_mat *w = cuda_mat_of(a->w);
-    struct plan want = { .m = bucket_of(a->m), .n = w->base.rows, .k = w->base.cols,
-                         .ldx = a->ldx, .ldy = a->ldy, .f32 = a->y_f32, .onto = onto,
+    struct plan want = { .m = bucket_of(a->m), .n = a->w->rows, .k = a->w->cols, .ldx = a->ldx,
+                         .ldy = a->ldy, .f32 = a->y_f32, .onto = onto,
                          .align = align_of(a->x, a->y) };
     const struct plan *p = plan_for(st, &want);
-    struct product d;
-    if (!p || !describe(&d, p, a->m)) {
-        lm_log(LM_ERROR, "kernels", "gemm: cuBLASLt has no algorithm for m=%d n=%d k=%d", a->m,
-               want.n, want.k);
-        return LM_UNSUPPORTED;
+    cublasStatus_t rc = p ? run_plan(st, a, p) : CUBLAS_STATUS_NOT_SUPPORTED;
+    if (rc == CUBLAS_STATUS_NOT_SUPPORTED && want.m != a->m) {
+        want.m = a->m;          /* odd strides: what fits the bucket need not fit m */
+        rc = ask(st, &want) ? run_plan(st, a, &want) : rc;
     }
-    const float one = 1, beta = onto ? 1 : 0;
-    cublasStatus_t rc = cublasLtMatmul(st->dev->blas, &d.op, &one, w->data, &d.w, a->x, &d.x,
-                                       &beta, a->y, &d.y, a->y, &d.y, &p->algo, st->gemm_ws,
-                                       CUDA_GEMM_WS_BYTES, st->s);
     if (rc == CUBLAS_STATUS_SUCCESS)
         return cuda_check(st->dev, "gemm", cudaSuccess);
     lm_log(LM_ERROR, "kernels", "gemm: cuBLASLt: %s (m=%d n=%d k=%d)",
            cublasLtGetStatusString(rc), a->m, want.n, want.k);
-    return cuda_failed(st->dev, "gemm", cudaErrorUnknown);
+    return rc == CUBLAS_STATUS_NOT_SUPPORTED ? LM_UNSUPPORTED
+                                             : cuda_failed(st->dev, "gemm", cudaErrorUnknown);
 }
 
 lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)

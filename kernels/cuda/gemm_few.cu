@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct fe
     finish<NT, WARPS>(a, sums, row0);
 }
 
-#define FEW_MAX 16              /* rows of x up to which this measures faster than cuBLASLt */
+#define FEW_MAX 8               /* rows of x up to which this measures faster than cuBLASLt */
 
 extern "C" bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a)
 {
@@ -185,8 +185,6 @@ extern "C" lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm 
 {
     struct few f = { (const bf16 *)cuda_mat_of(a->w)->data, (const bf16 *)a->x, a->y, a->bias,
                      a->ldx, a->ldy, a->m, a->w->rows, a->w->cols, a->accumulate, a->y_f32 };
-    dim3 grid(LM_DIV_UP(f.n, TILE_ROWS));
-    if (a->m <= 8)
-        return cuda_launch(st, "gemm", gemm_few<1, 4, 8, 2>, grid, dim3(256), 0, f);
-    return cuda_launch(st, "gemm", gemm_few<2, 4, 8, 2>, grid, dim3(256), 0, f);
+    return cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2>, dim3(LM_DIV_UP(f.n, TILE_ROWS)),
+                       dim3(16 * 32), 0, f);
 }

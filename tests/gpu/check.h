@@ -24,8 +24,8 @@
 
 #include "kernels/kernels.h"
 
-/* Half a unit in the last place of bf16, relative, and a hair: the rounding of a result. */
-#define OUT_ULP (0x1p-9 * 1.01)
+/* Unit roundoff of bf16 (8 significant bits) and a hair: the rounding of a result. */
+#define OUT_ULP (0x1p-8 * 1.01)
 /* Relative error of a float32 sum of up to 2^14 terms, whatever the order. */
 #define F32_SUM 0x1p-20
 

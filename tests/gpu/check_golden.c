@@ -10,8 +10,10 @@
  * generated tokens cannot be scored as one. Its angles are checked with rope_kv.
  *
  * Models are tests/fixtures/families/NAME and tests/models/NAME, references are described in
- * tests/golden/make_golden.py. Largest errors are held against those of transformers' own bf16
- * runs, tests/gpu/bf16_errors.json, where that has the suite.
+ * tests/golden/make_golden.py. Trained models must have a median error of 5e-3 at most and agree in
+ * 99 %. The families' random weights make logits so large that bf16 alone costs more than that:
+ * their base models are held against transformers' own bf16 runs on the same fixtures
+ * (tests/gpu/bf16_errors.json, made by bf16_errors.py), and so is everyone's largest error.
  */
 #include "check.h"
 
@@ -43,8 +45,9 @@ struct suite {
     int n;
     float *error;               /* of every scored token */
     int n_errors, room, agreed, greedy;
-    const char *only;           /* variant that the largest error is taken of; NULL: all */
-    double largest_base;
+    bool trained;
+    float *base;                /* of the base model's among them */
+    int n_base, base_agreed, base_greedy;
 };
 
 /* ---- reading --------------------------------------------------------------------------- */
@@ -100,6 +103,7 @@ static bool read_cases(struct suite *s, const char *path)
     }
     safetensors_close(st);
     s->error = malloc((size_t)(s->room + 1) * sizeof *s->error);
+    s->base = malloc((size_t)(s->room + 1) * sizeof *s->base);
     return true;
 }
 
@@ -108,16 +112,20 @@ static bool read_cases(struct suite *s, const char *path)
 static void take(struct suite *s, const struct golden_case *c, const struct engine_result *r)
 {
     const struct engine_choice *ch = r->choices;
+    bool base = !strcmp(c->variant, "base");
     for (int i = 1; i < c->n_prompt + c->n_greedy; i++) {
         const struct engine_token *t = &ch->logprobs[i];
         float off = fabsf(t->logprob - c->want[i]);
         s->error[s->n_errors++] = isnan(off) ? INFINITY : off;
-        if (!strcmp(c->variant, "base"))
-            s->largest_base = fmax(s->largest_base, off);
-        if (i >= c->n_prompt) {
-            s->greedy++;
-            s->agreed += t->n_top > 0 && t->top[0].id == t->id;
-        }
+        if (base)
+            s->base[s->n_base++] = isnan(off) ? INFINITY : off;
+        if (i < c->n_prompt)
+            continue;
+        bool agreed = t->n_top > 0 && t->top[0].id == t->id;
+        s->greedy++;
+        s->agreed += agreed;
+        s->base_greedy += base;
+        s->base_agreed += base && agreed;
     }
 }
 
@@ -178,34 +186,64 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static double peer_error(const char *name)
+struct peer {
+    double largest, median, agreement;
+};
+
+static struct peer peer_of(const char *name)
 {
     json_t *all = json_load_file("tests/gpu/bf16_errors.json", 0, NULL);
     json_t *v = json_object_get(all, name);
-    double largest = v ? json_number_value(json_object_get(v, "largest")) : 0;
+    struct peer p = { json_number_value(json_object_get(v, "largest")),
+                      json_number_value(json_object_get(v, "median")),
+                      json_number_value(json_object_get(v, "agreement")) };
     json_decref(all);
-    return largest;
+    return p;
+}
+
+static double at(const float *sorted, int n, double part)
+{
+    return n ? sorted[(int)(part * (n - 1))] : INFINITY;
+}
+
+/* The base model beside transformers' own bf16 run of the same cases. */
+static void judge_base(struct suite *s, const struct peer *p)
+{
+    double largest = at(s->base, s->n_base, 1), median = at(s->base, s->n_base, 0.5);
+    double agreement = s->base_greedy ? (double)s->base_agreed / s->base_greedy : 0;
+    check_that(s->c, largest <= LARGEST_RATIO * p->largest,
+               "%s: base, largest error %.3g, transformers' in bf16 %.3g", s->name, largest,
+               p->largest);
+    if (!s->trained) {
+        check_that(s->c, median <= LARGEST_RATIO * p->median,
+                   "%s: base, median error %.2g, transformers' in bf16 %.2g", s->name, median,
+                   p->median);
+        check_that(s->c, agreement >= p->agreement - 0.01,
+                   "%s: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%",
+                   s->name, 100 * agreement, 100 * p->agreement);
+    }
 }
 
 static void judge(struct suite *s)
 {
     qsort(s->error, (size_t)s->n_errors, sizeof *s->error, by_size);
-    double median = s->n_errors ? s->error[s->n_errors / 2] : INFINITY;
-    double largest = s->n_errors ? s->error[s->n_errors - 1] : INFINITY;
-    double agreement = s->greedy ? (double)s->agreed / s->greedy : 0, peer = peer_error(s->name);
+    qsort(s->base, (size_t)s->n_base, sizeof *s->base, by_size);
+    double median = at(s->error, s->n_errors, 0.5), largest = at(s->error, s->n_errors, 1);
+    double agreement = s->greedy ? (double)s->agreed / s->greedy : 0;
+    struct peer p = peer_of(s->name);
     char name[128];
-    check_that(s->c, median <= MEDIAN_LIMIT, "%s: median log-probability error %.2g", s->name,
-               median);
-    check_that(s->c, agreement >= AGREEMENT_LIMIT, "%s: teacher-forced greedy agreement %.2f %%",
-               s->name, 100 * agreement);
-    if (peer > 0)
-        check_that(s->c, s->largest_base <= LARGEST_RATIO * peer,
-                   "%s: largest error of the base model %.3g, transformers' in bf16 %.3g", s->name,
-                   s->largest_base, peer);
+    if (s->trained) {
+        check_that(s->c, median <= MEDIAN_LIMIT, "%s: median log-probability error %.2g", s->name,
+                   median);
+        check_that(s->c, agreement >= AGREEMENT_LIMIT,
+                   "%s: teacher-forced greedy agreement %.2f %%", s->name, 100 * agreement);
+    }
+    if (p.largest > 0)
+        judge_base(s, &p);
     snprintf(name, sizeof name, "golden %s: largest error", s->name);
     figure(s->c, name, largest, "nats", "\"median\": %.3g, \"agreement\": %.4f, \"base\": %.3g, "
-           "\"peer_base\": %.3g, \"tokens\": %d", median, agreement, s->largest_base, peer,
-           s->n_errors);
+           "\"base_median\": %.3g, \"peer_base\": %.3g, \"peer_median\": %.3g", median, agreement,
+           at(s->base, s->n_base, 1), at(s->base, s->n_base, 0.5), p.largest, p.median);
 }
 
 /* The families have no tokenizer: they borrow spm-tiny's through a folder of links. */
@@ -227,13 +265,14 @@ static void link_files(const char *from, const char *to, const char *only)
 }
 
 static void run_suite(struct gpu_check *c, const char *name, const char *model,
-                      const char *adapters, const char *golden)
+                      const char *adapters, const char *golden, bool trained)
 {
     struct suite *s = calloc(1, sizeof *s);
     struct lm_err err = { 0 };
     char dir[] = "/tmp/loramill-gpu-XXXXXX";
     s->c = c;
     s->name = name;
+    s->trained = trained;
     if (!mkdtemp(dir) || !read_cases(s, golden))
         return;
     link_files(model, dir, NULL);
@@ -252,6 +291,7 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
         free(s->cases[i].want);
     }
     free(s->error);
+    free(s->base);
     free(s);
 }
 
@@ -267,12 +307,12 @@ void check_golden(struct gpu_check *c)
         snprintf(adapters, sizeof adapters, "tests/fixtures/families/%s/adapters", families[i]);
         snprintf(golden, sizeof golden, "tests/fixtures/families/%s/golden.safetensors",
                  families[i]);
-        run_suite(c, families[i], model, adapters, golden);
+        run_suite(c, families[i], model, adapters, golden, false);
     }
     for (size_t i = 0; i < LM_COUNT(shipped); i++) {
         snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
         snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);
         snprintf(golden, sizeof golden, "tests/golden/%s.safetensors", shipped[i]);
-        run_suite(c, shipped[i], model, adapters, golden);
+        run_suite(c, shipped[i], model, adapters, golden, true);
     }
 }
