@@ -27,6 +27,13 @@ void core_force_pipeline(bool on)
     atomic_store(&forced_depth, on);
 }
 
+static atomic_bool forced_merge;
+
+void core_force_merge(bool on)
+{
+    atomic_store(&forced_merge, on);
+}
+
 /* Bytes for the pool; with them goes how much of what is free is left alone. */
 static size_t choose_pool_bytes(const struct core_params *p, const struct kn_props *props)
 {
@@ -137,6 +144,8 @@ static lm_status open_all(struct core *c, struct lm_err *err)
         st = swap_init(&c->swap, p->dev, c->tier.copy, &c->memory,
                        p->policy.preempt == ENGINE_PREEMPT_RECOMPUTE ? 0 : p->policy.swap_bytes,
                        err);
+    if (st == LM_OK && p->policy.merge)
+        st = merge_init(&c->merge, p->model, &c->weights, p->dev, c->memory.num_blocks, err);
     if (st == LM_OK)
         GAUGE(c, free_blocks, c->pool.n_free);
     return st;
@@ -154,6 +163,8 @@ lm_status core_open(const struct core_params *p, struct core **out, struct lm_er
     c->virtual_time = props.virtual_time;
     c->depth = p->policy.pipeline && (!props.in_call || atomic_load(&forced_depth)) ? 2 : 1;
     lm_status st = open_all(c, err);
+    if (atomic_load(&forced_merge))
+        c->merge.judge.lim = (struct merge_limits){ .min_gain = -1e9 };
     if (st != LM_OK) {
         core_close(c);
         return st;
@@ -168,6 +179,7 @@ void core_close(struct core *c)
     if (!c)
         return;
     swap_release(&c->swap);
+    merge_release(&c->merge);
     residency_release(&c->tier);
     prefix_release(&c->prefix);
     evict_release(&c->evict);

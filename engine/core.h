@@ -54,6 +54,10 @@ void core_drop(struct core *c);
 /* Tests only: cores opened from now on pipeline even where work completes inside the call. */
 void core_force_pipeline(bool on);
 
+/* Tests only: cores opened from now on with policy.merge merge whenever one adapter is alone,
+ * whatever it gains. */
+void core_force_merge(bool on);
+
 /* Any thread. The clock of the device's world, and what deadlines are held against. */
 int64_t core_now_us(const struct core *c);
 int64_t core_wall_ms(const struct core *c);

@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 
 #include "engine/core.h"
+#include "engine/merge.h"
 #include "engine/residency.h"
 #include "engine/step.h"
 #include "engine/swap.h"
@@ -51,6 +52,7 @@ struct core {
     struct prefix prefix;
     struct residency_tier tier;
     struct swap swap;
+    struct merge merge;
     struct seq_list running;
     struct queue queue;         /* who waits */
     struct estimate estimate;

@@ -7,6 +7,7 @@
  *     residency_poll   uploads that have passed; swap_poll: KV that is back from host memory
  *     sched_plan       pure
  *     apply_plan       preempt, pin, load, admit, grow (apply.c)
+ *     merge_judge      is one adapter to be merged into the weights, or taken out again (merge.c)
  *     step_launch      layout, enqueue (step.c)
  *     step_finish      wait for the oldest in flight; then tokens to text, ends, events (finish.c)
  *
@@ -192,10 +193,42 @@ static lm_status rest(const struct lm_err *err)
     return LM_OK;
 }
 
+/* Merges, unmerges, or leaves it, as the judge says; the step that follows fits what is in the
+ * weights then. */
+static lm_status adjust_merge(struct core *c, struct lm_err *err)
+{
+    const struct plan *p = &c->plan;
+    const struct engine_adapter *a = p->item[0].seq->req->adapter;
+    bool sole = a && a->res.users == c->running.n && a->version.waiting == c->queue.n;
+    bool foreign = false;
+    for (int i = 0; c->merge.serial && i < p->n_items && !foreign; i++) {
+        const struct engine_adapter *other = p->item[i].seq->req->adapter;
+        foreign = !other || other->version.serial != c->merge.serial;
+    }
+    lm_status st = LM_OK;
+    switch (merge_judge(&c->merge.judge, sole ? a->version.serial : 0, foreign, core_now_us(c))) {
+    case MERGE_DO:
+        lm_log(LM_INFO, "engine", "adapter '%s' is merged into the weights", a->id);
+        st = merge_do(&c->merge, c->stream, &c->memory, a);
+        break;
+    case MERGE_UNDO:
+        lm_log(LM_INFO, "engine", "the weights are the base model's again");
+        st = merge_undo(&c->merge, c->stream);
+        break;
+    case MERGE_STAY:
+        break;
+    }
+    step_set_merged(c->step, c->merge.serial);
+    return st == LM_OK ? LM_OK : lm_err_set(err, st, "merging an adapter failed");
+}
+
 static lm_status launch(struct core *c, struct lm_err *err)
 {
     int64_t t0 = core_now_us(c);
-    lm_status st = step_launch(c->step, c->forward, c->stream, &c->memory, c->plan.item,
+    lm_status st = merge_enabled(&c->merge) ? adjust_merge(c, err) : LM_OK;
+    if (st != LM_OK)
+        return st;
+    st = step_launch(c->step, c->forward, c->stream, &c->memory, c->plan.item,
                                c->plan.n_items, err);
     if (st == LM_OK)
         st = kn_event_record(c->tier.step_done, c->stream);
@@ -207,6 +240,7 @@ static lm_status launch(struct core *c, struct lm_err *err)
     c->starved = 0;
     finish_launch(c, &c->plan);
     COUNT(c, steps, 1);
+    COUNT(c, merged_steps, c->merge.serial != 0);
     COUNT(c, step_us, t1 - t0 - layout);
     COUNT(c, host_us, layout + core_now_us(c) - t1);
     return LM_OK;
@@ -219,6 +253,8 @@ static void note_step(struct core *c, const struct step_results *res, int64_t be
     int64_t us = c->step_done_us - LM_MAX(res->launched_us, before_us);
     int n_tok = res->n_prefill + res->n_decode;
     estimate_step(&c->estimate, res->n_prefill, us);
+    if (res->n_prefill == 0 && merge_enabled(&c->merge))
+        merge_judge_step(&c->merge.judge, res->merged, res->n_items, us);
     if (n_tok >= 2 * res->n_items && us > 0)        /* mostly prefill */
         evict_measured_prefill(&c->evict, (double)us / n_tok * c->p.block_tokens);
 }
@@ -250,6 +286,7 @@ static void publish(struct core *c)
     GAUGE(c, adapters_resident, c->tier.n_resident);
     GAUGE(c, adapter_evictions, c->tier.evictions);
     GAUGE(c, swap_bytes, c->swap.bytes);
+    GAUGE(c, merges, c->merge.merges);
     GAUGE(c, waiting_prompt_tokens, c->queue.prompt_tokens);
 }
 

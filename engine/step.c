@@ -57,7 +57,7 @@ struct frame {
     struct step_row *row;       /* [max_tokens] */
     int n_items, n_rows;
     int n_prefill, n_decode;    /* tokens that are not void */
-    bool want_tops;
+    bool want_tops, merged;
     int64_t launched_us;
     /* pinned results */
     int32_t *id, *top_id;
@@ -67,6 +67,7 @@ struct frame {
 struct step {
     struct step_params p;
     uint64_t number;
+    uint64_t merged;            /* serial of the adapter in the weights */
     char *device;               /* metadata */
     size_t cap;
     struct frame frame[2];
@@ -193,7 +194,7 @@ void step_free(struct step *s)
 
 static int group_of(struct step *s, struct engine_adapter *a)
 {
-    if (!a)
+    if (!a || a->version.serial == s->merged)
         return 0;
     if (a->res.seen_step != s->number) {
         a->res.seen_step = s->number;
@@ -207,6 +208,7 @@ static void group_items(struct step *s, struct frame *f, const struct plan_item 
 {
     f->number = ++s->number;
     f->n_items = n;
+    f->merged = s->merged != 0;
     s->n_groups = 1;
     s->group[0] = (struct group){ 0 };
     for (int i = 0; i < n; i++) {
@@ -611,6 +613,11 @@ int step_in_flight(const struct step *s)
     return s->n_flight;
 }
 
+void step_set_merged(struct step *s, uint64_t serial)
+{
+    s->merged = serial;
+}
+
 int64_t step_layout_us(const struct step *s)
 {
     return s->layout_us;
@@ -618,7 +625,7 @@ int64_t step_layout_us(const struct step *s)
 
 int step_adapters(const struct step *s)
 {
-    return s->n_groups - 1;
+    return s->n_groups - 1 + (s->merged != 0);
 }
 
 lm_status step_finish(struct step *s, struct step_results *out, struct lm_err *err)
@@ -636,7 +643,7 @@ lm_status step_finish(struct step *s, struct step_results *out, struct lm_err *e
             .top_logprob = f->top_logprob + (size_t)i * KN_MAX_TOP_LOGPROBS,
         };
     *out = (struct step_results){ f->item, f->row, f->n_items, f->n_rows,
-                                   f->n_prefill, f->n_decode, f->launched_us };
+                                   f->n_prefill, f->n_decode, f->merged, f->launched_us };
     return LM_OK;
 }
 

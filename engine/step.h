@@ -43,6 +43,9 @@ lm_status step_launch(struct step *s, struct forward *f, kn_stream *stream,
                       const struct kn_pool *pool, const struct plan_item *item, int n_items,
                       struct lm_err *err);
 int step_in_flight(const struct step *s);
+/* From the next launch on this adapter's tokens are laid out as the base model's, as it is merged
+ * into the weights; 0: none. */
+void step_set_merged(struct step *s, uint64_t serial);
 /* Of the last launch: microseconds spent on its layout, before the device was given anything, and
  * distinct adapters. */
 int64_t step_layout_us(const struct step *s);
@@ -55,6 +58,7 @@ struct step_results {
     const struct step_row *row;
     int n_items, n_rows;
     int n_prefill, n_decode;    /* tokens, void ones not counted */
+    bool merged;
     int64_t launched_us;
 };
 /* Waits for the oldest step in flight. */
