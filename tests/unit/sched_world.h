@@ -58,7 +58,7 @@ static struct world *world_sized(int cap, int n_blocks, int max_seqs, int max_st
     return w;
 }
 
-static struct world *world_new(int n_blocks, int max_seqs, int max_step_tokens)
+static inline struct world *world_new(int n_blocks, int max_seqs, int max_step_tokens)
 {
     return world_sized(128, n_blocks, max_seqs, max_step_tokens);
 }
@@ -117,7 +117,7 @@ static struct seq *add_waiting_as(struct world *w, int n_prompt, const struct sp
     return s;
 }
 
-static struct seq *add_waiting(struct world *w, int priority, int n_prompt,
+static inline struct seq *add_waiting(struct world *w, int priority, int n_prompt,
                                struct engine_adapter *a)
 {
     return add_waiting_as(w, n_prompt, &(struct spec){ .priority = priority, .adapter = a });
@@ -173,7 +173,7 @@ static bool in_list(struct seq *const *l, int n, const struct seq *s)
     return false;
 }
 
-static bool in_items(const struct plan *p, const struct seq *s)
+static inline bool in_items(const struct plan *p, const struct seq *s)
 {
     for (int i = 0; i < p->n_items; i++)
         if (p->item[i].seq == s)
@@ -181,7 +181,7 @@ static bool in_items(const struct plan *p, const struct seq *s)
     return false;
 }
 
-static bool is_admitted(const struct plan *p, const struct seq *s)
+static inline bool is_admitted(const struct plan *p, const struct seq *s)
 {
     return in_list(p->admit, p->n_admit, s);
 }
