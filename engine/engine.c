@@ -33,6 +33,7 @@
 #define DEFAULT_MAX_SEQS 256
 #define DEFAULT_MAX_WAITING 1024
 #define DEFAULT_HOST_ADAPTER_BYTES ((size_t)1 << 30)
+#define MAX_WAIT_MS ((int64_t)365 * 86400000)   /* so that microseconds fit */
 #define DEFAULT_MAX_ADAPTER_BYTES ((size_t)4 << 30)
 
 struct engine {
@@ -67,8 +68,33 @@ static int or_default(int given, int fallback)
     return given > 0 ? given : fallback;
 }
 
+static lm_status check_policy(const struct engine_policy *p, struct lm_err *err)
+{
+    if (p->max_overtaken < 1)
+        return lm_err_set(err, LM_INVALID, "policy.max_overtaken is %d; it must be at least 1 (for "
+                                           "first come, first served switch off group and fair)",
+                          p->max_overtaken);
+    if (p->max_wait_ms < 0 || p->max_wait_ms > MAX_WAIT_MS)
+        return lm_err_set(err, LM_INVALID, "policy.max_wait_ms is %lld; it must be 0..%lld",
+                          (long long)p->max_wait_ms, (long long)MAX_WAIT_MS);
+    if ((unsigned)p->preempt > ENGINE_PREEMPT_SWAP)
+        return lm_err_set(err, LM_INVALID, "policy.preempt is %d, which is no way to preempt",
+                          (int)p->preempt);
+    if (p->preempt == ENGINE_PREEMPT_SWAP && p->swap_bytes == 0)
+        return lm_err_set(err, LM_INVALID, "policy.preempt is swap, and swap_bytes is 0");
+    if (p->adapter_percent < 0 || p->adapter_percent > 99)
+        return lm_err_set(err, LM_INVALID, "policy.adapter_percent is %d; it must be 0..99",
+                          p->adapter_percent);
+    if (p->adapter_slots < 0)
+        return lm_err_set(err, LM_INVALID, "policy.adapter_slots is %d; it must not be negative",
+                          p->adapter_slots);
+    return LM_OK;
+}
+
 static lm_status check_config(struct engine_config *c, struct lm_err *err)
 {
+    if (c->policy && check_policy(c->policy, err) != LM_OK)
+        return LM_INVALID;
     if (!c->echo && !c->model_dir && !c->shape)
         return lm_err_set(err, LM_INVALID, "model_dir is missing");
     if (c->model_dir && c->shape)

@@ -44,8 +44,9 @@ struct engine_policy {
     bool group;                 /* admit by adapter, so that a step meets few; default true */
     int max_overtaken;          /* then the hard bound: so many later ones of the same or a lower
                                  * rank may be admitted before a waiting one; default 1000 */
-    int64_t max_wait_ms;        /* who has waited longer goes first whatever its rank, so that no
-                                 * flood of higher priority starves it; 0: never; default 10 min */
+    int64_t max_wait_ms;        /* of those that have waited longer, one admission in four is,
+                                 * oldest first, whatever their rank, so that no flood of higher
+                                 * priority starves them; 0: none; default 10 min */
     bool fair;                  /* share between tenants by virtual token counters (Sheng et al.,
                                  * arXiv 2401.00588); default true */
     bool early_abort;           /* end with ENGINE_EXPIRED what can no longer meet its deadline, and

@@ -28,6 +28,10 @@ struct config {
     char *model_path, *model_name, *backend, *engine_mode;
     int64_t device_index, threads, pool_bytes;
     int64_t max_seqs, max_step_tokens, max_waiting, max_model_len;
+    bool engine_group, engine_fair, engine_early_abort, engine_prefetch, engine_prefix_cache;
+    bool engine_merge, engine_pipeline;
+    int64_t engine_max_overtaken, engine_max_wait_ms, engine_swap_bytes;
+    char *engine_preempt;
     char *adapters_url, *adapters_cache_dir, *adapters_ca_file, *adapters_auth_header;
     int64_t adapters_max_bytes, adapters_concurrency, adapters_max_attempts;
     int64_t adapters_negative_ttl_ms;

@@ -45,6 +45,34 @@ static const struct config_property model_rows[] = {
         "Requests in the engine, submitted and not finished; 0: the engine's default (1024)."),
     INT("engine.max_model_len", max_model_len, "0", 0, 1 << 24,
         "Longest prompt plus completion in tokens; 0: the model's own limit."),
+    BOOL("engine.group", engine_group, "true",
+        "Prompts of adapters that are in the batch are admitted before others of the same "
+        "priority, so that a step meets few adapters."),
+    INT("engine.max_overtaken", engine_max_overtaken, "1000", 1, 1 << 30,
+        "So many later prompts of the same or a lower priority may begin before one that waits; "
+        "then nobody else does until it has."),
+    INT("engine.max_wait_ms", engine_max_wait_ms, "600000", 0, (int64_t)365 * DAY_MS,
+        "Of those that have waited longer in the engine, one in four that begin is, whatever their "
+        "priority; 0: none."),
+    BOOL("engine.fair", engine_fair, "true",
+        "Share the engine between tenants, within a priority, by tokens served. Prompts without "
+        "`tenant` are one tenant's."),
+    BOOL("engine.early_abort", engine_early_abort, "true",
+        "End a prompt as expired as soon as it can't meet its deadline any more, and under "
+        "overload serve those first who still can."),
+    CHOICE("engine.preempt", engine_preempt, "cheaper", "cheaper|recompute|swap",
+        "What happens to the KV cache of a sequence that must yield: computed again later, copied "
+        "to host memory and back, or whichever is estimated to be cheaper."),
+    BYTES("engine.swap_bytes", engine_swap_bytes, "1G", 0, 64 * TiB,
+        "Host memory for that; 0: none."),
+    BOOL("engine.prefetch", engine_prefetch, "true",
+        "Copy the adapters of those next in line to the device ahead of their turn."),
+    BOOL("engine.prefix_cache", engine_prefix_cache, "true",
+        "Keep the KV cache of prompts for others that begin alike, per adapter version."),
+    BOOL("engine.merge", engine_merge, "false",
+        "Merge an adapter into the weights while it owns the whole stream, where that is faster."),
+    BOOL("engine.pipeline", engine_pipeline, "true",
+        "Plan a step while the device computes the one before."),
 };
 
 static const struct config_property adapter_rows[] = {

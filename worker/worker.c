@@ -88,9 +88,29 @@ static const char *or_null(const char *s)
     return *s ? s : NULL;
 }
 
+static void engine_policy(const struct config *c, struct engine_policy *p)
+{
+    engine_policy_default(p);
+    p->group = c->engine_group;
+    p->max_overtaken = (int)c->engine_max_overtaken;
+    p->max_wait_ms = c->engine_max_wait_ms;
+    p->fair = c->engine_fair;
+    p->early_abort = c->engine_early_abort;
+    p->preempt = !strcmp(c->engine_preempt, "swap") ? ENGINE_PREEMPT_SWAP
+                 : !strcmp(c->engine_preempt, "recompute") ? ENGINE_PREEMPT_RECOMPUTE
+                                                           : ENGINE_PREEMPT_CHEAPER;
+    p->swap_bytes = (size_t)c->engine_swap_bytes;
+    p->prefetch = c->engine_prefetch;
+    p->prefix_cache = c->engine_prefix_cache;
+    p->merge = c->engine_merge;
+    p->pipeline = c->engine_pipeline;
+}
+
 static lm_status open_engine(struct worker *w, struct lm_err *err)
 {
     const struct config *c = w->cfg;
+    struct engine_policy policy;
+    engine_policy(c, &policy);
     struct engine_config e = {
         .model_dir = or_null(c->model_path), .model_name = or_null(c->model_name),
         .backend = strcmp(c->backend, "auto") ? c->backend : NULL,
@@ -100,7 +120,7 @@ static lm_status open_engine(struct worker *w, struct lm_err *err)
         .max_model_len = (int)c->max_model_len,
         .host_adapter_bytes = (size_t)c->adapters_host_bytes,
         .max_adapter_bytes = (size_t)c->adapters_max_bytes,
-        .echo = !strcmp(c->engine_mode, "echo"),
+        .policy = &policy, .echo = !strcmp(c->engine_mode, "echo"),
     };
     int64_t start = lm_now_us();
     lm_status st = engine_open(&e, &w->engine, err);

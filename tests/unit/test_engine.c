@@ -446,6 +446,44 @@ static void refuses_bad_openings(void **state)
     assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
 }
 
+static void refuse_policy(const struct engine_policy *p, const char *words)
+{
+    struct lm_err err = { 0 };
+    engine *e = NULL;
+    struct engine_config cfg = fixture_config(SPM_TINY);
+    cfg.policy = p;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    if (!strstr(err.msg, words))
+        fail_msg("expected '%s' in: %s", words, err.msg);
+}
+
+static void refuses_bad_policies(void **state)
+{
+    (void)state;
+    struct engine_policy good, p;
+    engine_policy_default(&good);
+    p = good;
+    p.max_overtaken = 0;
+    refuse_policy(&p, "policy.max_overtaken is 0");
+    p = good;
+    p.max_wait_ms = -1;
+    refuse_policy(&p, "policy.max_wait_ms is -1");
+    p.max_wait_ms = INT64_MAX;
+    refuse_policy(&p, "policy.max_wait_ms is 9223372036854775807");
+    p = good;
+    p.preempt = (enum engine_preempt)7;
+    refuse_policy(&p, "policy.preempt is 7");
+    p.preempt = ENGINE_PREEMPT_SWAP;
+    p.swap_bytes = 0;
+    refuse_policy(&p, "swap_bytes is 0");
+    p = good;
+    p.adapter_percent = 100;
+    refuse_policy(&p, "policy.adapter_percent is 100");
+    p = good;
+    p.adapter_slots = -1;
+    refuse_policy(&p, "policy.adapter_slots is -1");
+}
+
 /* ---- adapters -------------------------------------------------------------------------- */
 
 /* The same id with other content: a new version; who holds the old one is served by it. */
@@ -775,6 +813,7 @@ int main(void)
         cmocka_unit_test(refuses_with_reasons),
         cmocka_unit_test(chat_takes_context),
         cmocka_unit_test(refuses_bad_openings),
+        cmocka_unit_test(refuses_bad_policies),
         cmocka_unit_test(versions_live_side_by_side),
         cmocka_unit_test(host_budget_evicts_the_unused),
         cmocka_unit_test(a_tight_pool_swaps_adapters),

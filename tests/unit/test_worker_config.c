@@ -13,6 +13,7 @@
 
 #include <cmocka.h>
 
+#include "engine/engine.h"
 #include "worker/config.h"
 #include "worker/kafka_conf.h"
 
@@ -75,6 +76,17 @@ static void test_defaults(void **state)
     assert_int_equal(cfg.adapters_max_bytes, 4ll << 30);
     assert_true(cfg.registry_auto_register);
     assert_int_equal(cfg.n_kafka, 0);
+    struct engine_policy p;
+    engine_policy_default(&p);
+    assert_true(cfg.engine_group == p.group && cfg.engine_fair == p.fair);
+    assert_true(cfg.engine_early_abort == p.early_abort && cfg.engine_prefetch == p.prefetch);
+    assert_true(cfg.engine_prefix_cache == p.prefix_cache && cfg.engine_merge == p.merge);
+    assert_true(cfg.engine_pipeline == p.pipeline);
+    assert_int_equal(cfg.engine_max_overtaken, p.max_overtaken);
+    assert_int_equal(cfg.engine_max_wait_ms, p.max_wait_ms);
+    assert_int_equal(cfg.engine_swap_bytes, p.swap_bytes);
+    assert_int_equal(p.preempt, ENGINE_PREEMPT_CHEAPER);
+    assert_string_equal(cfg.engine_preempt, "cheaper");
     minimal();
     assert_int_equal(config_check(&cfg, &err), LM_OK);
 }
