@@ -1,42 +1,52 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_engine_random.c - correctness never depends on company: hundreds of random requests under
- * random pools, batch sizes and token budgets; each that ran to its end must say what it says
- * alone, and every one must end exactly once.
+ * test_engine_random.c - correctness never depends on policy or company: the same 500 requests run
+ * under random policies, pools, block sizes, batch sizes, chunk sizes and budgets, and each says what
+ * it says alone.
  *
- * Requests differ in adapter (two versions under one id among them), prompt (with shared
- * beginnings, so that the prefix cache is hit), length, choices, priority, scoring, deadline, and
- * some are cancelled at a random moment. Greedy, so that words can be compared; spm-tiny's top two
- * may be near, so a difference is allowed exactly where the reference run says that they are nearer
- * than 1e-4. Checking builds (sanitizers) also verify the pool's books after every step.
+ * Requests differ in adapter, prompt (with shared beginnings, so that the prefix cache is hit),
+ * length, choices, priority, tenant, scoring and deadline; some are cancelled at a random moment.
+ * Adapters change under way: an id is loaded with other content again and again, so versions of one
+ * id run side by side, and old ones go. Some rounds pipeline steps, some are pumped by hand.
+ *
+ * What is checked: every request ends exactly once and none fails; log-probabilities, of the prompt
+ * where it is scored and of each generated token, are within 1e-4 of those computed alone; tokens
+ * are equal, unless the reference says that its top two are nearer than that (then that choice is
+ * compared no further). Greedy, so that words can be compared. Checking builds (sanitizers) also
+ * verify all books after every turn.
  */
 #include "engine_fixture.h"
 
 #include "engine/core.h"
-#include "kernels/cpu/cpu_int.h"
 
 #define ADAPTERS "tests/models/spm-tiny-adapters"
-#define KINDS 60                /* distinct prompt + adapter + length */
-#define ROUNDS 12
-#define REQUESTS 60             /* a round */
+#define KINDS 80                /* distinct prompt + adapter + length */
+#define REQUESTS 500
+#define ROUNDS 10
 #define MAX_PROMPT 120
 #define MAX_OUT 40
+#define NEAR 1e-4f
 
 struct kind {
     int32_t prompt[MAX_PROMPT];
     int n_prompt, max_tokens, adapter;          /* 0: base */
-    struct engine_result *alone;
+    struct engine_result *alone;                /* scored, prompt and output */
 };
 
+/* What makes a request, the same in every round. */
 struct sent {
     const struct kind *kind;
-    engine_handle handle;
-    bool cut;                   /* may have been cancelled or expired */
+    int n, priority, tenant, id;
+    bool stream, echo, cut;     /* cut: may be cancelled or expire */
+    int deadline_ms;            /* from submit, 0: none */
+    engine_handle handle;       /* the round's */
     int ended;
 };
 
 static struct kind kinds[KINDS];
+static struct sent sent[REQUESTS];
 static uint64_t rng = 0x9e3779b97f4a7c15u;
+static uint64_t n_compared, n_near;
 
 static int rnd(int below)
 {
@@ -46,6 +56,12 @@ static int rnd(int below)
     return (int)((rng >> 33) % (uint64_t)below);
 }
 
+static int pick(int n, const int *from)
+{
+    return from[rnd(n)];
+}
+#define PICK(...) pick((int)(sizeof (int[]){ __VA_ARGS__ } / sizeof(int)), (int[]){ __VA_ARGS__ })
+
 static void make_kinds(void)
 {
     for (int i = 0; i < KINDS; i++) {
@@ -54,158 +70,273 @@ static void make_kinds(void)
         k->max_tokens = 1 + rnd(MAX_OUT);
         k->adapter = rnd(3);
         int shared = i > 0 ? rnd(k->n_prompt + 1) : 0;
+        const struct kind *like = &kinds[rnd(2) && i ? i - 1 : 0];
         for (int t = 0; t < k->n_prompt; t++)
-            k->prompt[t] = t < shared ? kinds[rnd(2) ? i - 1 : 0].prompt[t] : 5 + rnd(700);
-        for (int t = 0; t < k->n_prompt; t++)
-            if (k->prompt[t] == 0)
-                k->prompt[t] = 9;
+            k->prompt[t] = t < LM_MIN(shared, like->n_prompt) ? like->prompt[t] : 5 + rnd(700);
     }
 }
 
-static void load(engine *e, engine_adapter *a[3])
+static void make_requests(void)
 {
-    a[0] = NULL;
-    CHECK(engine_adapter_load(e, "voice", ADAPTERS "/captain-sal", &a[1], err));
-    CHECK(engine_adapter_load(e, "voice", ADAPTERS "/nordwind-terse", &a[2], err));
+    for (int i = 0; i < REQUESTS; i++) {
+        struct sent *s = &sent[i];
+        *s = (struct sent){ .kind = &kinds[rnd(KINDS)], .n = rnd(4) ? 1 : 1 + rnd(4),
+                            .priority = rnd(3), .tenant = rnd(5), .id = rnd(2),
+                            .stream = rnd(4) == 0, .echo = rnd(5) == 0 };
+        if (rnd(10) == 0)
+            s->deadline_ms = rnd(40);
+        else if (rnd(4) == 0)
+            s->deadline_ms = 3600000;
+        s->cut = rnd(8) == 0 || (s->deadline_ms > 0 && s->deadline_ms < 3600000);
+    }
 }
 
-static struct engine_request kind_request(const struct kind *k, engine_adapter *const a[3])
+static struct engine_request kind_request(const struct kind *k, engine_adapter *a)
 {
     struct engine_request r = fixture_request("random", k->prompt, k->n_prompt);
-    r.adapter = a[k->adapter];
+    r.adapter = a;
     r.params.max_tokens = k->max_tokens;
     r.params.ignore_eos = true;
     return r;
 }
 
-static size_t pool_row;         /* bytes of one block id */
-static int most_blocks;         /* of any kind with its adapter */
+static const char *dir_of(int adapter)
+{
+    return adapter == 1 ? ADAPTERS "/captain-sal" : ADAPTERS "/nordwind-terse";
+}
 
 static void run_alone(void)
 {
     struct engine_config cfg = fixture_config(SPM_TINY);
     engine *e = fixture_engine(&cfg);
-    engine_adapter *a[3];
-    struct engine_info info;
-    load(e, a);
-    engine_info(e, &info);
-    pool_row = info.block_bytes * (size_t)info.n_layers;
+    engine_adapter *a[3] = { NULL };
+    for (int i = 1; i < 3; i++)
+        CHECK(engine_adapter_load(e, i == 1 ? "one" : "two", dir_of(i), &a[i], err));
     for (int i = 0; i < KINDS; i++) {
         struct kind *k = &kinds[i];
-        struct engine_request r = kind_request(k, a);
+        struct engine_request r = kind_request(k, a[k->adapter]);
         r.params.logprobs = 2;
+        r.params.echo = true;
         k->alone = fixture_run(e, &r);
-        size_t lora = a[k->adapter] ? engine_adapter_bytes(a[k->adapter]) : 0;
-        int need = (int)LM_DIV_UP(lora, pool_row) +
-                   LM_DIV_UP(k->n_prompt + k->max_tokens, info.block_tokens);
-        most_blocks = LM_MAX(most_blocks, need);
+        assert_int_equal(k->alone->choices[0].n_logprobs, k->n_prompt + k->max_tokens);
     }
     engine_adapter_unref(a[1]);
     engine_adapter_unref(a[2]);
     engine_close(e);
 }
 
-static void check_choice(const struct kind *k, const struct engine_choice *c, bool cut)
+/* ---- comparing ------------------------------------------------------------------------- */
+
+static void compare_score(const struct kind *k, int i, float got)
 {
+    float want = k->alone->choices[0].logprobs[i].logprob;
+    if (i > 0 && !(fabsf(got - want) <= NEAR))
+        fail_msg("kind %d: log-probability %d is %.6f, alone it is %.6f", (int)(k - kinds), i,
+                 got, want);
+    n_compared++;
+}
+
+static void check_choice(const struct sent *s, const struct engine_choice *c)
+{
+    const struct kind *k = s->kind;
     const struct engine_choice *want = &k->alone->choices[0];
-    if (!cut) {
+    int prompt = s->echo ? LM_MIN(k->n_prompt, c->n_logprobs) : 0;
+    if (!s->cut) {
         assert_int_equal(c->reason, ENGINE_LENGTH);
         assert_int_equal(c->n_tokens, k->max_tokens);
+        assert_int_equal(c->n_logprobs, c->n_tokens + (s->echo ? k->n_prompt : 0));
     }
+    for (int i = 0; i < prompt; i++)
+        compare_score(k, i, c->logprobs[i].logprob);
     for (int i = 0; i < c->n_tokens; i++) {
-        const struct engine_top *top = want->logprobs[i].top;
-        if (c->token_ids[i] == want->token_ids[i])
+        const struct engine_token *t = &want->logprobs[k->n_prompt + i];
+        if (c->token_ids[i] == want->token_ids[i]) {
+            compare_score(k, k->n_prompt + i, c->logprobs[prompt + i].logprob);
             continue;
-        if (top[0].logprob - top[1].logprob > 1e-4f)
+        }
+        n_near++;
+        if (t->top[0].logprob - t->top[1].logprob > NEAR)
             fail_msg("kind %d, token %d is %d, alone it is %d", (int)(k - kinds), i,
                      c->token_ids[i], want->token_ids[i]);
         return;
     }
 }
 
-static void collect(engine *e, struct sent *sent, int *left)
+/* ---- rounds ---------------------------------------------------------------------------- */
+
+static struct engine_policy random_policy(void)
 {
-    struct engine_event ev = fixture_finished(e);
-    struct sent *s = ev.user;
-    assert_true(s >= sent && s < sent + REQUESTS && s->handle == ev.handle);
-    assert_int_equal(++s->ended, 1);
-    if (ev.result->status != LM_OK)
-        fail_msg("%s", ev.result->error);
-    for (int i = 0; i < ev.result->n_choices; i++)
-        check_choice(s->kind, &ev.result->choices[i], s->cut);
-    engine_result_free(ev.result);
-    --*left;
+    struct engine_policy p;
+    engine_policy_default(&p);
+    p.group = rnd(2);
+    p.max_overtaken = PICK(1, 5, 1000);
+    p.max_wait_ms = PICK(0, 5, 600000);
+    p.fair = rnd(2);
+    p.early_abort = rnd(2);
+    p.preempt = (enum engine_preempt)rnd(3);
+    p.swap_bytes = (size_t)PICK(0, 1 << 16, 1 << 20, 1 << 28);
+    p.prefetch = rnd(2);
+    p.prefix_cache = rnd(4) > 0;
+    p.pipeline = rnd(2);
+    return p;
 }
 
-static void vary(struct engine_request *r, struct sent *s)
+static size_t row;              /* bytes of a block, all layers */
+
+/* Blocks that the hungriest request needs, adapters packed for cells of this size. */
+static int most_blocks(struct engine_config cfg)
 {
-    r->priority = rnd(3);
-    r->stream = rnd(4) == 0;
-    if (rnd(4) == 0)
-        r->params.n = 1 + rnd(4);
-    if (rnd(4) == 0) {
-        r->params.logprobs = rnd(3);
-        r->params.echo = rnd(2);
+    engine *e = fixture_engine(&cfg);
+    engine_adapter *a[3] = { NULL };
+    struct engine_info info;
+    int most = 0;
+    engine_info(e, &info);
+    row = info.block_bytes * (size_t)info.n_layers;
+    for (int i = 1; i < 3; i++)
+        CHECK(engine_adapter_load(e, i == 1 ? "one" : "two", dir_of(i), &a[i], err));
+    for (int i = 0; i < KINDS; i++) {
+        const engine_adapter *x = a[kinds[i].adapter];
+        int kv = LM_DIV_UP(kinds[i].n_prompt + kinds[i].max_tokens, info.block_tokens);
+        most = LM_MAX(most, kv + (x ? (int)LM_DIV_UP(engine_adapter_bytes(x), row) : 0));
     }
-    if (rnd(10) == 0) {
-        r->deadline_ms = lm_wall_ms() + rnd(40);
-        s->cut = true;
+    engine_adapter_unref(a[1]);
+    engine_adapter_unref(a[2]);
+    engine_close(e);
+    return most;
+}
+
+static void collect(engine *e, bool manual, int *left)
+{
+    struct engine_event ev;
+    bool idle;
+    if (manual)
+        CHECK(engine_pump(e, engine_now_us(e) + 1 + rnd(2000), &idle, err));
+    while (engine_poll(e, &ev, 1, manual ? 0 : 10, NULL) == 1) {
+        if (ev.kind == ENGINE_TOKENS) {
+            free(ev.text);
+            continue;
+        }
+        struct sent *s = ev.user;
+        assert_true(s >= sent && s < sent + REQUESTS && s->handle == ev.handle);
+        assert_int_equal(++s->ended, 1);
+        if (ev.result->status != LM_OK)
+            fail_msg("%s", ev.result->error);
+        assert_int_equal(ev.result->n_choices, s->n);
+        for (int i = 0; i < s->n; i++)
+            check_choice(s, &ev.result->choices[i]);
+        engine_result_free(ev.result);
+        --*left;
+        if (!manual)
+            return;
     }
+}
+
+/* Every other id changes its content with each request of the other kind. */
+static engine_adapter *adapter_for(engine *e, const struct sent *s, bool manual, int *left)
+{
+    engine_adapter *a = NULL;
+    struct lm_err err = { 0 };
+    lm_status st = LM_BUSY;
+    if (s->kind->adapter == 0)
+        return NULL;
+    const char *id = s->id ? "changing" : s->kind->adapter == 1 ? "one" : "two";
+    while (st == LM_BUSY) {
+        st = engine_adapter_load(e, id, dir_of(s->kind->adapter), &a, &err);
+        if (st == LM_BUSY)
+            collect(e, manual, left);
+    }
+    if (st != LM_OK)
+        fail_msg("%s", err.msg);
+    return a;
+}
+
+static void submit(engine *e, struct sent *s, bool manual, int *left)
+{
+    static const char *const tenants[] = { NULL, "a", "b", "c", "d" };
+    struct lm_err err = { 0 };
+    lm_status st = LM_BUSY;
+    engine_adapter *a = adapter_for(e, s, manual, left);
+    struct engine_request r = kind_request(s->kind, a);
+    r.priority = s->priority;
+    r.tenant = tenants[s->tenant];
+    r.stream = s->stream;
+    r.params.n = s->n;
+    r.params.echo = s->echo;
+    r.params.logprobs = 0;
+    r.user = s;
+    s->ended = 0;
+    while (st == LM_BUSY) {
+        r.deadline_ms = s->deadline_ms ? engine_wall_ms(e) + s->deadline_ms : 0;
+        if (s->deadline_ms && s->id)
+            r.first_token_by_ms = r.deadline_ms;
+        st = engine_submit(e, &r, &s->handle, &err);
+        if (st == LM_BUSY)
+            collect(e, manual, left);
+    }
+    if (st != LM_OK)
+        fail_msg("%s", err.msg);
+    ++*left;
+    engine_adapter_unref(a);
 }
 
 static void round_of(int number)
 {
+    rng = 0x9e3779b97f4a7c15u * (uint64_t)(number + 1);         /* its setting is repeatable */
+    struct engine_policy policy = random_policy();
     struct engine_config cfg = fixture_config(SPM_TINY);
-    cfg.pool_bytes = (size_t)(most_blocks + (number % 3 ? rnd(most_blocks) : 0)) * pool_row;
+    struct engine_stats st;
+    int left = 0;
+    cfg.block_tokens = PICK(8, 16, 16, 32);
+    int most = most_blocks(cfg), blocks = most + (number % 3 ? rnd(most) : 0);
+    cfg.pool_bytes = row * (size_t)blocks;
     cfg.max_step_tokens = 8 + rnd(120);
     cfg.max_seqs = 1 + rnd(24);
-    cfg.max_waiting = REQUESTS;
-    struct engine_policy policy;
-    engine_policy_default(&policy);
-    policy.preempt = (enum engine_preempt)(number / 2 % 3);
+    cfg.max_waiting = 1 + rnd(100);
+    cfg.host_adapter_bytes = rnd(3) ? 0 : (size_t)1 << 18;
     cfg.policy = &policy;
-    core_force_pipeline(number % 2);
-    kn_cpu_force_late_events(number % 5);
+    cfg.manual = rnd(3) == 0;
+    core_force_pipeline(policy.pipeline);
     engine *e = fixture_engine(&cfg);
-    engine_adapter *a[3];
-    struct sent sent[REQUESTS] = { { 0 } };
-    int left = 0;
-    load(e, a);
     for (int i = 0; i < REQUESTS; i++) {
-        sent[i].kind = &kinds[rnd(KINDS)];
-        struct engine_request r = kind_request(sent[i].kind, a);
-        vary(&r, &sent[i]);
-        r.user = &sent[i];
-        sent[i].cut |= rnd(8) == 0;
-        sent[i].handle = fixture_submit(e, &r);
-        left++;
+        submit(e, &sent[i], cfg.manual, &left);
         int victim = rnd(i + 1);
         if (rnd(4) == 0 && sent[victim].cut)
             engine_cancel(e, sent[victim].handle);
         if (rnd(6) == 0)
-            collect(e, sent, &left);
+            collect(e, cfg.manual, &left);
     }
     while (left > 0)
-        collect(e, sent, &left);
-    struct engine_stats st;
-    engine_stats(e, &st);
+        collect(e, cfg.manual, &left);
+    for (int i = 0; i < REQUESTS; i++)
+        assert_int_equal(sent[i].ended, 1);
+    for (int tries = 0; tries < 1000; tries++) {    /* gauges follow at the end of the turn */
+        engine_stats(e, &st);
+        if (st.running + st.waiting == 0)
+            break;
+        usleep(1000);
+    }
     assert_int_equal(st.failed, 0);
-    print_message("round %d: pool %d, %llu steps, %llu preemptions, %llu swapped, %llu evictions\n",
-                  number, st.pool_blocks, (unsigned long long)st.steps,
-                  (unsigned long long)st.preemptions, (unsigned long long)st.swap_outs,
-                  (unsigned long long)st.adapter_evictions);
-    engine_adapter_unref(a[1]);
-    engine_adapter_unref(a[2]);
+    assert_int_equal(st.running + st.waiting, 0);
+    assert_int_equal(st.finished, REQUESTS);
+    print_message("round %d: %d blocks of %d tokens, %d x %d: %llu steps, %llu preemptions, %llu "
+                  "swapped, %llu evictions, %llu tokens found\n", number, st.pool_blocks,
+                  cfg.block_tokens, cfg.max_seqs, cfg.max_step_tokens,
+                  (unsigned long long)st.steps, (unsigned long long)st.preemptions,
+                  (unsigned long long)st.swap_outs, (unsigned long long)st.adapter_evictions,
+                  (unsigned long long)st.prefix_hit_tokens);
     engine_close(e);
 }
 
-static void company_changes_nothing(void **state)
+static void policy_changes_nothing(void **state)
 {
     (void)state;
     make_kinds();
+    make_requests();
     run_alone();
     for (int i = 0; i < ROUNDS; i++)
         round_of(i);
+    print_message("%llu log-probabilities compared, %llu choices left at a near tie\n",
+                  (unsigned long long)n_compared, (unsigned long long)n_near);
     for (int i = 0; i < KINDS; i++)
         engine_result_free(kinds[i].alone);
 }
@@ -213,6 +344,6 @@ static void company_changes_nothing(void **state)
 int main(void)
 {
     lm_log_set_level(LM_WARN);
-    const struct CMUnitTest tests[] = { cmocka_unit_test(company_changes_nothing) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(policy_changes_nothing) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
