@@ -106,6 +106,8 @@ static lm_status upload_inv_freq(struct forward *f, struct lm_err *err)
         for (int i = 0; i < f->p.model->head_dim / 2; i++)
             ((float *)pinned)[i] = f->p.model->inv_freq[i];
         st = kn_copy_in(s, f->inv_freq, pinned, bytes);
+        if (st != LM_OK)
+            lm_err_set(err, st, "the rotary frequencies: the copy to the device failed");
     }
     if (st == LM_OK)
         st = kn_stream_sync(s, err);

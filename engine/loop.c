@@ -230,8 +230,8 @@ static lm_status launch(struct core *c, struct lm_err *err)
         return st;
     st = step_launch(c->step, c->forward, c->stream, &c->memory, c->plan.item,
                                c->plan.n_items, err);
-    if (st == LM_OK)
-        st = kn_event_record(c->tier.step_done, c->stream);
+    if (st == LM_OK && (st = kn_event_record(c->tier.step_done, c->stream)) != LM_OK)
+        lm_err_set(err, st, "no event after a step: %s", lm_status_text(st));
     if (st == LM_NOMEM && ++c->starved < STARVED_STEPS)
         return rest(err);
     if (st != LM_OK)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_engine_random.c - correctness never depends on policy or company: the same 500 requests run
- * under random policies, pools, block sizes, batch sizes, chunk sizes and budgets, and each says what
- * it says alone.
+ * under random policies, pools, block sizes, batch sizes, chunk sizes and budgets, and each says
+ * what it says alone.
  *
  * Requests differ in adapter, prompt (with shared beginnings, so that the prefix cache is hit),
  * length, choices, priority, tenant, scoring and deadline; some are cancelled at a random moment.

@@ -5,9 +5,9 @@
  * Two engines of a 7B shape on a simulated device, pumped by hand, one with 10 adapters in host
  * memory and one with 100,000, answer the same requests for adapters that both have. Three claims:
  *   counted   steps, uploads, evictions and the simulated clock are the same to the microsecond
- *   timed     processor time of the engine thread per step is the same within a factor of RATIO, the
- *             best of several rounds of each, taken in turns (a table, list or scan over what is
- *             known would make it thousands)
+ *   timed     processor time of the engine thread per step is the same within a factor of RATIO,
+ *             the best of several rounds of each, taken in turns (a scan over what is known would
+ *             make it thousands)
  *   looked up finding an adapter by id, and submitting for it, likewise
  */
 #include "engine_fixture.h"
