@@ -4,14 +4,24 @@
  *
  * Invariants (under the mutex)
  *  1. The table holds exactly the current versions, one for an id.
- *  2. A version is on the LRU list exactly if it is current and has no references.
+ *  2. A version is on an idle list exactly if it is current and has no references.
  *  3. `bytes` is the sum over all versions that are not condemned.
- *  4. A condemned version has no references and is in neither table nor LRU list.
+ *  4. A condemned version has no references and is in neither table nor idle list.
  *
- * The budget is kept by dropping the least recently used unreferenced versions. What is referenced
- * stays: if that alone fills the budget, loading answers LM_BUSY, and the caller tries again when
- * requests have ended. What was condemned counts as gone, although the engine thread may need a
- * step's time to free it.
+ * The budget is kept by dropping unreferenced versions, by the idea of evict.c: what is cheapest to
+ * lose, for each byte that it frees, goes first. The score of a version is
+ *
+ *     level + uses * time that reading it took / its size
+ *
+ * where `uses` is how often it was asked for, up to 16, and `level` is recency, the largest
+ * score that has left so far. So of two that were used alike the larger goes, as reading has a
+ * fixed part; of two of a size, the one less asked for, or idle for longer. Values are rounded
+ * down to a power of two, so that idle versions stand in few lists, each in order of level, and
+ * the least is found among their heads however many there are.
+ *
+ * What is referenced stays: if that alone fills the budget, loading answers LM_BUSY, and the caller
+ * tries again when requests have ended. What was condemned counts as gone, although the engine
+ * thread may need a step's time to free it.
  *
  * Reading a folder happens outside the mutex; two threads that load the same content at once both
  * read it, and the second to finish takes the first one's version.
@@ -28,6 +38,11 @@
 
 #include "engine/dummy.h"
 
+#define FIRST_BUCKETS 256
+#define IDLE_CLASSES 32
+#define MAX_USES 16
+#define VALUE_UNIT ((double)(1 << 30))  /* microseconds a GiB: at least 1 for whatever is read */
+
 struct adapters {
     struct adapters_config cfg;
     pthread_mutex_t mu;
@@ -35,13 +50,15 @@ struct adapters {
     size_t n_buckets;
     int n;                              /* current versions */
     size_t bytes;
-    struct engine_adapter lru;          /* list head; lru.lru_next is the oldest */
+    struct idle_list {
+        struct engine_adapter *oldest, *newest;
+    } idle[IDLE_CLASSES];               /* class c: a value of 2^c or more, below 2^(c + 1) */
+    double level;
     struct engine_adapter *condemned;
     atomic_bool has_condemned;
     uint64_t serial;
 };
 
-#define FIRST_BUCKETS 256
 
 lm_status adapters_new(const struct adapters_config *cfg, adapters **out, struct lm_err *err)
 {
@@ -55,7 +72,6 @@ lm_status adapters_new(const struct adapters_config *cfg, adapters **out, struct
     a->cfg = *cfg;
     a->bucket = bucket;
     a->n_buckets = FIRST_BUCKETS;
-    a->lru.lru_next = a->lru.lru_prev = &a->lru;
     pthread_mutex_init(&a->mu, NULL);
     *out = a;
     return LM_OK;
@@ -128,21 +144,52 @@ static void table_grow(adapters *a)
     free(old);
 }
 
-static void lru_remove(struct engine_adapter *ad)
+static int value_class(const struct engine_adapter *ad)
 {
-    if (!ad->lru_next)
-        return;
-    ad->lru_prev->lru_next = ad->lru_next;
-    ad->lru_next->lru_prev = ad->lru_prev;
-    ad->lru_prev = ad->lru_next = NULL;
+    double bytes = (double)LM_MAX(version_bytes(ad), 1);
+    double value = ad->uses * (double)LM_MAX(ad->load_us, 1) / bytes * VALUE_UNIT;
+    int c = 0;
+    for (; value >= 2 && c < IDLE_CLASSES - 1; c++)
+        value /= 2;
+    return c;
 }
 
-static void lru_append(adapters *a, struct engine_adapter *ad)
+static void idle_remove(adapters *a, struct engine_adapter *ad)
 {
-    ad->lru_prev = a->lru.lru_prev;
-    ad->lru_next = &a->lru;
-    ad->lru_prev->lru_next = ad;
-    a->lru.lru_prev = ad;
+    if (ad->idle_class < 0)
+        return;
+    struct idle_list *l = &a->idle[ad->idle_class];
+    *(ad->idle_prev ? &ad->idle_prev->idle_next : &l->oldest) = ad->idle_next;
+    *(ad->idle_next ? &ad->idle_next->idle_prev : &l->newest) = ad->idle_prev;
+    ad->idle_prev = ad->idle_next = NULL;
+    ad->idle_class = -1;
+}
+
+static void idle_append(adapters *a, struct engine_adapter *ad)
+{
+    ad->idle_class = value_class(ad);
+    ad->idle_level = a->level;
+    struct idle_list *l = &a->idle[ad->idle_class];
+    ad->idle_next = NULL;
+    ad->idle_prev = l->newest;
+    *(l->newest ? &l->newest->idle_next : &l->oldest) = ad;
+    l->newest = ad;
+}
+
+static double idle_score(const struct engine_adapter *ad)
+{
+    return ad->idle_level + (double)(1u << ad->idle_class);
+}
+
+static struct engine_adapter *cheapest(const adapters *a)
+{
+    struct engine_adapter *best = NULL;
+    for (int c = 0; c < IDLE_CLASSES; c++) {
+        struct engine_adapter *ad = a->idle[c].oldest;
+        if (ad && (!best || idle_score(ad) < idle_score(best)))
+            best = ad;
+    }
+    return best;
 }
 
 static void condemn(adapters *a, struct engine_adapter *ad)
@@ -161,7 +208,7 @@ static void retire(adapters *a, struct engine_adapter *ad)
     ad->chain = NULL;
     ad->current = false;
     a->n--;
-    lru_remove(ad);
+    idle_remove(a, ad);
     if (ad->refs == 0)
         condemn(a, ad);
 }
@@ -173,8 +220,10 @@ static lm_status make_room(adapters *a, size_t bytes, const char *id, struct lm_
         return lm_err_set(err, LM_TOO_LARGE,
                           "adapter '%s' takes %zu bytes of host memory; the budget for all "
                           "adapters is %zu", id, bytes, budget);
-    while (a->bytes + bytes > budget && a->lru.lru_next != &a->lru)
-        retire(a, a->lru.lru_next);
+    for (struct engine_adapter *ad; a->bytes + bytes > budget && (ad = cheapest(a));) {
+        a->level = LM_MAX(a->level, idle_score(ad));
+        retire(a, ad);
+    }
     if (a->bytes + bytes > budget)
         return lm_err_set(err, LM_BUSY,
                           "adapter '%s' takes %zu bytes of host memory; %zu of the budget of %zu "
@@ -199,8 +248,15 @@ static void insert(adapters *a, struct engine_adapter *ad)
 static struct engine_adapter *ref_locked(struct engine_adapter *ad)
 {
     if (ad->refs++ == 0)
-        lru_remove(ad);
+        idle_remove(ad->home, ad);
     return ad;
+}
+
+/* Someone asked for it by id. */
+static struct engine_adapter *asked_for(struct engine_adapter *ad)
+{
+    ad->uses += ad->uses < MAX_USES;
+    return ref_locked(ad);
 }
 
 /* ---- loading --------------------------------------------------------------------------- */
@@ -210,7 +266,7 @@ static engine_adapter *find_digest(adapters *a, const char *id, const char *dige
     pthread_mutex_lock(&a->mu);
     struct engine_adapter *ad = *table_slot(a, id);
     if (ad && !strcmp(ad->image.digest, digest))
-        ref_locked(ad);
+        asked_for(ad);
     else
         ad = NULL;
     pthread_mutex_unlock(&a->mu);
@@ -237,6 +293,7 @@ static lm_status version_new(adapters *a, const char *id, struct engine_adapter 
         return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", id);
     }
     ad->home = a;
+    ad->idle_class = -1;
     *out = ad;
     return LM_OK;
 }
@@ -276,7 +333,7 @@ static lm_status publish(adapters *a, struct engine_adapter *ad, engine_adapter 
     lm_status st = make_room(a, version_bytes(ad), ad->id, err);
     if (st == LM_OK) {
         insert(a, ad);
-        *out = ref_locked(ad);
+        *out = asked_for(ad);
     }
     pthread_mutex_unlock(&a->mu);
     if (st != LM_OK)
@@ -296,8 +353,12 @@ lm_status adapters_load(adapters *a, const char *id, const char *dir, engine_ada
     if ((*out = find_digest(a, id, digest)))
         return LM_OK;
     struct engine_adapter *ad = NULL;
+    int64_t t0 = lm_now_us();
     st = version_read(a, id, dir, &ad, err);
-    return st == LM_OK ? publish(a, ad, out, err) : st;
+    if (st != LM_OK)
+        return st;
+    ad->load_us = lm_now_us() - t0;
+    return publish(a, ad, out, err);
 }
 
 lm_status adapters_dummy(adapters *a, const char *id, int rank, unsigned modules,
@@ -329,7 +390,7 @@ engine_adapter *adapters_find(adapters *a, const char *id)
     pthread_mutex_lock(&a->mu);
     struct engine_adapter *ad = *table_slot(a, id);
     if (ad)
-        ref_locked(ad);
+        asked_for(ad);
     pthread_mutex_unlock(&a->mu);
     return ad;
 }
@@ -353,7 +414,7 @@ void engine_adapter_unref(engine_adapter *ad)
     pthread_mutex_lock(&a->mu);
     if (--ad->refs == 0) {
         if (ad->current) {
-            lru_append(a, ad);
+            idle_append(a, ad);
         } else {
             condemn(a, ad);
             rouse = true;

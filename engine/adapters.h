@@ -5,9 +5,9 @@
  *            adapter_parse()          residency_load()         event passed
  *   folder ------------------> HOST -----------------> LOADING ------------> RESIDENT
  *                               ^  ^                                            |
- *                               |  +--------------- evicted, LRU ---------------+
+ *                               |  +------------- evicted (evict.c) -------------+
  *                               |
- *               evicted LRU when unreferenced and the host budget is short: the handle goes
+ *              evicted when unreferenced and the host budget is short: the handle goes
  *
  * A version is an id plus a digest of its files. Loading other content under a known id makes a new
  * version, which find() returns from then on; requests that hold the old one finish on it.
@@ -54,7 +54,11 @@ struct engine_adapter {
     int refs;
     bool current;               /* the newest of its id; others are not in the table */
     struct engine_adapter *chain;       /* same bucket */
-    struct engine_adapter *lru_prev, *lru_next;
+    int64_t load_us;            /* what reading it took */
+    int uses;                   /* times that it was asked for */
+    int idle_class;             /* its list of unreferenced ones, -1: none */
+    double idle_level;
+    struct engine_adapter *idle_prev, *idle_next;
     struct engine_adapter *condemned_next;
 
     struct residency res;

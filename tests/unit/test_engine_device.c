@@ -284,8 +284,9 @@ static void run_with(bool pipeline, enum engine_preempt preempt)
         n += STRIDE;
     core_force_pipeline(false);
     print_message("%ld calls failed in turn, %ld devices with them; in all %llu preemptions, %llu "
-                  "swaps, %llu evictions\n", (n - 1) / STRIDE, broken, (unsigned long long)preemptions,
-                  (unsigned long long)swaps, (unsigned long long)evictions);
+                  "swaps, %llu evictions\n", (n - 1) / STRIDE, broken,
+                  (unsigned long long)preemptions, (unsigned long long)swaps,
+                  (unsigned long long)evictions);
     assert_true(n > 500 && broken > 400 / STRIDE);
     assert_true(preemptions > 0 && evictions > 0);
 }
