@@ -175,6 +175,8 @@ static struct engine_policy random_policy(void)
     p.early_abort = rnd(2);
     p.preempt = (enum engine_preempt)rnd(3);
     p.swap_bytes = (size_t)PICK(0, 1 << 16, 1 << 20, 1 << 28);
+    if (p.swap_bytes == 0)
+        p.preempt = ENGINE_PREEMPT_RECOMPUTE;
     p.prefetch = rnd(2);
     p.prefix_cache = rnd(4) > 0;
     p.pipeline = rnd(2);
