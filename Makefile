@@ -222,7 +222,7 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/rep
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 # One file that a GPU machine needs: all but cuBLASLt is inside (see tests/gpu/gpu-check.sh).
-GPU_SRC   := $(wildcard tests/gpu/*.c)
+GPU_SRC   := $(wildcard tests/gpu/*.c worker/cmd_bench*.c) worker/adapter_dirs.c
 GPU_CHECK := build/gpu/gpu-check
 
 $(BUILD)/tests/gpu/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include

@@ -7,10 +7,14 @@
  *     bench     the table of achieved bandwidth and arithmetic
  *     golden    the whole engine on the small models against transformers + PEFT
  *
+ * gpu-check loramill bench ...: `loramill bench`, for machines without librdkafka and Avro.
+ *
  * tests/gpu/gpu-check.sh runs this program and the parts that need the whole engine. Exit status: 0
  * all well, 1 something failed, 2 no device or bad usage.
  */
 #include "check.h"
+
+#include "worker/commands.h"
 
 static lm_status open_both(struct gpu_check *c, struct lm_err *err)
 {
@@ -89,6 +93,8 @@ int main(int argc, char **argv)
     struct lm_err err = { 0 };
     struct kn_props p;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 2 && !strcmp(argv[1], "loramill") && !strcmp(argv[2], "bench"))
+        return cmd_bench(argc - 2, argv + 2);
     if (argc < 3)
         return usage();
     if (open_both(&c, &err) != LM_OK || !(c.json = fopen(argv[1], "a"))) {
