@@ -149,6 +149,15 @@ static bool scoring_done(const struct seq *s)
     return r->params.max_tokens == 0 && r->prompt_scores.n >= s->n_prompt - 1;
 }
 
+/* Its first token is there. True: too late to be of use. */
+static bool began_late(const struct core *c, struct request *r)
+{
+    if (r->first_token_us)
+        return false;
+    r->first_token_us = core_now_us(c);
+    return r->first_token_by_ms && core_wall_ms(c) > r->first_token_by_ms;
+}
+
 /* One row's outcome. True when the sequence ended; it may be freed then. */
 static bool take_row(struct core *c, const struct step_row *row)
 {
@@ -166,8 +175,10 @@ static bool take_row(struct core *c, const struct step_row *row)
     } else {
         st = output_push(s, &row->got, c->p.model, &done);
         queue_charge(&c->queue, r, TENANTS_OUTPUT_WEIGHT);
-        if (!r->first_token_us)
-            r->first_token_us = core_now_us(c);
+        if (began_late(c, r)) {
+            finish_request(c, r, ENGINE_EXPIRED, LM_OK, "");
+            return true;
+        }
         if (st == LM_OK && !done)
             post_stream(c, s, false);
     }
