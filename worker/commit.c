@@ -88,7 +88,8 @@ static void wait_for_commit(consumer *c)
 void commit_note_position(consumer *c, const struct assigned *a)
 {
     struct ledger_info info;
-    if (!ledger_get(c->ledger, a->ref, &info) || info.in_flight)
+    /* Of a partition that is being taken away records are read and ignored. */
+    if (!ledger_get(c->ledger, a->ref, &info) || info.in_flight || lease_revoked(a->lease))
         return;
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
     rd_kafka_topic_partition_list_add(l, a->lease->topic, a->partition);

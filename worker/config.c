@@ -262,6 +262,53 @@ static lm_status set_kafka(struct config *c, const char *full, const char *value
     return LM_OK;
 }
 
+enum { PRIORITY_MAX = 1000000 };
+
+/* The next `topic=priority` of the list at *at, which moves on: 1 one, 0 the end, -1 it is none. */
+static int next_priority(const char **at, char topic[256], int *priority)
+{
+    while (**at == ' ' || **at == ',')
+        ++*at;
+    if (!**at)
+        return 0;
+    size_t name = strcspn(*at, "=, ");
+    if (!name || name > 249 || (*at)[name] != '=')
+        return -1;
+    snprintf(topic, 256, "%.*s", (int)name, *at);
+    char *end;
+    errno = 0;
+    long v = strtol(*at + name + 1, &end, 10);
+    if (end == *at + name + 1 || (*end && *end != ',' && *end != ' ') || errno ||
+        v < -PRIORITY_MAX || v > PRIORITY_MAX)
+        return -1;
+    *priority = (int)v;
+    *at = end;
+    return 1;
+}
+
+int config_topic_priority(const struct config *c, const char *topic)
+{
+    const char *at = c->topics_priorities;
+    char name[256];
+    int priority;
+    while (next_priority(&at, name, &priority) > 0)
+        if (!strcmp(name, topic))
+            return priority;
+    return 0;
+}
+
+static lm_status check_priorities(const struct config *c, struct lm_err *err)
+{
+    const char *at = c->topics_priorities;
+    char name[256];
+    int priority, got;
+    while ((got = next_priority(&at, name, &priority)) > 0)
+        ;
+    return got ? lm_err_set(err, LM_INVALID, "topics.priorities: '%.100s' is not topic=priority "
+                            "with a priority from -%d to %d", at, PRIORITY_MAX, PRIORITY_MAX)
+               : LM_OK;
+}
+
 bool config_exactly_once(const struct config *c)
 {
     return !strcmp(c->delivery_mode, "exactly-once");
@@ -535,6 +582,7 @@ lm_status config_check(const struct config *c, struct lm_err *err)
     if ((st = check_topic("topics.replies", c->topics_replies, err)) ||
         (st = check_topic("topics.dead_letters", c->topics_dead_letters, err)) ||
         (st = check_prompt_topics(c, err)) ||
+        (st = check_priorities(c, err)) ||
         (st = check_adapters_url(c, err)))
         return st;
     return check_flow(c, err);

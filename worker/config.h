@@ -48,10 +48,10 @@ struct config {
     char *registry_url, *registry_auth, *registry_ca_file;
     bool registry_auto_register;
     char *group_id, *worker_name;
-    char *delivery_mode, *transaction_id;
+    char *delivery_mode, *delivery_order, *transaction_id, *topics_priorities;
     int64_t transaction_interval_ms, transaction_max_messages;
     int64_t message_max_bytes;
-    int64_t intake_max_messages, intake_max_bytes, in_flight_max_messages;
+    int64_t intake_max_messages, intake_max_bytes, in_flight_max_messages, intake_max_tokens;
     int64_t commit_interval_ms, commit_map_max_bytes, drain_timeout_ms, revoke_drain_ms;
     int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
     char *http_address;
@@ -69,6 +69,8 @@ lm_status config_set(struct config *c, const char *assignment, struct lm_err *er
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
 
 bool config_exactly_once(const struct config *c);
+/* From topics.priorities; 0 for a topic that it does not name. */
+int config_topic_priority(const struct config *c, const char *topic);
 
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);

@@ -100,6 +100,10 @@ static const struct config_property adapter_rows[] = {
 static const struct config_property topic_rows[] = {
     STR("topics.prompts", topics_prompts, "prompts", CONFIG_REQUIRED,
         "Topics to read, comma-separated; one that starts with `^` is a regular expression."),
+    STR("topics.priorities", topics_priorities, "", 0,
+        "`topic=priority` pairs, comma-separated; added to each prompt's own `priority`, 0 where a "
+        "topic is not named. Prompts of the most urgent topic are still read when the others have "
+        "filled three quarters of the intake."),
     STR("topics.replies", topics_replies, "replies", CONFIG_REQUIRED,
         "Where completions go unless the prompt names an allowed topic."),
     STR("topics.replies_allowed", topics_replies_allowed, "", 0,
@@ -160,6 +164,9 @@ static const struct config_property flow_rows[] = {
         "`exactly-once`: replies, dead letters, offsets and the offset map become durable "
         "together, in one transaction; readers with isolation.level=read_committed see each id "
         "once."),
+    CHOICE("delivery.order", delivery_order, "none", "none|key",
+        "`key`: of a partition's prompts with the same record key one is at work at a time, in "
+        "their order. Costs batching when few keys hold many prompts."),
     STR("transaction.id", transaction_id, "", 0,
         "exactly-once: the producer's transactional.id, which no other worker may have. Empty: "
         "`<group.id>-<worker.name>`. A name that survives a restart frees readers of an open "
@@ -173,6 +180,9 @@ static const struct config_property flow_rows[] = {
         "resume."),
     BYTES("intake.max_bytes", intake_max_bytes, "64M", 1024, TiB,
         "The same in bytes, counted over everything read and not yet answered."),
+    INT("intake.max_tokens", intake_max_tokens, "4000000", 1, 1000000000000,
+        "The same in tokens: of each prompt its own, as estimated from its length, and max_tokens "
+        "for each completion."),
     INT("in_flight.max_messages", in_flight_max_messages, "20000", 1, 10000000,
         "Prompts read and not yet answered, wherever they are."),
     INT("commit.interval_ms", commit_interval_ms, "1000", 10, 3600000,

@@ -8,26 +8,18 @@
  *
  *   take finished jobs -> ledger        admit or pause        commit when due        poll
  *
- * Admission. Partitions are paused while too much is on its way (intake.max_messages not yet in the
- * engine, intake.max_bytes or in_flight.max_messages altogether) and resumed at half of that. A
- * pause throws the client's prefetched records away, so before pausing the loop waits a moment for
- * the load to fall by itself. Pause state survives revocation inside librdkafka, so it is set anew
- * on each assignment.
- *
- * Offsets are committed in commit.c; partitions come and go in rebalance.c.
+ * Offsets are committed in commit.c; partitions come and go in rebalance.c; admission.c pauses.
  */
 #include "worker/consumer_int.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "worker/kafka_conf.h"
 
 enum {
     POLL_MS = 100,
-    SETTLE_MS = 40,             /* how long a short burst may take before it costs a pause */
     CLOSE_WAIT_MS = 6000,       /* librdkafka gives LeaveGroup 5 s */
     SNAPSHOT_US = 1000000,
     COMPLAIN_EVERY_US = 10 * 1000000,
@@ -35,11 +27,21 @@ enum {
 
 /* ---- finished jobs ------------------------------------------------------------------------ */
 
+static void send_to_intake(consumer *c, struct job *j)
+{
+    atomic_fetch_add(&c->w->metrics.backlog, 1);
+    job_queue_push(&c->w->to_intake, j);
+}
+
 static void finish_job(consumer *c, struct job *j)
 {
     void *held = NULL;
+    struct job *next = c->order ? key_order_leave(c->order, j) : NULL;
+    if (next)
+        send_to_intake(c, next);
     c->held--;
     c->held_bytes -= (long long)j->bytes;
+    atomic_fetch_sub(&c->w->metrics.held_tokens, j->tokens);
     if (j->outcome == OUTCOME_DROPPED)
         metric_add(&c->w->metrics.dropped, 1);
     else if (ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)
@@ -82,65 +84,6 @@ bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct
 {
     return !only || rd_kafka_topic_partition_list_find(
         (rd_kafka_topic_partition_list_t *)(uintptr_t)only, a->lease->topic, a->partition);
-}
-
-/* ---- admission -------------------------------------------------------------------------- */
-
-bool consumer_set_paused(consumer *c, rd_kafka_topic_partition_list_t *l, bool pause)
-{
-    rd_kafka_resp_err_t e = pause ? rd_kafka_pause_partitions(c->rk, l)
-                                  : rd_kafka_resume_partitions(c->rk, l);
-    for (int i = 0; i < l->cnt; i++) {
-        struct assigned *a = consumer_find(c, l->elems[i].topic, l->elems[i].partition);
-        if (a && !l->elems[i].err)
-            a->paused = pause;
-    }
-    return !e;
-}
-
-static bool overloaded(const consumer *c, int64_t divisor)
-{
-    const struct config *cfg = c->w->cfg;
-    return atomic_load(&c->w->metrics.backlog) >= LM_MAX(cfg->intake_max_messages / divisor, 1) ||
-           c->held_bytes >= cfg->intake_max_bytes / divisor ||
-           c->held >= LM_MAX(cfg->in_flight_max_messages / divisor, 1);
-}
-
-static void switch_all(consumer *c, bool pause)
-{
-    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
-    for (size_t i = 0; i < c->n_parts; i++)
-        if (c->parts[i].paused != pause)
-            rd_kafka_topic_partition_list_add(l, c->parts[i].lease->topic,
-                                              c->parts[i].partition);
-    if (l->cnt)
-        consumer_set_paused(c, l, pause);
-    rd_kafka_topic_partition_list_destroy(l);
-    c->paused = pause;
-    atomic_store(&c->w->metrics.paused, pause);
-    if (pause)
-        metric_add(&c->w->metrics.pauses, 1);
-}
-
-static void settle(consumer *c)
-{
-    for (int waited = 0; waited < SETTLE_MS && overloaded(c, 1); waited += 2) {
-        nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
-        consumer_take_finished(c, 0);
-    }
-}
-
-static void control_flow(consumer *c)
-{
-    bool stopping = atomic_load(&c->w->stopping);
-    if (!c->paused && (stopping || overloaded(c, 1))) {
-        if (!stopping)
-            settle(c);
-        if (stopping || overloaded(c, 1))
-            switch_all(c, true);
-    } else if (c->paused && !stopping && !overloaded(c, 2)) {
-        switch_all(c, false);
-    }
 }
 
 /* ---- records ---------------------------------------------------------------------------- */
@@ -194,6 +137,7 @@ static lm_status begin_epoch(consumer *c, struct assigned *a)
     struct lease *l = st ? NULL : lease_new(a->lease->topic, a->partition, a->ref);
     if (!l)
         return LM_NOMEM;
+    l->priority = a->lease->priority;
     lm_log(LM_WARN, "consumer", "%s [%d] went back; tracking starts anew", l->topic,
            (int)a->partition);
     lease_unref(a->lease);
@@ -231,13 +175,18 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     j->worker = c->w;
     c->held++;
     c->held_bytes += (long long)j->bytes;
+    j->tokens = job_tokens_guess(j);
+    atomic_fetch_add(&c->w->metrics.held_tokens, j->tokens);
     metric_add(&c->w->metrics.consumed, 1);
     metric_add(&c->w->metrics.consumed_bytes, j->bytes);
     if (j->record.timestamp_ms >= 0)
         histogram_observe(&c->w->metrics.record_age,
                           (lm_wall_ms() - j->record.timestamp_ms) * 1000);
-    atomic_fetch_add(&c->w->metrics.backlog, 1);
-    job_queue_push(&c->w->to_intake, j);
+    bool go = true;
+    if (c->order && key_order_enter(c->order, j, &go))
+        return LM_NOMEM;        /* ends the worker */
+    if (go)
+        send_to_intake(c, j);
     return LM_OK;
 }
 
@@ -263,6 +212,8 @@ static void take_message(consumer *c, const rd_kafka_message_t *m)
     if (!a)
         lm_log(LM_WARN, "consumer", "record of %s [%d], which is not assigned",
                rd_kafka_topic_name(m->rkt), (int)m->partition);
+    else if (lease_revoked(a->lease))
+        return;                 /* its next owner reads it */
     else if (deliver(c, a, m))
         /* Skipping it would lose it; the next run reads it again. */
         worker_fail(c->w, LM_NOMEM, "out of memory for a record of %zu bytes", m->len);
@@ -303,7 +254,8 @@ static void housekeeping(consumer *c)
     atomic_store(&c->w->consumer_beat_us, now);
     consumer_take_finished(c, 0);
     staging_serve(c);
-    control_flow(c);
+    rebalance_serve(c);
+    admission_control(c);
     commit_serve(c, 0);
     if (now >= c->next_commit_us) {
         c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
@@ -328,7 +280,7 @@ static void poll_once(consumer *c, int timeout_ms)
 static void drain_all(consumer *c)
 {
     int64_t end = lm_now_us() + c->w->cfg->drain_timeout_ms * 1000;
-    switch_all(c, true);
+    admission_apply(c);
     while (rebalance_active(c, NULL, false) && lm_now_us() < end &&
            !atomic_load(&c->w->cancelling)) {
         housekeeping(c);
@@ -336,6 +288,7 @@ static void drain_all(consumer *c)
     }
     atomic_store(&c->w->cancelling, true);
     rebalance_hand_back(c, NULL);
+    rebalance_serve(c);
     staging_close(c);
 }
 
@@ -410,8 +363,12 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
         return st;
     consumer *c = lm_calloc(1, sizeof *c);
     size_t map_limit = kafka_has_offset_map() ? (size_t)w->cfg->commit_map_max_bytes : 0;
-    if (!c || !(c->ledger = ledger_new(on_ledger_drop, NULL, map_limit))) {
+    bool ordered = !strcmp(w->cfg->delivery_order, "key");
+    key_order *order = ordered ? key_order_new() : NULL;
+    if (!c || (ordered && !order) ||
+        !(c->ledger = ledger_new(on_ledger_drop, NULL, map_limit))) {
         rd_kafka_conf_destroy(conf);
+        key_order_free(order);
         free(c);
         return lm_err_set(err, LM_NOMEM, "out of memory");
     }
@@ -423,6 +380,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     st = kafka_open(RD_KAFKA_CONSUMER, conf, &c->rk, err);
     if (st) {
         ledger_free(c->ledger);
+        key_order_free(order);
         free(c);
         return st;
     }
@@ -430,6 +388,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     c->queue = rd_kafka_queue_get_consumer(c->rk);
     c->commit_queue = rd_kafka_queue_new(c->rk);
     c->exactly_once = config_exactly_once(w->cfg);
+    c->order = order;
     staging_init(&c->staging);
     *out = c;
     return LM_OK;
@@ -458,6 +417,7 @@ void consumer_free(consumer *c)
     rd_kafka_queue_destroy(c->commit_queue);
     staging_release(&c->staging);
     rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
+    key_order_free(c->order);
     ledger_free(c->ledger);
     free(c->parts);
     free(c->pending);

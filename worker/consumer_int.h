@@ -1,23 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, admission,
- * records), rebalance.c (assignment, draining), commit.c (offsets) and staging.c (offsets in
- * transactions). Nobody else includes it.
+ * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, records),
+ * admission.c (pausing), rebalance.c (assignment, draining), commit.c (offsets) and staging.c
+ * (offsets in transactions). Nobody else includes it.
  *
  * Everything here belongs to the consumer thread.
  */
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
 
+#include "worker/key_order.h"
 #include "worker/transaction.h"
 
-enum { DRAIN_POLL_MS = 10 };
+enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2 };
 
 struct assigned {
     struct lease *lease;
     struct ledger_ref ref;
     int32_t partition;
-    bool paused;
+    bool paused;                /* as the client was told */
+    bool crowded;               /* its offset map is near its limit */
     int64_t blocked_offset, blocked_said_us;    /* blocking.c */
 };
 
@@ -43,7 +45,12 @@ struct consumer {
     size_t map_limit;           /* of the offset map; 0: none */
     struct assigned *parts;
     size_t n_parts, last_hit;
-    bool paused;
+    key_order *order;           /* NULL: prompts of a key need no order */
+    bool full[CONSUMER_RANKS], stopped;         /* admission.c */
+    int64_t next_crowded_us;
+    /* being taken away; NULL: nothing is. rebalance.c */
+    rd_kafka_topic_partition_list_t *revoking;
+    int64_t revoke_start_us;
     /* the one commit under way */
     struct ledger_commit *pending;
     size_t n_pending;
@@ -57,7 +64,11 @@ struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition
 /* Is the partition in `only`? NULL: every one is. */
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a);
 void consumer_take_finished(consumer *c, int timeout_ms);
-bool consumer_set_paused(consumer *c, rd_kafka_topic_partition_list_t *l, bool pause);
+
+/* admission.c */
+void admission_control(consumer *c);    /* every turn of the loop */
+void admission_apply(consumer *c);      /* something has changed */
+void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *parts);
 
 /* commit.c */
 void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one under way */
@@ -81,6 +92,7 @@ int64_t blocking_look(consumer *c, struct assigned *a, const struct ledger_info 
                       int64_t now_us);
 
 /* rebalance.c */
+void rebalance_serve(consumer *c);      /* a revocation under way */
 void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *parts,
                   void *opaque);
 void rebalance_remove(consumer *c, struct assigned *a); /* ends the epoch */

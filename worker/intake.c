@@ -5,7 +5,7 @@
  * One thread, because decoding is cheap beside generation and Avro's decoder wants one. Nothing may
  * hold it up for long but the registry, whose answers are cached for ever: adapters are awaited by
  * callback, failures that can heal wait in a list with their due time, a full engine leaves prompts
- * in `busy`, in order, until the outbox reports room.
+ * in `busy`, by priority, until the outbox reports room.
  *
  *   QUEUED --decode--> FETCHING --adapter--> READY --submit--> RUNNING
  *     ^ registry away     ^ store away         ^ engine full, or out of memory
@@ -41,6 +41,7 @@ struct intake {
     pthread_t thread;
     struct job_list later;
     struct job *busy, **busy_tail;
+    int busy_least;             /* priority of the last in `busy` */
 };
 
 static void leave(intake *in)
@@ -97,6 +98,11 @@ static void end_early(intake *in, struct job *j, enum engine_reason reason)
 
 /* ---- submit ----------------------------------------------------------------------------- */
 
+static int priority_of(const struct job *j)
+{
+    return j->prompt->priority + j->lease->priority;
+}
+
 static void fill_request(const struct job *j, struct engine_request *r)
 {
     const struct prompt *p = j->prompt;
@@ -104,7 +110,7 @@ static void fill_request(const struct job *j, struct engine_request *r)
         .id = p->id, .adapter = j->adapter, .prompt = p->prompt, .prompt_len = p->prompt_len,
         .token_ids = p->token_ids, .n_token_ids = p->n_token_ids, .messages = p->messages,
         .n_messages = p->n_messages, .context = p->context, .n_context = p->n_context,
-        .params = p->params, .priority = p->priority, .tenant = p->tenant,
+        .params = p->params, .priority = priority_of(j), .tenant = p->tenant,
         .deadline_ms = p->deadline_ms, .stream = p->stream, .user = (void *)(uintptr_t)j,
     };
 }
@@ -216,11 +222,19 @@ static lm_status submit(intake *in, struct job *j)
     return st == LM_BUSY ? LM_BUSY : LM_OK;
 }
 
+/* Most urgent first, and of equals who came first. */
 static void keep_busy(intake *in, struct job *j)
 {
-    j->next = NULL;
-    *in->busy_tail = j;
-    in->busy_tail = &j->next;
+    struct job **at = in->busy_tail;
+    if (in->busy && priority_of(j) > in->busy_least)
+        for (at = &in->busy; *at && priority_of(*at) >= priority_of(j);)
+            at = &(*at)->next;
+    else
+        in->busy_least = priority_of(j);
+    j->next = *at;
+    *at = j;
+    if (!j->next)
+        in->busy_tail = &j->next;
 }
 
 static void submit_or_keep(intake *in, struct job *j)
@@ -330,6 +344,16 @@ static void dispatch(intake *in, struct job *j)
     }
 }
 
+/* What the prompt may cost, known better now: its own tokens, and max_tokens. */
+static void count_tokens(intake *in, struct job *j)
+{
+    const struct prompt *p = j->prompt;
+    long long own = p->n_token_ids ? p->n_token_ids : (long long)(j->record.value_len / 3);
+    long long all = own + (long long)LM_MAX(p->params.max_tokens, 0) * LM_MAX(p->params.n, 1);
+    atomic_fetch_add(&in->w->metrics.held_tokens, all - j->tokens);
+    j->tokens = all;
+}
+
 static void decode(intake *in, struct job *j)
 {
     struct lm_err err;
@@ -358,6 +382,7 @@ static void decode(intake *in, struct job *j)
         return;
     }
     j->waits = 0;
+    count_tokens(in, j);
     dispatch(in, j);
 }
 

@@ -99,6 +99,11 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
     return LM_OK;
 }
 
+long long job_tokens_guess(const struct job *j)
+{
+    return (long long)(j->record.value_len / 3) + 16;
+}
+
 struct job *job_ref(struct job *j)
 {
     atomic_fetch_add_explicit(&j->refs, 1, memory_order_relaxed);

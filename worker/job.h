@@ -38,6 +38,7 @@ struct lease {
     atomic_bool revoked;
     struct ledger_ref ref;
     int32_t partition;
+    int priority;               /* of its topic */
     char topic[256];
 };
 
@@ -94,6 +95,8 @@ struct job {
     struct record record;
     void *block;                /* the record's bytes */
     size_t bytes;               /* counted against intake.max_bytes */
+    long long tokens;           /* counted against intake.max_tokens; a guess until decoded */
+    bool ordered;               /* in key_order.h's table */
     struct prompt *prompt;
     engine_adapter *adapter;
     struct reply_route route;
@@ -121,6 +124,8 @@ struct job {
 lm_status job_new(struct lease *lease, const struct record *from, struct job **out);
 /* A part of a streamed reply: same lease, record and route as the parent. NULL: out of memory. */
 struct job *job_child(struct job *parent);
+/* Tokens of a prompt that is not decoded yet: some three bytes each, and the default max_tokens. */
+long long job_tokens_guess(const struct job *j);
 struct job *job_ref(struct job *j);
 void job_unref(struct job *j);
 void job_set_stage(struct job *j, enum job_stage stage);

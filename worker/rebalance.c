@@ -2,10 +2,14 @@
 /*
  * rebalance.c - partitions come and go.
  *
- *   assigned   committed offsets are fetched, an epoch begins, the partition is resumed (or paused)
+ *   assigned   committed offsets and maps are fetched, an epoch begins, reading starts there
  *   revoked    its leases are revoked: intake drops what has not started; what runs may finish for
  *              revoke.drain_ms, then it is cancelled; the watermark is committed; the epoch ends
  *   lost       as revoked, but without waiting and without a commit: another worker owns it
+ *
+ * In a cooperative rebalance (and under KIP-848) the wait doesn't block this thread: the callback
+ * pauses what goes and returns, the loop reads and answers what stays, and rebalance_serve() gives
+ * the client its unassign() when the wait is over. The client starts no other rebalance before.
  *
  * Completions that come later carry a stale epoch and change nothing. A repeat is better than a
  * loss.
@@ -16,7 +20,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { COMMITTED_TIMEOUT_MS = 10000 };
+/* An open transaction of a worker that died ends within 20 s: its timeout, and the broker looks
+ * every 10 s. */
+enum { COMMITTED_TIMEOUT_MS = 10000, COMMITTED_TRIES = 6 };
 
 /* ---- partitions --------------------------------------------------------------------------- */
 
@@ -64,6 +70,7 @@ static lm_status add_part(consumer *c, const rd_kafka_topic_partition_t *from)
         ledger_revoke(c->ledger, a.ref);
         return LM_NOMEM;
     }
+    a.lease->priority = config_topic_priority(c->w->cfg, from->topic);
     restore_map(c, &a, from);
     c->parts[c->n_parts++] = a;
     return LM_OK;
@@ -102,39 +109,45 @@ void rebalance_hand_back(consumer *c, const rd_kafka_topic_partition_list_t *onl
         lm_log(LM_INFO, "consumer", "%zu unfinished prompts are handed back", left);
 }
 
-/* Lets running prompts finish for a while, then cancels the rest. */
-static void drain(consumer *c, const rd_kafka_topic_partition_list_t *only, int64_t budget_ms)
+/* ---- assigned --------------------------------------------------------------------------- */
+
+/* The group's offsets with their maps. An open transaction of the last owner is waited for. False:
+ * the broker doesn't answer. */
+static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
-    int64_t end = lm_now_us() + budget_ms * 1000;
-    while (rebalance_active(c, only, false) && lm_now_us() < end &&
-           !atomic_load(&c->w->cancelling)) {
+    rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
+    for (int n = 0; e && n < COMMITTED_TRIES && !atomic_load(&c->w->stopping); n++) {
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
-        consumer_take_finished(c, DRAIN_POLL_MS);
-        staging_serve(c);
+        e = rd_kafka_committed(c->rk, l, COMMITTED_TIMEOUT_MS);
+        for (int i = 0; !e && i < l->cnt; i++)
+            e = l->elems[i].err;
+        if (e)
+            lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
     }
-    rebalance_hand_back(c, only);
+    for (int i = 0; i < l->cnt; i++)
+        if (e || l->elems[i].offset < 0)
+            l->elems[i].offset = LEDGER_NONE;
+    return !e;
 }
 
-/* ---- rebalance -------------------------------------------------------------------------- */
-
-/* The group's offsets, or LEDGER_NONE where there is none or the broker doesn't answer in time. */
-static void fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
+/* The client starts at the offset whose map we have read, not at one that it asks for later. */
+static void start_at(rd_kafka_topic_partition_list_t *parts, const rd_kafka_topic_partition_t *p)
 {
-    rd_kafka_resp_err_t e = rd_kafka_committed(c->rk, l, COMMITTED_TIMEOUT_MS);
-    if (e)
-        lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
-    for (int i = 0; i < l->cnt; i++)
-        if (e || l->elems[i].err || l->elems[i].offset < 0)
-            l->elems[i].offset = LEDGER_NONE;
+    rd_kafka_topic_partition_t *to = rd_kafka_topic_partition_list_find(parts, p->topic,
+                                                                       p->partition);
+    if (to && p->offset >= 0)
+        to->offset = p->offset;
 }
 
 static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
 {
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_copy(parts);
-    if (l->cnt)
-        fetch_committed(c, l);
+    if (l->cnt && !fetch_committed(c, l) && c->exactly_once && !atomic_load(&c->w->stopping))
+        worker_fail(c->w, LM_NET, "the committed offsets can't be had; without them finished "
+                    "prompts would run again");
     for (int i = 0; i < l->cnt; i++) {
         const rd_kafka_topic_partition_t *p = &l->elems[i];
+        start_at(parts, p);
         if (add_part(c, p))
             worker_fail(c->w, LM_NOMEM, "out of memory for partition %s [%d]", p->topic,
                         (int)p->partition);
@@ -145,9 +158,10 @@ static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
     rd_kafka_topic_partition_list_destroy(l);
 }
 
-static void on_revoke(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)
+/* ---- revoked ---------------------------------------------------------------------------- */
+
+static void revoke_leases(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)
 {
-    int64_t start = lm_now_us();
     for (int i = 0; i < parts->cnt; i++) {
         struct assigned *a = consumer_find(c, parts->elems[i].topic, parts->elems[i].partition);
         if (a)
@@ -155,21 +169,55 @@ static void on_revoke(consumer *c, const rd_kafka_topic_partition_list_t *parts,
         lm_log(LM_INFO, "consumer", "%s %s [%d]", lost ? "lost" : "revoked",
                parts->elems[i].topic, (int)parts->elems[i].partition);
     }
-    if (lost) {
-        rebalance_active(c, parts, true);
-    } else if (parts->cnt) {
-        if (!atomic_load(&c->w->cancelling))
-            drain(c, parts, c->w->cfg->revoke_drain_ms);
-        consumer_take_finished(c, 0);
-        commit_now(c, parts);
-        histogram_observe(&c->w->metrics.rebalance_drain, lm_now_us() - start);
-    }
+}
+
+static void end_epochs(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)
+{
     for (int i = 0; i < parts->cnt; i++) {
         struct assigned *a = consumer_find(c, parts->elems[i].topic, parts->elems[i].partition);
         if (a)
             rebalance_remove(c, a);
     }
     metric_add(lost ? &c->w->metrics.lost : &c->w->metrics.revoked, 1);
+}
+
+/* What still runs is handed back, what is finished is committed. */
+static void let_go(consumer *c, const rd_kafka_topic_partition_list_t *parts, int64_t start_us,
+                   bool lost)
+{
+    rebalance_hand_back(c, parts);
+    consumer_take_finished(c, 0);
+    if (!lost)
+        commit_now(c, parts);
+    end_epochs(c, parts, lost);
+    histogram_observe(&c->w->metrics.rebalance_drain, lm_now_us() - start_us);
+}
+
+static bool drained(consumer *c, const rd_kafka_topic_partition_list_t *parts, int64_t start_us)
+{
+    return !rebalance_active(c, parts, false) || atomic_load(&c->w->cancelling) ||
+           lm_now_us() - start_us > c->w->cfg->revoke_drain_ms * 1000;
+}
+
+/* All partitions go at once (the eager protocol, the end): nothing else is worth polling for. */
+static void revoke_now(consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    int64_t start = lm_now_us();
+    revoke_leases(c, parts, false);
+    while (parts->cnt && !drained(c, parts, start)) {
+        atomic_store(&c->w->consumer_beat_us, lm_now_us());
+        consumer_take_finished(c, DRAIN_POLL_MS);
+        staging_serve(c);
+    }
+    if (parts->cnt)
+        let_go(c, parts, start, false);
+}
+
+static void lose(consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    revoke_leases(c, parts, true);
+    rebalance_active(c, parts, true);
+    end_epochs(c, parts, true);
 }
 
 static void check_rebalance(consumer *c, const char *what, rd_kafka_error_t *error,
@@ -184,8 +232,57 @@ static void check_rebalance(consumer *c, const char *what, rd_kafka_error_t *err
         rd_kafka_error_destroy(error);
 }
 
-void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e,
-                         rd_kafka_topic_partition_list_t *parts, void *opaque)
+static void unassign(consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    if (!strcmp(rd_kafka_rebalance_protocol(c->rk), "COOPERATIVE"))
+        check_rebalance(c, "unassign", rd_kafka_incremental_unassign(c->rk, parts), 0);
+    else
+        check_rebalance(c, "unassign", NULL, rd_kafka_assign(c->rk, NULL));
+}
+
+static void finish_revocation(consumer *c)
+{
+    rd_kafka_topic_partition_list_t *parts = c->revoking;
+    c->revoking = NULL;
+    let_go(c, parts, c->revoke_start_us, rd_kafka_assignment_lost(c->rk));
+    unassign(c, parts);
+    rd_kafka_topic_partition_list_destroy(parts);
+    admission_apply(c);
+}
+
+/* The client waits for our unassign() and polls on meanwhile: kept partitions are read as ever. */
+static void begin_revocation(consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    c->revoking = rd_kafka_topic_partition_list_copy(parts);
+    c->revoke_start_us = lm_now_us();
+    revoke_leases(c, parts, false);
+    admission_apply(c);         /* pauses them */
+}
+
+void rebalance_serve(consumer *c)
+{
+    if (c->revoking && (rd_kafka_assignment_lost(c->rk) ||
+                        drained(c, c->revoking, c->revoke_start_us)))
+        finish_revocation(c);
+}
+
+static void on_revoke(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool cooperative)
+{
+    if (c->revoking)
+        finish_revocation(c);
+    if (rd_kafka_assignment_lost(c->rk)) {
+        lose(c, parts);
+    } else if (cooperative && parts->cnt && !atomic_load(&c->w->stopping)) {
+        begin_revocation(c, parts);
+        return;
+    } else {
+        revoke_now(c, parts);
+    }
+    unassign(c, parts);
+}
+
+void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *parts,
+                  void *opaque)
 {
     consumer *c = opaque;
     bool cooperative = !strcmp(rd_kafka_rebalance_protocol(rk), "COOPERATIVE");
@@ -196,14 +293,10 @@ void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e,
             check_rebalance(c, "assign", rd_kafka_incremental_assign(rk, parts), 0);
         else
             check_rebalance(c, "assign", NULL, rd_kafka_assign(rk, parts));
-        consumer_set_paused(c, parts, c->paused);
+        admission_assigned(c, parts);
         break;
     case RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS:
-        on_revoke(c, parts, rd_kafka_assignment_lost(rk));
-        if (cooperative)
-            check_rebalance(c, "unassign", rd_kafka_incremental_unassign(rk, parts), 0);
-        else
-            check_rebalance(c, "unassign", NULL, rd_kafka_assign(rk, NULL));
+        on_revoke(c, parts, cooperative);
         break;
     default:
         lm_log(LM_WARN, "consumer", "rebalance: %s", rd_kafka_err2str(e));

@@ -105,6 +105,10 @@ transaction.state.log.num.partitions=4
 transaction.state.log.replication.factor=$rf
 transaction.state.log.min.isr=$isr
 group.initial.rebalance.delay.ms=0
+group.consumer.session.timeout.ms=6000
+group.consumer.min.session.timeout.ms=6000
+group.consumer.heartbeat.interval.ms=500
+group.consumer.min.heartbeat.interval.ms=500
 auto.create.topics.enable=false
 log.cleaner.dedupe.buffer.size=4194304
 P

@@ -364,9 +364,35 @@ static void test_sample_is_valid(void **state)
 
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
+static void test_topic_priorities(void **state)
+{
+    (void)state;
+    struct config c;
+    struct lm_err err;
+    assert_int_equal(config_init(&c, &err), LM_OK);
+    assert_int_equal(config_set(&c, "kafka.bootstrap.servers=b:1", &err), LM_OK);
+    assert_int_equal(config_set(&c, "engine.mode=echo", &err), LM_OK);
+    assert_int_equal(config_set(&c, "topics.priorities=urgent=10, bulk=-5", &err), LM_OK);
+    assert_int_equal(config_check(&c, &err), LM_OK);
+    assert_int_equal(config_topic_priority(&c, "urgent"), 10);
+    assert_int_equal(config_topic_priority(&c, "bulk"), -5);
+    assert_int_equal(config_topic_priority(&c, "bul"), 0);
+    static const char *const bad[] = { "urgent", "urgent=", "urgent=x", "=3", "a=1;b=2",
+                                       "a=1000001", "a=99999999999999999999" };
+    for (size_t i = 0; i < LM_COUNT(bad); i++) {
+        char line[128];
+        snprintf(line, sizeof line, "topics.priorities=%s", bad[i]);
+        assert_int_equal(config_set(&c, line, &err), LM_OK);
+        assert_int_equal(config_check(&c, &err), LM_INVALID);
+        assert_non_null(strstr(err.msg, "topics.priorities"));
+    }
+    config_release(&c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_topic_priorities),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_librdkafka_refusals), TEST(test_secrets),

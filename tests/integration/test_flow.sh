@@ -1,0 +1,130 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What is read, when, and in which order: budgets in messages and tokens, urgent topics, prompts that
+# wait for longer than max.poll.interval.ms, order by key through kills, the KIP-848 protocol, and a
+# cooperative revocation that leaves kept partitions alone.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin flow
+kafka_start 1 || die "the broker started"
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+STORE_PORT=$(free_ports 1)      # nobody listens: prompts that name an adapter wait
+HTTP=$(free_ports 1)
+cat > "$RUN/base.properties" <<P
+engine.mode=echo
+adapters.url=http://127.0.0.1:$STORE_PORT/{adapter}
+adapters.cache_dir=$RUN/cache
+topics.replies=replies
+topics.dead_letters=dead
+commit.interval_ms=200
+retry.backoff_ms=50
+retry.backoff_max_ms=500
+http.address=127.0.0.1
+http.port=$HTTP
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+P
+# worker NAME [KEY=VALUE]...; $W is its pid
+worker() {
+    local name=$1 set=(); shift
+    for s in "worker.name=$name" "$@"; do set+=(--set "$s"); done
+    spawn "$RUN/worker-$name.log" "$LORAMILL" worker -c "$RUN/base.properties" "${set[@]}"
+    W=$!
+}
+metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" '$1 == m { print int($2) }'; }
+stop() { kill -TERM "$1"; wait "$1"; check "SIGTERM ends $2 with status 0 (got $?)" [ $? -eq 0 ]; }
+topic_create replies 2; topic_create dead 1
+
+# 1. Budgets. 5,000 prompts that can't run yet: the intake holds three quarters of its 200, for there
+# is a more urgent topic, whose prompts are read and answered.
+topic_create bulk 2; topic_create urgent 1
+d produce bulk 0 5000 acme 1
+worker budget topics.prompts=bulk,urgent topics.priorities=urgent=10 intake.max_messages=200 \
+    group.id=budget kafka.max.poll.interval.ms=6000 revoke.drain_ms=2000
+wait_until 20 test -n "$(metric intake_paused)"
+is_paused() { [ "$(metric intake_paused)" = 1 ] && [ "$(metric in_flight_records)" -ge 150 ]; }
+check "a full intake pauses" wait_until 20 is_paused
+before=$(metric 'rebalances_total{event="assign"}')
+d produce urgent 100000 500
+d verify replies 100000 0 0 > /dev/null
+check "urgent prompts are answered all the same" d wait replies 500 30
+sleep 13
+held=$(metric in_flight_records)
+check "the others hold about three quarters of the budget ($held of 200)" \
+    [ "$held" -ge 150 -a "$held" -le 200 ]
+check "prompts that wait for twice max.poll.interval.ms cause no rebalance" \
+    [ "$(metric 'rebalances_total{event="assign"}')" = "$before" ]
+stop "$W" "a worker whose prompts wait"
+worker tokens topics.prompts=bulk group.id=tokens intake.max_tokens=2000
+tokens_full() { [ "$(metric intake_paused)" = 1 ] && [ "$(metric in_flight_tokens)" -ge 2000 ]; }
+check "so does one that holds its tokens' budget" wait_until 20 tokens_full
+sleep 1
+held=$(metric in_flight_records) tokens=$(metric in_flight_tokens)
+check "and holds little more ($tokens tokens, $held prompts)" [ "$tokens" -le 4000 ]
+kill -9 -- "-$W"; wait "$W" 2>/dev/null
+
+# 2. Order by key, exactly once, with a worker that is killed and one that joins: no reply of a key
+# comes before an earlier one.
+topic_create keyed 4; topic_create ordered 1
+common=(topics.prompts=keyed topics.replies=ordered group.id=keyed delivery.order=key
+        delivery.mode=exactly-once transaction.interval_ms=20 http.port=0)
+worker key1 "${common[@]}"; K1=$W
+d produce keyed 0 3000
+worker key2 "${common[@]}"; K2=$W
+sleep 4
+kill -9 -- "-$K1"; wait "$K1" 2>/dev/null
+worker key3 "${common[@]}"; K3=$W
+check "keyed prompts are answered" d wait ordered 3000 120
+d order ordered 3000 || FAILED=1
+stop "$K2" "a worker with keys"; stop "$K3" "its neighbour"
+
+# 3. KIP-848: the same promises under group.protocol=consumer.
+topic_create new 4; topic_create newreplies 1
+sed '/session.timeout\|heartbeat/d' "$RUN/base.properties" > "$RUN/new.properties"
+start_new() {
+    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/new.properties" --set "worker.name=$1" \
+        --set topics.prompts=new --set topics.replies=newreplies --set group.id=new \
+        --set kafka.consumer.group.protocol=consumer --set http.port=0; W=$!
+}
+start_new n1; N1=$W
+start_new n2; N2=$W
+d produce new 0 60000 &
+P=$!
+d wait newreplies 4000 60 > /dev/null
+kill -9 -- "-$N1"; wait "$N1" 2>/dev/null
+start_new n3; N3=$W
+wait "$P"
+check "KIP-848: the job ends although a worker was killed" d wait newreplies 60000 120
+d verify newreplies 0 60000 -1 || FAILED=1
+d age newreplies 400 || FAILED=1
+stop "$N2" "a worker"; stop "$N3" "its neighbour"
+
+# 4. A cooperative revocation. Long generations run on all partitions; another worker joins. What it
+# takes is drained; meanwhile the first goes on reading what it keeps.
+topic_create long 4; topic_create longreplies 1
+worker long1 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
+    topics.prompts=long topics.replies=longreplies group.id=long revoke.drain_ms=20000 \
+    engine.max_seqs=4 engine.max_waiting=8 intake.max_messages=8
+L1=$W
+"$PYTHON" - "$BOOTSTRAP" <<'P'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(400):
+    p.produce("long", json.dumps({"id": f"p-{i}", "prompt": "Dear customer", "params": {
+        "max_tokens": 150, "ignore_eos": True, "temperature": 0}}), partition=i % 4)
+assert not p.flush(20)
+P
+check "long prompts run" d wait longreplies 4 60
+worker long2 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
+    topics.prompts=long topics.replies=longreplies group.id=long http.port=0
+L2=$W
+revoked() { grep -q 'revoked long' "$RUN/worker-long1.log"; }
+check "the second worker makes the first give partitions up" wait_until 40 revoked
+check "all is answered" d wait longreplies 400 180
+d verify longreplies 0 400 0 || FAILED=1
+not_cut() { ! grep -q 'unfinished prompts are handed back' "$RUN/worker-long1.log"; }
+check "no running prompt was cut off" not_cut
+stop "$L1" "the first worker"
+stop "$L2" "the second worker"

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * admission.c - how much is read ahead, and of which topics; consumer thread.
+ *
+ * Four budgets bound what a worker holds at any backlog: prompts that are not yet in the engine
+ * (intake.max_messages), and of everything read and not yet answered its number
+ * (in_flight.max_messages), bytes (intake.max_bytes) and tokens (intake.max_tokens). When one is
+ * full, partitions pause; when all are down to half, they resume.
+ *
+ * Priorities. The most urgent of the assigned topics (topics.priorities) may fill the budgets
+ * whole, the others three quarters of them. So there is always room to read an urgent prompt,
+ * however long the queue of the others is; intake and engine then take it first.
+ *
+ * A partition also pauses by itself while its offset map is near its limit (see ledger.h), and for
+ * good while it is being taken away.
+ *
+ * A pause throws the client's prefetched records away, so before pausing the loop waits a moment
+ * for the load to fall by itself, and only changes are told to the client. Pause state survives
+ * revocation inside librdkafka, so it is set anew for what is assigned.
+ */
+#include "worker/consumer_int.h"
+
+#include <time.h>
+
+enum {
+    SETTLE_MS = 40,             /* how long a short burst may take before it costs a pause */
+    CROWDED_LOOK_US = 100000,
+};
+
+/* Does anything held exceed `share` eighths of its budget? */
+static bool exceeds(const consumer *c, int64_t share)
+{
+    const struct config *cfg = c->w->cfg;
+    const struct { int64_t held, budget; } rows[] = {
+        { atomic_load(&c->w->metrics.backlog), cfg->intake_max_messages },
+        { c->held, cfg->in_flight_max_messages },
+        { c->held_bytes, cfg->intake_max_bytes },
+        { atomic_load(&c->w->metrics.held_tokens), cfg->intake_max_tokens },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++)
+        if (rows[i].held >= LM_MAX(rows[i].budget / 8 * share + rows[i].budget % 8 * share / 8, 1))
+            return true;
+    return false;
+}
+
+/* Eighths of the budgets: [rank][resume below, pause at]. */
+static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, 6 } };
+
+static void settle(consumer *c, int rank)
+{
+    for (int waited = 0; waited < SETTLE_MS && exceeds(c, shares[rank][1]); waited += 2) {
+        nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
+        consumer_take_finished(c, 0);
+    }
+}
+
+/* Is the rank's state to change? */
+static bool update_rank(consumer *c, int rank)
+{
+    if (c->full[rank]) {
+        c->full[rank] = exceeds(c, shares[rank][0]);
+        return !c->full[rank];
+    }
+    if (!exceeds(c, shares[rank][1]))
+        return false;
+    settle(c, rank);
+    return c->full[rank] = exceeds(c, shares[rank][1]);
+}
+
+static bool update_crowded(consumer *c)
+{
+    bool changed = false;
+    int64_t now = lm_now_us();
+    if (now < c->next_crowded_us)
+        return false;
+    c->next_crowded_us = now + CROWDED_LOOK_US;
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        bool crowded = ledger_crowded(c->ledger, a->ref, a->crowded);
+        changed |= crowded != a->crowded;
+        a->crowded = crowded;
+    }
+    return changed;
+}
+
+static bool wants_pause(const consumer *c, const struct assigned *a, int most_urgent)
+{
+    bool lower = a->lease->priority < most_urgent;
+    return atomic_load(&c->w->stopping) || lease_revoked(a->lease) || a->crowded ||
+           c->full[lower ? 1 : 0];
+}
+
+static int most_urgent(const consumer *c)
+{
+    int most = INT32_MIN;
+    for (size_t i = 0; i < c->n_parts; i++)
+        most = LM_MAX(most, c->parts[i].lease->priority);
+    return most;
+}
+
+static void set_paused(consumer *c, rd_kafka_topic_partition_list_t *l, bool pause)
+{
+    if (!l->cnt)
+        return;
+    if (pause)
+        rd_kafka_pause_partitions(c->rk, l);
+    else
+        rd_kafka_resume_partitions(c->rk, l);
+    for (int i = 0; i < l->cnt; i++) {
+        struct assigned *a = consumer_find(c, l->elems[i].topic, l->elems[i].partition);
+        if (a && !l->elems[i].err)
+            a->paused = pause;
+    }
+}
+
+/* Tells the client; `all`: also what has not changed as far as we know. */
+static void apply(consumer *c, const rd_kafka_topic_partition_list_t *only, bool all)
+{
+    rd_kafka_topic_partition_list_t *lists[2];
+    int most = most_urgent(c);
+    size_t paused = 0;
+    for (int i = 0; i < 2; i++)
+        lists[i] = rd_kafka_topic_partition_list_new((int)c->n_parts);
+    for (size_t i = 0; i < c->n_parts; i++) {
+        const struct assigned *a = &c->parts[i];
+        bool pause = wants_pause(c, a, most);
+        paused += pause;
+        if ((all || pause != a->paused) && consumer_selected(only, a))
+            rd_kafka_topic_partition_list_add(lists[pause], a->lease->topic, a->partition);
+    }
+    if (lists[1]->cnt)
+        metric_add(&c->w->metrics.pauses, 1);
+    atomic_store(&c->w->metrics.paused, paused > 0);
+    for (int i = 0; i < 2; i++) {
+        set_paused(c, lists[i], i);
+        rd_kafka_topic_partition_list_destroy(lists[i]);
+    }
+}
+
+void admission_control(consumer *c)
+{
+    bool changed = false;
+    for (int rank = CONSUMER_RANKS - 1; rank >= 0; rank--)
+        changed |= update_rank(c, rank);
+    changed |= update_crowded(c);
+    if (changed || c->stopped != atomic_load(&c->w->stopping))
+        admission_apply(c);
+}
+
+void admission_apply(consumer *c)
+{
+    c->stopped = atomic_load(&c->w->stopping);
+    apply(c, NULL, false);
+}
+
+void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    apply(c, parts, true);
+    apply(c, NULL, false);      /* a more urgent topic may have come */
+}
