@@ -43,7 +43,7 @@ enum engine_preempt { ENGINE_PREEMPT_CHEAPER, ENGINE_PREEMPT_RECOMPUTE, ENGINE_P
 struct engine_policy {
     bool group;                 /* admit by adapter, so that a step meets few; default true */
     int max_overtaken;          /* then the hard bound: so many later ones of the same or a lower
-                                 * rank may be admitted before a waiting one; default 1000 */
+                                 * rank may be admitted before a waiting one; default 4000 */
     int64_t max_wait_ms;        /* of those that have waited longer, one admission in four is,
                                  * oldest first, whatever their rank, so that no flood of higher
                                  * priority starves them; 0: none; default 10 min */

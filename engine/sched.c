@@ -142,7 +142,7 @@ static struct sched_scratch *scratch_new(size_t max_seqs)
     if (!x)
         return NULL;
     x->cap_lanes = (int)max_seqs + 2 * SCHED_LOOKAHEAD;
-    x->turn = lm_calloc(SCHED_LOOKAHEAD, sizeof *x->turn);
+    x->turn = lm_calloc(MAX_READS, sizeof *x->turn);
     x->order = lm_calloc(SCHED_LOOKAHEAD, sizeof *x->order);
     x->lane = lm_calloc((size_t)x->cap_lanes, sizeof *x->lane);
     if (x->turn && x->order && x->lane && known_init(&x->seqs, 4 * SCHED_LOOKAHEAD) &&

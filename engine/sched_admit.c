@@ -5,9 +5,10 @@
  * Whoever fits is admitted, with all blocks of its prompt and a reserve for those that decode. Who
  * does not fit, or whose adapter is still on its way, is passed over and blocks nobody. Order:
  *
- *  A. by right: who was overtaken max_overtaken times; whose deadline is near. If such a one finds
- *     no room, nobody is admitted past it. One admission in SCHED_AGED_SHARE is of who has waited
- *     longest, once that is more than max_wait_ms, whatever its rank.
+ *  A. by right: who was overtaken max_overtaken times; of the first priority, whose deadline is
+ *     near. If such a one finds no room, nobody is admitted past it. One admission in
+ *     SCHED_AGED_SHARE is of who has waited longest, once that is more than max_wait_ms, whatever
+ *     its rank.
  *  B. under overload, of the first priority, those with deadlines, newest first: they still can be
  *     in time, and S-LoRA's theorem says that serving the latest serves the most (arXiv 2311.03285,
  *     appendix B).
@@ -334,16 +335,6 @@ static void take_due(struct round *c)
             take(c, queue_by_due(n), true);
 }
 
-static void take_near(struct round *c)
-{
-    struct tree_node *n = tree_first(&c->v->queue->by_deadline);
-    for (int i = 0; n && i < MAX_LOOKS_BY_RIGHT && may_go_on(c); n = tree_next(n), i++) {
-        struct seq *s = queue_by_deadline(n);
-        if (!is_seen(c, s) && is_near(c->v, c->p, s))
-            take(c, s, true);
-    }
-}
-
 /* The oldest that has waited too long and was not looked at, when it is its turn. */
 static struct seq *aged_turn(struct round *c)
 {
@@ -361,11 +352,13 @@ static struct seq *aged_turn(struct round *c)
 static struct seq *in_order(struct round *c, int i)
 {
     struct sched_scratch *x = c->x;
-    while (x->n_order <= i && x->n_order < SCHED_LOOKAHEAD) {
+    while (x->n_order <= i && x->n_order < SCHED_LOOKAHEAD && x->reads > 0) {
         struct seq *s = queue_next(&x->cursor);
+        x->reads--;
         if (!s)
             return NULL;
-        x->order[x->n_order++] = s;
+        if (!waits_for_leader(s))
+            x->order[x->n_order++] = s;
     }
     return i < x->n_order ? x->order[i] : NULL;
 }
@@ -378,7 +371,18 @@ static struct seq *next_in_order(struct round *c)
     return s;
 }
 
-/* ---- B: overload ----------------------------------------------------------------------- */
+/* ---- A and B: deadlines --------------------------------------------------------------- */
+
+static void take_near(struct round *c)
+{
+    const struct seq *first = next_in_order(c);
+    struct tree_node *n = tree_first(&c->v->queue->by_deadline);
+    for (int i = 0; first && n && i < MAX_LOOKS_BY_RIGHT && may_go_on(c); n = tree_next(n), i++) {
+        struct seq *s = queue_by_deadline(n);
+        if (s->req->priority >= first->req->priority && !is_seen(c, s) && is_near(c->v, c->p, s))
+            take(c, s, true);
+    }
+}
 
 static void take_newest(struct round *c)
 {
@@ -485,6 +489,7 @@ void plan_admissions(const struct sched_view *v, struct plan *p, int n_running)
         .aged = tree_first(&v->queue->by_age),
     };
     x->n_order = x->n_lanes = 0;
+    x->reads = MAX_READS;
     queue_rewind(v->queue, &x->cursor, x->turn);
     if ((!is_full(&c) && v->policy->group) || v->policy->adapter_slots > 0)
         join_lanes(&c);

@@ -9,6 +9,10 @@
 
 #include "engine/sched.h"
 
+/* Of the order of service, so many are read at most, as those that wait for a sibling's prompt are
+ * left out of the lookahead: else a few requests of many choices would fill it. */
+#define MAX_READS (4 * SCHED_LOOKAHEAD)
+
 /* What became of a waiting sequence in this plan. */
 enum fate {
     FATE_UNSEEN,                /* not looked at */
@@ -40,10 +44,11 @@ struct lane {
 
 struct sched_scratch {
     struct known_table seqs, adapters;
-    struct queue_turn *turn;    /* [SCHED_LOOKAHEAD] */
+    struct queue_turn *turn;    /* [MAX_READS] */
     struct seq **order;         /* [SCHED_LOOKAHEAD] the order of service, as far as read */
     struct lane *lane;          /* [cap_lanes] a heap by rank of the heads */
     int n_order, n_lanes, cap_lanes;
+    int reads;                  /* of the cursor, left */
     struct queue_cursor cursor;
 };
 

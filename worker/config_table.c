@@ -48,7 +48,7 @@ static const struct config_property model_rows[] = {
     BOOL("engine.group", engine_group, "true",
         "Prompts of adapters that are in the batch are admitted before others of the same "
         "priority, so that a step meets few adapters."),
-    INT("engine.max_overtaken", engine_max_overtaken, "1000", 1, 1 << 30,
+    INT("engine.max_overtaken", engine_max_overtaken, "4000", 1, 1 << 30,
         "So many later prompts of the same or a lower priority may begin before one that waits; "
         "then nobody else does until it has."),
     INT("engine.max_wait_ms", engine_max_wait_ms, "600000", 0, (int64_t)365 * DAY_MS,

@@ -185,6 +185,33 @@ static void choices_wait_for_the_first(void **state)
     world_free(w);
 }
 
+/* Requests of many choices that wait for their first one's prompt don't fill the lookahead. */
+static void choices_do_not_hide_those_behind(void **state)
+{
+    (void)state;
+    enum { N = 1000 };
+    struct world *w = world_new(64, 8, 1000);
+    struct seq *a = add(w, 40, &(struct spec){ 0 });
+    struct seq *many = calloc(N, sizeof *many);
+    assert_non_null(many);
+    for (int i = 0; i < N; i++) {
+        many[i] = *a;
+        many[i].index = i;
+        if (i > 0)
+            queue_insert(&w->queue, &many[i], 0);
+    }
+    a->req->seqs = many;                        /* the first runs, its prompt is not computed yet */
+    many[0].state = SEQ_RUNNING;
+    struct seq *behind = add_waiting(w, 0, 40, NULL);
+    const struct plan *p = plan(w, 0);
+    assert_int_equal(p->n_admit, 1);
+    assert_ptr_equal(p->admit[0], behind);
+    for (int i = 1; i < N; i++)
+        queue_remove(&w->queue, &many[i], 0);
+    free(many);
+    world_free(w);
+}
+
 /* ---- grouping, bounds, fairness -------------------------------------------------------- */
 
 /* A batch with room for one more, in which adapter 0 runs. */
@@ -392,6 +419,8 @@ static void a_near_deadline_goes_first(void **state)
     assert_ptr_equal(plan(w, 0)->admit[0], first);
     w->view.now_ms += 100;
     assert_ptr_equal(plan(w, 0)->admit[0], near);
+    struct seq *high = add_waiting(w, 1, 100, NULL);
+    assert_ptr_equal(plan(w, 0)->admit[0], high);
     world_free(w);
 }
 
@@ -781,6 +810,7 @@ int main(void)
         cmocka_unit_test(an_idle_adapter_leaves_the_budget_when_used),
         cmocka_unit_test(a_full_batch_prefetches),
         cmocka_unit_test(choices_wait_for_the_first),
+        cmocka_unit_test(choices_do_not_hide_those_behind),
         cmocka_unit_test(lanes_of_the_batch_go_first),
         cmocka_unit_test(a_new_lane_brings_its_others),
         cmocka_unit_test(priority_stands_above_grouping),
