@@ -180,31 +180,38 @@ static struct engine_policy random_policy(void)
     p.prefetch = rnd(2);
     p.prefix_cache = rnd(4) > 0;
     p.pipeline = rnd(2);
+    p.adapter_percent = rnd(4) ? 0 : 30 + rnd(40);
+    p.adapter_slots = rnd(4) ? 0 : 1 + rnd(3);
     return p;
 }
 
 static size_t row;              /* bytes of a block, all layers */
 
-/* Blocks that the hungriest request needs, adapters packed for cells of this size. */
-static int most_blocks(struct engine_config cfg)
+/* Blocks of the smallest pool that serves every request, adapters packed for its cells. */
+static int least_pool(struct engine_config cfg)
 {
     engine *e = fixture_engine(&cfg);
-    engine_adapter *a[3] = { NULL };
     struct engine_info info;
-    int most = 0;
+    int kv = 0, lora = 0, both = 0, percent = cfg.policy->adapter_percent;
     engine_info(e, &info);
     row = info.block_bytes * (size_t)info.n_layers;
-    for (int i = 1; i < 3; i++)
-        CHECK(engine_adapter_load(e, i == 1 ? "one" : "two", dir_of(i), &a[i], err));
     for (int i = 0; i < KINDS; i++) {
-        const engine_adapter *x = a[kinds[i].adapter];
-        int kv = LM_DIV_UP(kinds[i].n_prompt + kinds[i].max_tokens, info.block_tokens);
-        most = LM_MAX(most, kv + (x ? (int)LM_DIV_UP(engine_adapter_bytes(x), row) : 0));
+        engine_adapter *a = NULL;
+        if (kinds[i].adapter)
+            CHECK(engine_adapter_load(e, "one", dir_of(kinds[i].adapter), &a, err));
+        int n_kv = LM_DIV_UP(kinds[i].n_prompt + kinds[i].max_tokens, info.block_tokens);
+        int n_lora = a ? (int)LM_DIV_UP(engine_adapter_bytes(a), row) : 0;
+        kv = LM_MAX(kv, n_kv);
+        lora = LM_MAX(lora, n_lora);
+        both = LM_MAX(both, n_kv + n_lora);
+        engine_adapter_unref(a);
     }
-    engine_adapter_unref(a[1]);
-    engine_adapter_unref(a[2]);
     engine_close(e);
-    return most;
+    if (percent == 0)
+        return both;
+    while (both * percent / 100 < lora || both - both * percent / 100 < kv)
+        both++;
+    return both;
 }
 
 static void collect(engine *e, bool manual, int *left)
@@ -289,13 +296,13 @@ static void round_of(int number)
     struct engine_stats st;
     int left = 0;
     cfg.block_tokens = PICK(8, 16, 16, 32);
-    int most = most_blocks(cfg), blocks = most + (number % 3 ? rnd(most) : 0);
-    cfg.pool_bytes = row * (size_t)blocks;
     cfg.max_step_tokens = 8 + rnd(120);
     cfg.max_seqs = 1 + rnd(24);
     cfg.max_waiting = 1 + rnd(100);
     cfg.host_adapter_bytes = rnd(3) ? 0 : (size_t)1 << 18;
     cfg.policy = &policy;
+    int least = least_pool(cfg);
+    cfg.pool_bytes = row * (size_t)(least + (number % 3 ? rnd(least) : 0));
     cfg.manual = rnd(3) == 0;
     core_force_pipeline(policy.pipeline);
     engine *e = fixture_engine(&cfg);
