@@ -20,6 +20,7 @@
 #define ALIGN 16
 #define WIDTH_MIN 16
 #define WIDTH_MAX 512
+#define LITTLE 64               /* padding of less than this share is let pass */
 
 struct cursor {
     int64_t cell, offset, cell_bytes;
@@ -32,12 +33,47 @@ static int64_t align_up(int64_t x, int64_t a)
 
 /* ---- layout ---------------------------------------------------------------------------- */
 
+/* Bytes that a matrix of `n` columns takes beyond its own, from the start of a cell. */
+static int64_t padding(int64_t column, int64_t n, int64_t width, int64_t cell_bytes)
+{
+    int64_t chunk = align_up(column * width, ALIGN), per_cell = cell_bytes / chunk;
+    int64_t chunks = LM_DIV_UP(n, width), full = (chunks - 1) / per_cell;
+    return chunks * chunk + full * (cell_bytes - per_cell * chunk) - n * column;
+}
+
+/* What a width costs: its padding, and half a chunk that the cell before may leave unused. */
+static int64_t cost(int64_t column, int64_t n, int64_t width, int64_t cell_bytes)
+{
+    return padding(column, n, width, cell_bytes) + column * width / 2;
+}
+
+/* If this width pads by 1/64 or more, another one: the widest multiple of 32 that pads less than
+ * that and of which eight chunks fit a cell; else, of the multiples of 16 bytes of which two fit,
+ * the one that costs least. */
+static int tighter(int64_t column, int64_t n, int width, int step, int64_t cell_bytes)
+{
+    int64_t little = n * column / LITTLE, least = cost(column, n, width, cell_bytes);
+    if (padding(column, n, width, cell_bytes) <= little)
+        return width;
+    for (int64_t w = LM_MIN(cell_bytes / 8 / column, WIDTH_MAX) / 32 * 32; w >= 32; w -= 32)
+        if (padding(column, n, w, cell_bytes) <= little)
+            return (int)w;
+    int64_t widest = LM_MIN(cell_bytes / 2 / column, WIDTH_MAX) / step * step;
+    for (int64_t w = widest; w >= step; w -= step)
+        if (cost(column, n, w, cell_bytes) < least) {
+            least = cost(column, n, w, cell_bytes);
+            width = (int)w;
+        }
+    return width;
+}
+
 /*
  * The policy. Wide chunks keep vector units and memory bursts busy, narrow ones waste less at the
  * end of a cell (up to one chunk) and at the end of a matrix (up to one chunk of padding). So: the
- * widest power of two up to 512 columns of which eight chunks fit a cell, which bounds the waste
- * to an eighth; at least 16 columns, one vector of float32, while that fits a cell at all; then 8
- * and 4 for a rank that is large against the cell. Never wider than the matrix.
+ * widest power of two up to 512 columns of which eight chunks fit a cell; at least 16 columns, one
+ * vector of float32, while that fits a cell at all; then 8 and 4 for a rank that is large against
+ * the cell. Where ranks like 24 or 100 don't fill cells with that, a width that does better. Never
+ * wider than the matrix.
  */
 int adapter_chunk_width(int rank, int64_t n, size_t elem_bytes, int64_t cell_bytes)
 {
@@ -49,6 +85,8 @@ int adapter_chunk_width(int rank, int64_t n, size_t elem_bytes, int64_t cell_byt
         width /= 2;
     if (align_up(column * width, ALIGN) > cell_bytes)
         return 0;
+    if (n > width)
+        width = tighter(column, n, width, ALIGN / (int)elem_bytes, cell_bytes);
     return (int)LM_MIN(width, align_up(n, LM_MIN(width, WIDTH_MIN)));
 }
 

@@ -71,13 +71,34 @@ static lm_status add_running(const struct core *c, int32_t *held, struct lm_err 
     return LM_OK;
 }
 
+/* The eviction order counts who waits for a version; the queue knows. */
+static lm_status check_lane(const struct core *c, const struct engine_adapter *a,
+                            struct lm_err *err)
+{
+    const struct evict_version *v = a ? &a->version : &c->evict.base;
+    int n = 0;
+    for (struct tree_node *s = tree_first(queue_lane(&c->queue, a)); s; s = tree_next(s))
+        n++;
+    return n == v->waiting ? LM_OK
+                           : lm_err_set(err, LM_INTERNAL, "%d sequences wait for adapter '%s'; the "
+                                                          "eviction order counts %d", n,
+                                        a ? a->id : "", v->waiting);
+}
+
 static lm_status check_waiting(const struct core *c, struct lm_err *err)
 {
+    lm_status st = check_lane(c, NULL, err);
+    if (st != LM_OK)
+        return st;
     for (struct tree_node *n = tree_first(&c->queue.by_age); n; n = tree_next(n)) {
         const struct seq *s = queue_by_age(n);
         if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed || s->pending)
             return lm_err_set(err, LM_INTERNAL, "request '%s' waits in state %d with %d blocks",
                               s->req->id, s->state, s->n_blocks);
+        const struct engine_adapter *a = s->req->adapter;
+        if (a && tree_first(queue_lane(&c->queue, a)) == &s->queued.lane &&
+            (st = check_lane(c, a, err)) != LM_OK)
+            return st;
     }
     return queue_check(&c->queue, err);
 }
