@@ -57,6 +57,7 @@ struct core {
     struct queue queue;         /* who waits */
     struct estimate estimate;
     struct plan plan;
+    struct request *late;       /* of the step that is being read: their first token is too late */
     int64_t next_deadline_ms;   /* no later than the earliest of who runs, INT64_MAX: none */
     lm_status failed;
     int starved;                /* steps in a row that got no memory */

@@ -54,7 +54,7 @@ static void post_stream(struct core *c, struct seq *s, bool final)
 {
     const char *text;
     size_t len;
-    if (!s->req->stream)
+    if (!s->eager || !s->req->stream)
         return;
     output_stream_text(s, final, &text, &len);
     if (len > 0 && mailbox_post_text(c->mail, s, text, len) != LM_OK)
@@ -63,12 +63,11 @@ static void post_stream(struct core *c, struct seq *s, bool final)
 
 void finish_result(struct core *c, struct request *r)
 {
-    struct engine_result *res = output_result(r, c->p.tok, core_now_us(c));
-    COUNT(c, finished, res->status == LM_OK);
-    COUNT(c, failed, res->status != LM_OK);
+    output_numbers(r, core_now_us(c));
+    COUNT(c, finished, r->result->status == LM_OK);
+    COUNT(c, failed, r->result->status != LM_OK);
     queue_leave(&c->queue, r);
-    mailbox_post_result(c->mail, r, res);
-    request_free(r);
+    mailbox_post_request(c->mail, r);
 }
 
 /* The first failure is what the result tells. */
@@ -136,7 +135,7 @@ void finish_launch(struct core *c, const struct plan *p)
 {
     for (int i = 0; i < p->n_items; i++) {
         struct seq *s = p->item[i].seq;
-        s->req->steps++;
+        s->steps++;
         offer_blocks(c, s);
     }
     COUNT(c, step_seqs, p->n_items);
@@ -175,8 +174,11 @@ static bool take_row(struct core *c, const struct step_row *row)
     } else {
         st = output_push(s, &row->got, c->p.model, &done);
         queue_charge(&c->queue, r, TENANTS_OUTPUT_WEIGHT);
-        if (began_late(c, r)) {
-            finish_request(c, r, ENGINE_EXPIRED, LM_OK, "");
+        if (seq_n_output(s) == 1 && began_late(c, r)) {
+            /* Ended behind the walk over the rows, as it may have others. Until then this one
+             * keeps it alive. */
+            r->next = c->late;
+            c->late = r;
             return true;
         }
         if (st == LM_OK && !done)
@@ -203,5 +205,10 @@ void finish_step(struct core *c, const struct step_results *res)
             ended = ended || take_row(c, &res->row[i]);
         if (!ended && s->state == SEQ_RUNNING)
             offer_blocks(c, s);
+    }
+    while (c->late) {
+        struct request *r = c->late;
+        c->late = r->next;
+        finish_request(c, r, ENGINE_EXPIRED, LM_OK, "");
     }
 }

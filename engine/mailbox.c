@@ -10,6 +10,8 @@
  */
 #include "engine/mailbox.h"
 
+#include "engine/output.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -77,6 +79,7 @@ static void node_free(struct event_node *n)
     if (!n)
         return;
     engine_result_free(n->ev.result);
+    request_free(n->done);
     free(n->ev.text);
     free(n);
 }
@@ -213,7 +216,8 @@ static void wait_on(pthread_cond_t *c, pthread_mutex_t *mu, int ms, const struct
         *late = pthread_cond_timedwait(c, mu, until) == ETIMEDOUT;
 }
 
-static void take_event(mailbox *m, struct engine_event *out)
+/* Unlinks the first event, under the lock. */
+static struct event_node *take_event(mailbox *m)
 {
     struct event_node *n = m->out_head;
     m->out_head = n->next;
@@ -221,9 +225,19 @@ static void take_event(mailbox *m, struct engine_event *out)
         m->out_tail = &m->out_head;
     if (n->owner)
         *n->owner = NULL;
-    *out = n->ev;
     if (n->ev.kind == ENGINE_FINISHED)
         slot_give_back(m, n->ev.handle);
+    return n;
+}
+
+/* Gives it to the caller, without the lock: here results are put together. */
+static void hand_over(struct event_node *n, struct engine_event *out)
+{
+    *out = n->ev;
+    if (n->done) {
+        out->result = output_result(n->done);
+        request_free(n->done);
+    }
     free(n);
 }
 
@@ -231,16 +245,22 @@ int mailbox_poll(mailbox *m, struct engine_event *out, int max, int timeout_ms, 
 {
     struct timespec until = after_ms(LM_MAX(timeout_ms, 0));
     bool late = timeout_ms == 0;
+    struct event_node *list = NULL, **end = &list;
     int n = 0;
     pthread_mutex_lock(&m->mu);
     unsigned wakes = m->wakes;
     while (!m->out_head && !late && wakes == m->wakes && !m->failed)
         wait_on(&m->events, &m->mu, timeout_ms, &until, &late);
-    while (n < max && m->out_head)
-        take_event(m, &out[n++]);
+    for (; n < max && m->out_head; n++, end = &(*end)->next)
+        *end = take_event(m);
+    *end = NULL;
     if (state)
         *state = m->out_head ? LM_OK : m->failed;
     pthread_mutex_unlock(&m->mu);
+    for (struct event_node *node = list, *next; node; node = next) {
+        next = node->next;
+        hand_over(node, out++);
+    }
     return n;
 }
 
@@ -332,7 +352,8 @@ lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t 
     return st;
 }
 
-void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *result)
+static void post_end(mailbox *m, struct request *r, struct engine_result *result,
+                     struct request *done)
 {
     pthread_mutex_lock(&m->mu);
     for (int i = 0; i < r->n_seqs; i++) {
@@ -344,11 +365,22 @@ void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *re
     r->finish = NULL;
     n->ev = (struct engine_event){ .kind = ENGINE_FINISHED, .handle = r->handle, .user = r->user,
                                    .result = result };
+    n->done = done;
     struct slot *s = handle_slot(m, r->handle);
     if (s)
         s->state = SLOT_ENDED;
     append(m, n);
     pthread_mutex_unlock(&m->mu);
+}
+
+void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *result)
+{
+    post_end(m, r, result, NULL);
+}
+
+void mailbox_post_request(mailbox *m, struct request *r)
+{
+    post_end(m, r, NULL, r);
 }
 
 void mailbox_fail(mailbox *m, lm_status state)

@@ -23,6 +23,7 @@ struct event_node {
     struct event_node *next;
     struct event_node **owner;  /* the sequence's `unpolled`, cleared when polled */
     struct engine_event ev;
+    struct request *done;       /* its result is still to be put together; ours */
     size_t text_len, text_cap;
 };
 
@@ -50,6 +51,8 @@ bool mailbox_is_cancelled(mailbox *m, engine_handle h);
 lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t len);
 /* The request's one and only result; its handle ends here. `r` is not touched afterwards. */
 void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *result);
+/* The same, but whoever polls puts the result together. Takes the request over. */
+void mailbox_post_request(mailbox *m, struct request *r);
 /* After a device failure: submit refuses and poll tells, once everything was delivered. */
 void mailbox_fail(mailbox *m, lm_status state);
 void mailbox_stop(mailbox *m);          /* any thread: the engine thread should end */

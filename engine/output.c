@@ -9,6 +9,9 @@
  *
  * When streaming, text that may be the beginning of a stop string is held back until it is clear.
  *
+ * All this costs a step time only for those who need it: a sequence that is not streamed, has no
+ * stop strings and no scores is not decoded until it has ended, on the thread that polls.
+ *
  * An end-of-sequence or stop token counts as generated (it is in token_ids and in the count) but is
  * not part of the text, unless include_stop asks for it.
  */
@@ -128,28 +131,41 @@ void output_flush(struct seq *s)
         finish_text(s, &stopped);
 }
 
+lm_status output_decode(struct seq *s)
+{
+    bool stopped;
+    int end = s->n_tokens;
+    if (s->eager || seq_n_output(s) == 0)
+        return LM_OK;
+    if (s->reason == ENGINE_STOP && !s->req->params.include_stop)
+        end--;                  /* without stop strings, a stop token ended it */
+    lm_status st = seq_prime_decoder(s);
+    for (int i = s->n_prompt; i < end && st == LM_OK; i++)
+        st = push_text(s, s->tokens[i], &stopped);
+    return st == LM_OK ? finish_text(s, &stopped) : st;
+}
+
 static bool is_stop_token(const struct seq *s, const struct model_config *m, int32_t id)
 {
-    const struct engine_params *p = &s->req->params;
-    if (in_list(p->stop_token_ids, p->n_stop_token_ids, id))
+    if (s->has_stop_ids &&
+        in_list(s->req->params.stop_token_ids, s->req->params.n_stop_token_ids, id))
         return true;
-    return !p->ignore_eos && in_list(m->eos_ids, m->n_eos, id);
+    return s->heeds_eos && in_list(m->eos_ids, m->n_eos, id);
 }
 
 lm_status output_push(struct seq *s, const struct sampled *t, const struct model_config *model,
                       bool *done)
 {
-    const struct engine_params *p = &s->req->params;
     bool stopped = false, stop_token = is_stop_token(s, model, t->id);
     lm_status st = LM_OK;
-    if (p->logprobs >= 0)
+    if (s->sample.want_logprob)
         st = score_push(&s->out_scores, t, s->text_len);
     s->tokens[s->n_tokens++] = t->id;
-    if (st == LM_OK && (!stop_token || p->include_stop))
+    if (st == LM_OK && s->eager && (!stop_token || s->req->params.include_stop))
         st = push_text(s, t->id, &stopped);
     *done = stopped || stop_token || s->n_tokens == s->cap_tokens;
     s->reason = stopped || stop_token ? ENGINE_STOP : ENGINE_LENGTH;
-    if (st == LM_OK && *done && !stopped) {
+    if (st == LM_OK && *done && s->eager && !stopped) {
         st = finish_text(s, &stopped);      /* half characters come out now; they may end a stop */
         if (stopped)
             s->reason = ENGINE_STOP;

@@ -26,11 +26,17 @@ lm_status output_push_prompt_score(struct request *r, const struct sampled *t);
  * s->text_sent. */
 void output_stream_text(struct seq *s, bool final, const char **text, size_t *len);
 
+/* The whole text at once, of a sequence that is done and has not been decoded as it went. */
+lm_status output_decode(struct seq *s);
+
 /* Ends the text of a sequence that was cut off (cancelled, expired, failed). */
 void output_flush(struct seq *s);
 
-/* The result of a request whose sequences are all done; r->result->status other than LM_OK makes it
- * an error, with what was generated so far. Never NULL: it was allocated with the request. */
-struct engine_result *output_result(struct request *r, const tokenizer *tok, int64_t now_us);
+/* The numbers of the result of a request whose sequences are all done. */
+void output_numbers(struct request *r, int64_t now_us);
+/* The result itself, on whatever thread wants it: text that nobody needed before is decoded here.
+ * r->result->status other than LM_OK makes it an error, with what was generated so far. Never NULL:
+ * it was allocated with the request. */
+struct engine_result *output_result(struct request *r);
 
 #endif

@@ -64,10 +64,12 @@ static uint64_t sub_seed(uint64_t seed, int index)
     return z ^ (z >> 31);
 }
 
-static lm_status prime_decoder(struct seq *s)
+lm_status seq_prime_decoder(struct seq *s)
 {
     const struct request *r = s->req;
     struct lm_err err;
+    if (!r->tok)
+        return LM_OK;
     lm_status st = detok_new(r->tok, r->params.skip_special_tokens, &s->dec, &err);
     for (int i = LM_MAX(0, s->n_prompt - DECODE_PRIMER); st == LM_OK && i < s->n_prompt; i++)
         st = detok_push(s->dec, s->tokens[i], &s->text, &s->text_base, &err);
@@ -76,7 +78,8 @@ static lm_status prime_decoder(struct seq *s)
 
 lm_status seq_open(struct seq *s)
 {
-    if (s->tokens && s->blocks && (s->dec || !s->req->tok))
+    bool decodes = s->eager && s->req->tok;
+    if (s->tokens && s->blocks && (s->dec || !decodes))
         return LM_OK;
     if (!s->tokens)
         s->tokens = lm_reallocarray(NULL, (size_t)s->cap_tokens, sizeof *s->tokens);
@@ -85,12 +88,35 @@ lm_status seq_open(struct seq *s)
     if (!s->tokens || !s->blocks)
         return LM_NOMEM;
     memcpy(s->tokens, s->req->prompt.id, (size_t)s->n_prompt * sizeof *s->tokens);
-    return s->req->tok ? prime_decoder(s) : LM_OK;
+    return decodes ? seq_prime_decoder(s) : LM_OK;
+}
+
+/* What every step of it has in common, so that none needs to look at the request. */
+static void init_hot(struct seq *s, const struct request *r, int index)
+{
+    const struct engine_params *p = &r->params;
+    s->adapter = r->adapter;
+    s->generates = p->max_tokens > 0;
+    s->scores_prompt = r->score_prompt && index == 0;
+    s->penalised = p->repetition_penalty != 1 || p->presence_penalty != 0 ||
+                   p->frequency_penalty != 0;
+    s->bans = p->min_tokens > 0;
+    s->heeds_eos = !p->ignore_eos;
+    s->has_stop_ids = p->n_stop_token_ids > 0;
+    s->eager = r->stream || p->n_stop > 0 || p->logprobs >= 0;
+    s->sample = (struct kn_sample_row){
+        .temperature = p->temperature, .top_p = p->top_p, .min_p = p->min_p,
+        .repetition_penalty = p->repetition_penalty, .presence_penalty = p->presence_penalty,
+        .frequency_penalty = p->frequency_penalty, .top_k = p->top_k, .forced = -1,
+        .top_logprobs = LM_MAX(p->logprobs, 0), .want_logprob = p->logprobs >= 0,
+        .seed = sub_seed(p->seed, index),
+    };
 }
 
 static void seq_init(struct seq *s, struct request *r, int index, const struct request_limits *lim)
 {
     int n_prompt = r->prompt.n;
+    init_hot(s, r, index);
     s->req = r;
     s->index = index;
     s->state = SEQ_WAITING;
@@ -99,7 +125,6 @@ static void seq_init(struct seq *s, struct request *r, int index, const struct r
     s->n_prompt = s->n_tokens = n_prompt;
     s->cap_tokens = LM_MIN(n_prompt + r->params.max_tokens, lim->max_model_len);
     s->cap_blocks = LM_DIV_UP(seq_max_kv(s), lim->block_tokens);
-    s->seed = sub_seed(r->params.seed, index);
     s->out_scores.top_n = LM_MAX(r->params.logprobs, 0);
 }
 

@@ -32,8 +32,9 @@
  *
  * A request ends when its last sequence is DONE: exactly one result, built by output.c.
  *
- * Ownership: the mailbox hands a request to the engine thread, which frees it after its result was
- * posted. Only `cancel` in the mailbox's slot is shared meanwhile.
+ * Ownership: the mailbox hands a request to the engine thread, which hands it back when it has
+ * ended; who polls puts the result together and frees it. Only `cancel` in the mailbox's slot is
+ * shared meanwhile.
  */
 #ifndef LORAMILL_ENGINE_REQUEST_H
 #define LORAMILL_ENGINE_REQUEST_H
@@ -41,6 +42,7 @@
 #include "engine/engine.h"
 #include "engine/tokenizer.h"
 #include "engine/tree.h"
+#include "kernels/kernels.h"
 
 enum seq_state { SEQ_WAITING, SEQ_RUNNING, SEQ_DONE };
 
@@ -66,36 +68,46 @@ struct seq_queued {
     bool charged;               /* its prompt is in its tenant's counter */
 };
 
+/* What a step looks at comes first and together: 512 sequences are met in every one. */
 struct seq {
     struct request *req;
-    int index;
-    enum seq_state state;
-    enum engine_reason reason;
-
     int32_t *tokens;            /* [cap_tokens] prompt, then output; NULL until seq_open() */
+    int32_t *blocks;            /* [cap_blocks] */
     int n_prompt, n_tokens, cap_tokens;
     int n_computed;             /* positions whose KV is in the pool, or under way to it */
     int pending;                /* tokens that launched, unfinished steps will append */
-    uint64_t flight;            /* number of the last step that it was part of, */
-    int flight_item;            /* its item there, */
-    int flight_row, flight_rows;        /* its rows, */
-    bool flight_decode;         /* and whether it was a token behind the prompt */
-
-    int32_t *blocks;            /* [cap_blocks] */
-    int n_blocks, cap_blocks;
+    int n_blocks;
     int n_hashed;               /* leading full blocks already offered to the prefix cache */
     int32_t prefix_tail;        /* prefix cache entry of block n_hashed - 1, or -1 */
+
+    /* What the request asks of every step. */
+    bool generates;             /* max_tokens > 0 */
+    bool scores_prompt;         /* it is the choice that does */
+    bool penalised;             /* some penalty is on, so the device wants its history */
+    bool bans;                  /* min_tokens: ids may be banned */
+    bool heeds_eos, has_stop_ids;
+    bool eager;                 /* text is wanted token by token; else when it has ended */
+
+    bool resuming;              /* RUNNING, but its KV is on the way back: not to be planned */
+    bool flight_decode;         /* the last step's token was behind the prompt */
+    uint64_t flight;            /* number of the last step that it was part of, */
+    int flight_item;            /* its item there, */
+    int flight_row, flight_rows;        /* and its rows */
+    int steps;
+    struct engine_adapter *adapter;     /* the request's */
+    struct kn_sample_row sample;        /* but for what changes from step to step */
+
+    int index, cap_blocks;
+    enum seq_state state;
+    enum engine_reason reason;
+    struct seq_queued queued;
 
     int n_swapped;              /* blocks of KV in host memory, 0: none; see swap.h */
     int32_t swap_slot;          /* the first of them */
     int swapped_tokens;         /* computed positions in them */
-    bool resuming;              /* RUNNING, but its KV is on the way back: not to be planned */
     struct seq *swap_prev, *swap_next;
 
-    uint64_t seed;
-    struct seq_queued queued;
-
-    detok *dec;                 /* of the output; primed with the prompt's end */
+    detok *dec;                 /* of the output; primed with the prompt's end. NULL: no text now */
     const char *text;           /* the decoder's final text, primer included; until its next push */
     size_t text_base;           /* bytes of the primer in it */
     size_t text_len;            /* final generated text behind it, cut at a stop string */
@@ -131,7 +143,7 @@ struct request {
 
     int64_t submit_us, admit_us, adapter_wait_us, first_token_us;
     int64_t adapter_since_us;   /* waiting for weights since; 0: not */
-    int cached_tokens, steps, preemptions;
+    int cached_tokens, preemptions;
     /* Allocated at submit, so that ending can't fail. */
     struct event_node *finish;
     struct engine_result *result;
@@ -153,6 +165,8 @@ void request_free(struct request *r);
 
 /* Allocates what a sequence runs with; nothing if that was done. LM_NOMEM otherwise. */
 lm_status seq_open(struct seq *s);
+/* Makes its decoder, where there is a tokenizer. */
+lm_status seq_prime_decoder(struct seq *s);
 
 /* Its tokens so far, opened or not. */
 static inline const int32_t *seq_tokens(const struct seq *s)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * result_build.c - the result of a finished request. Runs once a request, not once a step, so it
- * may allocate; when memory is short the result says so instead of not existing.
+ * result_build.c - the result of a finished request. Runs once a request, on the thread that polls
+ * for it, so it may allocate; when memory is short the result says so instead of not existing.
  */
 #include <math.h>
 #include <stdio.h>
@@ -131,6 +131,9 @@ static void fill_scores(struct builder *b, const struct seq *s, struct engine_ch
 static void fill_choice(struct builder *b, struct seq *s, struct engine_choice *c)
 {
     int n = seq_n_output(s);
+    lm_status st = output_decode(s);
+    if (st != LM_OK)
+        fail(b, st);
     c->index = s->index;
     c->reason = s->reason;
     c->text = lm_malloc(b->echo_len + s->text_len + 1);
@@ -150,27 +153,28 @@ static void fill_choice(struct builder *b, struct seq *s, struct engine_choice *
     fill_scores(b, s, c);
 }
 
-static void fill_numbers(const struct request *r, struct engine_result *res, int64_t now_us)
+void output_numbers(struct request *r, int64_t now_us)
 {
+    struct engine_result *res = r->result;
     int64_t now = now_us - r->submit_us;
     res->prompt_tokens = r->prompt.n;
     res->cached_tokens = r->cached_tokens;
-    for (int i = 0; i < r->n_seqs; i++)
+    for (int i = 0; i < r->n_seqs; i++) {
         res->completion_tokens += seq_n_output(&r->seqs[i]);
+        res->steps += r->seqs[i].steps;
+    }
     res->queued_us = r->admit_us ? r->admit_us - r->submit_us : now;
     res->adapter_us = r->adapter_wait_us;
     res->first_token_us = r->first_token_us ? r->first_token_us - r->submit_us : 0;
     res->finished_us = now;
-    res->steps = r->steps;
     res->preemptions = r->preemptions;
 }
 
-struct engine_result *output_result(struct request *r, const tokenizer *tok, int64_t now_us)
+struct engine_result *output_result(struct request *r)
 {
-    struct builder b = { .r = r, .tok = tok };
+    struct builder b = { .r = r, .tok = r->tok };
     struct engine_result *res = r->result;
     r->result = NULL;
-    fill_numbers(r, res, now_us);
     echo_text(&b);
     res->choices = lm_calloc((size_t)r->n_seqs, sizeof *res->choices);
     res->n_choices = res->choices ? r->n_seqs : 0;

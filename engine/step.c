@@ -212,7 +212,7 @@ static void group_items(struct step *s, struct frame *f, const struct plan_item 
     s->n_groups = 1;
     s->group[0] = (struct group){ 0 };
     for (int i = 0; i < n; i++) {
-        int g = group_of(s, item[i].seq->req->adapter);
+        int g = group_of(s, item[i].seq->adapter);
         s->item_group[i] = g;
         s->group[g].n_items++;
         s->group[g].n_tok += item[i].n_tok;
@@ -231,18 +231,13 @@ struct sizes {
     size_t n_history, n_feed;
 };
 
-static bool scores_prompt(const struct seq *s)
-{
-    return s->req->score_prompt && s->index == 0;
-}
-
 /* Prompt positions of this item that are scored: [first, end). Position p scores token p + 1. */
 static void scored_range(const struct plan_item *it, int *first, int *end)
 {
     const struct seq *s = it->seq;
     int from = s->n_computed, to = from + it->n_tok;
     *first = *end = 0;
-    if (!scores_prompt(s))
+    if (!s->scores_prompt)
         return;
     *first = LM_MAX(from, s->req->prompt_scores.n);
     *end = LM_MAX(*first, LM_MIN(to, s->n_prompt - 1));
@@ -251,7 +246,7 @@ static void scored_range(const struct plan_item *it, int *first, int *end)
 static bool generates(const struct plan_item *it)
 {
     const struct seq *s = it->seq;
-    return s->n_computed + it->n_tok == seq_length(s) && s->req->params.max_tokens > 0;
+    return s->generates && s->n_computed + it->n_tok == seq_length(s);
 }
 
 /* Its token is one that the step before will sample. */
@@ -260,15 +255,10 @@ static bool is_fed(const struct plan_item *it)
     return it->seq->n_computed + it->n_tok > it->seq->n_tokens;
 }
 
-static bool has_penalties(const struct engine_params *p)
-{
-    return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
-}
-
 static int n_banned(const struct step *s, const struct seq *q)
 {
     const struct engine_params *p = &q->req->params;
-    if (seq_n_output(q) + q->pending >= p->min_tokens)
+    if (!q->bans || seq_n_output(q) + q->pending >= p->min_tokens)
         return 0;
     return p->n_stop_token_ids + s->p.model->n_eos;
 }
@@ -287,9 +277,9 @@ static struct sizes measure(const struct step *s, const struct frame *f)
         z.max_kv = LM_MAX(z.max_kv, kv);
         if (generates(it)) {
             z.n_history += (size_t)n_banned(s, q);
-            z.n_history += has_penalties(&q->req->params) ? (size_t)seq_length(q) : 0;
+            z.n_history += q->penalised ? (size_t)seq_length(q) : 0;
         }
-        z.n_feed += is_fed(it) ? 1 + has_penalties(&q->req->params) : 0;
+        z.n_feed += is_fed(it) ? 1 + q->penalised : 0;
     }
     z.table_ld = blocks_for(z.max_kv, s->p.block_tokens);
     for (int g = 1; g < s->n_groups; g++)
@@ -423,10 +413,9 @@ struct row_filler {
 static void fill_row(struct row_filler *f, struct seq *q, int token, bool is_prompt,
                      struct kn_sample_row row)
 {
-    const struct engine_params *p = &q->req->params;
     int n = f->f->n_rows++;
-    row.want_logprob = p->logprobs >= 0;
-    row.top_logprobs = LM_MAX(p->logprobs, 0);
+    row.want_logprob = q->sample.want_logprob;
+    row.top_logprobs = q->sample.top_logprobs;
     f->f->want_tops |= row.top_logprobs > 0;
     f->idx[n] = token;
     f->row[n] = row;
@@ -463,17 +452,11 @@ static void add_history(struct row_filler *f, const int32_t *ids, int n)
 static void fill_generated(struct row_filler *f, const struct plan_item *it, int tok0)
 {
     struct seq *q = it->seq;
-    const struct engine_params *p = &q->req->params;
-    const struct model_config *m = f->s->p.model;
+    struct kn_sample_row row = q->sample;
     int n_output = seq_n_output(q) + q->pending;
-    struct kn_sample_row row = {
-        .temperature = p->temperature, .top_p = p->top_p, .min_p = p->min_p,
-        .repetition_penalty = p->repetition_penalty, .presence_penalty = p->presence_penalty,
-        .frequency_penalty = p->frequency_penalty, .top_k = p->top_k, .forced = -1,
-        .seed = q->seed, .counter = (uint64_t)n_output,
-    };
+    row.counter = (uint64_t)n_output;
     row.hist0 = f->n_history;
-    if (has_penalties(p)) {
+    if (q->penalised) {
         row.n_prompt = q->n_prompt;
         row.n_output = n_output;
         add_history(f, q->tokens, q->n_tokens);
@@ -483,6 +466,8 @@ static void fill_generated(struct row_filler *f, const struct plan_item *it, int
     row.banned0 = f->n_history;
     row.n_banned = n_banned(f->s, q);
     if (row.n_banned > 0) {
+        const struct engine_params *p = &q->req->params;
+        const struct model_config *m = f->s->p.model;
         add_history(f, p->stop_token_ids, p->n_stop_token_ids);
         add_history(f, m->eos_ids, m->n_eos);
     }
