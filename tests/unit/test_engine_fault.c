@@ -7,6 +7,8 @@
  *   run     an engine is open; loading an adapter, submitting, running and polling go through with
  *           the Nth allocation failing, for N = 1, 2, ... until none fires
  *   open    the same for opening an engine
+ * The first is done twice: in a roomy pool, and with two steps in flight in a tight one, where
+ * sequences are preempted, swapped out and brought back.
  * Whatever fails must be told (LM_NOMEM, or a result that says so), every accepted request ends
  * exactly once, the engine serves the next request as if nothing had been, and closing gives back
  * every allocation.
@@ -118,12 +120,24 @@ static bool disarm(void)
     return atomic_load(&fired);
 }
 
+static bool tight;              /* a pool that makes them preempt and swap */
+static uint64_t swaps;
+
 static lm_status open_engine(engine **e, struct lm_err *err)
 {
     struct engine_config cfg = fixture_config(SPM_TINY);
+    struct engine_policy policy;
+    engine_policy_default(&policy);
     cfg.pool_bytes = (size_t)4 << 20;
     cfg.max_seqs = 8;
     cfg.max_step_tokens = 32;
+    cfg.policy = &policy;
+    if (tight) {
+        policy.preempt = ENGINE_PREEMPT_SWAP;
+        policy.prefix_cache = false;
+        cfg.block_tokens = 8;
+        cfg.pool_bytes = (size_t)110 << 10;     /* 12 blocks */
+    }
     return engine_open(&cfg, e, err);
 }
 
@@ -182,6 +196,22 @@ static void check_still_serves(engine *e)
     engine_result_free(res);
 }
 
+/* Once all has ended, no sequence holds a block; without a prefix cache, there is no KV then. */
+static void check_blocks(engine *e)
+{
+    struct engine_stats st;
+    for (int tries = 0; tries < 5000; tries++) {        /* the gauges follow within a turn */
+        engine_stats(e, &st);
+        if (st.running + st.waiting + (tight ? st.kv_blocks : 0) == 0)
+            break;
+        usleep(1000);
+    }
+    assert_int_equal(st.running + st.waiting, 0);
+    assert_true(!tight || st.kv_blocks == 0);
+    assert_int_equal(st.free_blocks + st.kv_blocks + st.adapter_blocks, st.pool_blocks);
+    swaps += st.swap_outs;
+}
+
 /* One engine's life with the Nth allocation of its use failing. False when none fired. */
 static bool live_through(long n)
 {
@@ -191,6 +221,7 @@ static bool live_through(long n)
     use(e);
     bool hit = disarm();
     check_still_serves(e);
+    check_blocks(e);
     engine_close(e);
     return hit;
 }
@@ -237,10 +268,15 @@ static void opening(void **state)
     print_message("%ld allocations failed in turn, %ld openings with them\n", n - 1, failed);
 }
 
-static void running_pipelined(void **state)
+static void running_tight_and_pipelined(void **state)
 {
     core_force_pipeline(true);
+    tight = true;
+    swaps = 0;
     running(state);
+    print_message("in all %llu sequences were swapped out\n", (unsigned long long)swaps);
+    assert_true(swaps > 100);
+    tight = false;
     core_force_pipeline(false);
 }
 
@@ -249,7 +285,7 @@ int main(void)
     lm_log_set_level(LM_ERROR);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(running),
-        cmocka_unit_test(running_pipelined),
+        cmocka_unit_test(running_tight_and_pipelined),
         cmocka_unit_test(opening),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
