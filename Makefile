@@ -208,7 +208,8 @@ $(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
 
 # Stands before the device: each of these can be made to fail.
 WRAPPED := alloc host_alloc free host_free stream_new stream_free event_new event_free mat_new \
-    mat_free mat_upload copy_in copy_out copy zero scatter_cells gather_cells stream_sync event_sync \
+    mat_free mat_upload mat_save mat_restore copy_in copy_out copy zero scatter_cells gather_cells \
+    stream_sync event_sync \
     event_record event_wait event_query $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul \
     gather_rows feed lora_shrink lora_expand lora_merge sample)
 $(BUILD)/tests/unit/test_engine_device: LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(WRAPPED))

@@ -6,7 +6,7 @@
  * (the Makefile has the list): the Nth call from now fails, with LM_NOMEM if it asks for something,
  * else with LM_DEVICE, and then passes nothing on. Two loops, for N = 1, 2, ... until none fires:
  *   open    opening an engine: it fails with a reason, or was none the worse
- *   run     an engine in a tight pool, which loads, preempts, swaps and evicts: whatever fails,
+ *   run     an engine in a tight pool, which loads, preempts, swaps, evicts and merges: what fails,
  *           every request ends exactly once, with a reason; no sequence is left holding a block; a
  *           device that failed is told to submit and poll, one that only lacked memory serves on
  * In both, every object and every byte taken of the device is given back by closing.
@@ -91,6 +91,8 @@ DOES(scatter_cells, (kn_stream *s, void *b, const int64_t *o, int n, size_t c, c
      (s, b, o, n, c, f))
 DOES(gather_cells, (kn_stream *s, void *d, const void *b, const int64_t *o, int n, size_t c),
      (s, d, b, o, n, c))
+DOES(mat_save, (kn_stream *s, void *d, const kn_mat *m), (s, d, m))
+DOES(mat_restore, (kn_stream *s, kn_mat *m, const void *f), (s, m, f))
 DOES(event_record, (kn_event *e, kn_stream *s), (e, s))
 DOES(event_wait, (kn_stream *s, kn_event *e), (s, e))
 DOES(event_query, (kn_event *e), (e))
@@ -159,13 +161,13 @@ static void opening(void **state)
 /* ---- running --------------------------------------------------------------------------- */
 
 static int32_t prompt[64];
-static uint64_t preemptions, swaps, evictions;
+static uint64_t preemptions, swaps, evictions, merges;
 
-/* Every request of the mix, its adapter loaded first; how many were accepted. */
-static int submit_all(engine *e)
+/* Requests from..to-1 of the mix, their adapters loaded first; how many were accepted. */
+static int submit(engine *e, int from, int to)
 {
     int accepted = 0;
-    for (int i = 0; i < REQUESTS; i++) {
+    for (int i = from; i < to; i++) {
         engine_adapter *a = NULL;
         struct lm_err err = { 0 };
         engine_handle h;
@@ -221,6 +223,7 @@ static void check_blocks(engine *e)
     preemptions += st.preemptions;
     swaps += st.swap_outs;
     evictions += st.adapter_evictions;
+    merges += st.merges;
 }
 
 static void check_serves(engine *e)
@@ -252,8 +255,12 @@ static bool live_through(long n, long *broken)
     CHECK(open_engine(&e, err));
     fired = false;
     fail_at = n;
-    int accepted = submit_all(e);
+    int accepted = policy.merge ? submit(e, 1, 2) : submit(e, 0, REQUESTS);
     lm_status pumped = engine_pump(e, INT64_MAX, &idle, &err);
+    if (policy.merge && pumped == LM_OK) {      /* an adapter alone, then another and the base */
+        accepted += submit(e, 2, REQUESTS);
+        pumped = engine_pump(e, INT64_MAX, &idle, &err);
+    }
     bool hit = fired;
     fail_at = 0;
     if (pumped != LM_OK)
@@ -320,6 +327,23 @@ static void running_pipelined(void **state)
     run_with(true, ENGINE_PREEMPT_SWAP);
 }
 
+static void running_merged(void **state)
+{
+    (void)state;
+    long n = 1, broken = 0;
+    make_tight();
+    policy.prefix_cache = false;
+    policy.merge = true;
+    core_force_merge(true);
+    merges = 0;
+    while (live_through(n, &broken))
+        n += STRIDE;
+    core_force_merge(false);
+    print_message("%ld calls failed in turn, %ld devices with them; in all %llu merges\n",
+                  (n - 1) / STRIDE, broken, (unsigned long long)merges);
+    assert_true(n > 500 && broken > 400 / STRIDE && merges > 400 / STRIDE);
+}
+
 int main(void)
 {
     lm_log_set_level((enum lm_level)-1);        /* it is meant to fail */
@@ -327,6 +351,7 @@ int main(void)
         cmocka_unit_test(opening),
         cmocka_unit_test(running),
         cmocka_unit_test(running_pipelined),
+        cmocka_unit_test(running_merged),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
