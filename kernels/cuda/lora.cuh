@@ -19,10 +19,10 @@ struct lora_launch {
     int32_t *fault;
     int n_active;               /* parts that some adapter of the step targets */
     int active[3];
-    int slab0[4];               /* expand: first column slab of each active part, and the end */
+    int slabs[3];               /* expand: column slabs of each active part */
     bool aligned;               /* rows of x or y allow vector loads */
     bool one_tile;              /* every segment is one token tile: no search */
-    int smem_rows;              /* expand: rank rows of B that a warp keeps */
+    int smem_rows;              /* expand, many tokens: rank rows of B that a warp keeps */
 };
 
 /* A matrix of one module of one adapter. */
