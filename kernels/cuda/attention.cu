@@ -2,8 +2,9 @@
 /*
  * attention.cu - paged attention: what the host can check, and which kernels a step needs.
  *
- * Sequences with one query token go to attn_decode.cu, the others to attn_prefill.cu: the choice is
- * each sequence's own, so a mixed step launches both and each kernel passes over what is not its.
+ * Sequences with one query token go to attn_decode.cu, the others to attn_prefill.cu, or on Hopper
+ * to attn_wgmma.cu: the choice is each sequence's own, so a mixed step launches both and each
+ * kernel passes over what is not its.
  *
  * Geometry comes from the host hints alone (n_seqs, n_tok, max_q, max_kv), so a captured graph
  * serves every step whose numbers do not exceed those of the capture.
@@ -27,7 +28,9 @@ extern "C" size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_h
 extern "C" cudaError_t cuda_attention_init(void)
 {
     cudaError_t e = cuda_attn_decode_init();
-    return e == cudaSuccess ? cuda_attn_prefill_init() : e;
+    if (e == cudaSuccess)
+        e = cuda_attn_prefill_init();
+    return e == cudaSuccess ? cuda_attn_wgmma_init() : e;
 }
 
 static int log2_of(int x)
@@ -94,7 +97,7 @@ extern "C" lm_status cuda_op_attention(kn_stream *s, const struct kn_attention *
     plan_splits(st, &p);
     int keys = a->window > 0 ? LM_MIN(a->max_kv, a->window + 15) : a->max_kv;
     lm_status rc = cuda_attn_decode(st, &p, LM_DIV_UP(keys, 16));
-    if (rc == LM_OK && a->max_q > 1)
-        rc = cuda_attn_prefill(st, &p);
-    return rc;
+    if (rc != LM_OK || a->max_q == 1)
+        return rc;
+    return cuda_attn_wgmma_fits(st, &p) ? cuda_attn_wgmma(st, &p) : cuda_attn_prefill(st, &p);
 }

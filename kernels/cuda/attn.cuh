@@ -72,9 +72,13 @@ __device__ static inline int block_of(const struct attn_launch *p, const int32_t
 /* Once a device: kernels that use more than 48 KiB of shared memory must ask for it. */
 cudaError_t cuda_attn_decode_init(void);
 cudaError_t cuda_attn_prefill_init(void);
+cudaError_t cuda_attn_wgmma_init(void);
 
 lm_status cuda_attn_decode(struct cuda_stream *st, const struct attn_launch *p, int max_tiles);
 lm_status cuda_attn_prefill(struct cuda_stream *st, const struct attn_launch *p);
+/* The same on Hopper, for the head sizes that fit. */
+bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch *p);
+lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p);
 
 /*
  * How a decode row's keys are divided, from its own length and the batch bucket only, so that

@@ -31,6 +31,9 @@
 #define cuda_lora_init emu_lora_init
 #define cuda_attn_decode emu_attn_decode
 #define cuda_attn_prefill emu_attn_prefill
+#define cuda_attn_wgmma emu_attn_wgmma
+#define cuda_attn_wgmma_fits emu_attn_wgmma_fits
+#define cuda_attn_wgmma_init emu_attn_wgmma_init
 #define cuda_attn_decode_init emu_attn_decode_init
 #define cuda_attn_prefill_init emu_attn_prefill_init
 

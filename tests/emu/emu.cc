@@ -20,6 +20,7 @@
 #define STACK_BYTES (96 << 10)
 #define MAX_THREADS 1024
 #define SMEM_MAX (232 << 10)
+#define EXCHANGE_MAX 512        /* bytes that a lane hands to a warp-wide instruction */
 
 struct copy {
     void *dst;
@@ -76,7 +77,7 @@ struct fiber {
 struct warp {
     const void *in[32];
     void *out[32];
-    unsigned char in_copy[32][64], out_copy[32][64];
+    unsigned char in_copy[32][EXCHANGE_MAX], out_copy[32][EXCHANGE_MAX];
     int arrived;
     unsigned generation;
 };

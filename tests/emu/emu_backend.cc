@@ -63,7 +63,7 @@ extern "C" int emu_take_fault(void)
     return fault;
 }
 
-extern "C" kn_device *emu_device_new(int sms)
+extern "C" kn_device *emu_device_new(int sms, int cc)
 {
     backend = kn_backend_cpu;
     backend.name = "emu";
@@ -81,6 +81,6 @@ extern "C" kn_device *emu_device_new(int sms)
     d->base.be = &backend;
     d->fault = d->fault_host = &fault_word;
     d->sms = sms;
-    d->cc = 80;
+    d->cc = cc;
     return &d->base;
 }

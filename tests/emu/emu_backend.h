@@ -11,8 +11,9 @@
 extern "C" {
 #endif
 
-/* Geometry is chosen for `sms` multiprocessors. kn_close() it. */
-kn_device *emu_device_new(int sms);
+/* Geometry is chosen for `sms` multiprocessors, kernels for compute capability `cc` (80, 90).
+ * kn_close() it. */
+kn_device *emu_device_new(int sms, int cc);
 
 /* What a kernel reported (enum cuda_fault), 0 if nothing; and forgets it. */
 int emu_take_fault(void);

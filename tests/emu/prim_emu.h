@@ -21,6 +21,11 @@ static inline float exp2_fast(float x)
     return exp2f(x);
 }
 
+static inline uint32_t smem_addr(const void *p)
+{
+    return (uint32_t)((const unsigned char *)p - emu_dynamic_smem());
+}
+
 static inline void emu_ldmatrix(uint32_t r[4], const void *row, bool trans)
 {
     emu_warp(&row, sizeof row, r, 16, [](const void *ins[32], void *outs[32], void *arg) {

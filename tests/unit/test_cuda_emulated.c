@@ -15,11 +15,11 @@
 #include "tests/emu/emu_backend.h"
 #include "tests/twin/twin.h"
 
-static void run(bool (*check)(struct twin *))
+static void run(bool (*check)(struct twin *), int cc)
 {
     struct twin c;
     struct kn_open_params one = { .threads = 1 };
-    kn_device *emu = emu_device_new(8), *cpu = NULL;
+    kn_device *emu = emu_device_new(8, cc), *cpu = NULL;
     assert_int_equal(kn_open("cpu", &one, &cpu, NULL), LM_OK);
     assert_true(twin_open(&c, emu, cpu));
     c.slow = true;
@@ -32,19 +32,26 @@ static void run(bool (*check)(struct twin *))
 static void attention(void **state)
 {
     (void)state;
-    run(twin_attention);
+    run(twin_attention, 80);
+}
+
+static void attention_hopper(void **state)
+{
+    (void)state;
+    run(twin_attention, 90);
 }
 
 static void lora(void **state)
 {
     (void)state;
-    run(twin_lora);
+    run(twin_lora, 80);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attention),
+        cmocka_unit_test(attention_hopper),
         cmocka_unit_test(lora),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);

@@ -1,0 +1,247 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attn_prefill.cuh - what the two prefill kernels share: finding work, copies, masks, softmax.
+ *
+ * A work item is one kv head and S::ROWS rows of one sequence; a row is a query token and one of
+ * the kv head's query heads, heads innermost, so that grouped heads share every load of K and V.
+ *
+ * The host cannot see how a step's tokens fall to sequences, so the grid is a bound from n_tok and
+ * n_seqs, and blocks find their items by scanning q_start (32 sequences a step). Items of one
+ * sequence come last rows first: those have the most keys.
+ *
+ * A shape S says: HD, ROWS and THREADS of a block, MT 16-row tiles a warp, KEYS of a tile, and
+ * at<rows>(row, piece), where 16 bytes of a tile of that many rows lie in shared memory.
+ */
+#ifndef LORAMILL_KERNELS_ATTN_PREFILL_CUH
+#define LORAMILL_KERNELS_ATTN_PREFILL_CUH
+
+#include "kernels/cuda/attn.cuh"
+
+struct prefill_item {
+    int seq, row0, kv_head;
+    int tok0, n_rows;           /* of the sequence: its first query token; tokens * group */
+    int pos0;                   /* position of its first query token */
+};
+
+/* Finds item `index`; false beyond the last. All lanes of a warp together. */
+__device__ static inline bool find_item(const struct kn_attention *a, int rows, int index,
+                                        struct prefill_item *it)
+{
+    const int lane = (int)threadIdx.x % 32, group = a->q_heads / a->kv_heads;
+    const int want = index / a->kv_heads;
+    int before = 0;
+    for (int s0 = 0; s0 < a->n_seqs; s0 += 32) {
+        int s = s0 + lane, n_q = 0;
+        if (s < a->n_seqs)
+            n_q = a->q_start[s + 1] - a->q_start[s];
+        int tiles = n_q > 1 ? (n_q * group + rows - 1) / rows : 0, sum = tiles;
+        for (int d = 1; d < 32; d *= 2) {
+            int up = __shfl_up_sync(FULL_MASK, sum, d);
+            sum += lane >= d ? up : 0;
+        }
+        unsigned reached = __ballot_sync(FULL_MASK, before + sum > want);
+        if (reached) {
+            int src = __ffs((int)reached) - 1;
+            int end = before + __shfl_sync(FULL_MASK, sum, src);
+            it->seq = s0 + src;
+            it->row0 = (end - 1 - want) * rows;
+            it->kv_head = index % a->kv_heads;
+            it->tok0 = a->q_start[it->seq];
+            n_q = a->q_start[it->seq + 1] - it->tok0;
+            it->n_rows = n_q * group;
+            it->pos0 = a->kv_len[it->seq] - n_q;
+            return true;
+        }
+        before += __shfl_sync(FULL_MASK, sum, 31);
+    }
+    return false;
+}
+
+__device__ static inline bool item_fits(const struct attn_launch *p, const struct prefill_item *it)
+{
+    int end = it->pos0 + it->n_rows / (p->a.q_heads / p->a.kv_heads);
+    if (it->pos0 >= 0 && (end - 1) >> p->bt_shift < p->a.table_ld)
+        return true;
+    cuda_report(p->fault, CUDA_FAULT_BLOCK);
+    return false;
+}
+
+/* The keys of an item: n tiles from `start` on, of which [lo, end) are visible to some row. */
+struct prefill_keys {
+    int start, lo, end, n;
+    int low, lo_high;           /* last key of the first row; first key of the last row */
+};
+
+template <class S>
+__device__ static inline struct prefill_keys keys_of(const struct kn_attention *a,
+                                                     const struct prefill_item *it)
+{
+    const int group = a->q_heads / a->kv_heads;
+    const int high = it->pos0 + (min(it->row0 + S::ROWS, it->n_rows) - 1) / group;
+    struct prefill_keys r;
+    r.low = it->pos0 + it->row0 / group;
+    r.lo = first_visible(a, r.low);
+    r.lo_high = first_visible(a, high);
+    r.start = r.lo & ~(S::KEYS - 1);
+    r.end = high + 1;
+    r.n = (r.end - r.start + S::KEYS - 1) / S::KEYS;
+    return r;
+}
+
+template <class S> __device__ static inline bool needs_mask(const struct prefill_keys *r, int pos0)
+{
+    return pos0 + S::KEYS - 1 > r->low || pos0 < r->lo_high;
+}
+
+template <class S>
+static dim3 prefill_grid(const struct cuda_stream *st, const struct attn_launch *p)
+{
+    const struct kn_attention *a = &p->a;
+    int64_t rows = (int64_t)a->n_tok * (a->q_heads / a->kv_heads);
+    int64_t tiles = rows / S::ROWS + LM_MIN(a->n_seqs, LM_MAX(1, a->n_tok / 2));
+    return dim3((unsigned)LM_MIN(tiles * a->kv_heads, (int64_t)st->dev->sms * 64));
+}
+
+/* ---- copies ---------------------------------------------------------------------------- */
+
+template <class S>
+__device__ static inline void load_query(const struct kn_attention *a,
+                                         const struct prefill_item *it, unsigned char *q)
+{
+    constexpr int P = S::HD / 8;
+    const int group = a->q_heads / a->kv_heads;
+    for (int i = (int)threadIdx.x; i < S::ROWS * P; i += S::THREADS) {
+        int r = i / P, piece = i % P, row = it->row0 + r;
+        bool valid = row < it->n_rows;
+        int64_t tok = it->tok0 + (valid ? row / group : 0);
+        int head = it->kv_head * group + (valid ? row % group : 0);
+        const uint16_t *src = (const uint16_t *)a->qkv + tok * a->ld + head * S::HD + piece * 8;
+        cp_async16(q + S::template at<S::ROWS>(r, piece), src, valid);
+    }
+}
+
+/* Keys [pos0, pos0 + KEYS) of K, or of V; zeros outside of what the item sees. */
+template <class S>
+__device__ static inline void load_keys(const struct attn_launch *p, const struct prefill_item *it,
+                                        unsigned char *dst, int pos0,
+                                        const struct prefill_keys *r, bool values)
+{
+    constexpr int P = S::HD / 8;
+    const struct kn_attention *a = &p->a;
+    const int32_t *table = a->block_table + it->seq * a->table_ld;
+    const char *base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at(a, it->kv_head) +
+                       (values ? (int64_t)a->block_tokens * (S::HD * 2) : 0);
+#pragma unroll
+    for (int j = 0; j < S::KEYS * P / S::THREADS; j++) {
+        int i = j * S::THREADS + (int)threadIdx.x, key = i / P, piece = i % P, pos = pos0 + key;
+        bool valid = pos >= r->lo && pos < r->end;
+        int64_t id = valid ? block_of(p, table, pos) : 0;
+        const char *src = base + id * a->pool.block_bytes +
+                          (pos & (a->block_tokens - 1)) * (S::HD * 2) + piece * 16;
+        cp_async16(dst + S::template at<S::KEYS>(key, piece), src, valid);
+    }
+}
+
+/* ---- softmax --------------------------------------------------------------------------- */
+
+template <class S> struct prefill_acc {
+    float o[S::MT][S::HD / 8][4];
+    float m[S::MT][2], l[S::MT][2];
+    int first[S::MT][2], last[S::MT][2];        /* positions that the row sees */
+};
+
+/* Hides what the rows may not see of the keys from pos0 on. */
+template <class S>
+__device__ static inline void mask(const struct prefill_acc<S> *acc, float s[][S::KEYS / 8][4],
+                                   int pos0, int lane)
+{
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int n = 0; n < S::KEYS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int pos = pos0 + n * 8 + (lane & 3) * 2 + (e & 1), r = e >> 1;
+                if (pos < acc->first[m][r] || pos > acc->last[m][r])
+                    s[m][n][e] = -INFINITY;
+            }
+}
+
+/* Scores become weights. A row that has seen no key yet keeps a maximum of -inf. */
+template <class S>
+__device__ static inline void soften(struct prefill_acc<S> *acc, float s[][S::KEYS / 8][4],
+                                     float scale)
+{
+#pragma unroll
+    for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float m = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < S::KEYS / 8; n++)
+                m = fmaxf(m, fmaxf(s[mt][n][2 * r], s[mt][n][2 * r + 1]));
+            m = fmaxf(acc->m[mt][r], quad_max(m) * scale);
+            const float sub = m == -INFINITY ? 0 : m;
+            float keep = exp2_fast(acc->m[mt][r] - sub), sum = 0;
+            acc->m[mt][r] = m;
+#pragma unroll
+            for (int n = 0; n < S::KEYS / 8; n++)
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; e++) {
+                    s[mt][n][e] = exp2_fast(fmaf(s[mt][n][e], scale, -sub));
+                    sum += s[mt][n][e];
+                }
+            acc->l[mt][r] = acc->l[mt][r] * keep + sum;
+#pragma unroll
+            for (int d = 0; d < S::HD / 8; d++)
+                acc->o[mt][d][2 * r] *= keep, acc->o[mt][d][2 * r + 1] *= keep;
+        }
+}
+
+template <class S>
+__device__ static inline void start_rows(const struct kn_attention *a,
+                                         const struct prefill_item *it,
+                                         struct prefill_acc<S> *acc, int warp, int lane)
+{
+    const int group = a->q_heads / a->kv_heads;
+#pragma unroll
+    for (int m = 0; m < S::MT; m++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = it->row0 + (warp * S::MT + m) * 16 + r * 8 + lane / 4;
+            acc->last[m][r] = it->pos0 + min(row, it->n_rows - 1) / group;
+            acc->first[m][r] = first_visible(a, acc->last[m][r]);
+            acc->m[m][r] = -INFINITY;
+            acc->l[m][r] = 0;
+        }
+#pragma unroll
+        for (int d = 0; d < S::HD / 8; d++)
+            acc->o[m][d][0] = acc->o[m][d][1] = acc->o[m][d][2] = acc->o[m][d][3] = 0;
+    }
+}
+
+template <class S>
+__device__ static inline void write_rows(const struct kn_attention *a,
+                                         const struct prefill_item *it,
+                                         const struct prefill_acc<S> *acc, int warp, int lane)
+{
+    const int group = a->q_heads / a->kv_heads;
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = it->row0 + (warp * S::MT + m) * 16 + r * 8 + lane / 4;
+            float inv = 1.0f / quad_sum(acc->l[m][r]);
+            if (row >= it->n_rows)
+                continue;
+            int64_t tok = it->tok0 + row / group;
+            int head = it->kv_head * group + row % group;
+            uint16_t *out = (uint16_t *)a->out + (tok * a->q_heads + head) * S::HD + lane % 4 * 2;
+#pragma unroll
+            for (int d = 0; d < S::HD / 8; d++)
+                *(uint32_t *)(out + d * 8) = bf16_pack(acc->o[m][d][2 * r] * inv,
+                                                       acc->o[m][d][2 * r + 1] * inv);
+        }
+}
+
+#endif

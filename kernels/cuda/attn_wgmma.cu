@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attn_wgmma.cu - prefill attention on Hopper's asynchronous tensor cores (sm_90a; after
+ * FlashAttention-3, arXiv 2407.08608), head sizes 64 and 128.
+ *
+ * Two groups of four warps own 64 rows each. Scores are products of Q and K in shared memory, the
+ * weights stay in registers as the left side of the second product, V is read transposed. All
+ * threads copy: K of the next tile while scores are computed, V while the softmax is. The groups
+ * meet only where a tile changes hands, so one's softmax overlaps the other's products.
+ */
+#include "kernels/cuda/attn_prefill.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+template <int HD_> struct wgmma_shape {
+    static constexpr int HD = HD_, WARPS = 8, THREADS = WARPS * 32, MT = 1;
+    static constexpr int ROWS = WARPS * 16;
+    static constexpr int KEYS = 128;
+    static constexpr int Q_BYTES = ROWS * HD * 2;
+    static constexpr int TILE_BYTES = KEYS * HD * 2;
+    static constexpr int SMEM = Q_BYTES + 4 * TILE_BYTES + 1024;        /* to align by hand */
+    /* Panels of 64 dims, one after the other. */
+    template <int N> __device__ static inline int at(int row, int piece)
+    {
+        return piece / 8 * N * 128 + row * 128 + ((piece ^ row) & 7) * 16;
+    }
+};
+
+#if defined(KN_EMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* s [64, KEYS] = this group's rows of q by k. */
+template <class S>
+__device__ static inline void start_scores(float (&s)[S::KEYS / 8][4], const unsigned char *q,
+                                           const unsigned char *k)
+{
+    wgmma_begin();
+#pragma unroll
+    for (int ks = 0; ks < S::HD / 16; ks++)
+        wgmma_ss(s, wgmma_desc(q + ks / 4 * S::ROWS * 128 + ks % 4 * 32, 16, 1024),
+                 wgmma_desc(k + ks / 4 * S::KEYS * 128 + ks % 4 * 32, 16, 1024), ks > 0);
+    wgmma_commit();
+}
+
+/* o [64, HD] += weights by v. */
+template <class S>
+__device__ static inline void start_values(float (&o)[S::HD / 8][4],
+                                           const uint32_t (&p)[S::KEYS / 16][4],
+                                           const unsigned char *v)
+{
+    wgmma_begin();
+#pragma unroll
+    for (int ks = 0; ks < S::KEYS / 16; ks++)
+        wgmma_rs(o, p[ks], wgmma_desc(v + ks * 2048, S::KEYS * 128, 1024));
+    wgmma_commit();
+}
+
+template <int NT>
+__device__ static inline void pack(uint32_t (&p)[NT / 2][4], const float (&s)[NT][4])
+{
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *x = s[2 * k + (i >> 1)] + (i & 1) * 2;
+            p[k][i] = bf16_pack(x[0], x[1]);
+        }
+}
+
+/* The copies that must have landed are this thread's and everyone else's. */
+template <int LEFT> __device__ static inline void tile_ready(void)
+{
+    cp_async_wait<LEFT>();
+    wgmma_writes_done();
+    __syncthreads();
+}
+
+template <class S>
+__device__ static inline void run_item(const struct attn_launch *p, const struct prefill_item *it,
+                                       unsigned char *smem)
+{
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    unsigned char *q = smem, *k = smem + S::Q_BYTES, *v = k + 2 * S::TILE_BYTES;
+    struct prefill_acc<S> acc;
+    start_rows<S>(&p->a, it, &acc, warp, lane);
+    const struct prefill_keys r = keys_of<S>(&p->a, it);
+    load_query<S>(&p->a, it, q);
+    load_keys<S>(p, it, k, r.start, &r, false);
+    cp_async_commit();
+    load_keys<S>(p, it, v, r.start, &r, true);
+    cp_async_commit();
+    q += warp / 4 * 64 * 128;
+    for (int i = 0; i < r.n; i++) {
+        const int pos0 = r.start + i * S::KEYS, next = ((i + 1) & 1) * S::TILE_BYTES;
+        float s[1][S::KEYS / 8][4];
+        uint32_t w[S::KEYS / 16][4];
+        tile_ready<1>();
+        start_scores<S>(s[0], q, k + (i & 1) * S::TILE_BYTES);
+        if (i + 1 < r.n)
+            load_keys<S>(p, it, k + next, pos0 + S::KEYS, &r, false);
+        cp_async_commit();
+        wgmma_wait<0>();
+        if (needs_mask<S>(&r, pos0))
+            mask<S>(&acc, s, pos0, lane);
+        soften<S>(&acc, s, p->scale_log2);
+        pack<S::KEYS / 8>(w, s[0]);
+        tile_ready<1>();
+        start_values<S>(acc.o[0], w, v + (i & 1) * S::TILE_BYTES);
+        if (i + 1 < r.n)
+            load_keys<S>(p, it, v + next, pos0 + S::KEYS, &r, true);
+        cp_async_commit();
+        wgmma_wait<0>();
+    }
+    cp_async_wait<0>();
+    write_rows<S>(&p->a, it, &acc, warp, lane);
+    __syncthreads();            /* the next item's copies overwrite q, k and v */
+}
+#endif
+
+template <class S>
+__global__ static void __launch_bounds__(S::THREADS, 1) wgmma_kernel(
+    const __grid_constant__ struct attn_launch p)
+{
+#if defined(KN_EMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    DYNAMIC_SMEM(raw);
+    unsigned char *smem = raw + (-(int)smem_addr(raw) & 1023);
+    struct prefill_item it;
+    cuda_allow_next();
+    bool more = find_item(&p.a, S::ROWS, (int)blockIdx.x, &it);
+    cuda_wait_prior();
+    for (int i = (int)blockIdx.x; more;) {
+        if (item_fits(&p, &it))
+            run_item<S>(&p, &it, smem);
+        i += (int)gridDim.x;
+        more = find_item(&p.a, S::ROWS, i, &it);
+    }
+#endif
+}
+
+template <class S> static lm_status launch(struct cuda_stream *st, const struct attn_launch *p)
+{
+    return cuda_launch(st, "attention (wgmma)", wgmma_kernel<S>, prefill_grid<S>(st, p),
+                       dim3(S::THREADS), S::SMEM, *p);
+}
+
+bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch *p)
+{
+    return st->dev->cc == 90 && (p->a.head_dim == 64 || p->a.head_dim == 128);
+}
+
+cudaError_t cuda_attn_wgmma_init(void)
+{
+    cudaError_t e = cudaFuncSetAttribute(wgmma_kernel<struct wgmma_shape<64>>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         wgmma_shape<64>::SMEM);
+    if (e != cudaSuccess)
+        return e;
+    return cudaFuncSetAttribute(wgmma_kernel<struct wgmma_shape<128>>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                wgmma_shape<128>::SMEM);
+}
+
+lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p)
+{
+    return p->a.head_dim == 64 ? launch<struct wgmma_shape<64>>(st, p)
+                               : launch<struct wgmma_shape<128>>(st, p);
+}
