@@ -13,23 +13,10 @@
  */
 #include "engine/core_int.h"
 
-/* By what it costs to have its KV back: computed again, or copied out and in. */
-static bool should_swap(const struct core *c, const struct seq *s)
-{
-    const struct evict_costs *cost = &c->evict.measured;
-    int n = blocks_for(s->n_computed, c->p.block_tokens);
-    enum engine_preempt how = c->p.policy.preempt;
-    if (how == ENGINE_PREEMPT_RECOMPUTE || n == 0 || s->n_swapped || seq_is_ending(s) ||
-        !swap_fits(&c->swap, n))
-        return false;
-    return how == ENGINE_PREEMPT_SWAP ||
-           2 * (cost->copy_fixed + n * cost->copy_block) < n * cost->prefill_block;
-}
-
-static lm_status preempt(struct core *c, struct seq *s)
+static lm_status preempt(struct core *c, struct seq *s, bool swap)
 {
     lm_status st = LM_OK;
-    if (should_swap(c, s)) {
+    if (swap) {
         st = swap_out(&c->swap, s, c->p.block_tokens, c->tier.step_done, c->stream);
         COUNT(c, swap_outs, 1);
     }
@@ -167,7 +154,7 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
 {
     lm_status st = LM_OK;
     for (int i = 0; st == LM_OK && i < p->n_preempt; i++)
-        st = preempt(c, p->preempt[i]);
+        st = preempt(c, p->preempt[i], p->swap[i]);
     if (st != LM_OK)
         return lm_err_set(err, st, "copying KV to host memory failed");
     for (int i = 0; i < p->n_passed; i++)

@@ -174,7 +174,7 @@ static bool take_row(struct core *c, const struct step_row *row)
     } else {
         st = output_push(s, &row->got, c->p.model, &done);
         queue_charge(&c->queue, r, TENANTS_OUTPUT_WEIGHT);
-        if (seq_n_output(s) == 1 && began_late(c, r)) {
+        if (seq_n_output(s) == 1 && began_late(c, r) && st == LM_OK && !done) {
             /* Ended behind the walk over the rows, as it may have others. Until then this one
              * keeps it alive. */
             r->next = c->late;

@@ -301,6 +301,7 @@ static void make_plan(struct core *c)
         .spare = evict_spare(&c->prefix, &c->tier),
         .kv_room = evict_room(&c->prefix, &c->tier, EVICT_PREFIX),
         .adapter_room = evict_room(&c->prefix, &c->tier, EVICT_ADAPTER),
+        .swap_blocks = c->swap.n_free,
         .n_loading = c->tier.n_loading, .now_us = t0, .now_ms = core_wall_ms(c),
         .block_tokens = c->p.block_tokens, .max_seqs = c->p.max_seqs,
         .max_step_tokens = c->p.max_step_tokens, .lora_rows = c->lora_rows,

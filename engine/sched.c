@@ -4,8 +4,8 @@
  *
  *  1. Decodes, in rank order. A sequence whose next token needs a new block and finds none takes it
  *     from the last in rank (youngest, lowest priority): that one is preempted, and is computed
- *     again later, or comes back from host memory. The first in rank never yields, so something
- *     always advances.
+ *     again later, or copied to host memory and back, whichever costs less. The first in rank never
+ *     yields, so something always advances.
  *  2. Prefills under way: the next chunk each, while tokens last. Their blocks were taken when they
  *     were admitted.
  *  3. Admission (sched_admit.c), unless something was preempted.
@@ -158,14 +158,15 @@ lm_status plan_init(struct plan *p, int max_seqs, struct lm_err *err)
     *p = (struct plan){ 0 };
     p->item = lm_calloc(n, sizeof *p->item);
     p->preempt = lm_calloc(n, sizeof *p->preempt);
+    p->swap = lm_calloc(n, sizeof *p->swap);
     p->admit = lm_calloc(n, sizeof *p->admit);
     p->expire = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->expire);
     p->passed = lm_calloc(SCHED_LOOKAHEAD, sizeof *p->passed);
     p->load = lm_calloc(2 * SCHED_LOOKAHEAD, sizeof *p->load);
     p->charged = lm_calloc(2 * SCHED_LOOKAHEAD, sizeof *p->charged);
     p->scratch = scratch_new(n);
-    if (p->item && p->preempt && p->admit && p->expire && p->passed && p->load && p->charged &&
-        p->scratch)
+    if (p->item && p->preempt && p->swap && p->admit && p->expire && p->passed && p->load &&
+        p->charged && p->scratch)
         return LM_OK;
     plan_release(p);
     return lm_err_set(err, LM_NOMEM, "no memory for plans of %d sequences", max_seqs);
@@ -175,6 +176,7 @@ void plan_release(struct plan *p)
 {
     free(p->item);
     free(p->preempt);
+    free(p->swap);
     free(p->admit);
     free(p->expire);
     free(p->passed);
@@ -233,6 +235,20 @@ static int kv_room(const struct plan *p)
     return LM_MIN(p->budget, p->kv_budget);
 }
 
+/* By what it costs to have its KV back: those blocks computed again that nobody else keeps, or all
+ * copied out and in. What is in host memory already, or needs no more steps, is not copied. */
+static bool should_swap(const struct sched_view *v, const struct plan *p, const struct seq *s,
+                        int freed)
+{
+    const struct evict_costs *cost = &v->costs;
+    int n = blocks_for(s->n_computed, v->block_tokens);
+    if (v->policy->preempt == ENGINE_PREEMPT_RECOMPUTE || n == 0 || n > p->swap_budget ||
+        s->n_swapped || seq_is_ending(s))
+        return false;
+    return v->policy->preempt == ENGINE_PREEMPT_SWAP ||
+           2 * (cost->copy_fixed + n * cost->copy_block) < LM_MIN(n, freed) * cost->prefill_block;
+}
+
 /* Preempts from the end of the list until `need` blocks are there or only [0, keep) is left.
  * Returns the new end. */
 static int preempt_for(const struct sched_view *v, struct plan *p, int need, int keep, int end)
@@ -240,8 +256,11 @@ static int preempt_for(const struct sched_view *v, struct plan *p, int need, int
     while (kv_room(p) < need && end > keep) {
         struct seq *victim = v->running.at[--end];
         int n = blocks_freed_by(v, victim);
+        bool swap = should_swap(v, p, victim, n);
         p->budget += n;
         p->kv_budget += n;
+        p->swap_budget -= swap ? blocks_for(victim->n_computed, v->block_tokens) : 0;
+        p->swap[p->n_preempt] = swap;
         p->preempt[p->n_preempt++] = victim;
     }
     return end;
@@ -296,6 +315,7 @@ static void plan_clear(const struct sched_view *v, struct plan *p)
     p->n_charged = p->n_tok = p->n_unready = 0;
     p->budget = v->reclaimable;
     p->spare = v->spare;
+    p->swap_budget = v->swap_blocks;
     p->kv_budget = v->kv_room;
     p->adapter_budget = v->adapter_room;
     p->slots = v->policy->adapter_slots > 0 ? v->policy->adapter_slots - v->n_loading

@@ -52,11 +52,12 @@ struct sched_view {
     const struct prefix *prefix;
     const struct estimate *estimate;
     const struct engine_policy *policy;
-    struct evict_costs costs;   /* of adapter uploads */
+    struct evict_costs costs;   /* of a block: to compute it, to copy it */
     int reclaimable;            /* free blocks, and blocks of idle adapters and prefixes */
     int spare;                  /* the same without what someone waits for */
     int kv_room, adapter_room;  /* what either may take: in a split pool its half */
     int n_loading;              /* adapters on their way */
+    int swap_blocks;            /* host memory for the KV of so many blocks */
     int block_tokens, max_seqs, max_step_tokens;
     int64_t lora_rows;          /* workspace: bounds the sum of n_tok * rank_max */
     int64_t now_us, now_ms;     /* the engine's clock, and the one that deadlines are held to */
@@ -77,6 +78,7 @@ struct sched_scratch;
 struct plan {
     struct plan_item *item;     /* [max_seqs], decodes first */
     struct seq **preempt;       /* [max_seqs] back to waiting, blocks freed */
+    bool *swap;                 /* [max_seqs] of those: its KV is copied to host memory before */
     struct seq **admit;         /* [max_seqs] to running; an item may follow, but for those whose
                                  * KV must come back from host memory first */
     struct seq **expire;        /* [SCHED_LOOKAHEAD] can't be in time any more; none has siblings
@@ -90,7 +92,7 @@ struct plan {
 
     /* scratch of sched_plan() */
     int budget, kv_budget, adapter_budget, slots;       /* blocks, adapters that still fit */
-    int spare;                  /* blocks that prefetches may take */
+    int spare, swap_budget;     /* blocks that prefetches, and swaps, may take */
     int tokens;                 /* tokens left */
     int64_t lora_rows;          /* workspace left */
     int64_t prefill_ahead;      /* prompt tokens of those that run, not yet computed */

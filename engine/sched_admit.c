@@ -33,7 +33,7 @@
 /* Lanes: so many in a row that can't be taken, and the lane is left. */
 #define MAX_SKIPPED 16
 /* Walks of the prefix cache in one plan, for those that don't fit without. */
-#define MAX_MATCHES 64
+#define MAX_MATCHES 16
 #define NEAR_US 50000
 
 struct round {
@@ -320,9 +320,11 @@ static bool is_seen(const struct round *c, const struct seq *s)
     return known_find(&c->x->seqs, s) != NULL;
 }
 
+/* With no block left beside the reserve nobody fits, whatever the prefix cache has of it: at least
+ * one token is always computed. */
 static bool may_go_on(const struct round *c)
 {
-    return !c->blocked && c->looks > 0 && !is_full(c);
+    return !c->blocked && c->looks > 0 && !is_full(c) && c->p->budget > decode_reserve(c);
 }
 
 /* ---- A: by right ----------------------------------------------------------------------- */

@@ -92,6 +92,37 @@ static void preempts_the_last_in_rank(void **state)
     world_free(w);
 }
 
+static void who_yields_is_swapped_where_that_is_cheaper(void **state)
+{
+    (void)state;
+    struct world *w = world_new(4, 8, 100);
+    add_decode(w, 0, 2 * BT + 1);
+    struct seq *young = add_decode(w, 0, 2 * BT + 1);   /* two blocks of KV */
+    w->view.swap_blocks = 2;
+    w->view.costs = (struct evict_costs){ .prefill_block = 1000, .copy_block = 100,
+                                          .copy_fixed = 799 };
+    const struct plan *p = plan(w, 0);
+    assert_int_equal(p->n_preempt, 1);
+    assert_ptr_equal(p->preempt[0], young);
+    assert_true(p->swap[0]);                    /* 2 * (799 + 200) against 2 * 1000 */
+    w->view.costs.copy_fixed = 800;
+    assert_false(plan(w, 0)->swap[0]);
+    w->policy.preempt = ENGINE_PREEMPT_SWAP;
+    assert_true(plan(w, 0)->swap[0]);
+    w->view.swap_blocks = 1;                    /* no room */
+    assert_false(plan(w, 0)->swap[0]);
+    w->view.swap_blocks = 2;
+    young->n_swapped = 2;                       /* it is there already */
+    young->resuming = true;
+    assert_false(plan(w, 0)->swap[0]);
+    young->n_swapped = 0;
+    young->resuming = false;
+    w->policy.preempt = ENGINE_PREEMPT_RECOMPUTE;
+    w->view.costs.copy_fixed = 0;
+    assert_false(plan(w, 0)->swap[0]);
+    world_free(w);
+}
+
 static void the_first_never_yields(void **state)
 {
     (void)state;
@@ -556,8 +587,12 @@ static int rnd(int below)
 static void check_blocks(struct world *w, const struct plan *p, int idle)
 {
     int have = w->pool.n_free + idle, kv = 0, lora = 0;
-    for (int i = 0; i < p->n_preempt; i++)
+    int swapped = 0;
+    for (int i = 0; i < p->n_preempt; i++) {
         have += p->preempt[i]->n_blocks;
+        swapped += p->swap[i] ? blocks_for(p->preempt[i]->n_computed, BT) : 0;
+    }
+    assert_true(swapped <= w->view.swap_blocks);
     bool counted[ADAPTERS] = { false };
     for (int i = 0; i < p->n_items; i++) {
         const struct seq *s = p->item[i].seq;
@@ -669,6 +704,8 @@ static void random_policy(struct world *w)
     w->view.now_us = rnd(3000000);
     w->view.now_ms = 1000;
     w->queue.since_aged = rnd(5);
+    w->view.swap_blocks = rnd(20);
+    w->view.costs = (struct evict_costs){ .prefill_block = rnd(100), .copy_block = rnd(50) };
     for (int i = rnd(30); i > 0; i--)
         estimate_step(&w->estimate, rnd(100), 1000 + rnd(30000));
     for (int i = rnd(10); i > 0; i--)
@@ -770,6 +807,7 @@ static void check_pure(struct world *w, const struct plan *p)
     for (int i = 0; i < p->n_items; i++)
         assert_true(p->item[i].seq == other.item[i].seq && p->item[i].n_tok == other.item[i].n_tok);
     assert_memory_equal(p->admit, other.admit, (size_t)p->n_admit * sizeof *p->admit);
+    assert_memory_equal(p->swap, other.swap, (size_t)p->n_preempt * sizeof *p->swap);
     assert_memory_equal(p->load, other.load, (size_t)p->n_load * sizeof *p->load);
 }
 
@@ -805,6 +843,7 @@ int main(void)
         cmocka_unit_test(a_big_one_does_not_block),
         cmocka_unit_test(fits_an_empty_pool_exactly),
         cmocka_unit_test(preempts_the_last_in_rank),
+        cmocka_unit_test(who_yields_is_swapped_where_that_is_cheaper),
         cmocka_unit_test(the_first_never_yields),
         cmocka_unit_test(adapters_are_loaded_and_waited_for),
         cmocka_unit_test(an_idle_adapter_leaves_the_budget_when_used),
