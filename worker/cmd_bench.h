@@ -20,7 +20,7 @@
 /* ---- options --------------------------------------------------------------------------- */
 
 struct bench_args {
-    const char *model, *shape, *sim, *trace, *adapters, *backend, *label;
+    const char *model, *shape, *sim, *trace, *adapters, *backend, *label, *outcomes;
     int threads, prompt_tokens, tokens, batch, repeat;
     int dummy, rank;            /* stand-ins for adapters in the fixed figures */
     unsigned modules;           /* of stand-ins */
@@ -99,5 +99,7 @@ struct replay {
 lm_status bench_replay(const struct bench_args *a, const struct trace *t, struct replay *out,
                        struct lm_err *err);
 void bench_report(const struct replay *r);
+/* One CSV line a request. */
+lm_status bench_outcomes(const struct replay *r, const char *path, struct lm_err *err);
 
 #endif

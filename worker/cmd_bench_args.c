@@ -44,6 +44,7 @@ static const struct bench_option options[] = {
     { NULL, TEXT, 0, "A trace: requests as they came, one JSON line and a table", NULL },
     { "trace", TEXT, AT(trace), "FILE", "id,arrival,adapter,rank,prompt_len,output_len" },
     { "label", TEXT, AT(label), "TEXT", "goes into the JSON line" },
+    { "outcomes", TEXT, AT(outcomes), "FILE", "a CSV line for each request" },
     { "slo-ttft", AMOUNT, AT(slo_s), "S", "seconds to the first token that count as in time" },
     { "host-adapter-bytes", BYTES, AT(host_adapter_bytes), "N", "host memory for adapters" },
     { "fetch-latency-ms", AMOUNT, AT(fetch_ms), "MS", "adapters come from a store: its latency," },

@@ -509,6 +509,8 @@ lm_status bench_replay(const struct bench_args *a, const struct trace *t, struct
     }
     if (st == LM_OK)
         bench_report(out);      /* the engine's strings are in it */
+    if (st == LM_OK && a->outcomes)
+        st = bench_outcomes(out, a->outcomes, err);
     if (r->e)
         engine_close(r->e);
     release(r);

@@ -194,6 +194,23 @@ static void table(const struct replay *r, const struct figures *f)
         fprintf(stderr, "  first failure: %s\n", r->error);
 }
 
+lm_status bench_outcomes(const struct replay *r, const char *path, struct lm_err *err)
+{
+    static const char *const state[] = { "open", "done", "late", "failed" };
+    FILE *f = fopen(path, "we");
+    if (!f)
+        return lm_err_set(err, LM_IO, "'%s' can't be written", path);
+    fprintf(f, "id,arrival,adapter,state,tokens,submit_s,admit_s,first_s,end_s\n");
+    for (int i = 0; i < r->trace->n; i++) {
+        const struct outcome *o = &r->outcome[i];
+        fprintf(f, "%d,%.6f,%d,%s,%d,%.6f,%.6f,%.6f,%.6f\n", i,
+                (double)r->trace->item[i].arrival_us / 1e6, r->trace->item[i].adapter,
+                state[o->state], o->tokens, (double)o->submit_us / 1e6, (double)o->admit_us / 1e6,
+                (double)o->first_us / 1e6, (double)o->end_us / 1e6);
+    }
+    return fclose(f) == 0 ? LM_OK : lm_err_set(err, LM_IO, "'%s' can't be written", path);
+}
+
 void bench_report(const struct replay *r)
 {
     struct figures f = { 0 };

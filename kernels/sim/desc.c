@@ -33,7 +33,7 @@ static const struct field fields[] = {
     F(lora_tflops, NUMBER, 1e-6, 1e6), F(lora_us, NUMBER, 0, 1e6),
     F(lora_token_gbps, NUMBER, 0, 1e6),
     F(gap_us, NUMBER, 0, 1e6), F(graph, FLAG, 0, 0), F(launch_us, NUMBER, 0, 1e6),
-    F(step_us, NUMBER, 0, 1e6), F(token_us, NUMBER, 0, 1e6),
+    F(step_us, NUMBER, 0, 1e6), F(seq_us, NUMBER, 0, 1e6),
     F(in_gbps, NUMBER, 1e-3, 1e6), F(out_gbps, NUMBER, 1e-3, 1e6), F(copy_us, NUMBER, 0, 1e6),
     F(cell_us, NUMBER, 0, 1e6),
     F(tp_world, NUMBER, 1, 64), F(tp_us, NUMBER, 0, 1e6), F(tp_gbps, NUMBER, 1e-3, 1e6),

@@ -5,8 +5,8 @@
  * The few that others depend on really happen, on small buffers: sampled ids, and tokens fed from
  * one step to the next. Arguments are checked as a device would, so that a bug above is found here.
  *
- * An embedding begins a step: there the host pays for its graph's launch, its planning, and its
- * tokens.
+ * An embedding begins a step: there the host pays for its graph's launch and its planning, and at
+ * the first attention for its sequences.
  */
 #include "kernels/sim/sim_int.h"
 
@@ -34,7 +34,7 @@ lm_status sim_op_embed(kn_stream *st, const struct kn_embed *a)
     if (a->n < 0 || a->hidden != a->table->cols || (a->n && (!a->out || !a->ids)))
         return sim_refuse("embed", "bad argument");
     pthread_mutex_lock(&d->mu);
-    double us = d->d.step_us + d->d.token_us * a->n + (d->d.graph ? d->d.launch_us : 0);
+    double us = d->d.step_us + (d->d.graph ? d->d.launch_us : 0);
     d->host_ns += llround(us * 1000);
     d->count.steps++;
     sim_enqueue(s, SIM_OTHER, sim_stream_ns(&d->d, 2 * act_size(d) * a->n * a->hidden));
@@ -141,6 +141,8 @@ lm_status sim_op_attention(kn_stream *st, const struct kn_attention *a)
                                 .n = a->n_seqs, .window = a->window };
         sum_attention(a, &m->load);
     }
+    if (a->layer == 0)
+        d->host_ns += llround(d->d.seq_us * 1000 * a->n_seqs);
     d->count.kv_read_bytes += llround((m->load.decode_kv + m->load.chunk_kv) *
                                       sim_kv_token_bytes(&d->d, a->kv_heads, a->head_dim));
     sim_enqueue(s, SIM_ATTENTION, sim_attention_ns(&d->d, a, &m->load));

@@ -40,7 +40,7 @@ struct sim_desc {
                                  * at this rate (Punica's and S-LoRA's BGMV) */
     double gap_us;              /* device time from one launch of a stream to the next */
     bool graph;                 /* a step is one launch for the host */
-    double launch_us, step_us, token_us;        /* host time: a launch, a step, a token of it */
+    double launch_us, step_us, seq_us;         /* host time: a launch, a step, a sequence of it */
     double in_gbps, out_gbps, copy_us;          /* PCIe, and the latency of a copy */
     double cell_us;             /* more for each scattered or gathered cell; 0: one launch */
     double tp_world, tp_us, tp_gbps;    /* the device stands for a group; its all-reduce */
