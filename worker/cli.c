@@ -50,6 +50,28 @@ lm_status cli_parse_number(const char *option, const char *text, int64_t min, in
     return LM_OK;
 }
 
+lm_status cli_parse_since(const char *option, const char *text, int64_t *out, struct lm_err *err)
+{
+    static const struct { char unit; int64_t ms; } units[] = {
+        { 's', 1000 }, { 'm', 60000 }, { 'h', 3600000 }, { 'd', 86400000 },
+    };
+    char *end;
+    errno = 0;
+    long long v = strtoll(text, &end, 10);
+    bool digits = *text >= '0' && *text <= '9' && !errno;
+    if (digits && !*end) {
+        *out = v;
+        return LM_OK;
+    }
+    for (size_t i = 0; digits && i < LM_COUNT(units); i++)
+        if (*end == units[i].unit && !end[1] && v <= 36500 * 86400000LL / units[i].ms) {
+            *out = LM_MAX(lm_wall_ms() - v * units[i].ms, 0);
+            return LM_OK;
+        }
+    return lm_err_set(err, LM_INVALID, "%s %s: use 90s, 10m, 2h, 1d or epoch milliseconds",
+                      option, text);
+}
+
 /* ---- signals ---------------------------------------------------------------------------- */
 
 static atomic_bool interrupted;         /* lock-free, so a handler may set it */

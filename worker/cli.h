@@ -34,6 +34,10 @@ lm_status cli_settings_load(const struct cli_settings *s, struct config *c, stru
 lm_status cli_parse_number(const char *option, const char *text, int64_t min, int64_t max,
                            int64_t *out, struct lm_err *err);
 
+/* A time, into epoch milliseconds: "10m" is ten minutes ago (s, m, h, d); a plain number is epoch
+ * milliseconds. */
+lm_status cli_parse_since(const char *option, const char *text, int64_t *out, struct lm_err *err);
+
 /* ---- signals ---------------------------------------------------------------------------- */
 
 /* SIGINT and SIGTERM raise a flag (a second one kills as usual), SIGPIPE is ignored. */

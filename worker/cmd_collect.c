@@ -385,29 +385,6 @@ static int run(struct collect *c)
 
 /* ---- options ---------------------------------------------------------------------------- */
 
-/* "10m" is ten minutes ago; a plain number is epoch milliseconds. */
-static lm_status parse_since(const char *text, int64_t *out, struct lm_err *err)
-{
-    static const struct { char unit; int64_t ms; } units[] = {
-        { 's', 1000 }, { 'm', 60000 }, { 'h', 3600000 }, { 'd', 86400000 },
-    };
-    char *end;
-    errno = 0;
-    long long v = strtoll(text, &end, 10);
-    bool digits = *text >= '0' && *text <= '9' && !errno;
-    if (digits && !*end) {
-        *out = v;
-        return LM_OK;
-    }
-    for (size_t i = 0; digits && i < LM_COUNT(units); i++)
-        if (*end == units[i].unit && !end[1] && v <= 36500 * 86400000LL / units[i].ms) {
-            *out = LM_MAX(lm_wall_ms() - v * units[i].ms, 0);
-            return LM_OK;
-        }
-    return lm_err_set(err, LM_INVALID, "--since %s: use 90s, 10m, 2h, 1d or epoch milliseconds",
-                      text);
-}
-
 static lm_status check_options(struct collect *c, int argc, char **argv, struct lm_err *err)
 {
     if (optind < argc)
@@ -444,7 +421,7 @@ static lm_status parse(struct collect *c, int argc, char **argv, struct lm_err *
         case 'n': st = cli_parse_number("--expect", optarg, 1, INT64_MAX, &c->expect, err); break;
         case 't': st = cli_parse_number("--timeout", optarg, 1, 1000000000, &c->timeout_s, err);
             break;
-        case 's': st = parse_since(optarg, &c->since_ms, err); break;
+        case 's': st = cli_parse_since("--since", optarg, &c->since_ms, err); break;
         case 'b': c->brief = true; break;
         case 'q': c->quiet = true; break;
         case SET: st = cli_settings_add(&c->settings, optarg, err); break;

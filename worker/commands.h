@@ -11,6 +11,9 @@ int cmd_batch(int argc, char **argv);
 int cmd_submit(int argc, char **argv);
 int cmd_collect(int argc, char **argv);
 int cmd_cancel(int argc, char **argv);
+int cmd_dlq(int argc, char **argv);
+int cmd_status(int argc, char **argv);
+int cmd_reset(int argc, char **argv);
 int cmd_dev(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 

@@ -17,6 +17,9 @@ static const struct command {
     { "submit", cmd_submit, "send prompts from a JSONL file to the prompt topic" },
     { "collect", cmd_collect, "gather the replies of a job into a JSONL file" },
     { "cancel", cmd_cancel, "cancel prompts by their ids, wherever they are" },
+    { "status", cmd_status, "show a group: lag, oldest unfinished prompt, its workers" },
+    { "dlq", cmd_dlq, "list, show and send back dead letters" },
+    { "reset", cmd_reset, "move a group's offsets" },
     { "dev", cmd_dev, "an embedded broker and adapter store for trying things out" },
     { "bench", cmd_bench, "measure the engine on this machine" },
 };

@@ -3,8 +3,10 @@
 
   brokers N                         exit 0 when N brokers answer
   create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
+  dump TOPIC                        one JSON line a record: key, value, headers (hex where binary)
   lag GROUP TOPIC                   print committed offset and end offset of each partition
 """
+import json
 import sys
 
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, TopicPartition
@@ -29,6 +31,35 @@ def create(bootstrap, topic, partitions, *config):
     return 0
 
 
+def text(b):
+    if b is None:
+        return None
+    try:
+        return b.decode()
+    except UnicodeDecodeError:
+        return {"hex": b.hex()}
+
+
+def dump(bootstrap, topic):
+    c = Consumer({"bootstrap.servers": bootstrap, "group.id": "dump", "enable.partition.eof": True,
+                  "enable.auto.commit": False, **QUIET})
+    parts = c.list_topics(topic, timeout=5).topics[topic].partitions
+    c.assign([TopicPartition(topic, p, 0) for p in parts])
+    ends = 0
+    while ends < len(parts):
+        m = c.poll(5)
+        if m is None:
+            return 1
+        if m.error():
+            ends += m.error().code() == KafkaError._PARTITION_EOF
+            continue
+        print(json.dumps({"partition": m.partition(), "offset": m.offset(), "key": text(m.key()),
+                          "value": text(m.value()),
+                          "headers": {k: text(v) for k, v in m.headers() or []}}))
+    c.close()
+    return 0
+
+
 def lag(bootstrap, group, topic):
     admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
     parts = sorted(admin.list_topics(topic, timeout=5).topics[topic].partitions)
@@ -43,5 +74,5 @@ def lag(bootstrap, group, topic):
 
 
 if __name__ == "__main__":
-    sys.exit({"brokers": brokers, "create": create, "lag": lag}[sys.argv[2]](
+    sys.exit({"brokers": brokers, "create": create, "dump": dump, "lag": lag}[sys.argv[2]](
         sys.argv[1], *sys.argv[3:]))

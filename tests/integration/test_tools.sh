@@ -1,0 +1,127 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# `loramill dlq`, `status` and `reset` against a real broker and a real worker: what they show is
+# what is there, and without --yes nothing changes.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin tools
+kafka_start 1 || die "the broker started"
+nginx_start tests/models/storefront-adapters || die "nginx started"
+topic_create prompts 3; topic_create replies 1; topic_create dead 2; topic_create elsewhere 1
+PORT=$(free_ports 1)
+cat > "$RUN/worker.properties" <<P
+model.path=$PWD/tests/models/storefront
+backend=cpu
+threads=1
+adapters.url=$STORE/{adapter}
+adapters.cache_dir=$RUN/cache
+journal.dir=$RUN/journal
+topics.dead_letters=dead
+group.id=tools
+http.port=$PORT
+commit.interval_ms=200
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+P
+run() { "$LORAMILL" "$1" "${@:2:$SUB}" -c "$RUN/worker.properties" "${@:2+$SUB}" > "$RUN/out" 2> "$RUN/err"; }
+dlq() { SUB=1 run dlq "$@"; }
+status() { SUB=0 run status "$@"; }
+reset() { SUB=0 run reset "$@"; }
+start() {
+    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"; W=$!
+    wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $1 is ready"
+}
+stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" [ $? -eq 0 ]; }
+quiet() { "$@" > /dev/null; }
+lag_is() { status --json && quiet jq -e ".lag == $1" "$RUN/out"; }
+
+# Before anything has run.
+status --json
+[ -s "$RUN/out" ] || cat "$RUN/err"
+check "a group that never was: $(jq -c '[.state, .lag]' "$RUN/out")" [ "$(jq -c '[.state, .lag, (.workers | length)]' "$RUN/out")" = '["Dead",0,0]' ]
+
+for i in $(seq 40); do echo '{"id": "good-'"$i"'", "prompt": "event ->", "params": {"max_tokens": 2}}'; done > "$RUN/job"
+cat >> "$RUN/job" <<'P'
+{"id": "lost", "prompt": "x", "adapter": "nobody"}
+{"id": "lost2", "prompt": "x", "adapter": "nobody-either"}
+{"id": "typo", "prompt": "x", "tpyo": 1}
+not json
+P
+"$LORAMILL" submit -c "$RUN/worker.properties" --input "$RUN/job" --no-check -q 2> "$RUN/err" || die "submitted"
+status --json
+check "unfinished prompts are lag, with the age of the oldest" \
+    quiet jq -e '.lag == 44 and ([.partitions[].lag] | add) == 44 and (now * 1000 - ([.partitions[].oldest_ms | values] | min)) < 60000' "$RUN/out"
+start a
+check "lag goes to 0 when all is done" wait_until 30 lag_is 0
+status --json
+check "the worker is there, with all partitions and nothing in flight" \
+    quiet jq -e '.state == "Stable" and .workers[0].worker == "a" and .workers[0].partitions == 3 and .workers[0].in_flight == 0 and all(.partitions[]; .worker == "a")' "$RUN/out"
+status
+check "status for people" grep -qE '^group tools: Stable, 1 workers, lag 0' "$RUN/out"
+
+dlq list
+check "four dead letters (got $?): $(tail -1 "$RUN/err")" [ "$(wc -l < "$RUN/out")" = 4 ]
+check "a line has place, time, cause, attempt, adapter, id, reason" grep -qP '^\d:\d+\t20\d\d-.*Z\tnot_found\t1\tnobody\tlost\t' "$RUN/out"
+dlq list --cause not_found; check "by cause" [ "$(wc -l < "$RUN/out")" = 2 ]
+dlq list --adapter nobody; check "by adapter" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq list --id typo; check "by id" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq list --adapter ''; check "of the base model" [ "$(cut -f6 "$RUN/out")" = typo ]
+dlq list --since 1h --until 30m; check "by time: not before" [ "$(wc -l < "$RUN/out")" = 0 ]
+dlq list --since 10m; check "by time" [ "$(wc -l < "$RUN/out")" = 4 ]
+dlq list --limit 1; check "a limit" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq list --json --id lost
+check "as JSON" quiet jq -e '.error.code == "not_found" and .prompt.adapter == "nobody" and .adapter == "nobody" and .dead_letter.attempt == 1 and .at.offset >= 0' "$RUN/out"
+place=$(jq -r '"\(.at.partition):\(.at.offset)"' "$RUN/out")
+dlq show "$place"
+check "show: value, headers, binary ones as hex" grep -qE 'header   kafka_dlt-original-offset: 0x0000' "$RUN/out"
+check "show: the value as it was sent" grep -qF 'value    {"id": "lost", "prompt": "x", "adapter": "nobody"}' "$RUN/out"
+dlq show 0:99999; check "a place where nothing is: status 1 (got $?)" [ $? -eq 1 ]
+dlq show nonsense; check "a place that is none: status 2 (got $?)" [ $? -eq 2 ]
+
+dlq retry --cause not_found
+check "without --yes nothing is sent: $(tail -1 "$RUN/err")" grep -q 'nothing was sent; --yes sends 2' "$RUN/err"
+sleep 1; dlq list; check "and nothing came back" [ "$(wc -l < "$RUN/out")" = 4 ]
+# The adapter appears in the store; its prompt is sent back and answered.
+stop
+cp -r tests/models/storefront-adapters "$RUN/adapters"
+first=$(cd "$RUN/adapters" && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+cp -r "$RUN/adapters/$first" "$RUN/adapters/nobody"
+nginx_run nginx2 "$RUN/adapters" "$(free_ports 1)" ''
+sed -i "s|^adapters.url=.*|adapters.url=$STORE/{adapter}|" "$RUN/worker.properties"
+start b
+dlq retry --cause not_found --yes
+check "two are sent back (got $?): $(tail -1 "$RUN/err")" grep -q '2 sent back, 0 not' "$RUN/err"
+answered() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'map(select(.id == "lost" and (.choices | length) == 1)) | length == 1' "$RUN/all"; }
+check "the healed one is answered" wait_until 30 answered
+again() { dlq list --json --id lost2 && jq -se 'length == 2 and .[1].dead_letter.attempt == 2 and .[0].dead_letter.offset == .[1].dead_letter.offset' "$RUN/out"; }
+check "the other one is back, as attempt 2, with its first origin" wait_until 30 again
+dlq retry "$place" --to elsewhere --yes
+check "one by its place, to another topic" grep -q '1 sent back' "$RUN/err"
+value() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump elsewhere; }
+value > "$RUN/elsewhere"
+check "byte for byte, without the reasons" [ "$(jq -r '.value' "$RUN/elsewhere")" = '{"id": "lost", "prompt": "x", "adapter": "nobody"}' ]
+check "headers: the prompt's own, attempt and origin" quiet jq -e '(.headers | keys) as $k | ($k | index("content-type")) and ($k | index("loramill-attempt")) and ($k | index("kafka_dlt-original-topic")) and ([$k[] | select(test("exception|__connect|error"))] == [])' "$RUN/elsewhere"
+
+reset --to earliest --yes
+check "a group with workers is not moved (got $?)" grep -q 'end its workers first' "$RUN/err"
+stop
+check "lag is 0" lag_is 0
+reset --to earliest
+check "without --yes it only shows: $(tail -1 "$RUN/err")" grep -q 'nothing was changed' "$RUN/err"
+check "it shows where from and where to" grep -qE '^prompts +0 +[0-9]+ +0 +-[0-9]+' "$RUN/out"
+check "and lag is still 0" lag_is 0
+reset --to earliest --yes
+check "the group is moved (got $?)" [ $? -eq 0 ]
+check "all is lag again" lag_is 46
+reset --to latest --partition 1 --yes; reset --to 2 --partition 0 --yes
+status --json
+check "one partition to its end, one to an offset" quiet jq -e '[.partitions[] | [.lag == 0, .committed == 2]] | .[1][0] and .[0][1]' "$RUN/out"
+reset --to 1h --yes; check "by time" lag_is 46
+reset --to latest --yes
+start c
+"$LORAMILL" submit -c "$RUN/worker.properties" --input <(echo '{"id": "after", "prompt": "x", "params": {"max_tokens": 1}}') -q 2> /dev/null
+after() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'any(.id == "after")' "$RUN/all"; }
+check "a worker goes on from there" wait_until 30 after
+check "and has read nothing twice" [ "$(curl -sf "http://127.0.0.1:$PORT/metrics" | awk '$1 == "loramill_consumed_records_total" { print $2 }')" = 1 ]
+stop

@@ -1,0 +1,460 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cmd_dlq.c - `loramill dlq list|show|retry`: dead letters, looked at and sent back.
+ *
+ * A dead letter is named by its place, PARTITION:OFFSET in topics.dead_letters. All three read the
+ * topic from end to end (or from --since), without a group, and pick by filters or by places.
+ *
+ * retry sends a letter back to the topic that it came from (or --to), key and value byte for byte,
+ * with the prompt's own headers. Of ours it keeps loramill-attempt and the `original` headers, so
+ * that a second failure counts on and still says where the prompt first was; what says why it
+ * failed is left out. Without --yes it only says what it would send. The topic itself is never
+ * changed: a letter that was sent back stays, so a filter with --since or --until keeps a second
+ * retry apart.
+ */
+#include <getopt.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "worker/cli_group.h"
+#include "worker/cmd_collect_record.h"
+#include "worker/commands.h"
+
+enum verb { VERB_LIST, VERB_SHOW, VERB_RETRY };
+
+enum { FLUSH_MS = 60000 };
+
+struct place { int64_t partition, offset; };
+
+struct dlq {
+    enum verb verb;
+    struct cli_settings settings;
+    struct config config;
+    const char *cause, *adapter, *id, *to;
+    int64_t since_ms, until_ms, limit;          /* -1: none */
+    struct place *places;
+    int n_places;
+    bool json, yes;
+
+    struct cli_kafka kafka, producer;
+    codec *codec;
+    uint64_t seen, picked, sent, failed, unfit;
+};
+
+static const char help[] =
+    "usage: loramill dlq list -c FILE [FILTER]... [--json]\n"
+    "       loramill dlq show -c FILE PARTITION:OFFSET...\n"
+    "       loramill dlq retry -c FILE [FILTER]... [PARTITION:OFFSET]... [--to TOPIC] [--yes]\n"
+    "\n"
+    "Dead letters: a line each; in full; or sent back to where they came from.\n"
+    "\n"
+    "  -c, --config FILE     properties of the deployment (topics.dead_letters)\n"
+    "      --set KEY=VALUE   overrides a property; may be repeated\n"
+    "      --cause CODE      only of this cause: not_found, invalid, poison, ...\n"
+    "      --adapter ID      only of prompts for this adapter; '' is the base model\n"
+    "      --id ID           only of the prompt with this id\n"
+    "      --since TIME      only later ones: 90s, 10m, 2h, 1d ago, or epoch milliseconds\n"
+    "      --until TIME      only earlier ones\n"
+    "      --limit N         stops after N\n"
+    "  -j, --json            list: one JSON object a line\n"
+    "      --to TOPIC        retry: to this topic instead of the original ones\n"
+    "  -y, --yes             retry: does it; without it, it says what it would do\n"
+    "\n"
+    "Exit status: 0 done, 1 it could not be done (or not for every letter), 2 usage.\n";
+
+/* ---- picking ---------------------------------------------------------------------------- */
+
+struct letter {
+    const rd_kafka_message_t *m;
+    struct dead_letter d;
+    json_t *prompt;             /* as a tree, whatever the encoding; NULL: can't be read */
+    int64_t ms;
+};
+
+static void letter_read(struct dlq *q, const rd_kafka_message_t *m, struct letter *l)
+{
+    struct header h[64];
+    rd_kafka_headers_t *kh;
+    int n = 0;
+    *l = (struct letter){ .m = m, .ms = rd_kafka_message_timestamp(m, NULL) };
+    dead_letter_read(m, &l->d);
+    if (!rd_kafka_message_headers(m, &kh))
+        while (n < (int)LM_COUNT(h) &&
+               !rd_kafka_header_get_all(kh, (size_t)n, &h[n].name, &h[n].value, &h[n].len))
+            n++;
+    codec_decode_tree(q->codec, m->payload, m->len, h, n, &l->prompt, NULL);
+}
+
+static void letter_release(struct letter *l)
+{
+    json_decref(l->prompt);
+    dead_letter_release(&l->d);
+}
+
+static const char *field(const struct letter *l, const char *name)
+{
+    return json_string_value(json_object_get(l->prompt, name));
+}
+
+static bool at_place(const struct dlq *q, const rd_kafka_message_t *m)
+{
+    for (int i = 0; i < q->n_places; i++)
+        if (q->places[i].partition == m->partition && q->places[i].offset == m->offset)
+            return true;
+    return q->n_places == 0;
+}
+
+static bool wanted(const struct dlq *q, const struct letter *l)
+{
+    const char *adapter = field(l, "adapter"), *id = field(l, "id");
+    const char *code = l->d.code;
+    if (!strncmp(code, "loramill.", 9))         /* a bare class name, of another family */
+        code += 9;
+    if (q->cause && strcmp(q->cause, code))
+        return false;
+    if (q->adapter && (!l->prompt || strcmp(q->adapter, adapter ? adapter : "")))
+        return false;
+    if (q->id && (!id || strcmp(q->id, id)))
+        return false;
+    return q->until_ms < 0 || l->ms < q->until_ms;
+}
+
+/* ---- list and show ---------------------------------------------------------------------- */
+
+static void print_line(const struct letter *l)
+{
+    char when[32] = "-";
+    time_t s = (time_t)(l->ms / 1000);
+    struct tm tm;
+    if (l->ms > 0 && gmtime_r(&s, &tm))
+        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
+    const char *adapter = field(l, "adapter"), *id = field(l, "id");
+    printf("%d:%" PRId64 "\t%s\t%s\t%" PRId64 "\t%s\t%s\t%s\n", (int)l->m->partition,
+           l->m->offset, when, l->d.code, l->d.attempt < 0 ? 1 : l->d.attempt,
+           adapter ? adapter : "-", id ? id : "-", l->d.message);
+}
+
+static void print_json(const struct letter *l)
+{
+    char *line = dead_letter_line(&l->d, l->m);
+    json_t *o = line ? json_loads(line, 0, NULL) : NULL;
+    const char *adapter = field(l, "adapter");
+    free(line);
+    json_object_set_new(o, "at", json_pack("{s:i, s:I}", "partition", (int)l->m->partition,
+                                           "offset", (json_int_t)l->m->offset));
+    json_object_set_new(o, "time_ms", json_integer(l->ms));
+    json_object_set_new(o, "adapter", adapter ? json_string(adapter) : json_null());
+    if (o)
+        json_dumpf(o, stdout, JSON_COMPACT);
+    putchar('\n');
+    json_decref(o);
+}
+
+static bool is_text(const unsigned char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if ((s[i] < 0x20 && s[i] != '\n' && s[i] != '\t') || s[i] == 0x7f)
+            return false;
+    json_t *t = json_stringn((const char *)s, n);
+    json_decref(t);
+    return t;
+}
+
+/* Text as it is, anything else as hex: headers and values are anyone's bytes. */
+static void print_bytes(const void *at, size_t n)
+{
+    if (!at) {
+        fputs("(none)", stdout);
+    } else if (is_text(at, n)) {
+        fwrite(at, 1, n, stdout);
+    } else {
+        fputs("0x", stdout);
+        for (size_t i = 0; i < n; i++)
+            printf("%02x", ((const unsigned char *)at)[i]);
+    }
+    putchar('\n');
+}
+
+static void show(const struct letter *l)
+{
+    rd_kafka_headers_t *h;
+    const char *name;
+    const void *value;
+    size_t n;
+    printf("place    %d:%" PRId64 "\ncause    %s\nreason   %s\nprompt   %s\nkey      ",
+           (int)l->m->partition, l->m->offset, l->d.code, l->d.message, l->d.source);
+    print_bytes(l->m->key, l->m->key_len);
+    if (!rd_kafka_message_headers(l->m, &h))
+        for (size_t i = 0; !rd_kafka_header_get_all(h, i, &name, &value, &n); i++) {
+            printf("header   %s: ", name);
+            print_bytes(value, n);
+        }
+    fputs("value    ", stdout);
+    print_bytes(l->m->payload, l->m->len);
+    if (l->prompt && !is_text(l->m->payload, l->m->len)) {
+        fputs("decoded  ", stdout);
+        json_dumpf(l->prompt, stdout, JSON_INDENT(1));
+        putchar('\n');
+    }
+    putchar('\n');
+}
+
+/* ---- retry ------------------------------------------------------------------------------ */
+
+/* Headers that say why it failed; a new failure will say it anew. */
+static bool says_why(const char *name)
+{
+    static const char *const prefixes[] = { "kafka_dlt-exception-", "__connect.errors.",
+                                            "loramill-error-", "loramill-worker" };
+    for (size_t i = 0; i < LM_COUNT(prefixes); i++)
+        if (!strncmp(name, prefixes[i], strlen(prefixes[i])))
+            return true;
+    return false;
+}
+
+static rd_kafka_headers_t *own_headers(const rd_kafka_message_t *m)
+{
+    rd_kafka_headers_t *h, *out = rd_kafka_headers_new(8);
+    const char *name;
+    const void *value;
+    size_t n;
+    if (!rd_kafka_message_headers(m, &h))
+        for (size_t i = 0; !rd_kafka_header_get_all(h, i, &name, &value, &n); i++)
+            if (!says_why(name))
+                rd_kafka_header_add(out, name, -1, value, (ssize_t)n);
+    return out;
+}
+
+static void send_back(struct dlq *q, const struct letter *l, const char *topic)
+{
+    rd_kafka_resp_err_t e;
+    const rd_kafka_message_t *m = l->m;
+    do {
+        rd_kafka_headers_t *h = own_headers(m);
+        e = rd_kafka_producev(q->producer.rk, RD_KAFKA_V_TOPIC(topic),
+                              RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
+                              RD_KAFKA_V_KEY(m->key, m->key_len),
+                              RD_KAFKA_V_VALUE(m->payload, m->len), RD_KAFKA_V_HEADERS(h),
+                              RD_KAFKA_V_END);
+        if (e)
+            rd_kafka_headers_destroy(h);
+        rd_kafka_poll(q->producer.rk, e ? 100 : 0);
+    } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !cli_interrupted());
+    if (e) {
+        fprintf(stderr, "loramill dlq: %d:%" PRId64 ": %s\n", (int)m->partition, m->offset,
+                rd_kafka_err2str(e));
+        q->failed++;
+    }
+}
+
+static void retry(struct dlq *q, const struct letter *l)
+{
+    rd_kafka_headers_t *h;
+    const void *value;
+    size_t n;
+    const char *topic = q->to ? q->to : l->d.topic;
+    const char *why = !*topic ? "its headers don't say where it came from; use --to" :
+        !rd_kafka_message_headers(l->m, &h) &&
+        !rd_kafka_header_get_last(h, "loramill-omitted", &value, &n) ?
+        "its value was too large to keep; the prompt is where `show` says" : NULL;
+    if (why) {
+        fprintf(stderr, "loramill dlq: %d:%" PRId64 " can't be sent back: %s\n",
+                (int)l->m->partition, l->m->offset, why);
+        q->unfit++;
+        return;
+    }
+    printf("%d:%" PRId64 " -> %s\t%s\t%s\n", (int)l->m->partition, l->m->offset, topic,
+           l->d.code, field(l, "id") ? field(l, "id") : "-");
+    if (q->yes)
+        send_back(q, l, topic);
+}
+
+static void on_delivered(void *user, const rd_kafka_message_t *m)
+{
+    struct dlq *q = user;
+    if (m->err)
+        fprintf(stderr, "loramill dlq: to %s: %s\n", rd_kafka_topic_name(m->rkt),
+                rd_kafka_err2str(m->err));
+    *(m->err ? &q->failed : &q->sent) += 1;
+}
+
+/* ---- the whole -------------------------------------------------------------------------- */
+
+static bool take(void *user, const rd_kafka_message_t *m)
+{
+    struct dlq *q = user;
+    struct letter l;
+    q->seen++;
+    if (!at_place(q, m))
+        return true;
+    letter_read(q, m, &l);
+    if (wanted(q, &l)) {
+        q->picked++;
+        if (q->verb == VERB_RETRY)
+            retry(q, &l);
+        else if (q->verb == VERB_SHOW)
+            show(&l);
+        else if (q->json)
+            print_json(&l);
+        else
+            print_line(&l);
+    }
+    letter_release(&l);
+    return q->limit < 0 || q->picked < (uint64_t)q->limit;
+}
+
+static lm_status open_all(struct dlq *q, struct lm_err *err)
+{
+    struct codec_config cc = {
+        .registry_url = q->config.registry_url, .registry_auth = q->config.registry_auth,
+        .registry_ca = q->config.registry_ca_file, .reply_topic = q->config.topics_replies,
+    };
+    lm_status st = codec_new(&cc, &q->codec, err);
+    if (st == LM_OK)
+        st = cli_kafka_open(&q->kafka, &q->config, RD_KAFKA_CONSUMER, err);
+    q->producer.delivered = on_delivered;
+    q->producer.user = q;
+    if (st == LM_OK && q->verb == VERB_RETRY && q->yes)
+        st = cli_kafka_open(&q->producer, &q->config, RD_KAFKA_PRODUCER, err);
+    return st;
+}
+
+static int conclude(struct dlq *q)
+{
+    if (q->verb == VERB_SHOW && q->picked < (uint64_t)q->n_places) {
+        fprintf(stderr, "loramill dlq: %" PRIu64 " of %d are there\n", q->picked, q->n_places);
+        return CLI_FAILED;
+    }
+    if (q->verb == VERB_LIST)
+        fprintf(stderr, "dlq: %" PRIu64 " of %" PRIu64 " dead letters\n", q->picked, q->seen);
+    if (q->verb == VERB_RETRY && q->yes)
+        fprintf(stderr, "dlq: %" PRIu64 " sent back, %" PRIu64 " not\n", q->sent,
+                q->failed + q->unfit);
+    else if (q->verb == VERB_RETRY)
+        fprintf(stderr, "dlq: nothing was sent; --yes sends %" PRIu64 "\n", q->picked - q->unfit);
+    return q->failed + q->unfit ? CLI_FAILED : CLI_OK;
+}
+
+static int run(struct dlq *q)
+{
+    struct lm_err err;
+    lm_status st = open_all(q, &err);
+    if (st == LM_OK)
+        st = cli_scan(&q->kafka, q->config.topics_dead_letters, q->since_ms, take, q, &err);
+    if (q->producer.rk)
+        rd_kafka_flush(q->producer.rk, FLUSH_MS);
+    if (st == LM_OK && (fflush(stdout) || cli_interrupted()))
+        st = lm_err_set(&err, LM_IO, cli_interrupted() ? "interrupted" : "standard output");
+    if (st == LM_OK)
+        return conclude(q);
+    fprintf(stderr, "loramill dlq: %s\n", err.msg);
+    return CLI_FAILED;
+}
+
+static lm_status parse_place(struct dlq *q, const char *text, struct lm_err *err)
+{
+    char *end;
+    struct place p = { .partition = strtoll(text, &end, 10) };
+    bool good = end != text && *end == ':' && end[1] >= '0' && end[1] <= '9';
+    if (good)
+        p.offset = strtoll(end + 1, &end, 10);
+    if (!good || *end || p.partition < 0)
+        return lm_err_set(err, LM_INVALID, "'%s' is no place: PARTITION:OFFSET, as list shows it",
+                          text);
+    struct place *grown = lm_reallocarray(q->places, (size_t)q->n_places + 1, sizeof *grown);
+    if (!grown)
+        return lm_err_set(err, LM_NOMEM, "no memory");
+    q->places = grown;
+    q->places[q->n_places++] = p;
+    return LM_OK;
+}
+
+static lm_status parse_verb(struct dlq *q, const char *text, struct lm_err *err)
+{
+    static const char *const verbs[] = { "list", "show", "retry" };
+    for (size_t i = 0; text && i < LM_COUNT(verbs); i++)
+        if (!strcmp(text, verbs[i])) {
+            q->verb = (enum verb)i;
+            return LM_OK;
+        }
+    if (text && (!strcmp(text, "--help") || !strcmp(text, "-h"))) {
+        fputs(help, stdout);
+        return LM_CANCELLED;
+    }
+    return lm_err_set(err, LM_INVALID, "say what: loramill dlq list, show or retry");
+}
+
+static lm_status check(const struct dlq *q, struct lm_err *err)
+{
+    if (q->verb == VERB_SHOW && !q->n_places)
+        return lm_err_set(err, LM_INVALID, "show needs a place, PARTITION:OFFSET, as list has it");
+    if (q->verb == VERB_LIST && q->n_places)
+        return lm_err_set(err, LM_INVALID, "list takes filters; show takes places");
+    if (q->verb != VERB_RETRY && (q->yes || q->to))
+        return lm_err_set(err, LM_INVALID, "--yes and --to are retry's");
+    return LM_OK;
+}
+
+static lm_status parse(struct dlq *q, int argc, char **argv, struct lm_err *err)
+{
+    enum { SET = 256, CAUSE, ADAPTER, ID, SINCE, UNTIL, LIMIT, TO };
+    static const struct option options[] = {
+        { "config", required_argument, NULL, 'c' }, { "set", required_argument, NULL, SET },
+        { "cause", required_argument, NULL, CAUSE },
+        { "adapter", required_argument, NULL, ADAPTER },
+        { "id", required_argument, NULL, ID },      { "since", required_argument, NULL, SINCE },
+        { "until", required_argument, NULL, UNTIL }, { "limit", required_argument, NULL, LIMIT },
+        { "json", no_argument, NULL, 'j' },         { "to", required_argument, NULL, TO },
+        { "yes", no_argument, NULL, 'y' },          { "help", no_argument, NULL, 'h' },
+        { NULL, 0, NULL, 0 },
+    };
+    int opt;
+    lm_status st = parse_verb(q, argc > 1 ? argv[1] : NULL, err);
+    optind = 0;
+    while (st == LM_OK && (opt = getopt_long(argc - 1, argv + 1, "c:jyh", options, NULL)) != -1) {
+        switch (opt) {
+        case 'c': q->settings.file = optarg; break;
+        case SET: st = cli_settings_add(&q->settings, optarg, err); break;
+        case CAUSE: q->cause = optarg; break;
+        case ADAPTER: q->adapter = optarg; break;
+        case ID: q->id = optarg; break;
+        case SINCE: st = cli_parse_since("--since", optarg, &q->since_ms, err); break;
+        case UNTIL: st = cli_parse_since("--until", optarg, &q->until_ms, err); break;
+        case LIMIT: st = cli_parse_number("--limit", optarg, 1, INT64_MAX, &q->limit, err); break;
+        case 'j': q->json = true; break;
+        case TO: q->to = optarg; break;
+        case 'y': q->yes = true; break;
+        case 'h': fputs(help, stdout); return LM_CANCELLED;
+        default: return lm_err_set(err, LM_INVALID, "try `loramill dlq --help`");
+        }
+    }
+    for (int i = optind; st == LM_OK && i < argc - 1; i++)
+        st = parse_place(q, argv[1 + i], err);
+    if (st == LM_OK)
+        st = check(q, err);
+    return st == LM_OK ? cli_settings_load(&q->settings, &q->config, err) : st;
+}
+
+int cmd_dlq(int argc, char **argv)
+{
+    struct lm_err err;
+    struct dlq q = { .since_ms = -1, .until_ms = -1, .limit = -1 };
+    int status = CLI_OK;
+    lm_status st = parse(&q, argc, argv, &err);
+    if (st == LM_OK) {
+        cli_catch_signals();
+        status = run(&q);
+    } else if (st != LM_CANCELLED) {
+        fprintf(stderr, "loramill dlq: %s\n", err.msg);
+        status = CLI_USAGE;
+    }
+    cli_kafka_close(&q.producer);
+    cli_kafka_close(&q.kafka);
+    codec_free(q.codec);
+    free(q.places);
+    config_release(&q.config);
+    return status;
+}
