@@ -15,7 +15,8 @@
  *     x = norm(res += tmp), rows that need logits only -> logits -> sample
  *
  * Logits are float32 [rows, vocab]: with a vocabulary of 128k and every prompt row scored they
- * would take a quarter of a gigabyte, so rows go through in slabs of LOGIT_SLAB_BYTES.
+ * would take a gigabyte, so rows go through in slabs. Each slab reads the head's weights again, so
+ * an accelerator, for which those are the cost, takes larger ones: 256 decoding rows are one slab.
  *
  * LoRA rides behind each base GEMM on the rows of its segments only; modules that no adapter of the
  * step targets are not launched. Its workspace is sized once, for lora_rows: the planner keeps to
@@ -27,6 +28,7 @@
 #include <stdlib.h>
 
 #define LOGIT_SLAB_BYTES ((size_t)64 << 20)
+#define DEVICE_LOGIT_SLAB_BYTES ((size_t)160 << 20)
 #define MIN_SLAB_ROWS 16
 
 struct forward {
@@ -131,7 +133,8 @@ lm_status forward_new(const struct forward_params *p, struct forward **out, stru
     f->ffn = c->ffn / p->shard.world;
     f->q_dim = f->q_heads * c->head_dim;
     f->qkv_dim = f->q_dim + 2 * f->kv_heads * c->head_dim;
-    size_t fit = LOGIT_SLAB_BYTES / ((size_t)c->vocab * sizeof(float));
+    size_t slab = props.in_call ? LOGIT_SLAB_BYTES : DEVICE_LOGIT_SLAB_BYTES;
+    size_t fit = slab / ((size_t)c->vocab * sizeof(float));
     f->slab_rows = (int)LM_MIN(LM_MAX(fit, MIN_SLAB_ROWS), (size_t)p->max_tokens);
     lm_status st = allocate_all(f, props.act, err);
     if (st == LM_OK)

@@ -176,6 +176,16 @@ lm_status kn_event_sync(kn_event *e, struct lm_err *err)
     return e->be->event_sync(e, err);
 }
 
+lm_status kn_graph_begin(kn_stream *s)
+{
+    return s->be->graph_begin ? s->be->graph_begin(s) : LM_OK;
+}
+
+lm_status kn_graph_end(kn_stream *s)
+{
+    return s->be->graph_end ? s->be->graph_end(s) : LM_OK;
+}
+
 /* ---- tensor parallelism ---------------------------------------------------------------- */
 
 lm_status kn_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err)

@@ -109,6 +109,13 @@ lm_status kn_event_wait(kn_stream *s, kn_event *e);             /* the stream wa
 lm_status kn_event_query(kn_event *e);                          /* LM_OK passed, LM_BUSY not yet */
 lm_status kn_event_sync(kn_event *e, struct lm_err *err);       /* blocks the caller */
 
+/* Between the two, work on the stream is recorded; kn_graph_end() hands all of it to the device at
+ * once, which starts it faster than its parts (a CUDA graph). Operations and copies within device
+ * memory may be recorded; a failed one ends the recording, and kn_graph_end() says so too. Both do
+ * nothing where there is nothing to win: then each part is enqueued as it comes. */
+lm_status kn_graph_begin(kn_stream *s);
+lm_status kn_graph_end(kn_stream *s);
+
 /* ---- tensor parallelism ---------------------------------------------------------------- */
 
 #define KN_COMM_ID_BYTES 128

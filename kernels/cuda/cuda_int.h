@@ -45,6 +45,7 @@ extern "C" {
 
 struct cuda_staging;            /* pinned buffers for uploads (mat.c) */
 struct cuda_plans;              /* cuBLASLt's choices, by shape (gemm.c) */
+struct cuda_graphs;             /* recorded work, ready to run again (graph.c) */
 
 struct cuda_device {
     struct kn_device base;
@@ -67,6 +68,7 @@ struct cuda_stream {
     void *scratch;              /* CUDA_SCRATCH_BYTES; in-order streams need no lock for it */
     void *gemm_ws;              /* CUDA_GEMM_WS_BYTES */
     struct cuda_plans *plans;
+    struct cuda_graphs *graphs;
 };
 
 struct cuda_event {
@@ -141,6 +143,12 @@ size_t cuda_mat_bytes(const kn_mat *m);
 lm_status cuda_mat_save(kn_stream *s, void *dst, const kn_mat *m);
 lm_status cuda_mat_restore(kn_stream *s, kn_mat *m, const void *src);
 
+/* graph.c */
+struct cuda_graphs *cuda_graphs_new(void);
+void cuda_graphs_free(struct cuda_graphs *g);
+lm_status cuda_graph_begin(kn_stream *s);
+lm_status cuda_graph_end(kn_stream *s);
+
 /* comm.c */
 lm_status cuda_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
 lm_status cuda_comm_new(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,
@@ -159,8 +167,10 @@ void cuda_plans_free(struct cuda_plans *p);
 /* gemm_few.cu: what gemm.c keeps from cuBLAS */
 bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);
 lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
-/* y = bias, or += bias when accumulating, in every row. */
+/* y (float32) = bias, or += bias when accumulating, in every row. */
 lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
+/* y (bf16) = product [m, n] (+ bias) (+ y if accumulate), rounded once. */
+lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a, const float *product);
 
 /* Once a device: kernels that use more than 48 KiB of shared memory ask for it. */
 cudaError_t cuda_attention_init(void);

@@ -319,6 +319,7 @@ static void cuda_stream_free(kn_stream *s)
     cudaFree(st->scratch);
     cudaFree(st->gemm_ws);
     cuda_plans_free(st->plans);
+    cuda_graphs_free(st->graphs);
     free(st);
 }
 
@@ -331,8 +332,10 @@ static lm_status cuda_stream_new(kn_device *dev, kn_stream **out, struct lm_err 
     st->base.be = &kn_backend_cuda;
     st->dev = d;
     st->plans = cuda_plans_new();
+    st->graphs = cuda_graphs_new();
     cudaSetDevice(d->index);
-    lm_status rc = st->plans ? LM_OK : lm_err_set(err, LM_NOMEM, "out of memory for a stream");
+    lm_status rc = st->plans && st->graphs
+                       ? LM_OK : lm_err_set(err, LM_NOMEM, "out of memory for a stream");
     if (rc == LM_OK)
         rc = check_err(d, "making a stream",
                        cudaStreamCreateWithFlags(&st->s, cudaStreamNonBlocking), err);
@@ -444,6 +447,8 @@ const struct kn_backend kn_backend_cuda = {
     .event_wait = cuda_event_wait,
     .event_query = cuda_event_query,
     .event_sync = cuda_event_sync,
+    .graph_begin = cuda_graph_begin,
+    .graph_end = cuda_graph_end,
     .comm_id = cuda_comm_id,
     .comm_new = cuda_comm_new,
     .comm_free = cuda_comm_free,

@@ -12,8 +12,8 @@
  * Parts of a split k are added in float32 only: rounded to bf16 before they meet, they would cost
  * more than the result's own rounding.
  *
- * A bias is float32 here and epilogues want the output's dtype, so y starts as the bias and the
- * product is added: the biases of checkpoints are bf16 themselves, and lose nothing.
+ * cuBLASLt rounds a product to bf16 before it adds what was there. With a bias, or onto an old y, the
+ * product goes to the stream's scratch as float32 instead, and one pass adds all and rounds once.
  */
 #include "kernels/cuda/cuda_int.h"
 
@@ -198,6 +198,29 @@ static lm_status multiply(struct cuda_stream *st, const struct kn_gemm *a, bool 
                                              : cuda_failed(st->dev, "gemm", cudaErrorUnknown);
 }
 
+/* In slices of rows that fit the scratch behind its counters. */
+static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    size_t row = (size_t)a->w->rows * sizeof(float);
+    int fit = (int)LM_MIN((CUDA_SCRATCH_BYTES - CUDA_COUNTER_BYTES) / row, (size_t)INT32_MAX);
+    float *product = (float *)((char *)st->scratch + CUDA_COUNTER_BYTES);
+    lm_status rc = fit > 0 ? LM_OK : LM_UNSUPPORTED;
+    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += fit) {
+        struct kn_gemm part = *a;
+        part.m = LM_MIN(fit, a->m - m0);
+        part.x = (const uint16_t *)a->x + m0 * a->ldx;
+        part.y = product;
+        part.y_f32 = true;
+        part.ldy = a->w->rows;
+        rc = multiply(st, &part, false);
+        part.y = (uint16_t *)a->y + m0 * a->ldy;
+        part.ldy = a->ldy;
+        if (rc == LM_OK)
+            rc = cuda_add_product(st, &part, product);
+    }
+    return rc;
+}
+
 lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 {
     struct cuda_stream *st = cuda_stream_of(s);
@@ -212,11 +235,11 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
     own.ldy = LM_MAX(a->ldy, a->w->rows);
     if (cuda_gemm_few_fits(st, &own))
         return cuda_gemm_few(st, &own);
-    bool onto = own.accumulate || own.bias;
-    if (own.bias) {
-        lm_status rc = cuda_bias_rows(st, &own);
-        if (rc != LM_OK)
-            return rc;
+    if (!own.bias && !own.accumulate)
+        return multiply(st, &own, false);
+    if (own.y_f32) {            /* float32 adds up as it is */
+        lm_status rc = own.bias ? cuda_bias_rows(st, &own) : LM_OK;
+        return rc == LM_OK ? multiply(st, &own, true) : rc;
     }
-    return multiply(st, &own, onto);
+    return multiply_then_add(st, &own);
 }

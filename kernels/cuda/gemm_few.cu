@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gemm_few.cu - y = x W^T for few rows of x, and the start of y from a bias.
+ * gemm_few.cu - y = x W^T for few rows of x, and what a bias adds to a product.
  *
  * Few rows are bound by reading W once. A block of WARPS warps takes 16 rows of W; its warps take
  * chunks of k in turn and their sums meet in shared memory. Each warp keeps two chunks of U * 32
@@ -21,36 +21,54 @@
 /* ---- bias ------------------------------------------------------------------------------ */
 
 __device__ static inline float load(const bf16 *p) { return __bfloat162float(*p); }
-__device__ static inline float load(const float *p) { return *p; }
 __device__ static inline void store(bf16 *p, float v) { *p = __float2bfloat16(v); }
-__device__ static inline void store(float *p, float v) { *p = v; }
 
-template <typename T>
-__global__ void bias_rows(T *y, int64_t ldy, const float *bias, int n, bool onto)
+#define MAX_GRID_Y 65535        /* rows a launch */
+
+__global__ void bias_rows(float *y, int64_t ldy, const float *bias, int n, bool onto)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
+    cuda_allow_next();
     cuda_wait_prior();
     if (i >= n)
         return;
-    T *p = y + blockIdx.y * ldy + i;
-    store(p, onto ? load(p) + bias[i] : bias[i]);
+    float *p = y + blockIdx.y * ldy + i;
+    *p = onto ? *p + bias[i] : bias[i];
 }
 
 extern "C" lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    const int most = 65535;     /* rows a launch, gridDim.y */
     lm_status rc = LM_OK;
-    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += most) {
-        dim3 grid(LM_DIV_UP(a->w->rows, 256), LM_MIN(most, a->m - m0));
-        if (a->y_f32)
-            rc = cuda_launch(st, "gemm bias", bias_rows<float>, grid, dim3(256), 0,
-                             (float *)a->y + m0 * a->ldy, a->ldy, a->bias, a->w->rows,
-                             a->accumulate);
-        else
-            rc = cuda_launch(st, "gemm bias", bias_rows<bf16>, grid, dim3(256), 0,
-                             (bf16 *)a->y + m0 * a->ldy, a->ldy, a->bias, a->w->rows,
-                             a->accumulate);
-    }
+    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += MAX_GRID_Y)
+        rc = cuda_launch(st, "gemm bias", bias_rows,
+                         dim3(LM_DIV_UP(a->w->rows, 256), LM_MIN(MAX_GRID_Y, a->m - m0)),
+                         dim3(256), 0, (float *)a->y + m0 * a->ldy, a->ldy, a->bias, a->w->rows,
+                         a->accumulate);
+    return rc;
+}
+
+__global__ void add_product(bf16 *y, int64_t ldy, const float *product, const float *bias, int n,
+                            bool onto)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    cuda_allow_next();
+    cuda_wait_prior();
+    if (i >= n)
+        return;
+    float v = product[(int64_t)blockIdx.y * n + i] + (bias ? bias[i] : 0.0f);
+    bf16 *p = y + blockIdx.y * ldy + i;
+    store(p, v + (onto ? load(p) : 0.0f));
+}
+
+extern "C" lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a,
+                                      const float *product)
+{
+    lm_status rc = LM_OK;
+    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += MAX_GRID_Y)
+        rc = cuda_launch(st, "gemm bias", add_product,
+                         dim3(LM_DIV_UP(a->w->rows, 256), LM_MIN(MAX_GRID_Y, a->m - m0)),
+                         dim3(256), 0, (bf16 *)a->y + m0 * a->ldy, a->ldy,
+                         product + (int64_t)m0 * a->w->rows, a->bias, a->w->rows, a->accumulate);
     return rc;
 }
 

@@ -10,7 +10,10 @@
  * threads, so the same row gives the same token always. A mass that the CPU keeps in double differs
  * by less than 2^-26 of the total, which moves a token only where u falls within that of a border.
  *
- * The draw, and ties at the cut, ask for the first id at which a running sum passes a bound:
+ * Where the histogram's first digit says that few candidates can survive (top-k, or a model that is
+ * sure of itself), those are gathered in shared memory and sorted, and the rest happens there.
+ *
+ * Else the draw, and ties at the cut, ask for the first id at which a running sum passes a bound:
  * 32 warps sum a 32nd each, the one where it happens is cut again, down to one warp's width.
  */
 #include "kernels/cuda/cuda_int.h"
@@ -22,6 +25,7 @@
 #define BINS 2048
 #define NOBODY 0xffffffffu      /* the key of what is no candidate */
 #define FULL_KEY (0xfffffffeu)
+#define LIST 2048               /* candidates sorted in shared memory, a power of two */
 
 struct hist {
     uint32_t count[BINS], lo[BINS], hi[BINS];
@@ -36,7 +40,8 @@ struct shared {
     int found_bin;
     uint32_t found_count;
     uint64_t found_mass;
-    int top_n, top_id[KN_MAX_TOP_LOGPROBS];
+    uint64_t list[LIST];
+    int list_n, top_n, top_id[KN_MAX_TOP_LOGPROBS];
     float top_x[KN_MAX_TOP_LOGPROBS];
 };
 
@@ -51,6 +56,11 @@ struct draw {
     struct shared *s;
 };
 
+__device__ static inline int tid(void)
+{
+    return (int)threadIdx.x;
+}
+
 __device__ static inline bool is_candidate(float x)
 {
     return x > -INFINITY;       /* false for NaN */
@@ -63,10 +73,10 @@ __device__ static float block_sum_f(struct shared *s, float v)
     for (int d = 16; d; d >>= 1)
         v += __shfl_xor_sync(~0u, v, d);
     __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        s->warp_f[threadIdx.x / 32] = v;
+    if (tid() % 32 == 0)
+        s->warp_f[tid() / 32] = v;
     __syncthreads();
-    v = s->warp_f[threadIdx.x % 32];
+    v = s->warp_f[tid() % 32];
     for (int d = 16; d; d >>= 1)
         v += __shfl_xor_sync(~0u, v, d);
     return v;
@@ -87,13 +97,13 @@ __device__ static void block_best(struct shared *s, float *v, int *i)
         if (round == 1)
             return;
         __syncthreads();
-        if (threadIdx.x % 32 == 0) {
-            s->warp_f[threadIdx.x / 32] = *v;
-            s->warp_i[threadIdx.x / 32] = *i;
+        if (tid() % 32 == 0) {
+            s->warp_f[tid() / 32] = *v;
+            s->warp_i[tid() / 32] = *i;
         }
         __syncthreads();
-        *v = s->warp_f[threadIdx.x % 32];
-        *i = s->warp_i[threadIdx.x % 32];
+        *v = s->warp_f[tid() % 32];
+        *i = s->warp_i[tid() % 32];
     }
 }
 
@@ -102,10 +112,10 @@ __device__ static uint64_t block_sum_u(struct shared *s, uint64_t v)
     for (int d = 16; d; d >>= 1)
         v += __shfl_xor_sync(~0u, v, d);
     __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        s->warp_mass[threadIdx.x / 32] = v;
+    if (tid() % 32 == 0)
+        s->warp_mass[tid() / 32] = v;
     __syncthreads();
-    v = s->warp_mass[threadIdx.x % 32];
+    v = s->warp_mass[tid() % 32];
     for (int d = 16; d; d >>= 1)
         v += __shfl_xor_sync(~0u, v, d);
     return v;
@@ -117,7 +127,7 @@ __device__ static float block_max(const struct draw *d, const float *x, int *at)
     float best = -INFINITY;
     int where = INT32_MAX;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < d->vocab; i += THREADS) {
+    for (int i = tid(); i < d->vocab; i += THREADS) {
         float v = x[i];
         if (v > best) {
             best = v;
@@ -134,7 +144,7 @@ template <typename F>
 __device__ static int find_prefix(struct shared *s, int n, uint64_t target, F value)
 {
     int lo = 0, hi = n;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = tid() / 32, lane = tid() % 32;
     while (hi - lo > 32) {
         int per = ((hi - lo + WARPS - 1) / WARPS + 31) / 32 * 32;
         int begin = min(hi, lo + warp * per), end = min(hi, begin + per);
@@ -176,7 +186,7 @@ __device__ static inline void add_mass(struct hist *h, int bin, uint64_t m)
 /* Inclusive scan over the block's threads. */
 __device__ static void block_scan(struct shared *s, uint32_t *count, uint64_t *mass)
 {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = tid() / 32, lane = tid() % 32;
     for (int d = 1; d < 32; d <<= 1) {
         uint32_t c = __shfl_up_sync(~0u, *count, d);
         uint64_t m = __shfl_up_sync(~0u, *mass, d);
@@ -203,10 +213,10 @@ __device__ static bool find_bin(struct shared *s, uint32_t want_count, uint64_t 
 {
     uint32_t c[2], run = 0;
     uint64_t m[2], sum = 0;
-    if (threadIdx.x == 0)
+    if (tid() == 0)
         s->found_bin = -1;
     for (int k = 0; k < 2; k++) {
-        int b = threadIdx.x * 2 + k;
+        int b = tid() * 2 + k;
         c[k] = s->h.count[b];
         m[k] = (uint64_t)s->h.hi[b] << 32 | s->h.lo[b];
         run += c[k];
@@ -219,7 +229,7 @@ __device__ static bool find_bin(struct shared *s, uint32_t want_count, uint64_t 
         bool here = before < want_count && below < want_mass &&
                     (before + c[k] >= want_count || below + m[k] >= want_mass);
         if (here) {
-            s->found_bin = threadIdx.x * 2 + k;
+            s->found_bin = tid() * 2 + k;
             s->found_count = before;
             s->found_mass = below;
         }
@@ -260,11 +270,11 @@ __device__ static struct cut select_prefix(struct shared *s, int n, uint32_t wan
         int next = level == 0 ? 21 : level == 1 ? 10 : 0, bin;
         uint32_t mask = (1u << (shift - next)) - 1;
         __syncthreads();
-        for (int b = threadIdx.x; b < BINS; b += THREADS)
+        for (int b = tid(); b < BINS; b += THREADS)
             s->h.count[b] = s->h.lo[b] = s->h.hi[b] = 0;
         __syncthreads();
 #pragma unroll 2
-        for (int i = threadIdx.x; i < n; i += THREADS) {
+        for (int i = tid(); i < n; i += THREADS) {
             uint32_t key = key_of(i);
             if (key == NOBODY || (level > 0 && key >> shift != prefix))
                 continue;
@@ -311,15 +321,15 @@ __device__ static void penalize(const struct draw *d)
     const struct kn_sample_row *p = &d->p;
     const int32_t *h = d->history + p->hist0;
     const int n = p->n_prompt + p->n_output;
-    for (int i = threadIdx.x; i < n; i += THREADS)
+    for (int i = tid(); i < n; i += THREADS)
         if (in_vocab(d, h[i]))
             d->count[h[i]] = 0;
     __syncthreads();
-    for (int i = p->n_prompt + threadIdx.x; i < n; i += THREADS)
+    for (int i = p->n_prompt + tid(); i < n; i += THREADS)
         if (in_vocab(d, h[i]))
             atomicAdd(&d->count[h[i]], 1);
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += THREADS) {
+    for (int i = tid(); i < n; i += THREADS) {
         if (!in_vocab(d, h[i]))
             continue;
         int seen = atomicExch(&d->count[h[i]], -1);
@@ -340,19 +350,19 @@ __device__ static const float *adjusted(const struct draw *d)
     const struct kn_sample_row *p = &d->p;
     if (!has_penalties(p) && p->n_banned == 0)
         return d->raw;
-    for (int i = threadIdx.x; i < d->vocab; i += THREADS)
+    for (int i = tid(); i < d->vocab; i += THREADS)
         d->w[i] = d->raw[i];
     __syncthreads();
     if (has_penalties(p))
         penalize(d);
-    for (int i = threadIdx.x; i < p->n_banned; i += THREADS)
+    for (int i = tid(); i < p->n_banned; i += THREADS)
         if (in_vocab(d, d->history[p->banned0 + i]))
             d->w[d->history[p->banned0 + i]] = -INFINITY;
     __syncthreads();
     return d->w;
 }
 
-/* ---- the draw -------------------------------------------------------------------------- */
+/* ---- weights --------------------------------------------------------------------------- */
 
 __device__ static inline uint64_t mass_of(float w)
 {
@@ -364,6 +374,162 @@ __device__ static inline uint32_t weight_key(float w)
 {
     return w > 0 ? (0x3f800000u - __float_as_uint(w)) << 2 : NOBODY;
 }
+
+__device__ static inline float key_weight(uint32_t key)
+{
+    return __uint_as_float(0x3f800000u - (key >> 2));
+}
+
+__device__ static inline uint64_t mix(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+__device__ static inline double uniform(uint64_t seed, uint64_t counter)
+{
+    return (double)(mix(mix(seed) + (counter + 1) * 0x9e3779b97f4a7c15u) >> 11) * 0x1p-53;
+}
+
+/* ---- few candidates -------------------------------------------------------------------- */
+
+/* Bitonic, ascending, of the first `room` entries, a power of two. */
+__device__ static void sort_list(struct shared *s, int room)
+{
+    for (int size = 2; size <= room; size <<= 1)
+        for (int step = size / 2; step; step >>= 1) {
+            __syncthreads();
+            for (int t = tid(); t < room / 2; t += THREADS) {
+                int i = 2 * t - (t & (step - 1)), j = i + step;
+                uint64_t a = s->list[i], b = s->list[j];
+                if ((a > b) == ((i & size) == 0)) {
+                    s->list[i] = b;
+                    s->list[j] = a;
+                }
+            }
+        }
+    __syncthreads();
+}
+
+/* Gathers what lies in the first bins, as key and id, in order. Its number, or -1: too many. */
+__device__ static int gather_list(const struct draw *d, int last_bin, uint32_t n)
+{
+    struct shared *s = d->s;
+    if (n > LIST)
+        return -1;
+    if (tid() == 0)
+        s->list_n = 0;
+    int room = 2;
+    while (room < (int)n)
+        room *= 2;
+    __syncthreads();
+#pragma unroll 4
+    for (int i = tid(); i < d->vocab; i += THREADS) {
+        uint32_t key = weight_key(d->w[i]);
+        if (key != NOBODY && (int)(key >> 21) <= last_bin)
+            s->list[atomicAdd(&s->list_n, 1)] = (uint64_t)key << 32 | (uint32_t)i;
+    }
+    __syncthreads();
+    for (int i = n + tid(); i < room; i += THREADS)
+        s->list[i] = ~(uint64_t)0;
+    sort_list(s, room);
+    return (int)n;
+}
+
+/* Of the first n entries: the sum of masses up to and with this thread's two, and those two. */
+__device__ static uint64_t scan_list(struct shared *s, int n, bool by_id, uint64_t m[2])
+{
+    uint32_t unused = 0;
+    uint64_t sum = 0;
+    for (int k = 0; k < 2; k++) {
+        int i = tid() * 2 + k;
+        uint64_t e = i < n ? s->list[i] : 0;
+        m[k] = i < n ? mass_of(key_weight((uint32_t)(by_id ? e : e >> 32))) : 0;
+        sum += m[k];
+    }
+    block_scan(s, &unused, &sum);
+    return sum;
+}
+
+/* How many of the sorted list survive top-k, top-p and min-p. */
+__device__ static int keep_of_list(const struct draw *d, int n, uint64_t total)
+{
+    const struct kn_sample_row *p = &d->p;
+    struct shared *s = d->s;
+    uint64_t m[2];
+    if (p->top_k > 0 && p->top_k < d->vocab) {
+        n = min(n, p->top_k);
+        scan_list(s, n, false, m);
+        total = block_sum_u(s, m[0] + m[1]);
+    }
+    if (p->top_p < 1.0f) {
+        double want = ceil((double)total * (double)p->top_p);
+        uint64_t goal = want >= 1 ? (uint64_t)want : 1, sum = scan_list(s, n, false, m);
+        uint64_t before[2] = { sum - m[0] - m[1], sum - m[1] }, taken = 0;
+        for (int k = 0; k < 2; k++)
+            taken += tid() * 2 + k < n && before[k] < goal;
+        n = (int)block_sum_u(s, taken);
+    }
+    if (p->min_p > 0) {
+        uint32_t limit = p->min_p <= 1 ? weight_key(p->min_p) : 0;
+        uint64_t taken = 0;
+        for (int i = tid(); i < n; i += THREADS)
+            taken += p->min_p <= 1 && (uint32_t)(s->list[i] >> 32) <= limit;
+        n = (int)block_sum_u(s, taken);
+    }
+    return n;
+}
+
+/* Draws from the sorted list's first n, in order of ids. */
+__device__ static int32_t draw_from_list(const struct draw *d, int n)
+{
+    struct shared *s = d->s;
+    int room = 2;
+    while (room < n)
+        room *= 2;
+    __syncthreads();
+    for (int i = tid(); i < room; i += THREADS)
+        s->list[i] = i < n ? s->list[i] << 32 | s->list[i] >> 32 : ~(uint64_t)0;
+    sort_list(s, room);
+    uint64_t m[2], sum = scan_list(s, n, true, m), all = block_sum_u(s, m[0] + m[1]);
+    if (all == 0)
+        return -1;
+    uint64_t want = min((uint64_t)(uniform(d->p.seed, d->p.counter) * (double)all), all - 1);
+    uint64_t before = sum - m[0] - m[1];
+    __syncthreads();
+    for (int k = 0; k < 2; k++) {
+        if (before <= want && want < before + m[k])
+            s->list_n = (int)(s->list[tid() * 2 + k] >> 32);
+        before += m[k];
+    }
+    __syncthreads();
+    return s->list_n;
+}
+
+/* The token, where few candidates can survive; -2 where they are many. The histogram of the first
+ * digit is full. */
+__device__ static int32_t draw_among_few(const struct draw *d, uint64_t total)
+{
+    const struct kn_sample_row *p = &d->p;
+    const bool top_k = p->top_k > 0 && p->top_k < d->vocab;
+    uint32_t count = 0;
+    uint64_t mass = 0, want_mass = ~(uint64_t)0;
+    int bin;
+    if (!top_k && p->top_p < 1.0f) {
+        double want = ceil((double)total * (double)p->top_p);
+        want_mass = want >= 1 ? (uint64_t)want : 1;
+    }
+    if (!top_k && p->top_p >= 1.0f)
+        return -2;
+    __syncthreads();
+    if (!find_bin(d->s, top_k ? (uint32_t)p->top_k : ~0u, want_mass, &count, &mass, &bin))
+        return -2;
+    int n = gather_list(d, bin, count + d->s->h.count[bin]);
+    return n < 0 ? -2 : draw_from_list(d, keep_of_list(d, n, total));
+}
+
+/* ---- many candidates ------------------------------------------------------------------- */
 
 /* The last candidate that survives top-k, top-p and min-p. */
 __device__ static struct cut find_cut(const struct draw *d, uint64_t total)
@@ -397,16 +563,33 @@ __device__ static struct cut find_cut(const struct draw *d, uint64_t total)
     return c;
 }
 
-__device__ static inline uint64_t mix(uint64_t z)
+/* Weights, and the histogram of their keys' first digit where something is to be cut. Returns this
+ * thread's part of the whole mass. */
+__device__ static uint64_t make_weights(const struct draw *d, const float *x, float m)
 {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-__device__ static inline double uniform(uint64_t seed, uint64_t counter)
-{
-    return (double)(mix(mix(seed) + (counter + 1) * 0x9e3779b97f4a7c15u) >> 11) * 0x1p-53;
+    const struct kn_sample_row *p = &d->p;
+    const float inv_t = __fdiv_rn(1.0f, p->temperature);
+    const bool cuts = (p->top_k > 0 && p->top_k < d->vocab) || p->top_p < 1.0f;
+    struct hist *h = &d->s->h;
+    uint64_t total = 0;
+    __syncthreads();
+    for (int b = tid(); b < BINS; b += THREADS)
+        h->count[b] = h->lo[b] = h->hi[b] = 0;
+    __syncthreads();
+#pragma unroll 2
+    for (int i = tid(); i < d->vocab; i += THREADS) {
+        float v = x[i], w = is_candidate(v) ? expf(__fmul_rn(__fsub_rn(v, m), inv_t)) : 0.0f;
+        uint64_t mass = mass_of(w);
+        d->w[i] = w;
+        total += mass;
+        if (cuts && w > 0) {
+            int b = (int)(weight_key(w) >> 21);
+            atomicAdd(&h->count[b], 1u);
+            if (mass)
+                add_mass(h, b, mass);
+        }
+    }
+    return total;
 }
 
 __device__ static int32_t draw_token(const struct draw *d)
@@ -419,15 +602,10 @@ __device__ static int32_t draw_token(const struct draw *d)
         return -1;
     if (p->temperature <= 0 || m == INFINITY)
         return best;
-    const float inv_t = __fdiv_rn(1.0f, p->temperature);
-    uint64_t total = 0;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < d->vocab; i += THREADS) {
-        float v = x[i], w = is_candidate(v) ? expf(__fmul_rn(__fsub_rn(v, m), inv_t)) : 0.0f;
-        d->w[i] = w;
-        total += mass_of(w);
-    }
-    total = block_sum_u(d->s, total);
+    uint64_t total = block_sum_u(d->s, make_weights(d, x, m));
+    int32_t id = draw_among_few(d, total);
+    if (id != -2)
+        return id;
     struct cut c = find_cut(d, total);
     const float *w = d->w;
     auto mass = [&](int i) {
@@ -436,7 +614,7 @@ __device__ static int32_t draw_token(const struct draw *d)
     };
     uint64_t sum = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < d->vocab; i += THREADS)
+    for (int i = tid(); i < d->vocab; i += THREADS)
         sum += mass(i);
     sum = block_sum_u(d->s, sum);
     if (sum == 0)
@@ -482,10 +660,10 @@ __device__ static void top_alternatives(const struct draw *d, int k)
                                  [&](int i) { return logit_key(raw[i]); },
                                  [](int) { return (uint64_t)0; });
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (tid() == 0)
         s->top_n = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < d->vocab; i += THREADS) {
+    for (int i = tid(); i < d->vocab; i += THREADS) {
         uint32_t key = logit_key(raw[i]);
         if (key == NOBODY || !kept(c, key, i))
             continue;
@@ -494,7 +672,7 @@ __device__ static void top_alternatives(const struct draw *d, int k)
         s->top_x[at] = raw[i];
     }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (tid() == 0)
         sort_top(s, k);
     __syncthreads();
 }
@@ -507,7 +685,7 @@ __device__ static void report(const struct kn_sample *a, int row, const struct d
         int at;
         float m = block_max(d, d->raw, &at), sum = 0;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < d->vocab; i += THREADS) {
+        for (int i = tid(); i < d->vocab; i += THREADS) {
             float x = d->raw[i];
             sum += is_candidate(x) ? expf(x - m) : 0.0f;
         }
@@ -516,13 +694,13 @@ __device__ static void report(const struct kn_sample *a, int row, const struct d
             logprob = d->raw[id] - lse;
         if (p->top_logprobs > 0)
             top_alternatives(d, p->top_logprobs);
-        int64_t to = (int64_t)row * KN_MAX_TOP_LOGPROBS + threadIdx.x;
-        if (threadIdx.x < p->top_logprobs) {
-            a->top_id[to] = d->s->top_id[threadIdx.x];
-            a->top_logprob[to] = d->s->top_x[threadIdx.x] - lse;
+        int64_t to = (int64_t)row * KN_MAX_TOP_LOGPROBS + tid();
+        if (tid() < p->top_logprobs) {
+            a->top_id[to] = d->s->top_id[tid()];
+            a->top_logprob[to] = d->s->top_x[tid()] - lse;
         }
     }
-    if (threadIdx.x == 0 && a->out_logprob)
+    if (tid() == 0 && a->out_logprob)
         a->out_logprob[row] = logprob;
 }
 
@@ -560,14 +738,14 @@ __global__ void __launch_bounds__(THREADS) sample_rows(struct kn_sample a, int32
     d.vocab = a.vocab;
     d.s = &s;
     if (!row_valid(&a, &d.p)) {
-        if (threadIdx.x == 0) {
+        if (tid() == 0) {
             cuda_report(fault, CUDA_FAULT_SAMPLE);
             a.out_id[row] = -1;
         }
         return;
     }
     int32_t id = d.p.forced >= 0 ? d.p.forced : draw_token(&d);
-    if (threadIdx.x == 0)
+    if (tid() == 0)
         a.out_id[row] = id;
     report(&a, row, &d, id);
 }
