@@ -27,6 +27,8 @@
 #define cuda_op_attention emu_op_attention
 #define cuda_op_lora_shrink emu_op_lora_shrink
 #define cuda_op_lora_expand emu_op_lora_expand
+#define cuda_op_sample emu_op_sample
+#define cuda_sample_workspace emu_sample_workspace
 #define cuda_attention_init emu_attention_init
 #define cuda_lora_init emu_lora_init
 #define cuda_attn_decode emu_attn_decode
@@ -143,6 +145,22 @@ static inline unsigned atomicInc(unsigned *p, unsigned limit)
     *p = old >= limit ? 0 : old + 1;
     return old;
 }
+template <typename T> static inline T atomicAdd(T *p, T v)
+{
+    T old = *p;
+    *p = old + v;
+    return old;
+}
+template <typename T> static inline T atomicExch(T *p, T v)
+{
+    T old = *p;
+    *p = v;
+    return old;
+}
+static inline uint64_t __float2ull_rz(float f) { return (uint64_t)f; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __uint_as_float(uint32_t u)
 {
     float f;
@@ -161,6 +179,8 @@ static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
+static inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+static inline uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* ---- launching ------------------------------------------------------------------------- */
 

@@ -73,6 +73,8 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.stream_free = emu_stream_free;
     backend.stream_sync = emu_stream_sync;
     backend.kv_block_bytes = cuda_kv_block_bytes;
+    backend.sample_workspace = cuda_sample_workspace;
+    backend.sample = cuda_op_sample;
     backend.rope_kv = cuda_op_rope_kv;
     backend.attention = cuda_op_attention;
     backend.lora_shrink = cuda_op_lora_shrink;

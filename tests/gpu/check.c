@@ -62,6 +62,9 @@ static const struct {
     { "attention", check_attention },
     { "lora", check_lora },
     { "ceilings", bench_ceilings },
+    { "bench-gemm", bench_gemm },
+    { "bench-rows", bench_rows },
+    { "bench-sample", bench_sample },
     { "bench-attention", bench_attention },
     { "bench-lora", bench_lora },
 };

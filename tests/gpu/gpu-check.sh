@@ -46,16 +46,15 @@ for d in site.getsitepackages() + [p for p in sys.path if p.endswith("-packages"
 }
 find_cublas
 
-# step NAME SECONDS COMMAND...: a part's result does not depend on that of the one before.
+# step NAME FUNCTION: a part's result does not depend on that of the one before.
 step() {
-    local name=$1 limit=$2 start=$SECONDS
-    shift 2
-    say "$name"
-    timeout -k 5 "$limit" "$@"
-    local st=$?
-    [ $st -eq 124 ] && printf 'not ok - %s timed out after %d s\n' "$name" "$limit"
+    local start=$SECONDS st
+    say "$1"
+    "$2"
+    st=$?
+    [ $st -eq 124 ] && printf 'not ok - %s timed out\n' "$1"
     [ $st -eq 0 ] || failed=1
-    printf '== %s: %s (%d s)\n' "$name" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
+    printf '== %s: %s (%d s)\n' "$1" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
         $((SECONDS - start))
 }
 
@@ -67,7 +66,8 @@ memcheck() {
         return
     fi
     local out
-    out=$(timeout -k 5 60 "$tool" --tool memcheck --error-exitcode 99 "$bin" /dev/null device rows sample 2>&1)
+    out=$(timeout -k 5 60 "$tool" --tool memcheck --report-api-errors no \
+        --error-exitcode 99 "$bin" /dev/null device rows sample 2>&1)
     local st=$?
     if printf '%s' "$out" | grep -qE 'Device not supported|No kernels were launched'; then
         echo "memcheck was not run: compute-sanitizer does not accept this device"
@@ -79,22 +79,77 @@ memcheck() {
     fi
 }
 
-smoke() {
-    step "operations against the CPU" 80 "$bin" "$results" smoke
-    step "golden logits" 60 "$bin" "$results" golden
+# bench LIMIT LABEL ARGUMENTS...: `loramill bench` on the GPU; its JSON lines go to the results too.
+bench() {
+    local limit=$1 label=$2 out st
+    shift 2
+    out=$(timeout -k 5 "$limit" "$bin" loramill bench --backend cuda --load-format dummy "$@" \
+        2> "$RESULTS/gpu-check.err")
+    st=$?
+    if [ $st -ne 0 ]; then
+        printf 'not ok - %s: status %d: %s\n' "$label" $st "$(tail -n 1 "$RESULTS/gpu-check.err")"
+        return 1
+    fi
+    printf '%s\n' "$out" | grep '^{' | sed "s/^{/{\"run\": \"$label\", /" | tee -a "$results"
 }
+
+decode() {
+    local b st=0
+    for b in 1 32 256; do
+        bench 60 "decode llama-2-7b, batch $b" --shape ops/shapes/llama-2-7b.json \
+            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
+    done
+    bench 60 "decode llama-3.1-8b, batch 32, 32 adapters" --shape ops/shapes/llama-3.1-8b.json \
+        --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 --repeat 2 || st=1
+    return $st
+}
+
+# trace SHAPE ADAPTERS RANKS: 1,000 requests at once, 256 running.
+trace() {
+    local file=$RESULTS/trace-$2-$3.csv
+    python3 tests/gpu/make_trace.py "$2" "$3" > "$file" || return 1
+    bench 120 "trace $1, $2 adapters of rank $3" --shape "ops/shapes/$1.json" --trace "$file" \
+        --max-seqs 256 --max-step-tokens 4096 --no-prefix-cache --json \
+        --host-adapter-bytes 30000000000
+}
+
+traces() {
+    local st=0
+    trace llama-2-7b 0 8 || st=1
+    trace llama-2-7b 32 8 || st=1
+    trace llama-2-7b 100 8 || st=1
+    trace llama-2-7b 100 8,16,32,64 || st=1
+    trace llama-3.1-8b 0 8 || st=1
+    trace llama-3.1-8b 32 8 || st=1
+    trace llama-3.1-8b 100 8 || st=1
+    return $st
+}
+
+speed() { timeout -k 5 130 "$bin" "$results" bench; }
+checks() { timeout -k 5 80 "$bin" "$results" smoke; }
+golden() { timeout -k 5 60 "$bin" "$results" golden; }
 
 case $PART in
 smoke)
-    smoke
-    say "memcheck"; memcheck || failed=1
+    step "operations against the CPU" checks
+    step "golden logits" golden
+    step "memcheck" memcheck
     ;;
-kernels) step "operations against the CPU, and their speed" 130 "$bin" "$results" smoke bench ;;
-trace) step "traces" 400 "$bin" "$results" trace ;;
+kernels)
+    step "operations against the CPU" checks
+    step "speed of operations" speed
+    ;;
+trace)
+    step "decode" decode
+    step "traces" traces
+    ;;
 full)
-    smoke
-    step "speed of operations" 130 "$bin" "$results" bench
-    step "traces" 300 "$bin" "$results" trace
+    step "operations against the CPU" checks
+    step "golden logits" golden
+    step "memcheck" memcheck
+    step "speed of operations" speed
+    step "decode" decode
+    step "traces" traces
     ;;
 esac
 [ $failed -eq 0 ] && say "all passed" || say "something failed"

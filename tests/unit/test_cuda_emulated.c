@@ -47,12 +47,19 @@ static void lora(void **state)
     run(twin_lora, 80);
 }
 
+static void sample(void **state)
+{
+    (void)state;
+    run(twin_sample);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attention),
         cmocka_unit_test(attention_hopper),
         cmocka_unit_test(lora),
+        cmocka_unit_test(sample),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
 }
