@@ -50,7 +50,7 @@ static void lora(void **state)
 static void sample(void **state)
 {
     (void)state;
-    run(twin_sample);
+    run(twin_sample, 80);
 }
 
 int main(void)
