@@ -12,8 +12,9 @@
  * Parts of a split k are added in float32 only: rounded to bf16 before they meet, they would cost
  * more than the result's own rounding.
  *
- * cuBLASLt rounds a product to bf16 before it adds what was there. With a bias, or onto an old y, the
- * product goes to the stream's scratch as float32 instead, and one pass adds all and rounds once.
+ * cuBLASLt rounds a product to bf16 before it adds what was there. With a bias, or onto an old y,
+ * the product goes to the stream's scratch as float32 instead, and one pass adds all and rounds
+ * once.
  */
 #include "kernels/cuda/cuda_int.h"
 

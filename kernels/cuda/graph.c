@@ -2,11 +2,11 @@
 /*
  * graph.c - a step's operations as one CUDA graph.
  *
- * Each step is captured anew, since its arguments differ (pointers, counts, grids), but a graph that
- * is ready to run is expensive to make. So those made are kept, by number of nodes: the new capture's
- * arguments are written into the kept one, which works as long as the kernels and their order are
- * the same: the next step of the same bucket, with or without LoRA. What cannot be updated is made
- * anew in its place.
+ * Each step is captured anew, since its arguments differ (pointers, counts, grids), but a graph
+ * that is ready to run is expensive to make. So those made are kept, by number of nodes: the new
+ * capture's arguments are written into the kept one, which works as long as the kernels and their
+ * order are the same: the next step of the same bucket, with or without LoRA. What cannot be
+ * updated is made anew in its place.
  *
  * A stream is used by one thread at a time, and so are its graphs.
  */

@@ -25,7 +25,8 @@ static void random_row(struct kn_sample_row *r, int i, int vocab)
 {
     static const float temps[] = { 0, 1, 0.3f, 0.7f, 2 };
     *r = (struct kn_sample_row){ .temperature = temps[i % 5], .top_p = 1, .forced = -1,
-                                 .repetition_penalty = 1, .seed = tw_rnd(), .counter = tw_rnd() % 1000 };
+                                 .repetition_penalty = 1, .seed = tw_rnd(),
+                                 .counter = tw_rnd() % 1000 };
     if (i % 3 == 1)
         r->top_p = 0.5f + 0.49f * (float)(tw_rnd() % 100) / 100;
     if (i % 4 == 2)
