@@ -79,6 +79,9 @@ void finish_note(struct request *r, lm_status st, const char *why)
     snprintf(r->result->error, sizeof r->result->error, "%s", why);
 }
 
+/* Tenants are charged for so many tokens at a time, so that few steps look for them. */
+#define CHARGE_EVERY 8
+
 /* Any state to DONE; the last one of a request posts its result and frees it. */
 void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
 {
@@ -89,6 +92,7 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
         finish_leave_waiting(c, s);
     step_void(c->step, s);
     swap_forget(&c->swap, s);
+    queue_charge(&c->queue, r, (uint64_t)(seq_n_output(s) % CHARGE_EVERY) * TENANTS_OUTPUT_WEIGHT);
     if (reason == ENGINE_STOP || reason == ENGINE_LENGTH)
         estimate_output(&c->estimate, seq_n_output(s));
     s->state = SEQ_DONE;
@@ -173,7 +177,8 @@ static bool take_row(struct core *c, const struct step_row *row)
         }
     } else {
         st = output_push(s, &row->got, c->p.model, &done);
-        queue_charge(&c->queue, r, TENANTS_OUTPUT_WEIGHT);
+        if (seq_n_output(s) % CHARGE_EVERY == 0)
+            queue_charge(&c->queue, r, CHARGE_EVERY * TENANTS_OUTPUT_WEIGHT);
         if (seq_n_output(s) == 1 && began_late(c, r) && st == LM_OK && !done) {
             /* Ended behind the walk over the rows, as it may have others. Until then this one
              * keeps it alive. */
@@ -198,6 +203,8 @@ void finish_step(struct core *c, const struct step_results *res)
     COUNT(c, decode_tokens, res->n_decode);
     for (int i = 0; i < res->n_rows;) {
         struct seq *s = res->row[i].seq;
+        if (i + STEP_AHEAD < res->n_rows)
+            __builtin_prefetch(res->row[i + STEP_AHEAD].seq, 1);
         bool ended = !s;
         if (ended)
             i++;

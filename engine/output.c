@@ -158,7 +158,7 @@ lm_status output_push(struct seq *s, const struct sampled *t, const struct model
 {
     bool stopped = false, stop_token = is_stop_token(s, model, t->id);
     lm_status st = LM_OK;
-    if (s->sample.want_logprob)
+    if (s->eager && s->sample.want_logprob)
         st = score_push(&s->out_scores, t, s->text_len);
     s->tokens[s->n_tokens++] = t->id;
     if (st == LM_OK && s->eager && (!stop_token || s->req->params.include_stop))

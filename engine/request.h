@@ -78,18 +78,18 @@ struct seq {
     int pending;                /* tokens that launched, unfinished steps will append */
     int n_blocks;
     int n_hashed;               /* leading full blocks already offered to the prefix cache */
-    int32_t prefix_tail;        /* prefix cache entry of block n_hashed - 1, or -1 */
-
-    /* What the request asks of every step. */
+    enum seq_state state;
+    /* What the request asks of every step: */
     bool generates;             /* max_tokens > 0 */
     bool scores_prompt;         /* it is the choice that does */
     bool penalised;             /* some penalty is on, so the device wants its history */
     bool bans;                  /* min_tokens: ids may be banned */
     bool heeds_eos, has_stop_ids;
     bool eager;                 /* text is wanted token by token; else when it has ended */
-
     bool resuming;              /* RUNNING, but its KV is on the way back: not to be planned */
+
     bool flight_decode;         /* the last step's token was behind the prompt */
+    int32_t prefix_tail;        /* prefix cache entry of block n_hashed - 1, or -1 */
     uint64_t flight;            /* number of the last step that it was part of, */
     int flight_item;            /* its item there, */
     int flight_row, flight_rows;        /* and its rows */
@@ -98,7 +98,6 @@ struct seq {
     struct kn_sample_row sample;        /* but for what changes from step to step */
 
     int index, cap_blocks;
-    enum seq_state state;
     enum engine_reason reason;
     struct seq_queued queued;
 

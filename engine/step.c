@@ -27,6 +27,7 @@
 #include "engine/step.h"
 
 #include <assert.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -192,9 +193,26 @@ void step_free(struct step *s)
 
 /* ---- grouping by adapter --------------------------------------------------------------- */
 
+static void prefetch_seq(const struct seq *q)
+{
+    for (size_t at = 0; at < offsetof(struct seq, index); at += 64)
+        __builtin_prefetch((const char *)q + at, 1);
+}
+
+/* Where the sequence itself is there by now. */
+static void prefetch_rest(const struct seq *q)
+{
+    __builtin_prefetch(q->tokens + q->n_computed);
+    __builtin_prefetch(q->blocks);
+    if (q->adapter) {
+        __builtin_prefetch(&q->adapter->res.seen_step, 1);
+        __builtin_prefetch(&q->adapter->image.rank_max);
+    }
+}
+
 static int group_of(struct step *s, struct engine_adapter *a)
 {
-    if (!a || a->version.serial == s->merged)
+    if (!a || (s->merged && a->version.serial == s->merged))
         return 0;
     if (a->res.seen_step != s->number) {
         a->res.seen_step = s->number;
@@ -212,6 +230,10 @@ static void group_items(struct step *s, struct frame *f, const struct plan_item 
     s->n_groups = 1;
     s->group[0] = (struct group){ 0 };
     for (int i = 0; i < n; i++) {
+        if (i + 2 * STEP_AHEAD < n)
+            prefetch_seq(item[i + 2 * STEP_AHEAD].seq);
+        if (i + STEP_AHEAD < n)
+            prefetch_rest(item[i + STEP_AHEAD].seq);
         int g = group_of(s, item[i].seq->adapter);
         s->item_group[i] = g;
         s->group[g].n_items++;
@@ -282,8 +304,10 @@ static struct sizes measure(const struct step *s, const struct frame *f)
         z.n_feed += is_fed(it) ? 1 + q->penalised : 0;
     }
     z.table_ld = blocks_for(z.max_kv, s->p.block_tokens);
-    for (int g = 1; g < s->n_groups; g++)
+    for (int g = 1; g < s->n_groups; g++) {
+        __builtin_prefetch(s->group[g].adapter->res.blocks);
         z.n_lora_blocks += s->group[g].adapter->n_blocks;
+    }
     return z;
 }
 

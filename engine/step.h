@@ -51,6 +51,10 @@ void step_set_merged(struct step *s, uint64_t serial);
 int64_t step_layout_us(const struct step *s);
 int step_adapters(const struct step *s);
 
+/* Sequences are scattered over memory, and a batch is too large for the first cache: who walks over
+ * one asks for those ahead. */
+#define STEP_AHEAD 6
+
 /* What came of a step; valid until the next launch. A sequence's rows are consecutive, in order of
  * position. Items are the plan's in another order; `seq` is NULL where one has ended since. */
 struct step_results {
