@@ -18,6 +18,10 @@
  * would take a gigabyte, so rows go through in slabs. Each slab reads the head's weights again, so
  * an accelerator, for which those are the cost, takes larger ones: 256 decoding rows are one slab.
  *
+ * Small decode steps are recorded and handed to the device as one piece (kn_graph_begin): hundreds
+ * of short operations, whose starts are what a small batch waits for. The first steps of each size
+ * go piece by piece, so that what a backend prepares at first use is ready when recording begins.
+ *
  * LoRA rides behind each base GEMM on the rows of its segments only; modules that no adapter of the
  * step targets are not launched. Its workspace is sized once, for lora_rows: the planner keeps to
  * them, so that no rank ever asks for device memory.
@@ -30,6 +34,8 @@
 #define LOGIT_SLAB_BYTES ((size_t)64 << 20)
 #define DEVICE_LOGIT_SLAB_BYTES ((size_t)160 << 20)
 #define MIN_SLAB_ROWS 16
+#define GRAPH_WARM_STEPS 2      /* of each size, before it is recorded */
+#define GRAPH_MAX_TOKENS 64     /* above, operations are long enough to hide the next one's start */
 
 struct forward {
     struct forward_params p;
@@ -42,6 +48,7 @@ struct forward {
     float *h;                   /* LoRA intermediates, [lora_rows * 3] */
     void *sample_ws;
     struct step_output out;
+    int seen[2][32];            /* decode steps, by LoRA or not and by size's logarithm */
 };
 
 /* Stops at the first failure and says which operation it was. */
@@ -311,8 +318,8 @@ static lm_status sample_slab(const struct run *r, int r0, int n)
     return kn_op_sample(r->s, &sample);
 }
 
-lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,
-                      const struct step_batch *b)
+static lm_status run_layers(struct forward *f, kn_stream *s, const struct kn_pool *pool,
+                            const struct step_batch *b)
 {
     const struct weights *w = f->p.weights;
     struct run r = { f, s, pool, b, 0 };
@@ -332,4 +339,26 @@ lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *poo
     for (int r0 = 0; r0 < b->n_rows; r0 += f->slab_rows)
         TRY(sample_slab(&r, r0, LM_MIN(f->slab_rows, b->n_rows - r0)));
     return LM_OK;
+}
+
+/* Decode alone, of a size that has been met before; collectives are left out. */
+static bool worth_recording(struct forward *f, const struct step_batch *b)
+{
+    if (b->max_q != 1 || f->p.comm || b->n_tok == 0 || b->n_tok > GRAPH_MAX_TOKENS)
+        return false;
+    int *seen = &f->seen[b->lora.n_segs > 0][31 - __builtin_clz((unsigned)b->n_tok)];
+    if (*seen >= GRAPH_WARM_STEPS)
+        return true;
+    (*seen)++;
+    return false;
+}
+
+lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,
+                      const struct step_batch *b)
+{
+    if (!worth_recording(f, b))
+        return run_layers(f, s, pool, b);
+    TRY(kn_graph_begin(s));
+    lm_status st = run_layers(f, s, pool, b), end = kn_graph_end(s);
+    return st == LM_OK ? end : st;
 }
