@@ -11,7 +11,7 @@
 
 #include "worker/cmd_bench.h"
 
-enum option_kind { TEXT, COUNT, AMOUNT, BYTES, ON, OFF, MODULES, PREEMPT, FCFS, HELP };
+enum option_kind { TEXT, COUNT, AMOUNT, BYTES, ON, OFF, MODULES, PREEMPT, FCFS, MILLIS, HELP };
 
 struct bench_option {
     const char *name;
@@ -59,6 +59,7 @@ static const struct bench_option options[] = {
     { "preempt", PREEMPT, 0, "HOW", "cheaper, recompute or swap" },
     { "swap-bytes", BYTES, POLICY(swap_bytes), "N", "host memory for swapped KV" },
     { "max-overtaken", COUNT, POLICY(max_overtaken), "N", "before a waiting one goes first" },
+    { "max-wait-ms", MILLIS, POLICY(max_wait_ms), "MS", "then it goes first whatever its rank" },
     { "merge", ON, POLICY(merge), NULL, "merge an adapter that owns the stream" },
     { "no-group", OFF, POLICY(group), NULL, "admit without regard to adapters" },
     { "no-fair", OFF, POLICY(fair), NULL, "no shares between tenants" },
@@ -110,6 +111,15 @@ static bool parse_amount(const char *text, double *out)
     if (end == text || *end || !(v >= 0 && v <= 1e12))
         return false;
     *out = v;
+    return true;
+}
+
+static bool parse_millis(const char *text, int64_t *out)
+{
+    double v;
+    if (!parse_amount(text, &v))
+        return false;
+    *out = (int64_t)v;
     return true;
 }
 
@@ -166,6 +176,7 @@ static bool take(struct bench_args *a, const struct bench_option *o, const char 
     case COUNT: return parse_count(text, at);
     case AMOUNT: return parse_amount(text, at);
     case BYTES: return parse_bytes(text, at);
+    case MILLIS: return parse_millis(text, at);
     case MODULES: return parse_modules(text, &a->modules);
     case PREEMPT: return parse_preempt(text, &a->policy.preempt);
     case ON: *(bool *)at = true; return true;

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-S1, S2, S4 = (8,), (64, 32, 16, 8), (64, 32, 16)
+S1, S2, S4, S6 = (8,), (64, 32, 16, 8), (64, 32, 16), (64,)
 
 
 def slora(n, ranks, rate, seconds, cv=1.0, alpha=1.0, lin=(8, 512), lout=(8, 512), seed=42):
@@ -114,6 +114,8 @@ def traces():
     for alpha in (.1, .3, .6, 1):
         t[f"a10g-s2-a{alpha}"] = lambda a=alpha: slora(200, S2, 2, 300, alpha=a)
         t[f"table3-s2-n2000-a{alpha}"] = lambda a=alpha: slora(2000, S2, 10, 120, alpha=a)
+    for n in (0, 10, 100):
+        t[f"s6-n{n}"] = lambda n=n: slora(n, S6, 4, 120)
     t["merge-n1"] = lambda: slora(1, S2, 2, 60)
     t["merge-n5"] = lambda: slora(5, S2, 2, 60)
     t["backlog-n250"] = lambda: backlog(5000, 250, S2)

@@ -5,7 +5,7 @@
 Writes traces (make_traces.py, so numpy is needed), replays them with S-LoRA's own policy
 (tests/bench/slora.c) and with ours (`loramill bench`), and writes docs/policies.md with its plots in
 docs/figures. Build first: make && make build/tests/bench/slora. Parts: fit, table3, saturated, sweep,
-rate, ablation, backlog, abort, skew, million; default all, which takes some minutes.
+rate, ablation, backlog, abort, skew, preempt, merge, large, million; default all, which takes some minutes.
 
 Every run's JSON is kept in build/sim-report; a part that is not named takes its runs from there.
 """
@@ -237,16 +237,23 @@ def fit(runs):
            + ", ".join(f"{hw} {percent(max(map(abs, e)))}" for hw, e in worst.items()) + ".\n")
 
 
-def start_floor(runs, name, hardware, five, r, r5):
-    """What n = 5 does with the pool that this run's adapters leave: their own bytes, and no other
-    cost. Adapters of a step are those in use; lengths and arrivals are the same for every n."""
-    device, shape, cells = HARDWARE[hardware]
+def kv_tokens(name):
+    """Tokens that a running sequence of this trace holds on average, over its decode steps."""
+    with open(trace(name)) as f:
+        lengths = [tuple(map(int, line.split(",")[4:6])) for line in f.readlines()[1:]]
+    return sum(o * (p + o / 2) for p, o in lengths) / sum(o for _, o in lengths)
 
-    def in_use(x):
-        return x["adapters_per_step"] * x["adapter_gb"] * 1e9 / max(x["adapter_loads"], 1)
-    left = int(cells * CELL[shape] - (in_use(r) - in_use(r5)))
+
+def start_floor(runs, name, hardware, five, r):
+    """What n = 5 does with the pool that this run's adapters leave, if their own bytes are all that
+    they cost: a sequence needs its KV cache and, of adapters, its share of those in its step.
+    Lengths and arrivals are the same for every n."""
+    device, shape, cells = HARDWARE[hardware]
+    kv = kv_tokens(five) * CELL[shape]
+    adapter = r["adapter_gb"] * 1e9 / max(r["adapter_loads"], 1)
+    share = adapter * r["adapters_per_step"] / r["seqs_per_step"]
     argv = ours(hardware, five)
-    argv[argv.index("--pool-bytes") + 1] = str(left)
+    argv[argv.index("--pool-bytes") + 1] = str(int(cells * CELL[shape] * kv / (kv + share)))
     runs.start(name, argv)
 
 
@@ -278,7 +285,7 @@ def table3(runs):
     for s, (hw, ns) in TABLE3.items():
         for n in ns:
             start_floor(runs, f"table3/floor-table3-{s}-n{n}", hw, f"table3-{s}-n5",
-                        runs[f"table3/ours-table3-{s}-n{n}"], runs[f"table3/ours-table3-{s}-n5"])
+                        runs[f"table3/ours-table3-{s}-n{n}"])
     rows = [table3_row(runs, s, n, ns) for s, (_, ns) in TABLE3.items() for n in ns]
     ns = TABLE3["s2"][1]
     plot = Plot("A100-80, 7B, setting S2, 10 requests/s", "adapters",
@@ -339,7 +346,7 @@ def saturated(runs):
     for s, hw in SATURATED.items():
         for n in ns:
             start_floor(runs, f"saturated/floor-{s}-n{n}", hw, f"saturated-{s}-n5",
-                        runs[f"saturated/ours-{s}-n{n}"], runs[f"saturated/ours-{s}-n5"])
+                        runs[f"saturated/ours-{s}-n{n}"])
     rows = []
     for s in SATURATED:
         base = runs[f"saturated/ours-{s}-n5"]
@@ -353,8 +360,9 @@ def saturated(runs):
                          f"{r['adapters_per_step']:.0f}", f"{r['seqs_per_step']:.0f}",
                          f"{r['adapter_gb']:.0f}"))
     yield ("## Saturated: 60 requests/s for a minute\n\n"
-           "The floor is what n = 5 does with the pool that the adapters of a step leave: their own "
-           "bytes, and nothing else, in the way.\n\n"
+           "The floor is what n = 5 does with the pool that adapters leave, if their own bytes were all "
+           "that they cost: a sequence needs its KV cache and its share of the adapters in its "
+           "step.\n\n"
            + table(("setting", "n", "S-LoRA, sim.", "ours", "of n = 5", "floor", "of the floor",
                     "adapters a step", "sequences a step", "GB loaded"), rows))
 
@@ -380,24 +388,27 @@ def rate(runs):
 
 
 ABLATIONS = (
-    ("all of it", ()), ("split pool, half and half", ("--split-pool", "50")),
-    ("rank padded to 64", ("--pad-rank", "64")), ("32 slots", ("--slots", "32")),
-    ("no prefetch", ("--no-prefetch",)), ("FCFS, no grouping", ("--fcfs",)),
-    ("no pipelining", ("--no-pipeline",)),
+    ("all of it", "all of it", ()),
+    ("split pool, half and half", "split pool", ("--split-pool", "50")),
+    ("rank padded to 64", "padded", ("--pad-rank", "64")),
+    ("32 slots", "32 slots", ("--slots", "32")),
+    ("no prefetch", "no prefetch", ("--no-prefetch",)),
+    ("FCFS, no grouping", "FCFS", ("--fcfs",)),
+    ("no pipelining", "no pipeline", ("--no-pipeline",)),
 )
 
 
 def ablation(runs):
     cases = {"a10g": ("a10g", "a10g-s2-n200"), "saturated": ("a100-80-7b", "saturated-s2-n2000")}
     for case, (hw, name) in cases.items():
-        for i, (_, options) in enumerate(ABLATIONS):
+        for i, (_, _, options) in enumerate(ABLATIONS):
             runs.start(f"ablation/{case}-{i}", ours(hw, name, *options))
     yield
     text = ""
     for case, (hw, name) in cases.items():
         rs = [runs[f"ablation/{case}-{i}"] for i in range(len(ABLATIONS))]
         plot = Plot(f"{name}: requests/s", "", "requests/s",
-                    [label.split(",")[0] for label, _ in ABLATIONS],
+                    [short for _, short, _ in ABLATIONS],
                     max(r["requests_per_s"] for r in rs))
         plot.bars([r["requests_per_s"] for r in rs])
         rows = [(label, f"{r['requests_per_s']:.3f}",
@@ -405,7 +416,7 @@ def ablation(runs):
                  f"{r['ttft_s']['mean']:.2f}", f"{r['ttft_s']['p99']:.2f}",
                  f"{r['token_ms']['mean']:.1f}", f"{r['adapters_per_step']:.1f}",
                  f"{r['seqs_per_step']:.1f}", f"{r['adapter_gb']:.0f}", r["preemptions"])
-                for (label, _), r in zip(ABLATIONS, rs)]
+                for (label, _, _), r in zip(ABLATIONS, rs)]
         text += (f"### `{name}` on {HARDWARE[hw][0]}\n\n" + plot.save(f"ablation-{case}") + "\n"
                  + table(("", "requests/s", "of all", "first token s", "P99", "ms a token",
                           "adapters a step", "sequences a step", "GB loaded", "preempted"), rows)
@@ -507,7 +518,72 @@ def million(runs):
                     "seconds of traffic", "replayed in s"), rows))
 
 
-PARTS = (fit, table3, saturated, sweep, rate, ablation, backlog, abort, skew, million)
+def preempt(runs):
+    for device in ("a10g", "a10g-own"):
+        for how in ("recompute", "swap", "cheaper"):
+            runs.start(f"preempt/{device}-{how}",
+                       ours("a10g", "a10g-s2-r2.5", "--preempt", how, device=device))
+    yield
+    rows = []
+    for device in ("a10g", "a10g-own"):
+        for how in ("recompute", "swap", "cheaper"):
+            r = runs[f"preempt/{device}-{how}"]
+            rows.append((device, how, f"{r['requests_per_s']:.3f}", f"{r['ttft_s']['mean']:.1f}",
+                         f"{r['token_ms']['mean']:.1f}", f"{r['token_ms']['p99']:.0f}",
+                         r["preemptions"], r["swap_outs"], f"{r['swap_gb']:.1f}"))
+    yield ("## Preemption by recompute or by swapping\n\n"
+           "A10G, S2, 200 adapters, 2.5 requests/s: more than it can serve, in a small pool. The two "
+           "devices differ in their PCIe rate as S-LoRA's loader got it and as the card has it.\n\n"
+           + table(("device", "preemption", "requests/s", "first token s", "ms a token", "P99",
+                    "preempted", "swapped", "GB swapped"), rows))
+
+
+def merge(runs):
+    cases = (("base", "n0", ()), ("one adapter", "n1", ()), ("one adapter, merged", "n1",
+                                                             ("--merge",)))
+    for device in ("a100-80", "a100-80-own"):
+        for label, n, options in cases:
+            runs.start(f"merge/{device}-{label}", ours("a100-80-7b", f"a100-80-s2-{n}", *options,
+                                                       device=device))
+    yield
+    rows = []
+    for device in ("a100-80", "a100-80-own"):
+        for label, _, _ in cases:
+            r = runs[f"merge/{device}-{label}"]
+            rows.append((device, label, f"{r['requests_per_s']:.3f}", f"{r['ttft_s']['mean']:.2f}",
+                         f"{r['token_ms']['mean']:.1f}", f"{r['seqs_per_step']:.0f}", r["merges"]))
+    yield ("## Merged mode, and what LoRA itself costs\n\n"
+           "A100-80, 7B, 10 requests/s for 300 s, none or one adapter of rank 64 (S-LoRA's published "
+           "9.641 and 7.737 requests/s).\n\n"
+           + table(("device", "", "requests/s", "first token s", "ms a token", "sequences a step",
+                    "merges"), rows))
+
+
+def large(runs):
+    for shape in ("llama-70b-m", "llama-3.1-70b"):
+        for n in (0, 10, 100):
+            runs.start(f"large/{shape}-n{n}", [
+                f"{BUILD}/loramill", "bench", "--json", "--sim", "ops/devices/a100-80-x4.json",
+                "--shape", f"ops/shapes/{shape}.json", "--max-seqs", "256", "--trace",
+                trace(f"s6-n{n}")])
+    yield
+    rows = []
+    for shape in ("llama-70b-m", "llama-3.1-70b"):
+        for n in (0, 10, 100):
+            r = runs[f"large/{shape}-n{n}"]
+            rows.append((shape, n, f"{r['requests_per_s']:.2f}", f"{r['ttft_s']['mean']:.2f}",
+                         f"{r['ttft_s']['p99']:.2f}", f"{r['token_ms']['mean']:.1f}",
+                         f"{r['seqs_per_step']:.0f}", f"{r['adapter_gb']:.0f}"))
+    yield ("## 70B on four devices\n\n"
+           "S-LoRA's 70B stand-in (full multi-head attention) and llama-3.1-70b, rank 64, 4 requests/s "
+           "for 120 s, a group of four A100-80 as one device.\n\n"
+           + table(("shape", "adapters", "requests/s", "first token s", "P99", "ms a token",
+                    "sequences a step", "GB loaded"), rows))
+
+
+PARTS = (fit, table3, saturated, sweep, rate, ablation, backlog, abort, skew, preempt, merge, large,
+         million)
+
 
 HEAD = """# What each policy buys
 
