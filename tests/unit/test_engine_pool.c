@@ -229,12 +229,32 @@ static void what_never_fits_is_refused_with_the_numbers(void **state)
     engine_close(e);
 }
 
-static void the_reserve_is_told(void **state)
+/* All that is left but the stated reserve; the device has 141 GB, says its description. */
+static void the_pool_takes_what_is_left(void **state)
 {
     (void)state;
-    engine *e = open_pool(12, NULL);
-    assert_true(info.pool_reserve > 0);
+    struct engine_config cfg = { .shape = "ops/shapes/llama-2-7b.json", .manual = true,
+                                 .sim = "ops/devices/h200.json" };
+    engine *e = fixture_engine(&cfg);
+    engine_info(e, &info);
+    double total = 141e9, block = (double)info.block_bytes * info.n_layers;
+    double pool = block * info.pool_blocks, reserve = (double)info.pool_reserve;
+    print_message("of 141 GB: weights %.1f, pool %.1f, reserve %.1f\n",
+                  (double)info.weight_bytes / 1e9, pool / 1e9, reserve / 1e9);
+    assert_true(reserve >= total / 50 + 256 * 1048576.0 - 1);
+    assert_true(reserve < total / 50 + 256 * 1048576.0 + block);
+    assert_true(pool + reserve + (double)info.weight_bytes <= total);
+    assert_true(pool + reserve + (double)info.weight_bytes > 0.98 * total);
     engine_close(e);
+    cfg.pool_bytes = (size_t)1 << 30;
+    e = fixture_engine(&cfg);
+    engine_info(e, &info);
+    assert_int_equal(info.pool_blocks, (1 << 30) / (int)block);
+    engine_close(e);
+    cfg.pool_bytes = 1000;
+    struct lm_err err = { 0 };
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_TOO_LARGE);
+    assert_non_null(strstr(err.msg, "a pool of 1000 bytes holds no block"));
 }
 
 /* ---- prefixes -------------------------------------------------------------------------- */
@@ -327,7 +347,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(swing),
         cmocka_unit_test(what_never_fits_is_refused_with_the_numbers),
-        cmocka_unit_test(the_reserve_is_told),
+        cmocka_unit_test(the_pool_takes_what_is_left),
         cmocka_unit_test(prompts_are_computed_once_per_version),
         cmocka_unit_test(switched_off_nothing_is_found),
         cmocka_unit_test(a_gone_version_leaves_no_prefix),
