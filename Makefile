@@ -140,7 +140,7 @@ $(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx
 
 # ---- rules --------------------------------------------------------------------------------
 
-.PHONY: all help setup demo test unit lint bench fuzz install clean docs FORCE
+.PHONY: all help setup demo test unit chaos chaos-long lint bench fuzz install clean docs FORCE
 
 all: $(BIN)
 
@@ -271,6 +271,20 @@ test:
 	$(Q)$(MAKE) $(jobs) --no-print-directory programs
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/run all
 
+# Ten minutes of faults with the shipped model, half of them in each delivery mode.
+chaos:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
+	$(Q)$(MAKE) $(jobs) --no-print-directory all
+	$(Q)for mode in exactly-once at-least-once; do \
+	    BUILD=$(BUILD) DEPS='$(DEPS)' SECONDS_OF_FAULTS=300 MODE=$$mode tests/chaos/run || exit 1; done
+
+# 100,000 short prompts and at least 200 kills; no time limit. The result is kept in docs/chaos.md.
+chaos-long:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
+	$(Q)$(MAKE) $(jobs) --no-print-directory all
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=130 SECONDS_OF_FAULTS=800 KILLS=200 \
+	    PAUSE=1 WAIT=900 tests/chaos/run
+
 lint:
 	$(Q)tests/lint.sh
 
@@ -299,6 +313,7 @@ clean:
 help:
 	@echo 'make            build $(BIN)'
 	@echo 'make demo       run the main job on this machine, with a small model (installs what it needs)'
+	@echo 'make chaos      brokers, workers, store, registry and network fail at random: 10 minutes'
 	@echo 'make test       prove it: unit, golden, fuzz corpora, real broker, registry and store'
 	@echo 'make unit       the tests that need no service'
 	@echo 'make setup      install what the build needs (Debian packages, librdkafka)'

@@ -3,6 +3,7 @@
 
   brokers N                         exit 0 when N brokers answer
   create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
+  delete TOPIC                      delete a topic
   dump TOPIC                        one JSON line a record: key, value, headers (hex where binary)
   lag GROUP TOPIC                   print committed offset and end offset of each partition
 """
@@ -28,6 +29,11 @@ def create(bootstrap, topic, partitions, *config):
     except Exception as e:
         if e.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise
+    return 0
+
+
+def delete(bootstrap, topic):
+    AdminClient({"bootstrap.servers": bootstrap, **QUIET}).delete_topics([topic])[topic].result(20)
     return 0
 
 
@@ -74,5 +80,5 @@ def lag(bootstrap, group, topic):
 
 
 if __name__ == "__main__":
-    sys.exit({"brokers": brokers, "create": create, "dump": dump, "lag": lag}[sys.argv[2]](
-        sys.argv[1], *sys.argv[3:]))
+    sys.exit({"brokers": brokers, "create": create, "delete": delete, "dump": dump, "lag": lag}[
+        sys.argv[2]](sys.argv[1], *sys.argv[3:]))

@@ -4,7 +4,9 @@
 # tests/infra/lib.sh - real services for the integration tests, without containers. Source it.
 #
 #   infra_begin NAME            a scratch folder $RUN, and everything stopped when the script ends
-#   kafka_start NODES           a KRaft cluster on loopback; sets $BOOTSTRAP
+#   kafka_start NODES           a KRaft cluster on loopback; sets $BOOTSTRAP. With PROXIED=1 a second
+#                               listener is advertised at proxies: $PROXY_BOOTSTRAP, and $PROXIES as
+#                               LISTEN:TARGET, for whoever runs them
 #   registry_start              Apicurio with Confluent's API; sets $REGISTRY
 #   nginx_start DIR             serves DIR; sets $STORE
 #   nginx_put DIR               a server that also takes PUT; sets $STORE
@@ -82,7 +84,7 @@ print(*found)
 P
 }
 
-kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES
+kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES [PROXIED-PORT PROXY-PORT]
     local isr=1 rf=$5
     [ "$rf" -gt 3 ] && rf=3
     [ "$rf" -ge 3 ] && isr=2
@@ -90,9 +92,9 @@ kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES
 process.roles=broker,controller
 node.id=$1
 controller.quorum.voters=$4
-listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3
-advertised.listeners=PLAINTEXT://127.0.0.1:$2
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3${6:+,PROXIED://127.0.0.1:$6}
+advertised.listeners=PLAINTEXT://127.0.0.1:$2${7:+,PROXIED://127.0.0.1:$7}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT${6:+,PROXIED:PLAINTEXT}
 inter.broker.listener.name=PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs=$RUN/kafka/n$1/log
@@ -129,18 +131,21 @@ P
 kafka_start() {
     local n=$1 i d ports voters='' libs
     libs=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
-    read -ra ports <<< "$(free_ports $((2 * n)))"
-    BOOTSTRAP=
+    read -ra ports <<< "$(free_ports $((4 * n)))"
+    BOOTSTRAP= PROXY_BOOTSTRAP= PROXIES=()
     for i in $(seq "$n"); do
         voters+="$i@127.0.0.1:${ports[$((n + i - 1))]},"
         BOOTSTRAP+="127.0.0.1:${ports[$((i - 1))]},"
+        PROXY_BOOTSTRAP+="127.0.0.1:${ports[$((3 * n + i - 1))]},"
+        PROXIES+=("${ports[$((3 * n + i - 1))]}:${ports[$((2 * n + i - 1))]}")
     done
-    voters=${voters%,} BOOTSTRAP=${BOOTSTRAP%,}
+    voters=${voters%,} BOOTSTRAP=${BOOTSTRAP%,} PROXY_BOOTSTRAP=${PROXY_BOOTSTRAP%,}
     mkdir -p "$RUN/kafka"; kafka_log4j > "$RUN/kafka/log4j2.properties"
     local cid; cid=A$(head -c 15 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=' | cut -c1-21)
     for i in $(seq "$n"); do
         d=$RUN/kafka/n$i; mkdir -p "$d"
         kafka_properties "$i" "${ports[$((i - 1))]}" "${ports[$((n + i - 1))]}" "$voters" "$n" \
+            ${PROXIED:+"${ports[$((2 * n + i - 1))]}" "${ports[$((3 * n + i - 1))]}"} \
             > "$d/server.properties"
         java -Xmx128m -XX:TieredStopAtLevel=1 -cp "$libs/*" kafka.tools.StorageTool format \
             -t "$cid" -c "$d/server.properties" > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompts and the oracle of the chaos suite.
+
+  chaos.py produce BOOTSTRAP SECONDS COUNT RATE JOURNAL [REGISTRY]
+      Prompts c-0, c-1, ... to `prompts` until COUNT are sent or SECONDS are over: JSON and (with a
+      registry) Avro, base model and adapters, one in 25 bad, one in 50 with its reply in `side`,
+      a topic that the suite deletes. JOURNAL gets a line for each that the brokers hold.
+  chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE BOUND
+      Reads the outcomes with read_committed while the faults happen. Every few seconds: whatever
+      the group has committed, offset or map, must have its outcome. When the file DONE is there
+      (its text: the number of faults that can interrupt a worker), waits up to SECONDS for the
+      rest. MODE exactly-once: each id once. At-least-once: repeats are of one kind. Prompts
+      generated twice: at most BOUND for each fault.
+
+The map's text is decoded here by a second implementation, from worker/offset_map.h.
+"""
+import base64
+import collections
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+ADAPTERS = "tests/models/storefront-adapters"
+
+
+def client(bootstrap, group, **more):
+    return Consumer({"bootstrap.servers": bootstrap, "group.id": group, "log_level": 0,
+                     "enable.auto.commit": False, "auto.offset.reset": "earliest",
+                     "isolation.level": "read_committed", "socket.timeout.ms": 10000, **more})
+
+
+# ---- prompts ---------------------------------------------------------------------------------
+
+def adapter_ids():
+    return sorted(os.path.relpath(d, ADAPTERS) for d, _, files in os.walk(ADAPTERS)
+                  if "adapter_config.json" in files)
+
+
+def avro_encoder(registry):
+    from confluent_kafka.schema_registry import SchemaRegistryClient
+    from confluent_kafka.schema_registry.avro import AvroSerializer
+    from confluent_kafka.serialization import MessageField, SerializationContext
+    encode = AvroSerializer(SchemaRegistryClient({"url": registry}),
+                            open("schemas/prompt.avsc", encoding="utf-8").read())
+    context = SerializationContext("prompts", MessageField.VALUE)
+    encode({"id": "x", "prompt": "x"}, context)         # registers while the registry is there
+    return lambda p: encode(p, context)
+
+
+def make(i, rng, ids, avro):
+    p = {"id": f"c-{i}", "prompt": "event: order_placed",
+         "params": {"max_tokens": rng.randint(1, 4 if i % 3 else 24), "temperature": 0.0}}
+    if i % 2:
+        p["adapter"] = rng.choice(ids)
+    if i % 50 == 7:
+        p["reply_topic"] = "side"
+    elif i % 25 == 3:
+        p["no_such_field"] = True
+    elif avro and i % 10 == 4:
+        return avro(p)
+    return json.dumps(p).encode()
+
+
+def produce(bootstrap, seconds, count, rate, journal, registry=None):
+    rng, ids = random.Random(11), adapter_ids()
+    avro = avro_encoder(registry) if registry else None
+    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "enable.idempotence": True,
+                  "delivery.timeout.ms": 300000, "log_level": 0})
+    with open(journal, "w", encoding="utf-8", buffering=1) as f:
+        def sent(i):
+            def report(error, m):
+                if not error:
+                    f.write(json.dumps([f"c-{i}", m.partition(), m.offset(), i % 50 == 7]) + "\n")
+            return report
+        start, i = time.time(), 0
+        while i < int(count) and time.time() - start < float(seconds):
+            p.produce("prompts", key=str(i % 97), value=make(i, rng, ids, avro),
+                      headers=[("test-id", f"c-{i}".encode())], on_delivery=sent(i))
+            i += 1
+            p.poll(0)
+            while i > (time.time() - start) * float(rate):
+                p.poll(0.02)
+        left = p.flush(300)
+    print(f"# {i} prompts sent, {left} unconfirmed")
+    return 0
+
+
+# ---- the oracle ------------------------------------------------------------------------------
+
+def varint(data, at):
+    value = shift = 0
+    while True:
+        b = data[at]
+        at, value, shift = at + 1, value | (b & 127) << shift, shift + 7
+        if b < 128:
+            return value, at
+
+
+def decode_map(text, offset):
+    """The finished offsets beyond `offset`; none when the map is another's."""
+    if not text or not text.startswith("lm1:"):
+        return set()
+    text = text.rstrip("\0")[4:]
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[:-4]
+    base, at = varint(data, 1)
+    assert base == offset, f"map for {base} beside {offset}"
+    found, end = set(), base
+    if data[0] == 1:
+        skip, at = varint(data, at)
+        return {base + skip + 8 * k + bit for k, b in enumerate(data[at:]) for bit in range(8)
+                if b >> bit & 1}
+    while at < len(data):
+        skip, at = varint(data, at)
+        run, at = varint(data, at)
+        found.update(range(end + skip, end + skip + run))
+        end += skip + run
+    return found
+
+
+def outcome_id(m):
+    h = dict(m.headers() or [])
+    return (h.get("test-id") or h.get("loramill-request-id") or b"").decode()
+
+
+class Journal:
+    def __init__(self, path):
+        self.path, self.at, self.where, self.side = path, 0, {}, set()
+
+    def read(self):
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, encoding="utf-8") as f:
+            f.seek(self.at)
+            while (line := f.readline()).endswith("\n"):
+                i, p, o, side = json.loads(line)
+                self.where[(p, o)] = i
+                if side:
+                    self.side.add(i)
+                self.at = f.tell()
+
+    def ids(self):
+        return set(self.where.values()) - self.side
+
+
+class Oracle:
+    def __init__(self, bootstrap, group, journal, isolation="read_committed"):
+        self.c = client(bootstrap, "oracle", **{"isolation.level": isolation})
+        self.group = client(bootstrap, group)
+        self.journal = Journal(journal)
+        self.got = collections.defaultdict(list)        # id: [(topic, digest of the value)]
+        self.samples, self.bad = 0, []
+        while True:
+            try:
+                md = self.c.list_topics(timeout=5).topics
+                break
+            except Exception:                           # the brokers are having a bad time
+                time.sleep(1)
+        self.parts = [TopicPartition(t, p, 0) for t in ("replies", "dead") for p in md[t].partitions]
+        self.prompts = [TopicPartition("prompts", p) for p in md["prompts"].partitions]
+        self.c.assign(self.parts)
+
+    def take(self, timeout):
+        messages = [m for m in self.c.consume(2000, timeout=timeout) if not m.error()]
+        for m in messages:
+            self.got[outcome_id(m)].append((m.topic(), hashlib.md5(m.value() or b"").digest()))
+        return len(messages)
+
+    def read_to_end(self, seconds):
+        """Everything that is committed now; False: the brokers don't say where the end is."""
+        try:
+            ends = {(p.topic, p.partition): self.c.get_watermark_offsets(p, timeout=5)[1]
+                    for p in self.parts}
+        except Exception:
+            return False
+        stop = time.time() + seconds
+        while time.time() < stop:
+            self.take(0.2)
+            at = {(p.topic, p.partition): p.offset for p in self.c.position(self.parts)}
+            if all(at[k] >= ends[k] or ends[k] == 0 for k in ends):
+                return True
+        return False
+
+    def sample(self):
+        """Nothing is committed that has no outcome."""
+        try:
+            committed = self.group.committed(self.prompts, timeout=5)
+        except Exception:
+            return None
+        if not self.read_to_end(25):
+            return None
+        self.journal.read()
+        held = {p.partition: (p.offset, decode_map(p.metadata, p.offset)) for p in committed}
+        for (p, o), i in self.journal.where.items():
+            offset, beyond = held[p]
+            if (o < offset or o in beyond) and i not in self.got and i not in self.journal.side:
+                self.bad.append(f"{i} at {p}@{o} is committed ({offset}) and has no outcome")
+        self.samples += 1
+        return committed
+
+    def at_end(self):
+        committed = self.sample()
+        if not committed:
+            return False
+        last = collections.defaultdict(lambda: -1)
+        for p, o in self.journal.where:
+            last[p] = max(last[p], o)
+        return all(p.offset > last[p.partition] and not (p.metadata or "").strip("\0")
+                   for p in committed)
+
+
+def generations(bootstrap, group, journal):
+    """Prompts generated more than once, by what was ever written, aborted transactions included. A
+    completion that is only sent again has the same bytes; one that is generated again has other
+    timings."""
+    o = Oracle(bootstrap, group, journal, "read_uncommitted")
+    o.read_to_end(120)
+    return sum(len({d for t, d in x if t == "replies"}) > 1 for x in o.got.values())
+
+
+def say(good, what):
+    print("ok" if good else "not ok", "-", what, flush=True)
+    return good
+
+
+def watch(bootstrap, group, journal, done, seconds, mode, bound):
+    o, deadline, next_sample = Oracle(bootstrap, group, journal), None, 0
+    while not deadline or time.time() < deadline:
+        o.take(0.5)
+        if time.time() > next_sample:
+            o.sample()
+            next_sample = time.time() + 8
+        if deadline is None and os.path.exists(done):
+            deadline = time.time() + float(seconds)
+        if deadline and o.journal.ids() <= set(o.got):
+            break
+    settled, stop = False, time.time() + 60
+    while not settled and time.time() < stop:
+        settled = o.at_end()
+    faults = int(open(done, encoding="utf-8").read())
+    ids = o.journal.ids()
+    lost = sorted(ids - set(o.got))
+    known = ids | o.journal.side
+    strange = sorted(i for i in set(o.got) - known if not i.startswith("c-"))
+    mixed = sorted(i for i in o.got if len({t for t, _ in o.got[i]}) > 1)
+    repeats = sum(len(x) - 1 for x in o.got.values())
+    twice = generations(bootstrap, group, journal)
+    print(f"# {len(ids)} prompts, {sum(x[0][0] == 'dead' for x in o.got.values())} dead letters, "
+          f"{len(o.journal.side)} excluded (their replies went to the topic that was deleted)")
+    print(f"# {repeats} repeats, {twice} prompts generated twice, {faults} faults that can interrupt "
+          f"a worker, {o.samples} samples of what was committed")
+    for b in (lost[:10], strange[:5], mixed[:5], o.bad[:5]):
+        if b:
+            print("#", b)
+    good = [say(ids and not lost, f"every prompt has its outcome ({len(lost)} lost)"),
+            say(not strange and not mixed, "nothing else, and of one kind"),
+            say(mode != "exactly-once" or not repeats, f"{mode}: {repeats} ids come again"),
+            say(not o.bad and o.samples > 2, "nothing was committed before its outcome was durable"),
+            say(twice <= faults * int(bound), f"{twice} prompts were generated twice, at most "
+                f"{bound} in flight at each of {faults} faults"),
+            say(settled, "the group ends at the end of every partition, without a map")]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,5 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Two minutes of the chaos suite with the shipped model; `make chaos` and `make chaos-long` run more.
+SECONDS_OF_FAULTS=${SECONDS_OF_FAULTS:-120} PAUSE=2 exec "$(dirname "$0")/../chaos/run"
