@@ -32,12 +32,12 @@ def slora(n, ranks, rate, seconds, cv=1.0, alpha=1.0, lin=(8, 512), lout=(8, 512
                     ilen, olen))
 
 
-def backlog(requests, n, ranks, seed=42):
+def backlog(requests, n, ranks, lin=(8, 512), lout=(8, 512), seed=42):
     """All at t = 0, in random order of adapters."""
     rng = np.random.RandomState(seed)
     adapter = rng.randint(0, n, requests)
     return list(zip(np.zeros(requests), adapter, [ranks[a % len(ranks)] for a in adapter],
-                    rng.randint(8, 512, requests), rng.randint(8, 512, requests)))
+                    rng.randint(lin[0], lin[1], requests), rng.randint(lout[0], lout[1], requests)))
 
 
 def zipf(requests, n, s, rate, ranks, seed=42):
@@ -119,6 +119,7 @@ def traces():
     t["merge-n1"] = lambda: slora(1, S2, 2, 60)
     t["merge-n5"] = lambda: slora(5, S2, 2, 60)
     t["backlog-n250"] = lambda: backlog(5000, 250, S2)
+    t["labels-n2000"] = lambda: backlog(4000, 2000, S2, (32, 256), (1, 9))
     t["zipf-million"] = lambda: zipf(200000, 1000000, 1.0, 40, S2)
     return t
 

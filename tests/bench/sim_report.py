@@ -399,13 +399,15 @@ ABLATIONS = (
 
 
 def ablation(runs):
-    cases = {"a10g": ("a10g", "a10g-s2-n200"), "saturated": ("a100-80-7b", "saturated-s2-n2000")}
-    for case, (hw, name) in cases.items():
+    cases = {"a10g": ("a10g", "a10g-s2-n200", ()),
+             "saturated": ("a100-80-7b", "saturated-s2-n2000", ()),
+             "labels": ("a100-80-7b", "labels-n2000", ("--max-seqs", "16"))}
+    for case, (hw, name, extra) in cases.items():
         for i, (_, _, options) in enumerate(ABLATIONS):
-            runs.start(f"ablation/{case}-{i}", ours(hw, name, *options))
+            runs.start(f"ablation/{case}-{i}", ours(hw, name, *extra, *options))
     yield
     text = ""
-    for case, (hw, name) in cases.items():
+    for case, (hw, name, extra) in cases.items():
         rs = [runs[f"ablation/{case}-{i}"] for i in range(len(ABLATIONS))]
         plot = Plot(f"{name}: requests/s", "", "requests/s",
                     [short for _, short, _ in ABLATIONS],
@@ -417,7 +419,9 @@ def ablation(runs):
                  f"{r['token_ms']['mean']:.1f}", f"{r['adapters_per_step']:.1f}",
                  f"{r['seqs_per_step']:.1f}", f"{r['adapter_gb']:.0f}", r["preemptions"])
                 for (label, _, _), r in zip(ABLATIONS, rs)]
-        text += (f"### `{name}` on {HARDWARE[hw][0]}\n\n" + plot.save(f"ablation-{case}") + "\n"
+        about = {"labels": "4,000 requests at once for 2,000 adapters, 1 to 8 tokens each, 16 sequences "
+                           "a step: as short as the loads that they wait for.\n\n"}
+        text += (f"### `{name}` on {HARDWARE[hw][0]}\n\n" + about.get(case, "") + plot.save(f"ablation-{case}") + "\n"
                  + table(("", "requests/s", "of all", "first token s", "P99", "ms a token",
                           "adapters a step", "sequences a step", "GB loaded", "preempted"), rows)
                  + "\n")
