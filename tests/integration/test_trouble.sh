@@ -75,6 +75,20 @@ check "the log names it" grep -qE 'prompts \[[01]\] @[0-9]+ is unfinished for [0
 stop
 fi
 
+if part outage; then
+registry_start || die "the registry started"
+R=$(tail -1 "$RUN/pids")
+nginx_run nginx-outage tests/models/storefront-adapters "$(free_ports 1)" ''
+N=$(tail -1 "$RUN/pids")
+ids=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -6 | sed 's|^\./||; s|/adapter_config.json||' | paste -sd,)
+worker outage "adapters.url=$STORE/{adapter}" "adapters.cache_dir=$RUN/cache-outage" "registry.url=$REGISTRY"
+before=$(metric 'rebalances_total{event="assign"}')
+case_ outage "$N" "$R" 20 "$ids"
+check "without a rebalance" [ "$before" = "$(metric 'rebalances_total{event="assign"}')" ]
+check "the waiting was counted as retries ($(metric retries_total))" [ "$(metric retries_total)" -gt 0 ]
+stop
+fi
+
 if part claim; then
 worker refuse
 case_ claims refuse

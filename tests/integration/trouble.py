@@ -279,6 +279,34 @@ def blocking(port):
     check("and nothing when it has ended", not left, left)
 
 
+def outage(pid_store, pid_registry, seconds, adapters):
+    """Store and registry stand still for a while: everything waits, nothing is dead-lettered."""
+    import os
+    import signal
+    ids = adapters.split(",")
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    pids = [int(pid_store), int(pid_registry)]
+    for p in pids:
+        os.kill(p, signal.SIGSTOP)
+    # One schema that the worker has not seen needs the registry, the adapters need the store.
+    avro = b"\0" + (1).to_bytes(4, "big") + b"?"
+    send([({"id": f"{run}-{i}", "adapter": a, "prompt": "event ->", "params": {"max_tokens": 2}}, [])
+          for i, a in enumerate(ids)])
+    send([(avro, [])])
+    got = list(r.until(lambda s: False, float(seconds)))
+    check(f"nothing ends while they are away ({len(got)} of {len(ids) + 1})", not got, got[:1])
+    for p in pids:
+        os.kill(p, signal.SIGCONT)
+    got = r.until(lambda s: len(s) >= len(ids) + 1)
+    dead = [m for m in got if m.topic() == "dead"]
+    check("all are answered when they are back", len(got) - len(dead) == len(ids), len(got))
+    # schema id 1 exists nowhere: that is a fault of the prompt, and known only now
+    check("only the prompt without a schema is dead-lettered", len(dead) == 1
+          and header(dead[0], "loramill-error-code") in (b"not_found", b"malformed"),
+          [m.headers() for m in dead])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[2]](*sys.argv[3:])
     sys.exit(1 if failed else 0)
