@@ -149,7 +149,7 @@ venv() {
 }
 
 part_test() {
-    apt libcmocka-dev nginx-light curl clang-14 libclang-rt-14-dev
+    apt libcmocka-dev nginx-light curl kcat clang-14 libclang-rt-14-dev
     have java openjdk-17-jre-headless
     have mvn maven
     have python3 python3

@@ -334,13 +334,18 @@ static void counts_are_capped(void **state)
 
 /* ---- what another implementation wrote ------------------------------------------------------- */
 
-static json_t *fixtures(void)
+static json_t *load(const char *path)
 {
     json_error_t je;
-    json_t *root = json_load_file(FIXTURES, 0, &je);
+    json_t *root = json_load_file(path, 0, &je);
     if (!root)
-        fail_msg("%s: %s (run from the repository's root)", FIXTURES, je.text);
+        fail_msg("%s: %s (run from the repository's root)", path, je.text);
     return root;
+}
+
+static json_t *fixtures(void)
+{
+    return load(FIXTURES);
 }
 
 static size_t fixture_bytes(const json_t *c, unsigned char **out)
@@ -388,6 +393,17 @@ static void prompts_of_fastavro_are_read(void **state)
     (void)state;
     json_t *root = fixtures(), *cases = json_object_get(root, "prompts");
     assert_true(json_array_size(cases) >= 20);
+    for (size_t i = 0; i < json_array_size(cases); i++)
+        check_case(json_array_get(cases, i));
+    json_decref(root);
+}
+
+static void prompts_of_java_are_read(void **state)
+{
+    (void)state;
+    json_t *root = load("tests/fixtures/java/java_cases.json");
+    json_t *cases = json_object_get(root, "prompts");
+    assert_int_equal(json_array_size(cases), 5);
     for (size_t i = 0; i < json_array_size(cases); i++)
         check_case(json_array_get(cases, i));
     json_decref(root);
@@ -533,6 +549,7 @@ int main(void)
         cmocka_unit_test(bombs_cost_nothing),
         cmocka_unit_test(counts_are_capped),
         cmocka_unit_test(prompts_of_fastavro_are_read),
+        cmocka_unit_test(prompts_of_java_are_read),
         cmocka_unit_test(completions_equal_fastavros),
         cmocka_unit_test(encoding_names_what_does_not_fit),
         cmocka_unit_test(embedded_text_is_the_files),
