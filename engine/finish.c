@@ -153,12 +153,17 @@ static bool scoring_done(const struct seq *s)
 }
 
 /* Its first token is there. True: too late to be of use. */
-static bool began_late(const struct core *c, struct request *r)
+static bool began_late(struct core *c, struct request *r)
 {
     if (r->first_token_us)
         return false;
     r->first_token_us = core_now_us(c);
-    return r->first_token_by_ms && core_wall_ms(c) > r->first_token_by_ms;
+    if (!r->first_token_by_ms)
+        return false;
+    for (int i = 0; i < r->n_seqs; i++)         /* choices that wait are no longer held to it */
+        if (r->seqs[i].state == SEQ_WAITING)
+            queue_redate(&c->queue, &r->seqs[i]);
+    return core_wall_ms(c) > r->first_token_by_ms;
 }
 
 /* One row's outcome. True when the sequence ended; it may be freed then. */

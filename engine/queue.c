@@ -134,6 +134,16 @@ void queue_remove(struct queue *q, struct seq *s, int64_t now_us)
     q->prompt_tokens -= (uint64_t)s->n_prompt;
 }
 
+void queue_redate(struct queue *q, struct seq *s)
+{
+    struct seq_queued *k = &s->queued;
+    if (tree_has(&k->deadline))
+        tree_remove(&q->by_deadline, &k->deadline);
+    k->deadline_ms = request_deadline(s->req);
+    if (k->deadline_ms)
+        tree_insert(&q->by_deadline, &k->deadline);
+}
+
 void queue_overtaken(struct queue *q, struct seq *s, int by, int max)
 {
     s->queued.overtaken += by;

@@ -51,6 +51,8 @@ static inline void queue_admitted(struct queue *q, bool aged)
     q->since_aged = aged ? 0 : q->since_aged + 1;
 }
 
+/* The deadline that binds its request is another. */
+void queue_redate(struct queue *q, struct seq *s);
 /* `by` later ones were admitted before it; from `max` on it is due. */
 void queue_overtaken(struct queue *q, struct seq *s, int by, int max);
 
