@@ -123,7 +123,7 @@ static void seq_init(struct seq *s, struct request *r, int index, const struct r
     s->prefix_tail = -1;
     s->text = "";
     s->n_prompt = s->n_tokens = n_prompt;
-    s->cap_tokens = LM_MIN(n_prompt + r->params.max_tokens, lim->max_model_len);
+    s->cap_tokens = n_prompt + LM_MIN(r->params.max_tokens, lim->max_model_len - n_prompt);
     s->cap_blocks = LM_DIV_UP(seq_max_kv(s), lim->block_tokens);
     s->out_scores.top_n = LM_MAX(r->params.logprobs, 0);
 }

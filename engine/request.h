@@ -192,10 +192,11 @@ static inline int64_t request_deadline(const struct request *r)
     return r->deadline_ms && first ? LM_MIN(r->deadline_ms, first) : r->deadline_ms + first;
 }
 
-/* Tokens whose KV the sequence may need at most: its last token's is never read. */
+/* Positions that may be computed at most: all of a prompt that is only scored; of what generates,
+ * the last token's KV is never read. */
 static inline int seq_max_kv(const struct seq *s)
 {
-    return LM_MAX(s->cap_tokens - 1, 1);
+    return LM_MAX(s->cap_tokens - s->generates, 1);
 }
 
 static inline int seq_n_output(const struct seq *s)
