@@ -210,6 +210,8 @@ static lm_status adjust_merge(struct core *c, struct lm_err *err)
     case MERGE_DO:
         lm_log(LM_INFO, "engine", "adapter '%s' is merged into the weights", a->id);
         st = merge_do(&c->merge, c->stream, &c->memory, a);
+        if (st == LM_OK)        /* its blocks are read until then, whatever becomes of the step */
+            st = kn_event_record(c->tier.step_done, c->stream);
         break;
     case MERGE_UNDO:
         lm_log(LM_INFO, "engine", "the weights are the base model's again");

@@ -112,7 +112,7 @@ static kn_mat *kept_mat(const struct merge *m, int i)
     return mats[i % KEPT];
 }
 
-static lm_status keep_all(struct merge *m, kn_stream *s, struct lm_err *err)
+static lm_status keep_all(struct merge *m, struct lm_err *err)
 {
     lm_status st = LM_OK;
     for (int i = 0; i < m->weights->n_layers * KEPT && st == LM_OK; i++) {
@@ -120,9 +120,9 @@ static lm_status keep_all(struct merge *m, kn_stream *s, struct lm_err *err)
         st = kn_host_alloc(m->dev, kn_mat_bytes(w), &m->kept[i], err);
         if (st != LM_OK)
             return lm_err_prefix(err, "a copy of the base weights (policy.merge)");
-        st = kn_mat_save(s, m->kept[i], w);
+        st = kn_mat_save(m->side, m->kept[i], w);
     }
-    return st == LM_OK ? kn_stream_sync(s, err)
+    return st == LM_OK ? kn_stream_sync(m->side, err)
                        : lm_err_set(err, st, "the base weights could not be copied (policy.merge)");
 }
 
@@ -135,6 +135,10 @@ static lm_status alloc_table(struct merge *m, int pool_blocks, struct lm_err *er
         st = kn_alloc(m->dev, bytes, &device, err);
     if (st == LM_OK)
         st = kn_event_new(m->dev, &m->table_read, err);
+    if (st == LM_OK)
+        st = kn_event_new(m->dev, &m->before, err);
+    if (st == LM_OK)
+        st = kn_event_new(m->dev, &m->after, err);
     m->table_host = host;
     m->table = device;
     return st;
@@ -143,17 +147,14 @@ static lm_status alloc_table(struct merge *m, int pool_blocks, struct lm_err *er
 lm_status merge_init(struct merge *m, const struct model_config *model, const struct weights *w,
                      kn_device *dev, int pool_blocks, struct lm_err *err)
 {
-    kn_stream *s = NULL;
     *m = (struct merge){ .model = model, .weights = w, .dev = dev, .judge.lim = usual };
     m->kept = lm_calloc((size_t)w->n_layers * KEPT, sizeof *m->kept);
-    lm_status st = m->kept ? kn_stream_new(dev, &s, err)
+    lm_status st = m->kept ? kn_stream_new(dev, &m->side, err)
                            : lm_err_set(err, LM_NOMEM, "no memory to merge adapters");
     if (st == LM_OK)
         st = alloc_table(m, pool_blocks, err);
     if (st == LM_OK)
-        st = keep_all(m, s, err);
-    if (s)
-        kn_stream_free(s);
+        st = keep_all(m, err);
     if (st != LM_OK)
         merge_release(m);
     return st;
@@ -165,8 +166,12 @@ void merge_release(struct merge *m)
         return;
     for (int i = 0; m->kept && i < m->weights->n_layers * KEPT; i++)
         kn_host_free(m->dev, m->kept[i]);
-    if (m->table_read)
-        kn_event_free(m->table_read);
+    kn_event *const events[] = { m->table_read, m->before, m->after };
+    for (size_t i = 0; i < LM_COUNT(events); i++)
+        if (events[i])
+            kn_event_free(events[i]);
+    if (m->side)
+        kn_stream_free(m->side);
     kn_host_free(m->dev, m->table_host);
     kn_free(m->dev, m->table);
     free(m->kept);
@@ -191,24 +196,35 @@ static struct kn_lora_merge module_place(const struct merge *m, int layer, enum 
     return a;
 }
 
+/* The side stream takes over where the compute stream is, and gives back. */
+static lm_status take_over(struct merge *m, kn_stream *compute)
+{
+    lm_status st = kn_event_record(m->before, compute);
+    return st == LM_OK ? kn_event_wait(m->side, m->before) : st;
+}
+
+static lm_status give_back(struct merge *m, kn_stream *compute)
+{
+    lm_status st = kn_event_record(m->after, m->side);
+    return st == LM_OK ? kn_event_wait(compute, m->after) : st;
+}
+
 /* The table of the merge before was read long ago; to be sure, the event is waited for. */
-static lm_status upload_table(struct merge *m, kn_stream *s, const struct engine_adapter *a)
+static lm_status upload_table(struct merge *m, const struct engine_adapter *a)
 {
     size_t bytes = (size_t)a->n_blocks * sizeof *m->table;
     lm_status st = m->merges ? kn_event_sync(m->table_read, NULL) : LM_OK;
     if (st != LM_OK)
         return st;
     memcpy(m->table_host, a->res.blocks, bytes);
-    st = kn_copy_in(s, m->table, m->table_host, bytes);
-    return st == LM_OK ? kn_event_record(m->table_read, s) : st;
+    st = kn_copy_in(m->side, m->table, m->table_host, bytes);
+    return st == LM_OK ? kn_event_record(m->table_read, m->side) : st;
 }
 
-lm_status merge_do(struct merge *m, kn_stream *s, const struct kn_pool *pool,
-                   const struct engine_adapter *a)
+static lm_status merge_all(struct merge *m, const struct kn_pool *pool,
+                           const struct engine_adapter *a)
 {
-    lm_status st = upload_table(m, s, a);
-    m->serial = a->version.serial;
-    m->merges++;
+    lm_status st = LM_OK;
     for (int i = 0; i < m->weights->n_layers * KN_MODULES && st == LM_OK; i++) {
         enum kn_module module = (enum kn_module)(i % KN_MODULES);
         if (a->image.module_rank[module] == 0)
@@ -216,16 +232,29 @@ lm_status merge_do(struct merge *m, kn_stream *s, const struct kn_pool *pool,
         struct kn_lora_merge op = module_place(m, i / KN_MODULES, module);
         op.pool = *pool;
         op.block_ids = m->table;
-        st = kn_op_lora_merge(s, &op);
+        st = kn_op_lora_merge(m->side, &op);
     }
     return st;
 }
 
-lm_status merge_undo(struct merge *m, kn_stream *s)
+lm_status merge_do(struct merge *m, kn_stream *compute, const struct kn_pool *pool,
+                   const struct engine_adapter *a)
 {
-    lm_status st = LM_OK;
+    lm_status st = take_over(m, compute);
+    if (st == LM_OK)
+        st = upload_table(m, a);
+    m->serial = a->version.serial;
+    m->merges++;
+    if (st == LM_OK)
+        st = merge_all(m, pool, a);
+    return st == LM_OK ? give_back(m, compute) : st;
+}
+
+lm_status merge_undo(struct merge *m, kn_stream *compute)
+{
+    lm_status st = take_over(m, compute);
     m->serial = 0;
     for (int i = 0; i < m->weights->n_layers * KEPT && st == LM_OK; i++)
-        st = kn_mat_restore(s, kept_mat(m, i), m->kept[i]);
-    return st;
+        st = kn_mat_restore(m->side, kept_mat(m, i), m->kept[i]);
+    return st == LM_OK ? give_back(m, compute) : st;
 }

@@ -10,9 +10,11 @@
  *
  * Merged steps launch no LoRA at all. Merging adds scale * B A to each targeted weight, rounded to
  * its dtype, so results agree within that dtype's tolerance; unmerging copies the kept original
- * back, bit for bit. Both run on the compute stream, between two steps, and the host waits for
- * neither. The kept copy, of every weight that an adapter may target, is pinned host memory and is
- * made when the engine opens with policy.merge; without it none of this exists.
+ * back, bit for bit. Both run between two steps and the host waits for neither: on a stream of
+ * their own, behind the one step and ahead of the other by events, because kernels may read weights
+ * ahead of their turn within a stream. The kept copy, of every weight that an adapter may target,
+ * is pinned host memory and is made when the engine opens with policy.merge; without it none of
+ * this exists.
  *
  * The judge is pure: it sees who owns the stream, what steps took, and the time.
  *
@@ -69,6 +71,8 @@ struct merge {
     void **kept;                /* [4 n_layers]: qkv, o, gate_up, down of each */
     int32_t *table, *table_host;        /* the adapter's block table on the device, and pinned */
     kn_event *table_read;
+    kn_stream *side;            /* where weights are changed */
+    kn_event *before, *after;
     uint64_t serial;            /* of the adapter that is in the weights; 0: none */
     uint64_t merges;
 };
@@ -83,9 +87,10 @@ static inline bool merge_enabled(const struct merge *m)
     return m->kept != NULL;
 }
 
-/* Enqueues; the adapter is resident and nothing is merged. */
-lm_status merge_do(struct merge *m, kn_stream *s, const struct kn_pool *pool,
+/* Enqueues, between what was and what will be enqueued on `compute`; the adapter is resident and
+ * nothing is merged. */
+lm_status merge_do(struct merge *m, kn_stream *compute, const struct kn_pool *pool,
                    const struct engine_adapter *a);
-lm_status merge_undo(struct merge *m, kn_stream *s);
+lm_status merge_undo(struct merge *m, kn_stream *compute);
 
 #endif
