@@ -5,6 +5,7 @@
 #include "engine/estimate.h"
 
 #define KEEP 0.98               /* of each sum, a step: the last fifty count for most */
+#define FRESH_US 500000         /* a busy device ends steps all the time; this one has been idle */
 #define LATE_WEIGHT (1.0 / 32)
 #define LATE_SHARE 0.1          /* four in a row begin an overload; a single one does not */
 #define LATE_LASTS_US 10000000
@@ -24,10 +25,11 @@ static void fit(struct estimate *e)
     e->base_us = LM_MAX(mean_y - e->token_us * mean_x, 0);
 }
 
-void estimate_step(struct estimate *e, int prompt_tokens, int64_t us)
+void estimate_step(struct estimate *e, int prompt_tokens, int64_t us, int64_t now_us)
 {
     if (us <= 0)
         return;
+    e->step_us = now_us;
     double x = prompt_tokens, y = (double)us;
     e->n = e->n * KEEP + 1;
     e->x = e->x * KEEP + x;
@@ -59,6 +61,11 @@ double estimate_prefill_us(const struct estimate *e, int64_t tokens, int per_ste
 double estimate_decode_us(const struct estimate *e, int tokens)
 {
     return LM_MAX(tokens, 0) * e->base_us;
+}
+
+bool estimate_is_fresh(const struct estimate *e, int64_t now_us)
+{
+    return now_us - e->step_us < FRESH_US;
 }
 
 bool estimate_overloaded(const struct estimate *e, int64_t now_us)

@@ -254,7 +254,8 @@ static void note_step(struct core *c, const struct step_results *res, int64_t be
 {
     int64_t us = c->step_done_us - LM_MAX(res->launched_us, before_us);
     int n_tok = res->n_prefill + res->n_decode;
-    estimate_step(&c->estimate, res->n_prefill, us);
+    if (before_us)              /* a device may take its time over its first step */
+        estimate_step(&c->estimate, res->n_prefill, us, c->step_done_us);
     if (res->n_prefill == 0 && merge_enabled(&c->merge))
         merge_judge_step(&c->merge.judge, res->merged, res->n_items, us);
     if (n_tok >= 2 * res->n_items && us > 0)        /* mostly prefill */

@@ -117,7 +117,7 @@ static void expire(struct plan *p, struct seq *s)
 void plan_expiries(const struct sched_view *v, struct plan *p)
 {
     struct tree_node *n = tree_first(&v->queue->by_deadline);
-    if (!v->policy->early_abort)
+    if (!v->policy->early_abort || !estimate_is_fresh(v->estimate, v->now_us))
         return;
     for (int i = 0, marked = 0; n && i < MAX_LOOKS_LATE; n = tree_next(n), i++) {
         struct seq *s = queue_by_deadline(n);

@@ -102,6 +102,39 @@ static void the_first_token_of_any_choice_counts(void **state)
     }
 }
 
+/* A device that once hung for a minute is not believed to be that slow for ever: what is refused
+ * on a measurement is refused on a fresh one only. */
+static void one_slow_step_does_not_refuse_for_ever(void **state)
+{
+    (void)state;
+    engine *e = open_sim(NULL, 4, 0);
+    struct engine_request r = fixture_request("r", ids, 64);
+    engine_handle h;
+    int served = 0;
+    r.params.max_tokens = 50;
+    r.params.ignore_eos = true;
+    CHECK(engine_submit(e, &r, &h, err));
+    pump(e, INT64_MAX);
+    engine_result_free(finished(e));
+    CHECK(engine_submit(e, &r, &h, err));
+    pump(e, engine_now_us(e) + 1);      /* a step is under way */
+    assert_int_equal(engine_advance(e, engine_now_us(e) + 60000000), LM_OK);
+    pump(e, INT64_MAX);
+    engine_result_free(finished(e));
+    for (int i = 0; i < 60; i++) {
+        assert_int_equal(engine_advance(e, engine_now_us(e) + 1000000), LM_OK);
+        r.first_token_by_ms = engine_wall_ms(e) + 100;
+        CHECK(engine_submit(e, &r, &h, err));
+        pump(e, INT64_MAX);
+        struct engine_result *got = finished(e);
+        served += got->choices[0].reason == ENGINE_LENGTH;
+        engine_result_free(got);
+    }
+    print_message("%d of 60 were served\n", served);
+    assert_true(served > 40);
+    engine_close(e);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_WARN);
@@ -111,6 +144,7 @@ int main(void)
         cmocka_unit_test(scored_prompts_of_any_length),
         cmocka_unit_test(max_tokens_without_bound),
         cmocka_unit_test(the_first_token_of_any_choice_counts),
+        cmocka_unit_test(one_slow_step_does_not_refuse_for_ever),
     };
     return cmocka_run_group_tests_name("engine_edge", tests, NULL, NULL);
 }

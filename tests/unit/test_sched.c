@@ -380,8 +380,8 @@ static struct world *timed(int max_seqs)
 {
     struct world *w = world_new(200, max_seqs, 1000);
     for (int i = 0; i < 20; i++) {
-        estimate_step(&w->estimate, 0, 100000);
-        estimate_step(&w->estimate, 100, 200000);
+        estimate_step(&w->estimate, 0, 100000, 0);
+        estimate_step(&w->estimate, 100, 200000, 0);
     }
     w->view.now_ms = 1000000;
     return w;
@@ -707,7 +707,7 @@ static void random_policy(struct world *w)
     w->view.swap_blocks = rnd(20);
     w->view.costs = (struct evict_costs){ .prefill_block = rnd(100), .copy_block = rnd(50) };
     for (int i = rnd(30); i > 0; i--)
-        estimate_step(&w->estimate, rnd(100), 1000 + rnd(30000));
+        estimate_step(&w->estimate, rnd(100), 1000 + rnd(30000), w->view.now_us);
     for (int i = rnd(10); i > 0; i--)
         estimate_left(&w->estimate, rnd(2), 0);
 }

@@ -246,7 +246,7 @@ static bool step(struct run *r)
     apply(r, p);
     int prompt = compute(r, p);
     int64_t us = 20000 + 50 * prompt + 100 * n;
-    estimate_step(&w->estimate, prompt, us);
+    estimate_step(&w->estimate, prompt, us, w->view.now_us + us);
     w->view.now_us += us;
     w->view.now_ms = w->view.now_us / 1000;
     r->steps++;
