@@ -31,6 +31,7 @@ struct bench_args {
     bool abort_late;            /* give the engine that deadline */
     double fetch_ms, fetch_gbps;        /* adapters come from a store; 0, 0: they are at hand */
     int fetches;                /* at once */
+    int warm_up;                /* requests before a trace that don't count */
     bool json;                  /* no table */
     struct engine_policy policy;
 };

@@ -50,6 +50,7 @@ static const struct bench_option options[] = {
     { "fetch-latency-ms", AMOUNT, AT(fetch_ms), "MS", "adapters come from a store: its latency," },
     { "fetch-gbps", AMOUNT, AT(fetch_gbps), "N", "its rate (10^9 bytes a second), each," },
     { "fetches", COUNT, AT(fetches), "N", "and how many at once; default 16" },
+    { "warm-up", COUNT, AT(warm_up), "N", "requests before it that don't count; default none" },
     { "json", ON, AT(json), NULL, "the JSON line only" },
     { NULL, TEXT, 0, "The engine", NULL },
     { "max-seqs", COUNT, AT(max_seqs), "N", "sequences in a step" },

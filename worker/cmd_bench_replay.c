@@ -441,6 +441,75 @@ static lm_status make_all(struct runner *r)
     return st;
 }
 
+/* ---- warming up ------------------------------------------------------------------------ */
+
+#define WARM_PROMPT 64
+#define WARM_OUTPUT 16
+#define WARM_FIRST 1000000000   /* its prompts are no request's of the trace */
+
+static lm_status submit_warm(struct runner *r, int i)
+{
+    const struct trace_item *it = &r->t->item[i % r->t->n];
+    int32_t ids[WARM_PROMPT];
+    char id[32];
+    struct engine_request q = { .id = id, .token_ids = ids, .n_token_ids = WARM_PROMPT };
+    engine_handle h;
+    lm_status st = LM_OK;
+    snprintf(id, sizeof id, "warm-%d", i);
+    for (int t = 0; t < WARM_PROMPT; t++)
+        ids[t] = trace_token(WARM_FIRST + i, t, r->out->info.vocab_size);
+    engine_params_default(&q.params);
+    q.params.max_tokens = WARM_OUTPUT;
+    q.params.temperature = 0;
+    q.params.ignore_eos = true;
+    q.params.set |= ENGINE_SET_TEMPERATURE | ENGINE_SET_MAX_TOKENS;
+    if (it->adapter >= 0)
+        st = make_stand_in(r, it->adapter, stand_in_rank(r, i % r->t->n), &q.adapter);
+    if (st == LM_OK)
+        st = engine_submit(r->e, &q, &h, r->err);
+    engine_adapter_unref(q.adapter);
+    return st;
+}
+
+/* Libraries, clocks and graphs of a real device settle on requests that are not reported. */
+static lm_status warm_up(struct runner *r)
+{
+    lm_status st = LM_OK, state = LM_OK;
+    for (int i = 0; i < r->a->warm_up && st == LM_OK; i++)
+        st = submit_warm(r, i);
+    for (int done = 0; done < r->a->warm_up && st == LM_OK && state == LM_OK;) {
+        struct engine_event ev[EVENTS];
+        bool idle;
+        if (r->a->sim)
+            st = engine_pump(r->e, INT64_MAX, &idle, r->err);
+        int n = engine_poll(r->e, ev, EVENTS, r->a->sim ? 0 : 1000, &state);
+        for (int i = 0; i < n; i++) {
+            free(ev[i].text);
+            engine_result_free(ev[i].result);
+            done += ev[i].kind == ENGINE_FINISHED;
+        }
+    }
+    if (st == LM_OK && state != LM_OK)
+        st = lm_err_set(r->err, state, "the engine stopped: %s", lm_status_text(state));
+    return st;
+}
+
+/* Counters since the warm-up; gauges stay. */
+static void subtract(struct engine_stats *s, const struct engine_stats *before)
+{
+    uint64_t *const now[] = {
+        &s->steps, &s->prefill_tokens, &s->decode_tokens, &s->finished, &s->failed,
+        &s->preemptions, &s->adapter_loads, &s->adapter_evictions, &s->adapter_hits, &s->step_us,
+        &s->host_us, &s->step_adapters, &s->step_seqs, &s->early_aborts, &s->swap_outs,
+        &s->swap_ins, &s->swap_bytes, &s->adapter_bytes, &s->prefix_hit_tokens, &s->merges,
+        &s->merged_steps,
+    };
+    for (size_t i = 0; i < LM_COUNT(now); i++) {
+        size_t at = (size_t)((char *)now[i] - (char *)s);
+        *now[i] -= *(const uint64_t *)((const char *)before + at);
+    }
+}
+
 /* ---- set-up ---------------------------------------------------------------------------- */
 
 static lm_status open_engine(struct runner *r)
@@ -450,8 +519,9 @@ static lm_status open_engine(struct runner *r)
         .model_dir = a->model, .shape = a->shape, .backend = a->backend, .sim = a->sim,
         .threads = a->threads, .pool_bytes = a->pool_bytes, .block_tokens = a->block_tokens,
         .max_seqs = a->max_seqs, .max_step_tokens = a->max_step_tokens,
-        .max_waiting = LM_MIN(LM_MAX(r->t->n, 1024), 1 << 18), .policy = &a->policy,
-        .host_adapter_bytes = a->host_adapter_bytes, .manual = a->sim != NULL,
+        .max_waiting = LM_MIN(LM_MAX(LM_MAX(r->t->n, a->warm_up), 1024), 1 << 18),
+        .policy = &a->policy, .host_adapter_bytes = a->host_adapter_bytes,
+        .manual = a->sim != NULL,
     };
     if (!c.host_adapter_bytes && a->sim)
         c.host_adapter_bytes = HUGE_HOST;
@@ -499,13 +569,18 @@ lm_status bench_replay(const struct bench_args *a, const struct trace *t, struct
         engine_info(r->e, &out->info);
     if (st == LM_OK && !a->sim)
         st = make_all(r);
+    if (st == LM_OK)
+        st = warm_up(r);
     if (st == LM_OK) {
+        struct engine_stats before;
+        engine_stats(r->e, &before);
         int64_t began = lm_now_us();
         r->t0_us = engine_now_us(r->e);
         r->t0_wall_ms = engine_wall_ms(r->e);
         st = run(r);
         out->wall_us = lm_now_us() - began;
         engine_stats(r->e, &out->stats);
+        subtract(&out->stats, &before);
     }
     if (st == LM_OK)
         bench_report(out);      /* the engine's strings are in it */

@@ -157,6 +157,24 @@ static void every_request_has_an_outcome(void **state)
     drop(&r, &t);
 }
 
+static void warming_up_does_not_count(void **state)
+{
+    (void)state;
+    struct trace t;
+    write_trace(HEADER "0,0,0,8,10,5\n1,0.1,-1,0,10,5\n");
+    struct replay cold = replay("", &t);
+    assert_int_equal(cold.stats.adapter_loads, 1);
+    struct replay warm = replay("--warm-up 40", &t);
+    assert_int_equal(warm.stats.finished, 2);
+    assert_int_equal(warm.stats.adapter_loads, 0);
+    assert_int_equal(warm.stats.decode_tokens + warm.stats.prefill_tokens,
+                     cold.stats.decode_tokens + cold.stats.prefill_tokens);
+    assert_true(warm.outcome[0].first_us < cold.outcome[0].first_us);
+    assert_true(warm.outcome[1].end_us == cold.outcome[1].end_us);
+    free(cold.outcome);
+    drop(&warm, &t);
+}
+
 static void idle_time_is_skipped(void **state)
 {
     (void)state;
@@ -251,6 +269,7 @@ int main(void)
         cmocka_unit_test(bad_traces_are_refused),
         cmocka_unit_test(options_are_checked),
         cmocka_unit_test(every_request_has_an_outcome),
+        cmocka_unit_test(warming_up_does_not_count),
         cmocka_unit_test(idle_time_is_skipped),
         cmocka_unit_test(the_store_takes_its_time),
         cmocka_unit_test(host_memory_is_waited_for),
