@@ -108,6 +108,8 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
     if (st == LM_OK)
         st = kn_stream_new(p->dev, &c->stream, err);
     if (st == LM_OK)
+        st = forward_tune(c->forward, c->stream, err);
+    if (st == LM_OK)
         st = plan_init(&c->plan, p->max_seqs, err);
     if (st == LM_OK && seq_list_reserve(&c->running, p->max_seqs) != LM_OK)
         st = lm_err_set(err, LM_NOMEM, "no memory for %d sequences", p->max_seqs);

@@ -173,6 +173,51 @@ const struct step_output *forward_output(const struct forward *f)
     return &f->out;
 }
 
+/* ---- tuning ---------------------------------------------------------------------------- */
+
+typedef kn_mat *pick_mat(const struct layer_weights *w);
+static kn_mat *pick_qkv(const struct layer_weights *w) { return w->qkv; }
+static kn_mat *pick_o(const struct layer_weights *w) { return w->o; }
+static kn_mat *pick_gate_up(const struct layer_weights *w) { return w->gate_up; }
+static kn_mat *pick_down(const struct layer_weights *w) { return w->down; }
+
+static lm_status tune_layers(struct forward *f, kn_stream *s, const struct kn_gemm *a,
+                             const kn_mat **w, pick_mat *pick)
+{
+    const struct weights *all = f->p.weights;
+    for (int l = 0; l < all->n_layers; l++)
+        w[l] = pick(&all->layer[l]);
+    return kn_gemm_tune(s, a, w, all->n_layers);
+}
+
+lm_status forward_tune(struct forward *f, kn_stream *s, struct lm_err *err)
+{
+    const struct model_config *c = f->p.model;
+    const struct weights *all = f->p.weights;
+    const int m = f->p.max_tokens;
+    const struct { struct kn_gemm a; pick_mat *pick; } layer[] = {
+        { { .y = f->qkv, .x = f->x, .m = m, .ldx = c->hidden, .ldy = f->qkv_dim }, pick_qkv },
+        { { .y = f->tmp, .x = f->attn, .m = m, .ldx = f->q_dim, .ldy = c->hidden }, pick_o },
+        { { .y = f->gate_up, .x = f->x, .m = m, .ldx = c->hidden, .ldy = 2 * f->ffn },
+          pick_gate_up },
+        { { .y = f->tmp, .x = f->act, .m = m, .ldx = f->ffn, .ldy = c->hidden }, pick_down },
+    };
+    const struct kn_gemm head = { .y = f->logits, .x = f->rows_x, .m = f->slab_rows,
+                                  .ldx = c->hidden, .ldy = c->vocab, .y_f32 = true };
+    const kn_mat **w = lm_calloc((size_t)LM_MAX(all->n_layers, 1), sizeof *w);
+    if (!w)
+        return lm_err_set(err, LM_NOMEM, "no memory for measuring");
+    lm_status st = LM_OK;
+    for (size_t i = 0; i < LM_COUNT(layer) && st == LM_OK && all->n_layers > 0; i++)
+        st = tune_layers(f, s, &layer[i].a, w, layer[i].pick);
+    w[0] = all->lm_head;
+    if (st == LM_OK)
+        st = kn_gemm_tune(s, &head, w, 1);
+    free(w);
+    return st == LM_OK ? LM_OK : lm_err_set(err, st, "measuring products failed: %s",
+                                            lm_status_text(st));
+}
+
 /* ---- the pieces of a layer ------------------------------------------------------------- */
 
 struct run {

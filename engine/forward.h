@@ -51,6 +51,10 @@ struct forward;
 lm_status forward_new(const struct forward_params *p, struct forward **out, struct lm_err *err);
 void forward_free(struct forward *f);
 
+/* Before the first step: lets the device measure how to multiply by these weights. Blocks, for less
+ * than a second on a GPU and not at all on the CPU. */
+lm_status forward_tune(struct forward *f, kn_stream *s, struct lm_err *err);
+
 /* Where every step leaves its results. */
 const struct step_output *forward_output(const struct forward *f);
 

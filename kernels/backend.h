@@ -65,6 +65,9 @@ struct kn_backend {
     lm_status (*mat_save)(kn_stream *s, void *dst, const kn_mat *m);
     lm_status (*mat_restore)(kn_stream *s, kn_mat *m, const void *src);
 
+    lm_status (*gemm_tune)(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w,
+                           int n_w);    /* NULL: no choice */
+
     size_t (*kv_block_bytes)(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
     size_t (*sample_workspace)(kn_device *dev, int max_rows, int vocab);
 

@@ -256,6 +256,11 @@ lm_status kn_mat_restore(kn_stream *s, kn_mat *m, const void *src_host)
     return s->be->mat_restore(s, m, src_host);
 }
 
+lm_status kn_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w, int n_w)
+{
+    return s->be->gemm_tune ? s->be->gemm_tune(s, a, w, n_w) : LM_OK;
+}
+
 /* ---- operations ------------------------------------------------------------------------ */
 
 size_t kn_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)

@@ -147,6 +147,12 @@ size_t kn_mat_bytes(const kn_mat *m);
 lm_status kn_mat_save(kn_stream *s, void *dst_host, const kn_mat *m);
 lm_status kn_mat_restore(kn_stream *s, kn_mat *m, const void *src_host);
 
+struct kn_gemm;
+/* Finds out how to compute products like `a` fastest, for every row count up to a->m, by measuring
+ * on `n_w` weights of one shape (together larger than a cache, at best): kn_op_gemm on this stream
+ * uses what was found. Blocks, and overwrites y. Does nothing where there is no choice. */
+lm_status kn_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w, int n_w);
+
 /* ---- LoRA in the pool ------------------------------------------------------------------ */
 
 /* The seven linear modules of a layer that an adapter may target. */

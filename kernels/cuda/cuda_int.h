@@ -163,6 +163,7 @@ lm_status cuda_blas_new(struct cuda_device *d, struct lm_err *err);
 void cuda_blas_free(struct cuda_device *d);
 struct cuda_plans *cuda_plans_new(void);
 void cuda_plans_free(struct cuda_plans *p);
+lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w, int n_w);
 
 /* gemm_few.cu: what gemm.c keeps from cuBLAS */
 bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);

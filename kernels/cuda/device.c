@@ -461,6 +461,7 @@ const struct kn_backend kn_backend_cuda = {
     .mat_bytes = cuda_mat_bytes,
     .mat_save = cuda_mat_save,
     .mat_restore = cuda_mat_restore,
+    .gemm_tune = cuda_gemm_tune,
     .kv_block_bytes = cuda_kv_block_bytes,
     .sample_workspace = cuda_sample_workspace,
 #define X(op, args) .op = cuda_op_##op,
