@@ -74,6 +74,9 @@ void dev_free(struct gpu_check *c, void *p);
 /* The same weight on both, random in [-scale, scale). */
 void mats_new(struct gpu_check *c, int rows, int cols, float scale, kn_mat **gpu, kn_mat **cpu);
 
+/* Random activations [rows, cols] in device memory: zeros would let the card run cooler and faster. */
+void fill_random(struct gpu_check *c, void *x, int rows, int cols);
+
 /* Largest excess: max over i of |got - want| / (OUT_ULP |want| + sum_tol * mag[i]); <= 1 is fine.
  * `mag` NULL: 1 everywhere. NaN anywhere gives infinity. */
 double excess(const float *got, const float *want, const float *mag, size_t n, double out_ulp,

@@ -123,6 +123,7 @@ void bench_gemm(struct gpu_check *c)
     static const int ms[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096 };
     struct lm_err err;
     void *x = dev_new(c, (size_t)4096 * 14336 * 2), *y = dev_new(c, (size_t)4096 * 32000 * 2);
+    fill_random(c, x, 4096, 14336);
     for (size_t s = 0; s < LM_COUNT(shapes); s++) {
         struct gemm_run r = { 0 };
         int n = shapes[s][0], k = shapes[s][1];

@@ -189,6 +189,23 @@ void mats_new(struct gpu_check *c, int rows, int cols, float scale, kn_mat **gpu
     must(kn_mat_fill(*cpu, seed, scale, &last_err), "mat_fill");
 }
 
+void fill_random(struct gpu_check *c, void *x, int rows, int cols)
+{
+    kn_mat *m = NULL;
+    int32_t *ids = malloc((size_t)rows * sizeof *ids);
+    for (int i = 0; i < rows; i++)
+        ids[i] = i;
+    int32_t *dids = dev_put(c, ids, (size_t)rows * sizeof *ids);
+    must(kn_mat_new(c->cuda, KN_BF16, rows, cols, &m, &last_err), "mat_new");
+    must(kn_mat_fill(m, rnd(), 1, &last_err), "mat_fill");
+    struct kn_embed a = { x, m, dids, rows, cols };
+    must(kn_op_embed(c->gs, &a), "embed");
+    must(kn_stream_sync(c->gs, &last_err), "sync");
+    kn_mat_free(m);
+    dev_free(c, dids);
+    free(ids);
+}
+
 double excess(const float *got, const float *want, const float *mag, size_t n, double out_ulp,
               double sum_tol)
 {
