@@ -74,7 +74,7 @@ void dev_free(struct gpu_check *c, void *p);
 /* The same weight on both, random in [-scale, scale). */
 void mats_new(struct gpu_check *c, int rows, int cols, float scale, kn_mat **gpu, kn_mat **cpu);
 
-/* Random activations [rows, cols] in device memory: zeros would let the card run cooler and faster. */
+/* Random activations [rows, cols] on the device: zeros would let it run cooler and faster. */
 void fill_random(struct gpu_check *c, void *x, int rows, int cols);
 
 /* Largest excess: max over i of |got - want| / (OUT_ULP |want| + sum_tol * mag[i]); <= 1 is fine.
