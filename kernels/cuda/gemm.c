@@ -327,8 +327,10 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
         t.a.w = w[0];
         if (!cuda_gemm_few_fits(t.st, &t.a))
             tune_bucket(&t, LM_MIN(bucket_of(m), a->m));
-        e = cudaPeekAtLastError();
     }
+    cudaGetLastError();         /* a proposal that did not run is no failure; a broken stream is */
+    if (e == cudaSuccess)
+        e = cudaStreamSynchronize(t.st->s);
     if (t.from)
         cudaEventDestroy(t.from);
     if (t.to)
