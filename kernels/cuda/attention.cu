@@ -15,8 +15,9 @@
  */
 #include "kernels/cuda/attn.cuh"
 
-#define CTAS_PER_SM 3           /* what decode wants before it stops splitting */
+#define CTAS_PER_SM 2           /* decode blocks that fit at head_dim 128 */
 #define MAX_SPLITS 64
+#define SPLIT_COST 0.05         /* a block's start and merge, in times of an unsplit block */
 
 extern "C" size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)
 {
@@ -60,6 +61,19 @@ static const char *fault_of(const struct kn_attention *a)
     return NULL;
 }
 
+/* Blocks come in waves of `slots`; splitting in n makes a wave last 1/n, and more of them. */
+static int cheapest_splits(int64_t items, int64_t slots)
+{
+    int best = 1;
+    double least = 0;
+    for (int n = 1; n <= MAX_SPLITS; n++) {
+        double cost = (double)LM_DIV_UP(items * n, slots) * (1.0 / n + SPLIT_COST);
+        if (n == 1 || cost < least)
+            best = n, least = cost;
+    }
+    return best;
+}
+
 /* Splits for this bucket, and where partial results go. */
 static void plan_splits(struct cuda_stream *st, struct attn_launch *p)
 {
@@ -71,7 +85,7 @@ static void plan_splits(struct cuda_stream *st, struct attn_launch *p)
     int64_t fit = room / (rows * (a->head_dim + 2) * (int64_t)sizeof(float));
     if ((size_t)items * sizeof(unsigned) > CUDA_COUNTER_BYTES)
         fit = 1;
-    p->want_splits = (int)LM_MIN(LM_DIV_UP((int64_t)st->dev->sms * CTAS_PER_SM, items), MAX_SPLITS);
+    p->want_splits = cheapest_splits(items, (int64_t)st->dev->sms * CTAS_PER_SM);
     p->cap_splits = (int)LM_MAX(1, LM_MIN(fit, MAX_SPLITS));
     p->arrived = (unsigned *)st->scratch;
     p->part_ml = (float2 *)((char *)st->scratch + CUDA_COUNTER_BYTES);

@@ -83,9 +83,9 @@ lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p);
 /*
  * How a decode row's keys are divided, from its own length and the batch bucket only, so that
  * neighbours change nothing: `tiles` tiles of 16 keys give this many splits. Enough to fill the
- * device (want), none shorter than 8 tiles; never longer than 64 tiles while the cap allows.
+ * device (want), none shorter than 16 tiles; never longer than 64 tiles while the cap allows.
  */
-#define DECODE_MIN_TILES 8
+#define DECODE_MIN_TILES 16
 #define DECODE_MAX_TILES 64
 
 __host__ __device__ static inline int decode_splits(int tiles, int want, int cap)

@@ -226,8 +226,10 @@ __device__ static inline void merge_splits(const struct attn_launch *p,
     for (int i = (int)threadIdx.x; i < it->rows * HD / 2; i += WARPS * 32) {
         int row = i / (HD / 2), d = i % (HD / 2) * 2;
         float m = -INFINITY, l = 0, x = 0, y = 0;
+#pragma unroll 8
         for (int s = 0; s < it->splits; s++)
             m = fmaxf(m, load_l2(ml + (part + s * stride + row) * 2));
+#pragma unroll 8
         for (int s = 0; s < it->splits; s++) {
             const int64_t at = part + s * stride + row;
             float f = exp2_fast(load_l2(ml + at * 2) - m);

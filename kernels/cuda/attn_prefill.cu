@@ -101,7 +101,7 @@ __device__ static inline void run_item(const struct attn_launch *p, const struct
     cp_async_commit();
     for (int i = 0; i < r.n; i++) {
         const int pos0 = r.start + i * S::KEYS, next = ((i + 1) & 1) * S::TILE_BYTES;
-        float s[S::MT][S::KEYS / 8][4];
+        float s[S::MT][S::KEYS / 8][4], keep[S::MT][2];
         cp_async_wait<1>();
         __syncthreads();
         if (i + 1 < r.n)
@@ -110,7 +110,8 @@ __device__ static inline void run_item(const struct attn_launch *p, const struct
         scores<S>(s, q, k + (i & 1) * S::TILE_BYTES, warp, lane);
         if (needs_mask<S>(&r, pos0))
             mask<S>(&acc, s, pos0, lane);
-        soften<S>(&acc, s, p->scale_log2);
+        soften<S>(&acc, s, p->scale_log2, keep);
+        rescale<S>(&acc, keep);
         cp_async_wait<1>();
         __syncthreads();
         if (i + 1 < r.n)

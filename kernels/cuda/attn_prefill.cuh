@@ -167,10 +167,11 @@ __device__ static inline void mask(const struct prefill_acc<S> *acc, float s[][S
             }
 }
 
-/* Scores become weights. A row that has seen no key yet keeps a maximum of -inf. */
+/* Scores become weights; `keep` is what the output so far must be multiplied with. A row that has
+ * seen no key yet keeps a maximum of -inf. */
 template <class S>
 __device__ static inline void soften(struct prefill_acc<S> *acc, float s[][S::KEYS / 8][4],
-                                     float scale)
+                                     float scale, float keep[][2])
 {
 #pragma unroll
     for (int mt = 0; mt < S::MT; mt++)
@@ -182,7 +183,8 @@ __device__ static inline void soften(struct prefill_acc<S> *acc, float s[][S::KE
                 m = fmaxf(m, fmaxf(s[mt][n][2 * r], s[mt][n][2 * r + 1]));
             m = fmaxf(acc->m[mt][r], quad_max(m) * scale);
             const float sub = m == -INFINITY ? 0 : m;
-            float keep = exp2_fast(acc->m[mt][r] - sub), sum = 0;
+            float sum = 0;
+            keep[mt][r] = exp2_fast(acc->m[mt][r] - sub);
             acc->m[mt][r] = m;
 #pragma unroll
             for (int n = 0; n < S::KEYS / 8; n++)
@@ -191,10 +193,19 @@ __device__ static inline void soften(struct prefill_acc<S> *acc, float s[][S::KE
                     s[mt][n][e] = exp2_fast(fmaf(s[mt][n][e], scale, -sub));
                     sum += s[mt][n][e];
                 }
-            acc->l[mt][r] = acc->l[mt][r] * keep + sum;
+            acc->l[mt][r] = acc->l[mt][r] * keep[mt][r] + sum;
+        }
+}
+
+template <class S>
+__device__ static inline void rescale(struct prefill_acc<S> *acc, const float keep[][2])
+{
 #pragma unroll
-            for (int d = 0; d < S::HD / 8; d++)
-                acc->o[mt][d][2 * r] *= keep, acc->o[mt][d][2 * r + 1] *= keep;
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int d = 0; d < S::HD / 8; d++) {
+            acc->o[m][d][0] *= keep[m][0], acc->o[m][d][1] *= keep[m][0];
+            acc->o[m][d][2] *= keep[m][1], acc->o[m][d][3] *= keep[m][1];
         }
 }
 

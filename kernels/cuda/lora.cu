@@ -2,10 +2,10 @@
 /*
  * lora.cu - shrink and expand for many adapters of many ranks, straight from the pool's cells.
  *
- * Both run on tensor cores with tokens as the 16 rows of a tile: a decode step's single token
- * wastes 15 of them, which costs nothing where memory is the limit, and the same instructions in
- * the same order serve a prefill's hundreds, so a token's result does not depend on how many others
- * share its adapter. Work follows each module's true rank, to the next 8 rows.
+ * Steps of few tokens go to lora_few.cu. Here are the steps with prefill, whose segments have tens
+ * to thousands of tokens each: segmented matrix products on tensor cores, with work that follows
+ * each module's true rank, to the next 8 rows. A token's result is the same sum in the same order
+ * however many others share its adapter.
  *
  * Shrink: h = x A^T. A block takes one token tile, one part and NG * 8 rows of A; its eight warps
  * deal out the features, 64 at a time, and are added up in shared memory in order. A comes through
@@ -13,9 +13,9 @@
  * features inside a product is ours to choose, so each lane takes 16 bytes of A and of x and never
  * shuffles (see feature_mma()).
  *
- * Expand: y += scale h B. A warp takes slabs of 64 output features of one part. B comes by
- * cp.async, before the wait for the shrink, and is transposed on the way to registers by ldmatrix.
- * h is float32 and goes in as the sum of two bf16, high and low, in two products.
+ * Expand: y += scale h B. A warp keeps 64 output features of B in shared memory and walks the
+ * tokens of its tile. B is transposed on the way to registers by ldmatrix; h is float32 and goes in
+ * as the sum of two bf16, high and low, in two products.
  *
  * Geometry: token tiles are a bound from n_tok and n_segs; blocks without work leave early.
  */
@@ -196,7 +196,7 @@ __device__ static inline void leave_sums(float *sum, const float acc[S::MT][S::N
 }
 
 template <class S>
-__global__ static void __launch_bounds__(SHRINK_WARPS * 32, S::MT == 1 ? 2 : 1) shrink_kernel(
+__global__ static void __launch_bounds__(SHRINK_WARPS * 32) shrink_kernel(
     const __grid_constant__ struct lora_launch p)
 {
     DYNAMIC_SMEM(smem);
@@ -248,7 +248,6 @@ __global__ static void __launch_bounds__(SHRINK_WARPS * 32, S::MT == 1 ? 2 : 1) 
 #define EXPAND_WARPS 4
 #define SLAB 64                 /* output features of a tile: 128 bytes of a row of B */
 #define UNIT_BYTES (16 * SLAB * 2)      /* 16 rank rows of a slab */
-#define EXPAND_RING 4           /* units that a warp keeps on their way */
 #define STATIONARY_MAX 384      /* rank rows for which the long kernel keeps a slab of B */
 
 struct expand_work {
@@ -256,26 +255,24 @@ struct expand_work {
     const struct kn_lora_seg *seg;
     struct lora_view v;
     int tok0, n_tok, part;
-    int slab0, n_slabs;         /* this warp's slabs of the part */
+    int slab;                   /* this warp's, of the part */
     int out, steps;             /* columns of the part; 16-row steps of the rank */
     unsigned char *b;           /* this warp's shared memory */
     int lane;
 };
 
-/* Which part and slabs task `index` of the segment is, `each` slabs a task; false beyond. */
-__device__ static inline bool find_slabs(int index, int each, struct expand_work *w)
+/* Which part and slab task `index` is; false beyond the last. */
+__device__ static inline bool find_slab(int index, struct expand_work *w)
 {
     const struct lora_launch *p = w->p;
     for (int i = 0; i < p->n_active; i++) {
-        int slabs = p->slabs[i], tasks = (slabs + each - 1) / each;
-        if (index < tasks) {
+        if (index < p->slabs[i]) {
             w->part = p->active[i];
-            w->slab0 = index * each;
-            w->n_slabs = min(each, slabs - w->slab0);
+            w->slab = index;
             w->out = p->a.part[w->part].out;
             return true;
         }
-        index -= tasks;
+        index -= p->slabs[i];
     }
     return false;
 }
@@ -426,7 +423,7 @@ __device__ static inline void clear(float acc[SLAB / 8][4])
 }
 
 /* The segment's token tile, and the adapter's B for the warp's part; false: nothing to do. */
-__device__ static inline bool start_expand(struct expand_work *w, int tile, int each)
+__device__ static inline bool start_expand(struct expand_work *w, int tile)
 {
     const struct kn_lora *a = &w->p->a;
     int seg, tok;
@@ -435,10 +432,8 @@ __device__ static inline bool start_expand(struct expand_work *w, int tile, int 
     w->seg = &a->batch.segs[seg];
     w->tok0 = w->seg->tok0 + tok;
     w->n_tok = min(tile, w->seg->n_tok - tok);
-    if (each == 0)              /* as many slabs as make a ring of units */
-        each = max(1, EXPAND_RING * 16 / max(16, (w->seg->rank_max + 15) & ~15));
     const int task = (int)(blockIdx.x * EXPAND_WARPS + threadIdx.x / 32);
-    if (w->n_tok <= 0 || !find_slabs(task, each, w))
+    if (w->n_tok <= 0 || !find_slab(task, w))
         return false;
     if (!lora_find(&a->pool, a->layer, a->batch.block_ids + w->seg->block0,
                    a->part[w->part].module, w->seg->rank_max, true, w->p->fault, &w->v))
@@ -447,64 +442,10 @@ __device__ static inline bool start_expand(struct expand_work *w, int tile, int 
     return true;
 }
 
-/* Few tokens: B streams through a ring, 16 rank rows of a slab at a time, slab after slab. */
-__global__ static void __launch_bounds__(EXPAND_WARPS * 32, 4) expand_kernel(
-    const __grid_constant__ struct lora_launch p)
-{
-    DYNAMIC_SMEM(smem);
-    struct expand_work w;
-    cuda_allow_next();
-    w.p = &p;
-    w.lane = (int)threadIdx.x % 32;
-    w.b = smem + threadIdx.x / 32 * EXPAND_RING * UNIT_BYTES;
-    if (!start_expand(&w, 16, 0)) {
-        cuda_wait_prior();
-        return;
-    }
-    const int units = w.n_slabs * w.steps;
-    for (int u = 0; u < EXPAND_RING; u++) {
-        if (u < units)
-            load_b(&w, w.slab0 + u / w.steps, u % w.steps * 16, 16, w.b + u * UNIT_BYTES);
-        cp_async_commit();
-    }
-    cuda_wait_prior();
-    float acc[SLAB / 8][4], next_h[8];
-    struct expand_y y, next_y;
-    load_h(&w, 0, 0, next_h);
-    load_y(&w, 0, w.slab0, &next_y);
-    for (int u = 0, slab = w.slab0, step = 0; u < units; u++) {
-        float h[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            h[i] = next_h[i];
-        if (step == 0) {
-            clear(acc);
-            y = next_y;
-            if (slab + 1 < w.slab0 + w.n_slabs)
-                load_y(&w, 0, slab + 1, &next_y);
-        }
-        load_h(&w, 0, step + 1 < w.steps ? (step + 1) * 16 : 0, next_h);
-        cp_async_wait<EXPAND_RING - 1>();
-        __syncwarp();
-        unsigned char *unit = w.b + u % EXPAND_RING * UNIT_BYTES;
-        expand_mma(acc, h, unit, w.lane);
-        __syncwarp();
-        const int v = u + EXPAND_RING;
-        if (v < units)
-            load_b(&w, w.slab0 + v / w.steps, v % w.steps * 16, 16, unit);
-        cp_async_commit();
-        if (++step == w.steps) {
-            store_y(&w, 0, slab, &y, acc);
-            step = 0, slab++;
-        }
-    }
-    cp_async_wait<0>();
-}
-
 /* Many tokens: a warp keeps its slab of B and walks the tile's tokens, y and h one step ahead. */
 #define LONG_TILE 128
 
-__global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_long_kernel(
+__global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_kernel(
     const __grid_constant__ struct lora_launch p)
 {
     DYNAMIC_SMEM(smem);
@@ -513,17 +454,17 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_long_kernel(
     w.p = &p;
     w.lane = (int)threadIdx.x % 32;
     w.b = smem + threadIdx.x / 32 * p.smem_rows * SLAB * 2;
-    if (!start_expand(&w, LONG_TILE, 1)) {
+    if (!start_expand(&w, LONG_TILE)) {
         cuda_wait_prior();
         return;
     }
-    load_b(&w, w.slab0, 0, w.steps * 16, w.b);
+    load_b(&w, w.slab, 0, w.steps * 16, w.b);
     cp_async_commit();
     cuda_wait_prior();
     struct expand_y y, next_y;
     float next_h[8];
     load_h(&w, 0, 0, next_h);
-    load_y(&w, 0, w.slab0, &next_y);
+    load_y(&w, 0, w.slab, &next_y);
     cp_async_wait<0>();
     __syncwarp();
     for (int m = 0; m * 16 < w.n_tok; m++) {
@@ -531,7 +472,7 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_long_kernel(
         clear(acc);
         y = next_y;
         if ((m + 1) * 16 < w.n_tok)
-            load_y(&w, m + 1, w.slab0, &next_y);
+            load_y(&w, m + 1, w.slab, &next_y);
         for (int s = 0; s < w.steps; s++) {
             float h[8];
 #pragma unroll
@@ -543,7 +484,7 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_long_kernel(
                 load_h(&w, m + 1, 0, next_h);
             expand_mma(acc, h, w.b + s * UNIT_BYTES, w.lane);
         }
-        store_y(&w, m, w.slab0, &y, acc);
+        store_y(&w, m, w.slab, &y, acc);
     }
 }
 
@@ -591,21 +532,13 @@ static lm_status prepare(struct cuda_stream *st, const struct kn_lora *a, const 
     return LM_OK;
 }
 
-static unsigned token_tiles(struct lora_launch *p, int tile)
-{
-    const struct kn_lora_batch *b = &p->a.batch;
-    p->one_tile = b->max_seg_tok <= tile;
-    return (unsigned)(p->one_tile ? b->n_segs : b->n_tok / tile + b->n_segs);
-}
-
-typedef struct shrink_shape<1, 1, 8, 4> shrink_few;
 typedef struct shrink_shape<2, 1, 8, 1> shrink_long;    /* rank 8 and below */
 typedef struct shrink_shape<2, 4, 2, 1> shrink_wide;
 
 template <class S> static lm_status launch_shrink(struct cuda_stream *st, struct lora_launch *p)
 {
     dim3 grid((unsigned)LM_DIV_UP(p->a.batch.max_rank, S::NG * 8), (unsigned)p->n_active,
-              token_tiles(p, S::MT * 16));
+              lora_token_tiles(p, S::MT * 16));
     return cuda_launch(st, "lora_shrink", shrink_kernel<S>, grid, dim3(SHRINK_WARPS * 32), S::SMEM,
                        *p);
 }
@@ -621,31 +554,19 @@ extern "C" lm_status cuda_op_lora_shrink(kn_stream *s, const struct kn_lora *a)
         return rc;
     p.aligned = a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0;
     if (a->batch.n_tok <= LONG_STEP)
-        return launch_shrink<shrink_few>(st, &p);
+        return cuda_lora_shrink_few(st, &p);
     return a->batch.max_rank <= 8 ? launch_shrink<shrink_long>(st, &p)
                                   : launch_shrink<shrink_wide>(st, &p);
 }
 
-/* Slabs a warp takes where ranks are small, and with that how many warps there are: by the largest
- * rank here, by each segment's own on the device. */
 static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
-{
-    int each = LM_MAX(1, EXPAND_RING * 16 / (LM_DIV_UP(p->a.batch.max_rank, 16) * 16)), tasks = 0;
-    for (int i = 0; i < p->n_active; i++)
-        tasks += LM_DIV_UP(p->slabs[i], each);
-    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), token_tiles(p, 16));
-    return cuda_launch(st, "lora_expand", expand_kernel, grid, dim3(EXPAND_WARPS * 32),
-                       EXPAND_WARPS * EXPAND_RING * UNIT_BYTES, *p);
-}
-
-static lm_status launch_expand_long(struct cuda_stream *st, struct lora_launch *p)
 {
     int tasks = 0;
     for (int i = 0; i < p->n_active; i++)
         tasks += p->slabs[i];
-    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), token_tiles(p, LONG_TILE));
+    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(p, LONG_TILE));
     p->smem_rows = LM_DIV_UP(p->a.batch.max_rank, 16) * 16;
-    return cuda_launch(st, "lora_expand", expand_long_kernel, grid, dim3(EXPAND_WARPS * 32),
+    return cuda_launch(st, "lora_expand", expand_kernel, grid, dim3(EXPAND_WARPS * 32),
                        (size_t)(EXPAND_WARPS * p->smem_rows * SLAB * 2), *p);
 }
 
@@ -658,12 +579,12 @@ extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
     lm_status rc = prepare(st, a, "lora_expand", &p);
     if (rc != LM_OK || p.n_active == 0)
         return rc;
-    p.aligned = a->ldy % 4 == 0 && (uintptr_t)a->y % 16 == 0;
+    const bool few = a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX;
+    const int unit = few ? 8 : 4;       /* elements that the kernel takes of y at a time */
+    p.aligned = a->ldy % unit == 0 && (uintptr_t)a->y % 16 == 0;
     for (int i = 0; i < a->n_parts; i++)
-        p.aligned = p.aligned && a->part[i].y_col % 4 == 0;
-    if (a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX)
-        return launch_expand(st, &p);
-    return launch_expand_long(st, &p);
+        p.aligned = p.aligned && a->part[i].y_col % unit == 0;
+    return few ? cuda_lora_expand_few(st, &p) : launch_expand(st, &p);
 }
 
 template <class S> static cudaError_t allow_shrink(void)
@@ -674,13 +595,13 @@ template <class S> static cudaError_t allow_shrink(void)
 
 extern "C" cudaError_t cuda_lora_init(void)
 {
-    cudaError_t e = allow_shrink<shrink_few>();
-    if (e == cudaSuccess)
-        e = allow_shrink<shrink_long>();
+    cudaError_t e = allow_shrink<shrink_long>();
     if (e == cudaSuccess)
         e = allow_shrink<shrink_wide>();
     if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(expand_long_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        e = cuda_lora_few_init();
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  EXPAND_WARPS * STATIONARY_MAX * SLAB * 2);
     return e;
 }

@@ -22,7 +22,7 @@ struct lora_launch {
     int slabs[3];               /* expand: column slabs of each active part */
     bool aligned;               /* rows of x or y allow vector loads */
     bool one_tile;              /* every segment is one token tile: no search */
-    int smem_rows;              /* expand, many tokens: rank rows of B that a warp keeps */
+    int smem_rows;              /* expand: rank rows that a warp keeps in shared memory */
 };
 
 /* A matrix of one module of one adapter. */
@@ -127,6 +127,19 @@ __device__ static inline bool lora_find_tile(const struct lora_launch *p, int ti
     }
     return false;
 }
+
+/* Token tiles that a step of these hints can have at most. */
+static inline unsigned lora_token_tiles(struct lora_launch *p, int tile)
+{
+    const struct kn_lora_batch *b = &p->a.batch;
+    p->one_tile = b->max_seg_tok <= tile;
+    return (unsigned)(p->one_tile ? b->n_segs : b->n_tok / tile + b->n_segs);
+}
+
+/* Steps of few tokens; the launch is prepared but for geometry. */
+lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p);
+lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p);
+cudaError_t cuda_lora_few_init(void);
 
 /* Eight elements, zeros beyond n. */
 __device__ static inline uint4 load8(const uint16_t *p, int n, bool aligned)

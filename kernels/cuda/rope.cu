@@ -2,14 +2,17 @@
 /*
  * rope.cu - rotary embedding, optional per-head norm, and the write of K and V to the pool.
  *
- * A block is one token: its first threads take the sines, which serve all heads; then each warp
- * takes a head in turn, two neighbouring pairs a lane. The angle is pos * inv_freq in float32, as
- * the models' own code computes it. Everything is float32 between the bf16 read and the bf16 write.
+ * A block is one token, or some of its heads where tokens are few: its first threads take the
+ * sines, then each warp takes a head in turn, two neighbouring pairs a lane. The angle is
+ * pos * inv_freq in float32, as the models' own code computes it. Everything is float32 between the
+ * bf16 read and the bf16 write.
  */
 #include "kernels/cuda/attn.cuh"
 
 #define WARPS 8
 #define MAX_HALF 128
+#define FEW 512                 /* tokens up to which a warp has two heads, not a token's share */
+#define HEADS 2
 
 struct rope_launch {
     struct kn_rope_kv a;
@@ -102,7 +105,8 @@ __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
     uint16_t *qkv = (uint16_t *)a->qkv + tok * a->ld;
     const int64_t head_bytes = (int64_t)2 * a->block_tokens * hd * 2;
     cuda_wait_prior();
-    for (int h = warp; h < a->q_heads + 2 * a->kv_heads; h += WARPS) {
+    const int heads = a->q_heads + 2 * a->kv_heads, stride = WARPS * (int)gridDim.y;
+    for (int h = (int)blockIdx.y * WARPS + warp; h < heads; h += stride) {
         uint16_t *x = qkv + h * hd;
         int kh = h - a->q_heads;
         if (kh < 0) {
@@ -153,5 +157,7 @@ extern "C" lm_status cuda_op_rope_kv(kn_stream *s, const struct kn_rope_kv *a)
     p.fault = st->dev->fault;
     while (1 << p.bt_shift < a->block_tokens)
         p.bt_shift++;
-    return cuda_launch(st, "rope_kv", rope_kernel, dim3((unsigned)a->n), dim3(WARPS * 32), 0, p);
+    int heads = a->q_heads + 2 * a->kv_heads;
+    dim3 grid((unsigned)a->n, a->n > FEW ? 1 : (unsigned)LM_DIV_UP(heads, WARPS * HEADS));
+    return cuda_launch(st, "rope_kv", rope_kernel, grid, dim3(WARPS * 32), 0, p);
 }

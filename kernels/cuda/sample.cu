@@ -723,7 +723,7 @@ __host__ __device__ static inline size_t padded(int vocab)
     return ((size_t)vocab + 63) / 64 * 64;
 }
 
-__global__ void __launch_bounds__(THREADS) sample_rows(struct kn_sample a, int32_t *fault)
+__global__ static void __launch_bounds__(THREADS) sample_rows(struct kn_sample a, int32_t *fault)
 {
     __shared__ struct shared s;
     cuda_allow_next();

@@ -31,6 +31,9 @@
 #define cuda_sample_workspace emu_sample_workspace
 #define cuda_attention_init emu_attention_init
 #define cuda_lora_init emu_lora_init
+#define cuda_lora_few_init emu_lora_few_init
+#define cuda_lora_shrink_few emu_lora_shrink_few
+#define cuda_lora_expand_few emu_lora_expand_few
 #define cuda_attn_decode emu_attn_decode
 #define cuda_attn_prefill emu_attn_prefill
 #define cuda_attn_wgmma emu_attn_wgmma

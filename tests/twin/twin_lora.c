@@ -443,28 +443,33 @@ static void check_prefill(struct twin *c)
     }
 }
 
-/* A token's update is the same to the last bit whoever else is in the batch, whatever tile heights
- * and groups that makes us choose. */
+/* A token's update is the same to the last bit whoever else is in the batch, within the bucket of
+ * few tokens and within that of many. */
 static void check_company(struct twin *c)
 {
-    static const int ranks[] = { 24, 8 };
+    static const int ranks[] = { 24, 8 }, sizes[][2] = { { 400, 2 }, { 1000, 600 } };
     static struct bed t;
     static struct batch many, few;
-    int who[MAX_TOKENS], n = 600;
-    twin_case(c, "lora: a row in other company");
-    bed_open(&t, c, 200, (int[]){ 96 }, 1, 4096, 64, 2, ranks, 2);
-    for (int i = 0; i < n; i++)
-        who[i] = i < 300 ? 0 : 1;
-    batch_open(&many, &t, who, n, 0, 0);
-    run_side(&many, &t, 0);
-    batch_open(&few, &t, who, 2, 0, 0);
-    memcpy(few.x, many.x, (size_t)(2 * few.ldx) * sizeof(float));
-    memcpy(few.y, many.y, (size_t)(2 * few.ldy) * sizeof(float));
-    run_side(&few, &t, 0);
-    if (memcmp(few.got[0], many.got[0], (size_t)(2 * few.ldy) * sizeof(float)))
-        twin_fail(c, "neighbours changed a row");
-    batch_close(&many), batch_close(&few);
-    bed_close(&t);
+    int who[MAX_TOKENS];
+    for (int k = 0; k < 2; k++) {
+        const int n = sizes[k][0], same = sizes[k][1] / 2;
+        twin_case(c, "lora: a row in other company, %d tokens and %d", n, 2 * same);
+        bed_open(&t, c, 200, (int[]){ 96 }, 1, 4096, 64, 2, ranks, 2);
+        for (int i = 0; i < n; i++)
+            who[i] = i < n / 2 ? 0 : 1;
+        batch_open(&many, &t, who, n, 0, 0);
+        run_side(&many, &t, 0);
+        for (int i = 0; i < n; i++)
+            who[i] = i < same ? 0 : 1;
+        batch_open(&few, &t, who, 2 * same, 0, 0);
+        memcpy(few.x, many.x, (size_t)(same * few.ldx) * sizeof(float));
+        memcpy(few.y, many.y, (size_t)(same * few.ldy) * sizeof(float));
+        run_side(&few, &t, 0);
+        if (memcmp(few.got[0], many.got[0], (size_t)(same * few.ldy) * sizeof(float)))
+            twin_fail(c, "neighbours changed a row");
+        batch_close(&many), batch_close(&few);
+        bed_close(&t);
+    }
 }
 
 /* Nobody targets part 0: it is left out of the launch. */

@@ -1,0 +1,396 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * lora_few.cu - shrink and expand for steps of few tokens: gather matrix-vector products.
+ *
+ * A decode step reads each adapter for one token or a handful, so bytes and latency are all there
+ * is. Tensor cores would spend most of their instructions on empty rows (measured: SPEED.md); plain
+ * float32 arithmetic needs a shift or a mask and one multiply-add for each weight, a tenth of what
+ * the memory takes. Weights go from the pool straight to registers, 16 bytes a lane, and as many of
+ * them as registers allow are asked for before the wait for the kernel in front.
+ *
+ * Shrink: a block takes up to T tokens of one segment, one part and 8 rows of A; a thread owns
+ * groups of 8 features. Expand: a warp takes up to T tokens and 256 output features, 8 a lane; h of
+ * those tokens goes through shared memory. Each result is summed in an order that depends on the
+ * adapter alone.
+ */
+#include "kernels/cuda/lora.cuh"
+
+#define ROWS 8                  /* of A a block */
+#define FEW_CHUNKS 256          /* chunk addresses kept in shared memory */
+
+/* acc += w * x over the eight elements of 16 bytes. */
+__device__ static inline float dot8(const uint4 w, const uint4 x, float acc)
+{
+    acc = fmaf(bf16_lo(w.x), bf16_lo(x.x), acc);
+    acc = fmaf(bf16_hi(w.x), bf16_hi(x.x), acc);
+    acc = fmaf(bf16_lo(w.y), bf16_lo(x.y), acc);
+    acc = fmaf(bf16_hi(w.y), bf16_hi(x.y), acc);
+    acc = fmaf(bf16_lo(w.z), bf16_lo(x.z), acc);
+    acc = fmaf(bf16_hi(w.z), bf16_hi(x.z), acc);
+    acc = fmaf(bf16_lo(w.w), bf16_lo(x.w), acc);
+    return fmaf(bf16_hi(w.w), bf16_hi(x.w), acc);
+}
+
+/* ---- shrink ---------------------------------------------------------------------------- */
+
+struct few_shrink {
+    const struct lora_launch *p;
+    const struct kn_lora_seg *seg;
+    struct lora_view v;
+    int tok0, n_tok, j0, rows;  /* rows of A here, at most ROWS */
+    const uint16_t **chunks;
+    int groups, n_groups;       /* of 8 features: a chunk, in all */
+    bool wide;
+};
+
+/* Group i of features: its place in A, and in x. */
+struct feature_group {
+    const uint16_t *a;          /* row j0's; NULL beyond the end */
+    int feature, n, left;       /* x's features; how many, of x and of the chunk's row */
+};
+
+__device__ static inline struct feature_group group_at(const struct few_shrink *k, int i)
+{
+    struct feature_group g = { NULL, 0, 0, 0 };
+    const int width = k->v.m.width, c = i / k->groups, off = (i - c * k->groups) * 8;
+    if (i >= k->n_groups)
+        return g;
+    const uint16_t *chunk = c < FEW_CHUNKS ? k->chunks[c] : lora_chunk(&k->v, c, k->p->fault);
+    g.feature = c * width + off;
+    g.left = min(8, width - off);
+    g.n = min(g.left, k->p->a.in - g.feature);
+    g.a = chunk ? chunk + k->j0 * width + off : NULL;
+    return g;
+}
+
+__device__ static inline void load_rows(const struct few_shrink *k, const struct feature_group *g,
+                                        uint4 w[ROWS])
+{
+#pragma unroll
+    for (int j = 0; j < ROWS; j++) {
+        if (g->a && j < k->rows && k->wide)
+            w[j] = load_once(g->a + j * k->v.m.width);
+        else
+            w[j] = load8(g->a + j * k->v.m.width, g->a && j < k->rows ? g->left : 0, false);
+    }
+}
+
+/* A thread's sums of its groups, U of them on their way at a time. */
+template <int T, int U, int THREADS>
+__device__ static inline void sum_groups(const struct few_shrink *k, float acc[T][ROWS])
+{
+    const struct kn_lora *a = &k->p->a;
+    struct feature_group g[U];
+    uint4 w[U][ROWS];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        g[u] = group_at(k, (int)threadIdx.x + u * THREADS);
+        load_rows(k, &g[u], w[u]);
+    }
+    cuda_wait_prior();
+    for (int i = (int)threadIdx.x; i < k->n_groups; i += U * THREADS) {
+        uint4 x[U][T];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+#pragma unroll
+            for (int t = 0; t < T; t++)
+                x[u][t] = load8((const uint16_t *)a->x + (k->tok0 + t) * a->ldx + g[u].feature,
+                                t < k->n_tok ? g[u].n : 0, k->p->aligned && k->wide);
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int t = 0; t < T; t++)
+#pragma unroll
+                for (int j = 0; j < ROWS; j++)
+                    acc[t][j] = dot8(w[u][j], x[u][t], acc[t][j]);
+            g[u] = group_at(k, i + (U + u) * THREADS);
+            load_rows(k, &g[u], w[u]);
+        }
+    }
+}
+
+/* Sums 8 values over the warp; lane l ends with the sum of value (l >> 2) & 7, bits reversed. */
+__device__ static inline float warp_sum8(const float v[ROWS], int lane)
+{
+    float a[4], b[2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float keep = lane & 16 ? v[i + 4] : v[i], give = lane & 16 ? v[i] : v[i + 4];
+        a[i] = keep + __shfl_xor_sync(FULL_MASK, give, 16);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float keep = lane & 8 ? a[i + 2] : a[i], give = lane & 8 ? a[i] : a[i + 2];
+        b[i] = keep + __shfl_xor_sync(FULL_MASK, give, 8);
+    }
+    float keep = lane & 4 ? b[1] : b[0], give = lane & 4 ? b[0] : b[1];
+    float c = keep + __shfl_xor_sync(FULL_MASK, give, 4);
+    return quad_sum(c);
+}
+
+template <int T, int U, int THREADS>
+__global__ static void __launch_bounds__(THREADS, 512 / THREADS) shrink_few_kernel(
+    const __grid_constant__ struct lora_launch p)
+{
+    __shared__ const uint16_t *chunks[FEW_CHUNKS];
+    __shared__ float sum[THREADS / 32][T][ROWS];
+    const struct kn_lora *a = &p.a;
+    const int part = p.active[blockIdx.y], lane = (int)threadIdx.x % 32;
+    struct few_shrink k;
+    int seg, tok;
+    cuda_allow_next();
+    bool work = lora_find_tile(&p, T, (int)blockIdx.z, &seg, &tok);
+    k.p = &p;
+    k.v.rank = 0;
+    k.j0 = (int)blockIdx.x * ROWS;
+    if (work) {
+        k.seg = &a->batch.segs[seg];
+        k.tok0 = k.seg->tok0 + tok;
+        k.n_tok = min(T, k.seg->n_tok - tok);
+        work = k.n_tok > 0 && k.j0 < k.seg->rank_max;
+    }
+    if (!work) {
+        cuda_wait_prior();
+        return;
+    }
+    bool targeted = lora_find(&a->pool, a->layer, a->batch.block_ids + k.seg->block0,
+                              a->part[part].module, k.seg->rank_max, false, p.fault, &k.v);
+    k.rows = targeted ? min(ROWS, k.v.rank - k.j0) : 0;
+    float acc[T][ROWS] = {};
+    if (k.rows > 0) {
+        const int n_chunks = (a->in + k.v.m.width - 1) / k.v.m.width;
+        k.chunks = chunks;
+        k.wide = k.v.m.width % 8 == 0;
+        k.groups = (k.v.m.width + 7) / 8;
+        k.n_groups = n_chunks * k.groups;
+        for (int c = (int)threadIdx.x; c < min(n_chunks, FEW_CHUNKS); c += THREADS)
+            chunks[c] = lora_chunk(&k.v, c, p.fault);
+        __syncthreads();
+        sum_groups<T, U, THREADS>(&k, acc);
+    }
+    cuda_wait_prior();
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+        float s = warp_sum8(acc[t], lane);
+        if (lane % 4 == 0)      /* the row whose bits 2, 1, 0 are the lane's bits 4, 3, 2 */
+            sum[threadIdx.x / 32][t][lane >> 2] = s;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < T * ROWS; i += THREADS) {
+        int t = i / ROWS, j = k.j0 + i % ROWS;
+        if (t >= k.n_tok || j >= k.seg->rank_max)
+            continue;
+        float h = 0;
+        for (int w = 0; w < THREADS / 32; w++)
+            h += sum[w][t][i % ROWS];
+        int64_t row = k.seg->h0 + (int64_t)(k.tok0 + t - k.seg->tok0) * k.seg->rank_max;
+        a->h[a->n_parts * row + (int64_t)part * k.seg->rank_max + j] = h;
+    }
+}
+
+/* ---- expand ---------------------------------------------------------------------------- */
+
+#define EXPAND_WARPS 4
+#define COLS 256                /* output features a warp */
+#define BATCH 8                 /* rank rows on their way */
+
+struct few_expand {
+    const struct lora_launch *p;
+    const struct kn_lora_seg *seg;
+    struct lora_view v;
+    int tok0, n_tok, part, out;
+    int col;                    /* the lane's first column of the part */
+    const uint16_t *b;          /* B's row 0 at col; NULL when it must be read one by one */
+};
+
+__device__ static inline uint4 load_b(const struct few_expand *w, int j)
+{
+    const int width = w->v.m.width;
+    if (j >= w->v.rank || w->col >= w->out)
+        return make_uint4(0, 0, 0, 0);
+    if (w->b)
+        return load_once(w->b + j * width);
+    uint32_t e[4] = { 0, 0, 0, 0 };
+    for (int i = 0; i < 8 && w->col + i < w->out; i++) {
+        int c = (w->col + i) / width;
+        const uint16_t *chunk = lora_chunk(&w->v, c, w->p->fault);
+        if (chunk)
+            e[i / 2] |= (uint32_t)chunk[j * width + w->col + i - c * width] << (i % 2 * 16);
+    }
+    return make_uint4(e[0], e[1], e[2], e[3]);
+}
+
+__device__ static inline void add_row(float acc[8], const uint4 b, float h)
+{
+    acc[0] = fmaf(bf16_lo(b.x), h, acc[0]), acc[1] = fmaf(bf16_hi(b.x), h, acc[1]);
+    acc[2] = fmaf(bf16_lo(b.y), h, acc[2]), acc[3] = fmaf(bf16_hi(b.y), h, acc[3]);
+    acc[4] = fmaf(bf16_lo(b.z), h, acc[4]), acc[5] = fmaf(bf16_hi(b.z), h, acc[5]);
+    acc[6] = fmaf(bf16_lo(b.w), h, acc[6]), acc[7] = fmaf(bf16_hi(b.w), h, acc[7]);
+}
+
+__device__ static inline uint16_t *few_y(const struct few_expand *w, int t)
+{
+    const struct kn_lora *a = &w->p->a;
+    return (uint16_t *)a->y + (w->tok0 + t) * a->ldy + a->part[w->part].y_col + w->col;
+}
+
+/* y = y + scale * acc, rounded once. */
+__device__ static inline void write_y(const struct few_expand *w, int t, const uint4 old,
+                                      const float acc[8])
+{
+    const float s = w->v.scale;
+    uint16_t *y = few_y(w, t);
+    const uint4 sum = make_uint4(
+        bf16_pack(bf16_lo(old.x) + s * acc[0], bf16_hi(old.x) + s * acc[1]),
+        bf16_pack(bf16_lo(old.y) + s * acc[2], bf16_hi(old.y) + s * acc[3]),
+        bf16_pack(bf16_lo(old.z) + s * acc[4], bf16_hi(old.z) + s * acc[5]),
+        bf16_pack(bf16_lo(old.w) + s * acc[6], bf16_hi(old.w) + s * acc[7]));
+    if (w->p->aligned && w->col + 8 <= w->out) {
+        *(uint4 *)y = sum;
+        return;
+    }
+    const uint32_t e[4] = { sum.x, sum.y, sum.z, sum.w };
+    for (int i = 0; i < 8; i++)
+        if (w->col + i < w->out)
+            y[i] = (uint16_t)(e[i / 2] >> (i % 2 * 16));
+}
+
+/* Which part and columns task `index` is; false beyond the last. */
+__device__ static inline bool find_columns(int index, struct few_expand *w)
+{
+    const struct lora_launch *p = w->p;
+    for (int i = 0; i < p->n_active; i++) {
+        if (index < p->slabs[i]) {
+            w->part = p->active[i];
+            w->out = p->a.part[w->part].out;
+            w->col = index * COLS + (int)threadIdx.x % 32 * 8;
+            return true;
+        }
+        index -= p->slabs[i];
+    }
+    return false;
+}
+
+/* Puts h of the warp's tokens into shared memory, [T][rank]. */
+__device__ static inline void stage_h(const struct few_expand *w, float *h)
+{
+    const struct kn_lora *a = &w->p->a;
+    for (int t = 0; t < w->n_tok; t++) {
+        int64_t row = w->seg->h0 + (int64_t)(w->tok0 + t - w->seg->tok0) * w->seg->rank_max;
+        const float *src = a->h + a->n_parts * row + (int64_t)w->part * w->seg->rank_max;
+        for (int j = (int)threadIdx.x % 32; j < w->v.rank; j += 32)
+            h[t * w->p->smem_rows + j] = src[j];
+    }
+    __syncwarp();
+}
+
+template <int T>
+__device__ static inline void expand_columns(const struct few_expand *w, float *h)
+{
+    float acc[T][8] = {};
+    uint4 b[BATCH], y[T];
+#pragma unroll
+    for (int j = 0; j < BATCH; j++)
+        b[j] = load_b(w, j);
+    cuda_wait_prior();
+    stage_h(w, h);
+#pragma unroll
+    for (int t = 0; t < T; t++)
+        y[t] = load8(few_y(w, t), t < w->n_tok ? min(8, w->out - w->col) : 0, w->p->aligned);
+    for (int j0 = 0; j0 < w->v.rank; j0 += BATCH) {
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const uint4 row = b[j];
+            b[j] = load_b(w, j0 + BATCH + j);
+#pragma unroll
+            for (int t = 0; t < T; t++)
+                if (t < w->n_tok && j0 + j < w->v.rank)
+                    add_row(acc[t], row, h[t * w->p->smem_rows + j0 + j]);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < T; t++)
+        if (t < w->n_tok)
+            write_y(w, t, y[t], acc[t]);
+}
+
+template <int T>
+__global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
+    const __grid_constant__ struct lora_launch p)
+{
+    DYNAMIC_SMEM(smem);
+    const struct kn_lora *a = &p.a;
+    struct few_expand w;
+    int seg, tok;
+    cuda_allow_next();
+    w.p = &p;
+    bool work = lora_find_tile(&p, T, (int)blockIdx.y, &seg, &tok) &&
+                find_columns((int)(blockIdx.x * EXPAND_WARPS + threadIdx.x / 32), &w);
+    if (work) {
+        w.seg = &a->batch.segs[seg];
+        w.tok0 = w.seg->tok0 + tok;
+        w.n_tok = min(T, w.seg->n_tok - tok);
+        work = w.n_tok > 0 && lora_find(&a->pool, a->layer, a->batch.block_ids + w.seg->block0,
+                                        a->part[w.part].module, w.seg->rank_max, true, p.fault,
+                                        &w.v);
+    }
+    if (!work) {
+        cuda_wait_prior();
+        return;
+    }
+    const int c = w.col / w.v.m.width;
+    w.b = NULL;
+    if (w.v.m.width % 8 == 0 && w.col < w.out) {
+        const uint16_t *chunk = lora_chunk(&w.v, c, p.fault);
+        w.b = chunk ? chunk + w.col - c * w.v.m.width : NULL;
+    }
+    expand_columns<T>(&w, (float *)smem + threadIdx.x / 32 * T * p.smem_rows);
+}
+
+/* ---- host ------------------------------------------------------------------------------ */
+
+template <int T, int U, int THREADS>
+static lm_status launch_shrink(struct cuda_stream *st, struct lora_launch *p)
+{
+    dim3 grid((unsigned)LM_DIV_UP(p->a.batch.max_rank, ROWS), (unsigned)p->n_active,
+              lora_token_tiles(p, T));
+    return cuda_launch(st, "lora_shrink", shrink_few_kernel<T, U, THREADS>, grid, dim3(THREADS), 0,
+                       *p);
+}
+
+lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p)
+{
+    if (p->a.batch.max_seg_tok == 1)
+        return p->a.in > 6144 ? launch_shrink<1, 2, 512>(st, p) : launch_shrink<1, 2, 256>(st, p);
+    return p->a.in > 6144 ? launch_shrink<4, 1, 512>(st, p) : launch_shrink<4, 1, 256>(st, p);
+}
+
+template <int T> static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
+{
+    int tasks = 0;
+    for (int i = 0; i < p->n_active; i++) {
+        p->slabs[i] = LM_DIV_UP(p->a.part[p->active[i]].out, COLS);
+        tasks += p->slabs[i];
+    }
+    p->smem_rows = p->a.batch.max_rank;
+    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(p, T));
+    return cuda_launch(st, "lora_expand", expand_few_kernel<T>, grid, dim3(EXPAND_WARPS * 32),
+                       (size_t)(EXPAND_WARPS * T * p->smem_rows) * sizeof(float), *p);
+}
+
+#define RANK_MAX 4096           /* whose h fits a warp's shared memory */
+
+cudaError_t cuda_lora_few_init(void)
+{
+    return cudaFuncSetAttribute(expand_few_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                EXPAND_WARPS * RANK_MAX * (int)sizeof(float));
+}
+
+lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p)
+{
+    if (p->a.batch.max_rank > RANK_MAX)
+        return LM_UNSUPPORTED;
+    /* Four tokens' h of a rank up to 512 fit without asking for more shared memory. */
+    return p->a.batch.max_seg_tok == 1 || p->a.batch.max_rank > 512 ? launch_expand<1>(st, p)
+                                                                    : launch_expand<4>(st, p);
+}
