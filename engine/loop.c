@@ -85,27 +85,11 @@ static void intake(struct core *c, struct request *list)
     }
 }
 
-#define SWEEP_BATCH 64
-
-/* Of those that wait, ends the cancelled. Ending one takes its sequences out of the order that is
- * walked, so some are found first and ended then, until none is left. */
 static void sweep_cancelled(struct core *c)
 {
-    struct request *found[SWEEP_BATCH];
-    int n;
-    do {
-        n = 0;
-        for (struct tree_node *a = tree_first(&c->queue.by_age); a && n < SWEEP_BATCH;
-             a = tree_next(a)) {
-            struct request *r = queue_by_age(a)->req;
-            if (!r->ended && mailbox_is_cancelled(c->mail, r->handle)) {
-                r->ended = true;        /* its siblings are met too */
-                found[n++] = r;
-            }
-        }
-        for (int i = 0; i < n; i++)
-            finish_request(c, found[i], ENGINE_CANCELLED, LM_OK, "");
-    } while (n == SWEEP_BATCH);
+    struct request *r;
+    while ((r = mailbox_next_cancelled(c->mail)) != NULL)
+        finish_request(c, r, ENGINE_CANCELLED, LM_OK, "");
 }
 
 /* Of those that wait, ends those whose deadline has passed. */
@@ -121,18 +105,15 @@ static void sweep_late(struct core *c, int64_t now_ms)
     }
 }
 
-/* Ends cancelled and expired requests that run. Ending one may take others of its sequences out of
- * the list, so the walk starts over. */
+/* Of those that run, ends the expired. Ending one may take others of its sequences out of the list,
+ * so the walk starts over. */
 static void sweep_running(struct core *c, int64_t now_ms)
 {
     c->next_deadline_ms = INT64_MAX;
     for (int i = 0; i < c->running.n;) {
         struct request *r = c->running.at[i]->req;
         int64_t deadline = request_deadline(r);
-        if (mailbox_is_cancelled(c->mail, r->handle)) {
-            finish_request(c, r, ENGINE_CANCELLED, LM_OK, "");
-            i = 0;
-        } else if (deadline && deadline <= now_ms) {
+        if (deadline && deadline <= now_ms) {
             finish_request(c, r, ENGINE_EXPIRED, LM_OK, "");
             i = 0;
         } else {
@@ -145,14 +126,14 @@ static void sweep_running(struct core *c, int64_t now_ms)
 
 static void sweep(struct core *c, bool cancels)
 {
-    bool waits = c->queue.by_deadline.n > 0;
-    if (!cancels && !waits && c->next_deadline_ms == INT64_MAX)
-        return;
-    int64_t now = core_wall_ms(c);
-    if (cancels || now >= c->next_deadline_ms)
-        sweep_running(c, now);
     if (cancels)
         sweep_cancelled(c);
+    bool waits = c->queue.by_deadline.n > 0;
+    if (!waits && c->next_deadline_ms == INT64_MAX)
+        return;
+    int64_t now = core_wall_ms(c);
+    if (now >= c->next_deadline_ms)
+        sweep_running(c, now);
     if (waits)
         sweep_late(c, now);
 }

@@ -5,8 +5,12 @@
  * Life of a slot:   FREE --submit--> LIVE --post_result--> ENDED --poll--> FREE (generation + 1)
  *
  * `news` is the only word that the engine thread reads without the lock: it is set (under the lock)
- * whenever the inbox, a cancel flag or `stop` changes, and cleared (under the lock) by
- * mailbox_take(). The cancel flags are atomics for the same reason: they are read between steps.
+ * whenever the inbox, the list of cancelled requests or `stop` changes, and cleared (under the
+ * lock) by mailbox_take().
+ *
+ * Cancelled requests are listed, so that a cancellation costs the same however many wait. With the
+ * inbox, mailbox_take() moves that list to `taken`: who is on it has been handed over. Whoever ends
+ * by another way leaves either list in post_end().
  */
 #include "engine/mailbox.h"
 
@@ -24,7 +28,7 @@ enum slot_state { SLOT_FREE, SLOT_LIVE, SLOT_ENDED };
 struct slot {
     uint32_t generation;
     uint8_t state;
-    atomic_bool cancel;
+    struct request *live;       /* while LIVE */
 };
 
 struct mailbox {
@@ -38,8 +42,9 @@ struct mailbox {
     int32_t *free_slots;
     int n_slots, n_free;
     struct request *in_head, **in_tail;
+    struct request *cancelled, *taken;  /* linked by `cancel_next` */
     struct event_node *out_head, **out_tail;
-    bool stop, roused, cancels;
+    bool stop, roused;
     unsigned wakes;
     uint64_t order;
     lm_status failed;
@@ -167,7 +172,7 @@ lm_status mailbox_submit(mailbox *m, struct request *r, engine_handle *out, stru
     if (st == LM_OK) {
         int slot = m->free_slots[--m->n_free];
         m->slots[slot].state = SLOT_LIVE;
-        atomic_store_explicit(&m->slots[slot].cancel, false, memory_order_relaxed);
+        m->slots[slot].live = r;
         *out = r->handle = handle_make(m, slot);
         r->order = m->order++;
         r->next = NULL;
@@ -179,14 +184,33 @@ lm_status mailbox_submit(mailbox *m, struct request *r, engine_handle *out, stru
     return st;
 }
 
+static void list_cancelled(struct request **list, struct request *r)
+{
+    r->cancel_next = *list;
+    if (*list)
+        (*list)->cancel_at = &r->cancel_next;
+    r->cancel_at = list;
+    *list = r;
+}
+
+static void unlist_cancelled(struct request *r)
+{
+    if (!r->cancel_at)
+        return;
+    *r->cancel_at = r->cancel_next;
+    if (r->cancel_next)
+        r->cancel_next->cancel_at = r->cancel_at;
+    r->cancel_at = NULL;
+}
+
 lm_status mailbox_cancel(mailbox *m, engine_handle h)
 {
     lm_status st = LM_NOT_FOUND;
     pthread_mutex_lock(&m->mu);
     struct slot *s = handle_slot(m, h);
     if (s && s->state == SLOT_LIVE) {
-        atomic_store_explicit(&s->cancel, true, memory_order_relaxed);
-        m->cancels = true;
+        if (!s->live->cancel_at)
+            list_cancelled(&m->cancelled, s->live);
         tell_engine(m);
         st = LM_OK;
     }
@@ -282,24 +306,32 @@ struct request *mailbox_take(mailbox *m, int wait_ms, bool *stop, bool *cancels)
     struct timespec until = after_ms(LM_MAX(wait_ms, 0));
     bool late = wait_ms == 0;
     pthread_mutex_lock(&m->mu);
-    while (!m->in_head && !m->stop && !m->cancels && !m->roused && !late)
+    while (!m->in_head && !m->stop && !m->cancelled && !m->roused && !late)
         wait_on(&m->work, &m->mu, wait_ms, &until, &late);
     struct request *list = m->in_head;
     m->in_head = NULL;
     m->in_tail = &m->in_head;
     *stop = m->stop;
-    *cancels = m->cancels;
-    m->cancels = m->roused = false;
+    for (struct request *r; (r = m->cancelled) != NULL;) {
+        unlist_cancelled(r);
+        list_cancelled(&m->taken, r);
+    }
+    *cancels = m->taken != NULL;
+    m->roused = false;
     /* `stop` stays news for ever, so that no later call can miss it. */
     atomic_store_explicit(&m->news, m->stop, memory_order_release);
     pthread_mutex_unlock(&m->mu);
     return list;
 }
 
-bool mailbox_is_cancelled(mailbox *m, engine_handle h)
+struct request *mailbox_next_cancelled(mailbox *m)
 {
-    uint32_t i = (uint32_t)h - 1;
-    return atomic_load_explicit(&m->slots[i].cancel, memory_order_relaxed);
+    pthread_mutex_lock(&m->mu);
+    struct request *r = m->taken;
+    if (r)
+        unlist_cancelled(r);
+    pthread_mutex_unlock(&m->mu);
+    return r;
 }
 
 static void append(mailbox *m, struct event_node *n)
@@ -367,8 +399,11 @@ static void post_end(mailbox *m, struct request *r, struct engine_result *result
                                    .result = result };
     n->done = done;
     struct slot *s = handle_slot(m, r->handle);
-    if (s)
+    if (s) {
         s->state = SLOT_ENDED;
+        s->live = NULL;
+    }
+    unlist_cancelled(r);
     append(m, n);
     pthread_mutex_unlock(&m->mu);
 }

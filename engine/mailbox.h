@@ -44,9 +44,10 @@ void mailbox_wake(mailbox *m);
 
 /* Takes all new requests, in order of arrival (linked by `next`); NULL when none. With `wait_ms`
  * other than 0 sleeps until there is news (-1: for ever). *stop: the engine is being closed;
- * *cancels: some request was cancelled since the last call. Costs one atomic load if no news. */
+ * *cancels: some were cancelled since the last call. Costs one atomic load if no news. */
 struct request *mailbox_take(mailbox *m, int wait_ms, bool *stop, bool *cancels);
-bool mailbox_is_cancelled(mailbox *m, engine_handle h);
+/* One of those, once each, NULL: no more. Never one that mailbox_take() has yet to hand over. */
+struct request *mailbox_next_cancelled(mailbox *m);
 /* Adds `text` to the sequence's token event. */
 lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t len);
 /* The request's one and only result; its handle ends here. `r` is not touched afterwards. */

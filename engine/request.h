@@ -33,8 +33,8 @@
  * A request ends when its last sequence is DONE: exactly one result, built by output.c.
  *
  * Ownership: the mailbox hands a request to the engine thread, which hands it back when it has
- * ended; who polls puts the result together and frees it. Only `cancel` in the mailbox's slot is
- * shared meanwhile.
+ * ended; who polls puts the result together and frees it. Only the mailbox's list of cancelled ones
+ * is shared meanwhile.
  */
 #ifndef LORAMILL_ENGINE_REQUEST_H
 #define LORAMILL_ENGINE_REQUEST_H
@@ -117,6 +117,8 @@ struct seq {
 
 struct request {
     struct request *next;       /* in the mailbox's inbox */
+    struct request *cancel_next, **cancel_at;   /* cancelled: who is next and who points here, in
+                                                 * the mailbox's list; its lock */
     engine_handle handle;
     char *id;
     void *user;
@@ -135,7 +137,6 @@ struct request {
     const tokenizer *tok;       /* NULL: no text (an echo, or a model of which only the shape is) */
     struct seq *seqs;           /* [params.n] */
     int n_seqs, n_live;
-    bool ended;                 /* cancelled, expired or failed: its sequences are on the way out */
 
     bool score_prompt;          /* echo with logprobs */
     struct score_list prompt_scores;    /* entry i is of prompt token i + 1 */
