@@ -513,13 +513,13 @@ def million(runs):
              f"{r['ttft_s']['p50']:.3f} / {r['ttft_s']['p99']:.3f}",
              f"{r['token_ms']['p50']:.1f} / {r['token_ms']['p99']:.1f}",
              f"{r['adapters_per_step']:.1f}", f"{100 * r['adapter_share']:.0f} %",
-             f"{r['seconds']:.0f}", f"{r['replay_s']:.0f}")]
+             f"{r['seconds']:.0f}")]
     yield ("## A million adapters\n\n"
            "Zipf's law (exponent 1), 40 requests/s, llama-3.1-8b on an H200, ranks 8 to 64, 64 GiB of "
            "host memory, a store with 20 ms and 1 GB/s a fetch.\n\n"
            + table(("requests", "fetched from the store", "requests/s", "first token s, P50 / P99",
                     "ms a token, P50 / P99", "adapters a step", "pool in adapters",
-                    "seconds of traffic", "replayed in s"), rows))
+                    "seconds of traffic"), rows))
 
 
 def preempt(runs):
