@@ -37,8 +37,21 @@ spawn() {
     echo $! >> "$RUN/pids"
 }
 
+# What the test's workers wrote is held against schemas/ before the broker goes.
+record_messages() {
+    [ -n "${BOOTSTRAP:-}" ] || return
+    timeout 120 "$PYTHON" tests/infra/record.py record "$BOOTSTRAP" "${REGISTRY:-}" "$(basename "$RUN")" \
+        "$BUILD/messages-seen.jsonl" 2> "$RUN/record.err"
+    case $? in
+    0) ok "every message that a worker wrote fits schemas/" ;;
+    3) echo "# no broker is left to read the messages from" ;;
+    *) not_ok "every message that a worker wrote fits schemas/"; cat "$RUN/record.err" ;;
+    esac
+}
+
 infra_end() {
     local st=$? p t
+    [ $st -eq 0 ] && record_messages
     tac "$RUN/pids" > "$RUN/pids.rev"
     while read -r p; do kill -TERM -- "-$p" 2>/dev/null; done < "$RUN/pids.rev"
     for t in $(seq 50); do

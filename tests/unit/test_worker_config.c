@@ -160,6 +160,9 @@ static void test_checks(void **state)
 
 static const struct { const char *set, *words; } check_rows[] = {
     { "topics.prompts=", "topics.prompts may not be empty" },
+    { "topics.control=a b", "topics.control" },
+    { "poison.max_attempts=1", "use 0 (off) or 2 and more" },
+    { "replies.too_large=claim", "needs replies.claim_url with {object}" },
     { "topics.replies=", "topics.replies may not be empty" },
     { "topics.replies=a b", "holds ' '" },
     { "topics.prompts=ok,b@d", "holds '@'" },
