@@ -180,6 +180,8 @@ void core_close(struct core *c)
 {
     if (!c)
         return;
+    if (c->tier.copy)           /* it may still write to what goes now */
+        (void)kn_stream_sync(c->tier.copy, NULL);
     swap_release(&c->swap);
     merge_release(&c->merge);
     residency_release(&c->tier);
