@@ -34,6 +34,7 @@ struct residency {
     int users;                  /* running sequences */
     int32_t *blocks;            /* [n_blocks], valid unless RES_HOST */
     kn_event *ready;            /* the upload has passed */
+    int64_t load_us, ready_us;  /* when the last one began, and was seen to have passed */
     struct engine_adapter *prev, *next; /* idle (least recently used first) or loading list */
     int uses;                   /* sequences it was admitted for; halved when it leaves */
     struct tree lane;           /* sequences that wait for it (queue.h) */

@@ -41,6 +41,15 @@ static void note_admission(struct core *c, struct seq *s)
     s->queued.charged = true;
 }
 
+/* Of its adapter's last upload, what fell into the request's life. */
+static int64_t upload_waited_for(const struct request *r)
+{
+    if (!r->adapter)
+        return 0;
+    const struct residency *res = &r->adapter->res;
+    return LM_MAX(res->ready_us - LM_MAX(res->load_us, r->submit_us), 0);
+}
+
 /* Takes the sequence's references before anything is evicted. */
 static void pin(struct core *c, struct seq *s)
 {
@@ -55,15 +64,14 @@ static void pin(struct core *c, struct seq *s)
     s->prefix_tail = s->n_blocks ? s->blocks[s->n_blocks - 1] : -1;
     s->n_computed = s->n_blocks * c->p.block_tokens;
     COUNT(c, prefix_hit_tokens, LM_MIN(s->n_computed, s->n_prompt));
-    if (r->adapter) {
-        COUNT(c, adapter_hits, r->adapter_since_us == 0);
-        residency_use(&c->tier, r->adapter);
-    }
     if (!r->admit_us) {
         r->admit_us = core_now_us(c);
         r->cached_tokens = s->n_computed;
-        if (r->adapter_since_us)
-            r->adapter_wait_us = r->admit_us - r->adapter_since_us;
+        r->adapter_wait_us = upload_waited_for(r);
+    }
+    if (r->adapter) {
+        COUNT(c, adapter_hits, r->submit_us >= r->adapter->res.ready_us);
+        residency_use(&c->tier, r->adapter);
     }
 }
 
@@ -115,17 +123,6 @@ static void refuse_waiters(struct core *c, const struct engine_adapter *a, const
     lm_log(LM_WARN, "engine", "%s; requests for it end with this error", why);
     while (lane->n > 0)
         finish_request(c, queue_in_lane(tree_first(lane))->req, ENGINE_ERROR, LM_NOMEM, why);
-}
-
-/* Those who wait for weights, for their timings. Only when an upload starts. */
-static void note_adapter_waits(struct core *c, const struct engine_adapter *a)
-{
-    int64_t now = core_now_us(c);
-    for (struct tree_node *n = tree_first(queue_lane(&c->queue, a)); n; n = tree_next(n)) {
-        struct request *r = queue_in_lane(n)->req;
-        if (!r->adapter_since_us)
-            r->adapter_since_us = now;
-    }
 }
 
 /* Those that can't be in time any more. None of their sequences runs or is admitted. */
@@ -181,8 +178,6 @@ lm_status apply_plan(struct core *c, struct plan *p, struct lm_err *err)
         if (st == LM_NOMEM) {
             refuse_waiters(c, p->load[i], err->msg);
             st = LM_OK;
-        } else {
-            note_adapter_waits(c, p->load[i]);
         }
     }
     return st;

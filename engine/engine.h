@@ -257,7 +257,7 @@ struct engine_result {
     char error[256];
     /* microseconds since submit */
     int64_t queued_us;          /* until first admitted */
-    int64_t adapter_us;         /* of those, waiting for adapter weights */
+    int64_t adapter_us;         /* of those, while its adapter's weights were on their way */
     int64_t first_token_us, finished_us;
     int steps, preemptions;
 };

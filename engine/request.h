@@ -142,7 +142,6 @@ struct request {
     struct score_list prompt_scores;    /* entry i is of prompt token i + 1 */
 
     int64_t submit_us, admit_us, adapter_wait_us, first_token_us;
-    int64_t adapter_since_us;   /* waiting for weights since; 0: not */
     int cached_tokens, preemptions;
     /* Allocated at submit, so that ending can't fail. */
     struct event_node *finish;

@@ -99,6 +99,7 @@ lm_status residency_load(struct residency_tier *t, struct engine_adapter *a, str
     cell_offsets(t, a->res.blocks, a->image.n_cells);
     a->res.state = RES_LOADING;
     a->res.users = 0;
+    a->res.load_us = kn_now_us(t->dev);
     list_append(&t->loading, a);
     t->n_loading++;
     t->loads++;
@@ -126,6 +127,7 @@ static void loaded(struct residency_tier *t, struct engine_adapter *a)
     list_remove(&t->loading, a);
     t->n_loading--;
     a->res.state = RES_RESIDENT;
+    a->res.ready_us = kn_now_us(t->dev);
     t->n_resident++;
     make_idle(t, a);
 }
