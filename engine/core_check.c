@@ -95,6 +95,9 @@ static lm_status check_waiting(const struct core *c, struct lm_err *err)
         if (s->state != SEQ_WAITING || s->n_blocks || s->n_computed || s->pending)
             return lm_err_set(err, LM_INTERNAL, "request '%s' waits in state %d with %d blocks",
                               s->req->id, s->state, s->n_blocks);
+        if (s->queued.deadline_ms != request_deadline(s->req))
+            return lm_err_set(err, LM_INTERNAL, "request '%s' waits by another deadline than binds "
+                                                "it", s->req->id);
         const struct engine_adapter *a = s->req->adapter;
         if (a && tree_first(queue_lane(&c->queue, a)) == &s->queued.lane &&
             (st = check_lane(c, a, err)) != LM_OK)

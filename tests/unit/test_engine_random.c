@@ -5,7 +5,8 @@
  * what it says alone.
  *
  * Requests differ in adapter, prompt (with shared beginnings, so that the prefix cache is hit),
- * length, choices, priority, tenant, scoring and deadline; some are cancelled at a random moment.
+ * length, choices, priority, tenant, scoring and deadlines; some only score their prompt, some are
+ * cancelled at a random moment.
  * Adapters change under way: an id is loaded with other content again and again, so versions of one
  * id run side by side, and old ones go. Some rounds pipeline steps, some are pumped by hand.
  *
@@ -38,6 +39,7 @@ struct sent {
     const struct kind *kind;
     int n, priority, tenant, id;
     bool stream, echo, cut;     /* cut: may be cancelled or expire */
+    bool score;                 /* the prompt's scores are all that is wanted */
     int deadline_ms;            /* from submit, 0: none */
     engine_handle handle;       /* the round's */
     int ended;
@@ -83,6 +85,10 @@ static void make_requests(void)
         *s = (struct sent){ .kind = &kinds[rnd(KINDS)], .n = rnd(4) ? 1 : 1 + rnd(4),
                             .priority = rnd(3), .tenant = rnd(5), .id = rnd(2),
                             .stream = rnd(4) == 0, .echo = rnd(5) == 0 };
+        if (rnd(12) == 0) {
+            s->score = s->echo = true;
+            s->n = 1;
+        }
         if (rnd(10) == 0)
             s->deadline_ms = rnd(40);
         else if (rnd(4) == 0)
@@ -143,7 +149,7 @@ static void check_choice(const struct sent *s, const struct engine_choice *c)
     int prompt = s->echo ? LM_MIN(k->n_prompt, c->n_logprobs) : 0;
     if (!s->cut) {
         assert_int_equal(c->reason, ENGINE_LENGTH);
-        assert_int_equal(c->n_tokens, k->max_tokens);
+        assert_int_equal(c->n_tokens, s->score ? 0 : k->max_tokens);
         assert_int_equal(c->n_logprobs, c->n_tokens + (s->echo ? k->n_prompt : 0));
     }
     for (int i = 0; i < prompt; i++)
@@ -270,6 +276,7 @@ static void submit(engine *e, struct sent *s, bool manual, int *left)
     r.tenant = tenants[s->tenant];
     r.stream = s->stream;
     r.params.n = s->n;
+    r.params.max_tokens = s->score ? 0 : r.params.max_tokens;
     r.params.echo = s->echo;
     r.params.logprobs = 0;
     r.user = s;
@@ -278,6 +285,8 @@ static void submit(engine *e, struct sent *s, bool manual, int *left)
         r.deadline_ms = s->deadline_ms ? engine_wall_ms(e) + s->deadline_ms : 0;
         if (s->deadline_ms && s->id)
             r.first_token_by_ms = r.deadline_ms;
+        if (s->id && s->tenant % 2)
+            r.deadline_ms = 0;
         st = engine_submit(e, &r, &s->handle, &err);
         if (st == LM_BUSY)
             collect(e, manual, left);
