@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * attn_wgmma.cu - prefill attention on Hopper's asynchronous tensor cores (sm_90a; after
- * FlashAttention-3, arXiv 2407.08608), head sizes 64 and 128.
+ * FlashAttention-3, arXiv 2407.08608), head_dim 128.
  *
  * Two groups of four warps own 64 rows each. Scores are products of Q and K in shared memory, the
  * weights stay in registers as the left side of the second product, V is read transposed. All
- * threads copy, a tile ahead, and the softmax of a tile runs beside the products of the one before.
+ * threads copy: K of the next tile while scores are computed, V while values are. Running scores a
+ * tile ahead of values, to have a product beside each softmax, was slower (SPEED.md).
  */
 #include "kernels/cuda/attn_prefill.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -64,31 +65,14 @@ __device__ static inline void pack(uint32_t (&p)[NT / 2][4], const float (&s)[NT
         }
 }
 
-/* All copies under way have landed, this thread's and everyone else's. */
-__device__ static inline void tiles_ready(void)
+/* All but the newest LEFT groups of copies have landed, this thread's and everyone else's. */
+template <int LEFT> __device__ static inline void tile_ready(void)
 {
-    cp_async_wait<0>();
+    cp_async_wait<LEFT>();
     wgmma_writes_done();
     __syncthreads();
 }
 
-/* Mask and softmax of tile i's scores. */
-template <class S>
-__device__ static inline void weigh_tile(const struct attn_launch *p, const struct prefill_keys *r,
-                                         struct prefill_acc<S> *acc,
-                                         float (&s)[1][S::KEYS / 8][4], int i, float keep[1][2])
-{
-    const int pos0 = r->start + i * S::KEYS;
-    if (needs_mask<S>(r, pos0))
-        mask<S>(acc, s, pos0, (int)threadIdx.x % 32);
-    soften<S>(acc, s, p->scale_log2, keep);
-}
-
-/*
- * Scores run one tile ahead of values: while the tensor cores multiply tile i's weights by V, the
- * softmax of tile i + 1 runs beside them. At barrier i, K of tile i + 1 and V of tile i have landed
- * and everyone is done with K of tile i and V of tile i - 1, whose places are filled anew.
- */
 template <class S>
 __device__ static inline void run_item(const struct attn_launch *p, const struct prefill_item *it,
                                        unsigned char *smem)
@@ -96,43 +80,37 @@ __device__ static inline void run_item(const struct attn_launch *p, const struct
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     unsigned char *q = smem, *k = smem + S::Q_BYTES, *v = k + 2 * S::TILE_BYTES;
     struct prefill_acc<S> acc;
-    float s[1][S::KEYS / 8][4], keep[1][2];
-    uint32_t w[S::KEYS / 16][4];
     start_rows<S>(&p->a, it, &acc, warp, lane);
     const struct prefill_keys r = keys_of<S>(&p->a, it);
     load_query<S>(&p->a, it, q);
     load_keys<S>(p, it, k, r.start, &r, false);
     cp_async_commit();
-    q += warp / 4 * 64 * 128;
-    tiles_ready();
-    start_scores<S>(s[0], q, k);
     load_keys<S>(p, it, v, r.start, &r, true);
-    if (r.n > 1)
-        load_keys<S>(p, it, k + S::TILE_BYTES, r.start + S::KEYS, &r, false);
     cp_async_commit();
-    wgmma_wait<0>();
-    weigh_tile<S>(p, &r, &acc, s, 0, keep);
-    pack<S::KEYS / 8>(w, s[0]);
-    /* No branches between a product and its wait: ptxas would put the products in a row. */
-    int i = 0;
-    for (; i + 1 < r.n; i++) {
-        const int here = (i & 1) * S::TILE_BYTES, there = S::TILE_BYTES - here;
-        const int next = r.start + (i + 1) * S::KEYS;
-        tiles_ready();
-        start_scores<S>(s[0], q, k + there);
-        start_values<S>(acc.o[0], w, v + here);
-        load_keys<S>(p, it, v + there, next, &r, true);
-        load_keys<S>(p, it, k + here, next + S::KEYS, &r, false);       /* may be all zeros */
+    q += warp / 4 * 64 * 128;
+    for (int i = 0; i < r.n; i++) {
+        const int pos0 = r.start + i * S::KEYS, next = ((i + 1) & 1) * S::TILE_BYTES;
+        float s[1][S::KEYS / 8][4], keep[1][2];
+        uint32_t w[S::KEYS / 16][4];
+        tile_ready<1>();
+        start_scores<S>(s[0], q, k + (i & 1) * S::TILE_BYTES);
+        if (i + 1 < r.n)
+            load_keys<S>(p, it, k + next, pos0 + S::KEYS, &r, false);
         cp_async_commit();
-        wgmma_wait<1>();
-        weigh_tile<S>(p, &r, &acc, s, i + 1, keep);
         wgmma_wait<0>();
+        if (needs_mask<S>(&r, pos0))
+            mask<S>(&acc, s, pos0, lane);
+        soften<S>(&acc, s, p->scale_log2, keep);
         rescale<S>(&acc, keep);
         pack<S::KEYS / 8>(w, s[0]);
+        tile_ready<1>();
+        start_values<S>(acc.o[0], w, v + (i & 1) * S::TILE_BYTES);
+        if (i + 1 < r.n)
+            load_keys<S>(p, it, v + next, pos0 + S::KEYS, &r, true);
+        cp_async_commit();
+        wgmma_wait<0>();
     }
-    tiles_ready();
-    start_values<S>(acc.o[0], w, v + (i & 1) * S::TILE_BYTES);
-    wgmma_wait<0>();
+    cp_async_wait<0>();
     write_rows<S>(&p->a, it, &acc, warp, lane);
     __syncthreads();            /* the next item's copies overwrite q, k and v */
 }
@@ -164,18 +142,14 @@ template <class S> static lm_status launch(struct cuda_stream *st, const struct 
                        dim3(S::THREADS), S::SMEM, *p);
 }
 
+/* At head_dim 64 mma.sync is as fast (SPEED.md). */
 bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch *p)
 {
-    return st->dev->cc == 90 && (p->a.head_dim == 64 || p->a.head_dim == 128);
+    return st->dev->cc == 90 && p->a.head_dim == 128;
 }
 
 cudaError_t cuda_attn_wgmma_init(void)
 {
-    cudaError_t e = cudaFuncSetAttribute(wgmma_kernel<struct wgmma_shape<64>>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         wgmma_shape<64>::SMEM);
-    if (e != cudaSuccess)
-        return e;
     return cudaFuncSetAttribute(wgmma_kernel<struct wgmma_shape<128>>,
                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 wgmma_shape<128>::SMEM);
@@ -183,6 +157,5 @@ cudaError_t cuda_attn_wgmma_init(void)
 
 lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p)
 {
-    return p->a.head_dim == 64 ? launch<struct wgmma_shape<64>>(st, p)
-                               : launch<struct wgmma_shape<128>>(st, p);
+    return launch<struct wgmma_shape<128>>(st, p);
 }
