@@ -70,7 +70,9 @@ SANFLAGS := $(if $(SANITIZE),$(SAN_$(SANITIZE)))
 SANWARN  := $(if $(SANITIZE),-Wno-format-truncation -Wno-maybe-uninitialized)
 
 # $(shell) does not see exported variables before GNU make 4.4.
-PKG_CONFIG ?= PKG_CONFIG_PATH='$(DEPS)/librdkafka/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
+# Another librdkafka: RDKAFKA=its prefix, with a BUILD of its own.
+RDKAFKA ?= $(DEPS)/librdkafka
+PKG_CONFIG ?= PKG_CONFIG_PATH='$(RDKAFKA)/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
 LIBS_LOW  := jansson libpcre2-8 openblas libcrypto
 LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd)
 
@@ -88,7 +90,7 @@ PKG_CFLAGS := $(shell $(PKG_CONFIG) --cflags $(LIBS_LOW) $(LIBS_HIGH) 2>/dev/nul
 PKG_CFLAGS := $(patsubst -I%,-isystem %,$(PKG_CFLAGS))
 CPPFLAGS += -I. -D_GNU_SOURCE -DLORAMILL_VERSION='"$(VERSION)"' $(PKG_CFLAGS)
 CFLAGS  += -std=gnu11 $(OPT) $(WARN) $(SANWARN) $(WERROR) -fstack-protector-strong -pthread $(SANFLAGS)
-LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(DEPS)/librdkafka/lib
+LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(RDKAFKA)/lib
 LDLIBS  += $(shell $(PKG_CONFIG) --libs $(LIBS_HIGH) $(LIBS_LOW) 2>/dev/null) \
            -l:libutf8proc.a -lm -ldl
 
@@ -282,8 +284,8 @@ chaos:
 chaos-long:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
 	$(Q)$(MAKE) $(jobs) --no-print-directory all
-	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=130 SECONDS_OF_FAULTS=800 KILLS=200 \
-	    PAUSE=1 WAIT=900 tests/chaos/run
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=170 SECONDS_OF_FAULTS=600 KILLS=200 \
+	    PAUSE=2 WAIT=900 tests/chaos/run
 
 lint:
 	$(Q)tests/lint.sh

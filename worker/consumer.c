@@ -336,7 +336,7 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
         rd_kafka_fatal_error(rk, text, sizeof text);
         worker_fail(c->w, LM_STATE, "the consumer can't go on: %s", text);
     } else {
-        lm_log(LM_WARN, "consumer", "%s: %s", rd_kafka_err2name((rd_kafka_resp_err_t)err), reason);
+        kafka_log_error(&c->said, "consumer", err, reason);
     }
 }
 

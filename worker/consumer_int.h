@@ -9,6 +9,7 @@
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
 
+#include "worker/kafka_conf.h"
 #include "worker/key_order.h"
 #include "worker/transaction.h"
 
@@ -57,6 +58,7 @@ struct consumer {
     bool committing;
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
+    struct kafka_said said;
 };
 
 /* consumer.c */

@@ -15,6 +15,8 @@
  * from 2.2 on; 2.0 is what Debian 12 has, good enough to build and try with. */
 enum { VERSION_OLDEST = 0x02000000, VERSION_METADATA = 0x02020000, VERSION_SOUND = 0x020a0000 };
 
+enum { SAY_AGAIN_US = 10 * 1000000 };
+
 struct setting { const char *key, *value; };
 
 static const struct setting both_defaults[] = {
@@ -160,6 +162,21 @@ static void on_log(const rd_kafka_t *rk, int level, const char *facility, const 
     if (!strcmp(facility, "CONFWARN") && strstr(text, "will be ignored by this"))
         return;
     lm_log(level_of(level), "kafka", "%s: %s", facility, text);
+}
+
+void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason)
+{
+    int64_t now = lm_now_us();
+    if (said->err == err && now - said->at_us < SAY_AGAIN_US) {
+        said->more++;
+        return;
+    }
+    const char *name = rd_kafka_err2name((rd_kafka_resp_err_t)err);
+    if (said->more)
+        lm_log(LM_WARN, component, "%s, %u times more",
+               rd_kafka_err2name((rd_kafka_resp_err_t)said->err), said->more);
+    lm_log(LM_WARN, component, "%s: %s", name, reason);
+    *said = (struct kafka_said){ err, now, 0 };
 }
 
 lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const char *client_id,

@@ -26,6 +26,13 @@ lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **o
  * this worker, or for the delivery mode that it is asked for. */
 lm_status kafka_check_library(const struct config *c, struct lm_err *err);
 
+/* What a handle has complained of last. One thread's. */
+struct kafka_said { int err; int64_t at_us; unsigned more; };
+
+/* A client's error that heals by itself, as a warning; the same one again within 10 s is counted
+ * only, for a broker that is away is reported many times a second. */
+void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason);
+
 /* Does the library keep the metadata of commits, which holds the offset map? */
 bool kafka_has_offset_map(void);
 

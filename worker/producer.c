@@ -279,7 +279,7 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
         rd_kafka_fatal_error(rk, text, sizeof text);
         worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
     } else {
-        lm_log(LM_WARN, "producer", "%s: %s", rd_kafka_err2name((rd_kafka_resp_err_t)err), reason);
+        kafka_log_error(&p->said, "producer", err, reason);
     }
 }
 

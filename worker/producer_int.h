@@ -8,6 +8,7 @@
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/kafka_conf.h"
 #include "worker/worker.h"
 
 struct producer {
@@ -20,6 +21,7 @@ struct producer {
     atomic_bool end;
     bool exactly_once;
     int64_t complained_us;
+    struct kafka_said said;
     int64_t batch_bytes, transaction_timeout_ms;
 };
 

@@ -6,7 +6,9 @@
 #   infra_begin NAME            a scratch folder $RUN, and everything stopped when the script ends
 #   kafka_start NODES           a KRaft cluster on loopback; sets $BOOTSTRAP. With PROXIED=1 a second
 #                               listener is advertised at proxies: $PROXY_BOOTSTRAP, and $PROXIES as
-#                               LISTEN:TARGET, for whoever runs them
+#                               LISTEN:TARGET, for whoever runs them. $KAFKA_LISTENERS and
+#                               $KAFKA_MAP (each begins with a comma), $KAFKA_EXTRA (properties) and
+#                               $KAFKA_FORMAT (arguments of the storage tool) add to it
 #   registry_start              Apicurio with Confluent's API; sets $REGISTRY
 #   nginx_start DIR             serves DIR; sets $STORE
 #   nginx_put DIR               a server that also takes PUT; sets $STORE
@@ -105,9 +107,9 @@ kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES [PROXIED-P
 process.roles=broker,controller
 node.id=$1
 controller.quorum.voters=$4
-listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3${6:+,PROXIED://127.0.0.1:$6}
-advertised.listeners=PLAINTEXT://127.0.0.1:$2${7:+,PROXIED://127.0.0.1:$7}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT${6:+,PROXIED:PLAINTEXT}
+listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3${6:+,PROXIED://127.0.0.1:$6}${KAFKA_LISTENERS:-}
+advertised.listeners=PLAINTEXT://127.0.0.1:$2${7:+,PROXIED://127.0.0.1:$7}${KAFKA_LISTENERS:-}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT${6:+,PROXIED:PLAINTEXT}${KAFKA_MAP:-}
 inter.broker.listener.name=PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs=$RUN/kafka/n$1/log
@@ -126,6 +128,7 @@ group.consumer.heartbeat.interval.ms=500
 group.consumer.min.heartbeat.interval.ms=500
 auto.create.topics.enable=false
 log.cleaner.dedupe.buffer.size=4194304
+${KAFKA_EXTRA:-}
 P
 }
 
@@ -161,7 +164,7 @@ kafka_start() {
             ${PROXIED:+"${ports[$((2 * n + i - 1))]}" "${ports[$((3 * n + i - 1))]}"} \
             > "$d/server.properties"
         java -Xmx128m -XX:TieredStopAtLevel=1 -cp "$libs/*" kafka.tools.StorageTool format \
-            -t "$cid" -c "$d/server.properties" > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }
+            -t "$cid" -c "$d/server.properties" ${KAFKA_FORMAT:-} > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }
         kafka_node "$i" "$libs"
     done
     wait_until 60 kafka_ready "$n"

@@ -63,9 +63,11 @@ def read_all(bootstrap, topics):
     c = client(bootstrap, "oracle", **{"enable.partition.eof": True})
     open_parts = partitions(c, topics)
     c.assign(open_parts)
-    left = len(open_parts)
-    while left:
-        for m in c.consume(1000, timeout=1.0):
+    left, idle = len(open_parts), 0
+    while left and idle < 15:
+        messages = c.consume(1000, timeout=1.0)
+        idle = 0 if messages else idle + 1
+        for m in messages:
             if m.error():
                 left -= m.error().name() == "_PARTITION_EOF"
             else:
