@@ -215,6 +215,8 @@ extern "C" lm_status cuda_op_feed(kn_stream *s, const struct kn_feed *a)
 
 /* ---- filling a weight ------------------------------------------------------------------ */
 
+#ifndef KN_EMU                  /* a plain launch, which host C++ has no syntax for */
+
 /* Element (r, c) is a function of the seed and its place alone: the same on every backend. */
 __global__ void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
 {
@@ -243,3 +245,4 @@ extern "C" lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct
         return lm_err_set(err, LM_DEVICE, "filling a matrix of %d x %d failed", m->rows, m->cols);
     return LM_OK;
 }
+#endif

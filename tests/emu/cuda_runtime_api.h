@@ -28,6 +28,11 @@
 #define cuda_op_lora_shrink emu_op_lora_shrink
 #define cuda_op_lora_expand emu_op_lora_expand
 #define cuda_op_sample emu_op_sample
+#define cuda_op_embed emu_op_embed
+#define cuda_op_rmsnorm emu_op_rmsnorm
+#define cuda_op_silu_mul emu_op_silu_mul
+#define cuda_op_gather_rows emu_op_gather_rows
+#define cuda_op_feed emu_op_feed
 #define cuda_sample_workspace emu_sample_workspace
 #define cuda_attention_init emu_attention_init
 #define cuda_lora_init emu_lora_init
@@ -179,6 +184,7 @@ static inline uint32_t __float_as_uint(float f)
 static inline float __ldcg(const float *p) { return *p; }
 template <typename T> static inline T __ldg(const T *p) { return *p; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+#define __expf(x) expf(x)       /* libm has an internal of that name */
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }

@@ -75,6 +75,10 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.kv_block_bytes = cuda_kv_block_bytes;
     backend.sample_workspace = cuda_sample_workspace;
     backend.sample = cuda_op_sample;
+    backend.rmsnorm = cuda_op_rmsnorm;
+    backend.silu_mul = cuda_op_silu_mul;
+    backend.gather_rows = cuda_op_gather_rows;
+    backend.feed = cuda_op_feed;
     backend.rope_kv = cuda_op_rope_kv;
     backend.attention = cuda_op_attention;
     backend.lora_shrink = cuda_op_lora_shrink;

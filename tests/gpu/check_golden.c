@@ -206,6 +206,12 @@ static double at(const float *sorted, int n, double part)
     return n ? sorted[(int)(part * (n - 1))] : INFINITY;
 }
 
+/* Near ties fall either way, four or five of a family's 192 tokens: agreement is judged over all. */
+static struct {
+    int tokens, agreed;
+    double peer_agreed;
+} pooled;
+
 /* The base model beside transformers' own bf16 run of the same cases. */
 static void judge_base(struct suite *s, const struct peer *p)
 {
@@ -218,9 +224,11 @@ static void judge_base(struct suite *s, const struct peer *p)
         check_that(s->c, median <= LARGEST_RATIO * p->median,
                    "%s: base, median error %.2g, transformers' in bf16 %.2g", s->name, median,
                    p->median);
-        check_that(s->c, agreement >= p->agreement - 0.01,
-                   "%s: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%",
-                   s->name, 100 * agreement, 100 * p->agreement);
+        printf("# %s: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%\n",
+               s->name, 100 * agreement, 100 * p->agreement);
+        pooled.tokens += s->base_greedy;
+        pooled.agreed += s->base_agreed;
+        pooled.peer_agreed += p->agreement * s->base_greedy;
     }
 }
 
@@ -309,6 +317,11 @@ void check_golden(struct gpu_check *c)
                  families[i]);
         run_suite(c, families[i], model, adapters, golden, false);
     }
+    if (pooled.tokens > 0)
+        check_that(c, pooled.agreed >= pooled.peer_agreed,
+                   "families: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%",
+                   100.0 * pooled.agreed / pooled.tokens,
+                   100 * pooled.peer_agreed / pooled.tokens);
     for (size_t i = 0; i < LM_COUNT(shipped); i++) {
         snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
         snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);

@@ -68,6 +68,7 @@ uint16_t tw_bits(float x);
 bool twin_attention(struct twin *c);
 bool twin_lora(struct twin *c);
 bool twin_sample(struct twin *c);
+bool twin_rows(struct twin *c);
 
 #ifdef __cplusplus
 }

@@ -53,6 +53,12 @@ static void sample(void **state)
     run(twin_sample, 80);
 }
 
+static void rows(void **state)
+{
+    (void)state;
+    run(twin_rows, 80);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -60,6 +66,7 @@ int main(void)
         cmocka_unit_test(attention_hopper),
         cmocka_unit_test(lora),
         cmocka_unit_test(sample),
+        cmocka_unit_test(rows),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
 }
