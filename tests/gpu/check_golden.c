@@ -206,7 +206,7 @@ static double at(const float *sorted, int n, double part)
     return n ? sorted[(int)(part * (n - 1))] : INFINITY;
 }
 
-/* Near ties fall either way, four or five of a family's 192 tokens: agreement is judged over all. */
+/* Near ties fall either way, a few of a family's 192 tokens: agreement is judged over all. */
 static struct {
     int tokens, agreed;
     double peer_agreed;
@@ -319,7 +319,7 @@ void check_golden(struct gpu_check *c)
     }
     if (pooled.tokens > 0)
         check_that(c, pooled.agreed >= pooled.peer_agreed,
-                   "families: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%",
+                   "families: base, teacher-forced agreement %.2f %%, transformers' %.2f %%",
                    100.0 * pooled.agreed / pooled.tokens,
                    100 * pooled.peer_agreed / pooled.tokens);
     for (size_t i = 0; i < LM_COUNT(shipped); i++) {

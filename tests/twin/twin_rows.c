@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * twin_rows.c - rmsnorm, silu_mul, gather_rows and feed against the CPU, at ragged sizes. A result is
- * rounded to bf16 once, so it may be off by its unit roundoff, 2^-8, and a hair for the sums.
+ * twin_rows.c - rmsnorm, silu_mul, gather_rows and feed against the CPU, at ragged sizes. A result
+ * is rounded to bf16 once, so it may be off by its unit roundoff, 2^-8, and a hair for the sums.
  */
 #include "tests/twin/twin.h"
 
