@@ -25,7 +25,7 @@ static void find_head(void *ctx, int64_t offset, void *user)
         h->job = user;
 }
 
-static const char *where(const struct job *j, enum job_stage stage)
+static const char *where(enum job_stage stage)
 {
     switch (stage) {
     case JOB_QUEUED:
@@ -37,8 +37,7 @@ static const char *where(const struct job *j, enum job_stage stage)
     case JOB_RUNNING:
         return "in the engine";
     case JOB_ANSWERING:
-        return j->outcome == OUTCOME_DEAD_LETTER ? "a dead letter that is not acknowledged"
-                                                 : "a reply that is not acknowledged";
+        return "its outcome is not acknowledged";
     default:
         return "ending";
     }
@@ -64,6 +63,6 @@ int64_t blocking_look(consumer *c, struct assigned *a, const struct ledger_info 
     int64_t behind = info->last_delivered - offset + 1 - (int64_t)info->in_flight;
     lm_log(LM_WARN, "consumer", "%s [%d] @%" PRId64 " is unfinished for %.0f s (%s) and holds up "
            "%" PRId64 " finished ones behind it", a->lease->topic, (int)a->partition, offset,
-           (double)age / 1e6, where(h.job, stage), behind);
+           (double)age / 1e6, where(stage), behind);
     return age;
 }
