@@ -34,7 +34,6 @@ template <int VEC>
 __global__ void copy_rows(bf16 *out, const bf16 *in, const int32_t *idx, int limit, int hidden,
                           int32_t *fault)
 {
-    cuda_allow_next();
     cuda_wait_prior();
     int64_t from = idx[blockIdx.x];
     bool bad = from < 0 || from >= limit;
@@ -101,7 +100,6 @@ __global__ void rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *w
     constexpr int KEEP = NORM_VECS * 8 / VEC;
     const int64_t at = (int64_t)blockIdx.x * hidden;
     float v[KEEP][VEC], sum = 0;
-    cuda_allow_next();
     cuda_wait_prior();
 #pragma unroll
     for (int k = 0; k < KEEP; k++) {
@@ -123,6 +121,7 @@ __global__ void rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *w
             sum += v[k][j] * v[k][j];
     }
     float scale = rsqrtf(block_sum(sum) / hidden + eps);
+    cuda_allow_next();
 #pragma unroll
     for (int k = 0; k < KEEP; k++) {
         int i = (threadIdx.x + k * blockDim.x) * VEC;
@@ -159,7 +158,6 @@ __global__ void silu_mul(bf16 *out, const bf16 *gate_up, int64_t items, int f)
 {
     const int a_row = f / VEC;
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    cuda_allow_next();
     cuda_wait_prior();
     if (i >= items)
         return;
@@ -192,7 +190,6 @@ __global__ void feed(int32_t *dst, const int32_t *dst_idx, const int32_t *src,
                      const int32_t *src_idx, int n, int32_t *fault)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    cuda_allow_next();
     cuda_wait_prior();
     if (i >= n)
         return;
