@@ -491,9 +491,65 @@ static void check_untargeted(struct twin *c)
     bed_close(&t);
 }
 
+/* ---- merge ----------------------------------------------------------------------------- */
+
+/* The weight after the merge, [in, out] transposed, read through a product with the identity. */
+static float *merge_side(struct bed *t, int which, const float *w, int rows, int layer)
+{
+    struct twin *c = t->c;
+    struct side *s = which == 0 ? &c->gpu : &c->cpu;
+    struct lm_err err = { 0 };
+    const size_t in = (size_t)t->in;
+    kn_mat *m = NULL;
+    float *eye = calloc(in * in, sizeof *eye), *out = malloc(in * (size_t)rows * sizeof *out);
+    for (size_t i = 0; i < in; i++)
+        eye[i * in + i] = 1;
+    twin_status(c, kn_mat_new(s->dev, KN_BF16, rows, t->in, &m, &err), LM_OK, "mat_new");
+    twin_status(c, kn_mat_upload(m, 0, 0, rows, t->in, w, KN_F32, in, &err), LM_OK, "mat_upload");
+    struct kn_lora_merge a = {
+        .w = m, .row0 = rows - t->out[0], .in = t->in, .out = t->out[0],
+        .module = (enum kn_module)0, .layer = layer, .pool = t->pool[which],
+        .block_ids = side_put(c, s, t->ids[which] + t->block0[which][0],
+                              (size_t)(t->n_ids[which] - t->block0[which][0]) * sizeof(int32_t)),
+    };
+    twin_status(c, kn_op_lora_merge(s->s, &a), LM_OK, "lora_merge");
+    struct kn_gemm g = { .y = side_new(c, s, in * (size_t)rows * sizeof *out),
+                         .x = side_put_act(c, s, eye, in * in), .w = m, .m = t->in, .ldx = t->in,
+                         .ldy = rows, .y_f32 = true };
+    twin_status(c, kn_op_gemm(s->s, &g), LM_OK, "gemm");
+    side_get(c, s, g.y, out, in * (size_t)rows * sizeof *out);
+    kn_mat_free(m);
+    free(eye);
+    return out;
+}
+
+/* Both sides round float32 sums to bf16 once: where the sums straddle a border they are one unit
+ * apart, 2^-7 of the value. */
+static void check_merge(struct twin *c)
+{
+    static const int ranks[] = { 1, 16, 33 };
+    static struct bed t;
+    for (size_t i = 0; i < LM_COUNT(ranks); i++) {
+        const int rows = 72 + 16;
+        twin_case(c, "lora: merge of rank %d", ranks[i]);
+        bed_open(&t, c, 96, (int[]){ 72 }, 1, 4096, 64, 1, &ranks[i], 1);
+        float *w = tw_floats((size_t)(rows * t.in));
+        float *got = merge_side(&t, 0, w, rows, 1), *want = merge_side(&t, 1, w, rows, 1);
+        for (int k = 0; k < t.in * rows; k++)
+            twin_near(c, "w", k / rows, k % rows, got[k], want[k],
+                      fabs((double)want[k]) * 0x1p-7 + 1e-5);
+        free(w), free(got), free(want);
+        bed_close(&t);
+    }
+}
+
 bool twin_lora(struct twin *c)
 {
     bool good = true;
+    if (!c->slow) {             /* the emulated device has no base weights */
+        check_merge(c);
+        good &= twin_end(c, "lora, merge");
+    }
     check_axes(c);
     good &= twin_end(c, "lora, axes");
     check_layouts(c);
