@@ -31,7 +31,8 @@ static int threads_for(int64_t items, int max)
 /* ---- copies of rows -------------------------------------------------------------------- */
 
 template <int VEC>
-__global__ void copy_rows(bf16 *out, const bf16 *in, const int32_t *idx, int limit, int hidden,
+__global__ static void
+copy_rows(bf16 *out, const bf16 *in, const int32_t *idx, int limit, int hidden,
                           int32_t *fault)
 {
     cuda_wait_prior();
@@ -94,7 +95,8 @@ __device__ static inline float block_sum(float v)
 /* The row stays in registers between the two passes: one read, one write. The norm is taken of the
  * exact sum x + residual; what is stored of it is rounded. */
 template <int VEC>
-__global__ void rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int hidden,
+__global__ static void
+rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int hidden,
                         float eps)
 {
     constexpr int KEEP = NORM_VECS * 8 / VEC;
@@ -154,7 +156,7 @@ extern "C" lm_status cuda_op_rmsnorm(kn_stream *s, const struct kn_rmsnorm *a)
 /* ---- silu_mul -------------------------------------------------------------------------- */
 
 template <int VEC>
-__global__ void silu_mul(bf16 *out, const bf16 *gate_up, int64_t items, int f)
+__global__ static void silu_mul(bf16 *out, const bf16 *gate_up, int64_t items, int f)
 {
     const int a_row = f / VEC;
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -186,7 +188,7 @@ extern "C" lm_status cuda_op_silu_mul(kn_stream *s, const struct kn_silu_mul *a)
 
 /* ---- feed ------------------------------------------------------------------------------ */
 
-__global__ void feed(int32_t *dst, const int32_t *dst_idx, const int32_t *src,
+__global__ static void feed(int32_t *dst, const int32_t *dst_idx, const int32_t *src,
                      const int32_t *src_idx, int n, int32_t *fault)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -215,7 +217,7 @@ extern "C" lm_status cuda_op_feed(kn_stream *s, const struct kn_feed *a)
 #ifndef KN_EMU                  /* a plain launch, which host C++ has no syntax for */
 
 /* Element (r, c) is a function of the seed and its place alone: the same on every backend. */
-__global__ void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
+__global__ static void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
