@@ -52,6 +52,14 @@ check "a dead letter with its notice counts once ($n)" [ "$n" = 5 ]
 stop
 fi
 
+if part stream; then
+worker stream-once stream.interval_ms=20 errors.reply=true delivery.mode=exactly-once group.id=trouble-once kafka.auto.offset.reset=latest
+sleep 3                                 # until it has its partitions, at their ends
+case_ stream
+case_ errors
+stop
+fi
+
 echo "topics.control=control" >> "$RUN/worker.properties"
 if part cancel; then
 case_ cancel_before "$LORAMILL" "$RUN/worker.properties" send before
