@@ -3,7 +3,8 @@
 #
 # `make bench`: CPU figures beside transformers + PEFT on the same machine in the same run, engine
 # overhead a step with 256 sequences, and messages a second through a real broker with the model's
-# work replaced by an echo. One JSON line a figure on standard output, progress on standard error.
+# work replaced by an echo, beside a minimal client loop. One JSON line a figure on standard output,
+# progress on standard error.
 #   BENCH=storefront,shape,host,kafka   which parts (default: all)
 set -euo pipefail
 . "$(dirname "$0")/../infra/lib.sh"
@@ -41,8 +42,11 @@ if part host; then
         .name = "engine_overhead_256_sequences"'
 fi
 if part kafka; then
-    say "messages a second through Kafka, echo instead of a model"
+    say "messages a second through Kafka, beside a minimal client loop; echo instead of a model"
+    make -s BUILD="$BUILD" "$BUILD/tests/bench/kafka_loop" >&2
     kafka_start 1
-    topic_create prompts 6; topic_create replies 6; topic_create dead 1
-    "$PYTHON" tests/bench/kafka_echo.py "$BOOTSTRAP" "$LORAMILL" "$RUN" 50000
+    registry_start
+    "$PYTHON" tests/bench/kafka_ratio.py "$BOOTSTRAP" "$REGISTRY" "$LORAMILL" \
+        "$BUILD/tests/bench/kafka_loop" "$RUN" "${KAFKA_N:-50000}"
+    BOOTSTRAP=          # figures, not messages to be held against schemas/
 fi

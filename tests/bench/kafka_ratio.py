@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kafka_ratio.py BOOTSTRAP REGISTRY LORAMILL LOOP RUN N: the worker beside a minimal client loop.
+
+N prompts of about 1 KiB, in JSON and in Avro, lie in their topics. In turn, ROUNDS times, each of
+
+  loop          tests/bench/kafka_loop.c: consume, produce as it came
+  json, avro    one worker with the echo engine, at-least-once
+  exactly-once  the same with JSON and delivery.mode=exactly-once
+
+reads all of one topic as a new group and writes to a new topic. The clock runs from the first
+record there to the last, by the broker's timestamps, so start-up is not counted. Prints one JSON
+line a figure, the median of the rounds, with its ratio to the loop (exactly-once: to json). The
+ratios are what to compare: the messages a second are this machine's, and its neighbours'.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import fastavro
+import io
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+
+bootstrap, registry_url, loramill, loop, run, n = sys.argv[1:6] + [int(sys.argv[6])]
+ROUNDS, PARTITIONS = 3, 4
+admin = AdminClient({"bootstrap.servers": bootstrap})
+
+
+def topic(name):
+    admin.create_topics([NewTopic(name, PARTITIONS, config={
+        "message.timestamp.type": "LogAppendTime"})])[name].result(20)
+    return name
+
+
+def fill():
+    text = open("schemas/prompt.avsc", encoding="utf-8").read()
+    number = SchemaRegistryClient({"url": registry_url}).register_schema("p-avro-value",
+                                                                        Schema(text, "AVRO"))
+    schema, frame = fastavro.parse_schema(json.loads(text)), b"\0" + number.to_bytes(4, "big")
+    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "compression.type": "lz4"})
+    for i in range(n):
+        d = {"id": f"m{i}", "prompt": "x" * 920, "params": {"max_tokens": 8},
+             "metadata": {"i": str(i)}}
+        out = io.BytesIO(frame)
+        out.seek(0, 2)
+        fastavro.schemaless_writer(out, schema, d)
+        for name, value in (("p-json", json.dumps(d).encode()), ("p-avro", out.getvalue())):
+            while True:
+                try:
+                    p.produce(name, key=str(i), value=value)
+                    break
+                except BufferError:
+                    p.poll(0.1)
+        p.poll(0)
+    p.flush(120)
+
+
+def measure(name, command, to):
+    log = open(f"{run}/{to}.log", "w", encoding="utf-8")
+    child = subprocess.Popen(command, stderr=log, stdout=log)
+    c = Consumer({"bootstrap.servers": bootstrap, "group.id": "reader-" + to})
+    c.assign([TopicPartition(to, i, 0) for i in range(PARTITIONS)])
+    seen, first, last, end = 0, None, None, time.time() + 300
+    while seen < n and time.time() < end and child.poll() is None:
+        for m in c.consume(2000, timeout=1):
+            if not m.error():
+                t = m.timestamp()[1]
+                first, last, seen = min(first or t, t), max(last or t, t), seen + 1
+    c.close()
+    child.terminate()
+    status = child.wait(60)
+    assert seen == n and status == 0, f"{name}: {seen} of {n}, status {status}; see {log.name}"
+    return n / max(last - first, 1) * 1000
+
+
+def worker(prompts, to, mode):
+    path = f"{run}/{to}.properties"
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"engine.mode=echo\ntopics.prompts={prompts}\ntopics.replies={to}\n"
+                f"topics.dead_letters=dead\ngroup.id=g-{to}\nkafka.bootstrap.servers={bootstrap}\n"
+                f"http.port=0\nregistry.url={registry_url}\ndelivery.mode={mode}\n"
+                f"journal.dir={run}/journal\nlog.level=warn\n")
+        if mode == "exactly-once":
+            f.write(f"transaction.id=t-{to}\n")
+    return [loramill, "worker", "-c", path]
+
+
+for t in ("p-json", "p-avro", "dead"):
+    topic(t)
+fill()
+rates = {"loop": [], "json": [], "avro": [], "exactly-once": []}
+for i in range(ROUNDS):
+    for name, got in rates.items():
+        to = topic(f"r-{name}-{i}")
+        prompts = "p-avro" if name == "avro" else "p-json"
+        command = ([loop, bootstrap, "g-" + to, prompts, to] if name == "loop" else
+                   worker(prompts, to, "exactly-once" if name == "exactly-once" else
+                          "at-least-once"))
+        got.append(measure(name, command, to))
+        print(f"== {name}: {got[-1]:.0f} messages/s", file=sys.stderr)
+mid = {k: statistics.median(v) for k, v in rates.items()}
+for name in ("json", "avro", "exactly-once"):
+    beside = "json" if name == "exactly-once" else "loop"
+    ratio = statistics.median(a / b for a, b in zip(rates[name], rates[beside]))
+    print(json.dumps({"name": f"kafka_{name}", "value": round(mid[name], 1), "unit": "messages/s",
+                      "peer": round(mid[beside], 1), "ratio": round(ratio, 3)}))
