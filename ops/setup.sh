@@ -23,7 +23,7 @@ LIBRDKAFKA_FLAGS="--disable-gssapi --disable-c11threads --enable-ssl --enable-cu
 LIBRDKAFKA_BUILD="$LIBRDKAFKA_PACKAGE "$(echo $LIBRDKAFKA_FLAGS)
 KAFKA=4.3.1
 APICURIO=2.6.13.Final
-PY_TEST="confluent-kafka[avro,schemaregistry]==2.12.2"
+PY_TEST="confluent-kafka[avro,schemaregistry]==2.12.2 xxhash==4.1.0"
 PY_CUDA="cuda-toolkit[nvcc,cudart,cublas,cccl,crt,nvvm,nvtx]==13.0.2"
 PY_BENCH="torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 numpy==2.4.6"
 
