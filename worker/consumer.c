@@ -193,7 +193,9 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
 static void complain(consumer *c, const rd_kafka_message_t *m)
 {
     int64_t now = lm_now_us();
-    if (m->err == RD_KAFKA_RESP_ERR__AUTO_OFFSET_RESET) {
+    if (m->err == RD_KAFKA_RESP_ERR__FATAL) {       /* fenced: group.instance.id is another's */
+        worker_fail(c->w, LM_STATE, "the consumer can't go on: %s", rd_kafka_message_errstr(m));
+    } else if (m->err == RD_KAFKA_RESP_ERR__AUTO_OFFSET_RESET) {
         worker_fail(c->w, LM_STATE, "no offset to start from: %s", rd_kafka_message_errstr(m));
     } else if (now - c->complained_us > COMPLAIN_EVERY_US || !c->complained_us) {
         c->complained_us = now;

@@ -33,7 +33,8 @@ def create(bootstrap, topic, partitions, *config):
 
 
 def delete(bootstrap, topic):
-    AdminClient({"bootstrap.servers": bootstrap, **QUIET}).delete_topics([topic])[topic].result(20)
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})     # must outlive the answer
+    admin.delete_topics([topic])[topic].result(20)
     return 0
 
 
