@@ -208,13 +208,14 @@ $(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats $^ $(LDLIBS) -o $@
 
-# Stands before the device: each of these can be made to fail.
-WRAPPED := alloc host_alloc free host_free stream_new stream_free event_new event_free mat_new \
-    mat_free mat_upload mat_save mat_restore copy_in copy_out copy zero scatter_cells gather_cells \
-    stream_sync event_sync \
-    event_record event_wait event_query $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul \
-    gather_rows feed lora_shrink lora_expand lora_merge sample)
+# Stand before the device: each of these can be made to fail, or to happen later.
+DELAYED := copy_in copy_out copy zero scatter_cells gather_cells stream_free stream_sync event_free \
+    event_sync event_record event_wait event_query $(addprefix op_,embed rmsnorm gemm rope_kv \
+    attention silu_mul gather_rows feed lora_shrink lora_expand lora_merge sample)
+WRAPPED := alloc host_alloc free host_free stream_new event_new mat_new mat_free mat_upload \
+    mat_save mat_restore $(DELAYED)
 $(BUILD)/tests/unit/test_engine_device: LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(WRAPPED))
+$(BUILD)/tests/unit/test_engine_order: LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(DELAYED))
 
 $(BUILD)/tests/bench/%: $(BUILD)/tests/bench/%.o $(LIB)
 	$(say) LD $@
