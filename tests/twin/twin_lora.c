@@ -483,6 +483,7 @@ static void check_untargeted(struct twin *c)
     for (int i = 0; i < 2; i++)
         for (int l = 0; l < LAYERS; l++)
             t.ad[i].rank[l][0] = 0;
+    free(t.ids[0]), free(t.ids[1]);     /* made anew, with the image */
     side_fill(&t, 0);
     side_fill(&t, 1);
     batch_open(&b, &t, who, 5, 0, 0);

@@ -275,7 +275,7 @@ static void running_tight_and_pipelined(void **state)
     swaps = 0;
     running(state);
     print_message("in all %llu sequences were swapped out\n", (unsigned long long)swaps);
-    assert_true(swaps > 100);
+    assert_true(swaps > (INTERPOSED ? 100 : 0));    /* one run, or one for each failure */
     tight = false;
     core_force_pipeline(false);
 }

@@ -160,19 +160,19 @@ static void every_request_has_an_outcome(void **state)
 static void warming_up_does_not_count(void **state)
 {
     (void)state;
-    struct trace t;
+    struct trace t, again;
     write_trace(HEADER "0,0,0,8,10,5\n1,0.1,-1,0,10,5\n");
     struct replay cold = replay("", &t);
     assert_int_equal(cold.stats.adapter_loads, 1);
-    struct replay warm = replay("--warm-up 40", &t);
+    struct replay warm = replay("--warm-up 40", &again);
     assert_int_equal(warm.stats.finished, 2);
     assert_int_equal(warm.stats.adapter_loads, 0);
     assert_int_equal(warm.stats.decode_tokens + warm.stats.prefill_tokens,
                      cold.stats.decode_tokens + cold.stats.prefill_tokens);
     assert_true(warm.outcome[0].first_us < cold.outcome[0].first_us);
     assert_true(warm.outcome[1].end_us == cold.outcome[1].end_us);
-    free(cold.outcome);
-    drop(&warm, &t);
+    drop(&cold, &t);
+    drop(&warm, &again);
 }
 
 static void idle_time_is_skipped(void **state)
