@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -482,7 +483,7 @@ static int take_port(int *fd)
     return -1;
 }
 
-/* The whole response, NUL-terminated; "" when nobody answers. */
+/* The whole response, NUL-terminated; "" when nobody answers, or somebody who says nothing. */
 static const char *get(int port, const char *path)
 {
     static char text[65536];
@@ -491,6 +492,8 @@ static const char *get(int port, const char *path)
     size_t n = 0;
     int fd = local_socket(&at, port);
     text[0] = '\0';
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){ .tv_sec = 10 },
+               sizeof(struct timeval));
     if (!connect(fd, (struct sockaddr *)&at, sizeof at)) {
         int len = snprintf(request, sizeof request, "GET %s HTTP/1.0\r\n\r\n", path);
         assert_int_equal(write(fd, request, (size_t)len), len);
@@ -527,26 +530,51 @@ static void check_exposition(const char *body)
     assert_true(samples > 100);
 }
 
+/* The first port after `from` at which a worker of this name serves; others may have taken some. */
+static int serves_at(int from, const char *name)
+{
+    char label[64];
+    snprintf(label, sizeof label, "worker=\"%s\"", name);
+    for (int port = from + 1; port < from + 100; port++)
+        if (strstr(get(port, "/metrics"), label))
+            return port;
+    return -1;
+}
+
+/* The page, once `row` is in it: rows of partitions come with librdkafka's next statistics. */
+static const char *wait_row(int port, const char *row)
+{
+    const char *page = get(port, "/metrics");
+    for (int i = 0; !strstr(page, row) && i < WAIT_S * 10; i++) {
+        usleep(100000);
+        page = get(port, "/metrics");
+    }
+    assert_non_null(strstr(page, row));
+    return page;
+}
+
 static void test_http(void **state)
 {
     struct fixture *f = *state;
-    char lines[128];
-    int taken, port = take_port(&taken);
-    assert_true(port > 0);
-    snprintf(lines, sizeof lines, "http.address=127.0.0.1\nhttp.port=%d\n", port);
+    char lines[128], name[32];
+    int taken, busy = take_port(&taken);
+    assert_true(busy > 0);
+    snprintf(name, sizeof name, "http-%d", (int)getpid());
+    snprintf(lines, sizeof lines, "http.address=127.0.0.1\nhttp.port=%d\nworker.name=%s\n", busy,
+             name);
     send_prompt(f, good);
     start_worker(f, lines);
     expect(f, "replies", NULL);
     wait_committed(f, 1);
-    sleep(2);                           /* partition rows are a second old */
-    assert_non_null(strstr(get(port + 1, "/startupz"), " 200 "));
-    assert_non_null(strstr(get(port + 1, "/readyz"), " 200 "));
-    assert_non_null(strstr(get(port + 1, "/livez"), " 200 "));
-    assert_non_null(strstr(get(port + 1, "/"), " 404 "));
-    const char *page = get(port + 1, "/metrics");
+    int port = serves_at(busy, name);
+    assert_true(port > busy);
+    assert_non_null(strstr(get(port, "/startupz"), " 200 "));
+    assert_non_null(strstr(get(port, "/readyz"), " 200 "));
+    assert_non_null(strstr(get(port, "/livez"), " 200 "));
+    assert_non_null(strstr(get(port, "/"), " 404 "));
+    const char *page = wait_row(port, "offset_committed{topic=\"prompts\",partition=\"0\"} 1\n");
     assert_non_null(strstr(page, "\nloramill_records_total{outcome=\"completed\"} 1\n"));
     assert_non_null(strstr(page, "\nloramill_consumed_records_total 1\n"));
-    assert_non_null(strstr(page, "offset_committed{topic=\"prompts\",partition=\"0\"} 1\n"));
     check_exposition(strstr(page, "\r\n\r\n") + 4);
     assert_int_equal(end_worker(f), 0);
     close(taken);
