@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """kafka_ratio.py BOOTSTRAP REGISTRY LORAMILL LOOP RUN N: the worker beside a minimal client loop.
 
-N prompts of about 1 KiB, in JSON and in Avro, lie in their topics. In turn, ROUNDS times, each of
+N prompts of about 1 KiB, in JSON and in Avro, lie in their topics. A round measures each of
 
   loop          tests/bench/kafka_loop.c: consume, produce as it came
   json, avro    one worker with the echo engine, at-least-once
   exactly-once  the same with JSON and delivery.mode=exactly-once
 
-reads all of one topic as a new group and writes to a new topic. The clock runs from the first
-record there to the last, by the broker's timestamps, so start-up is not counted. Prints one JSON
-line a figure, the median of the rounds, with its ratio to the loop (exactly-once: to json). The
-ratios are what to compare: the messages a second are this machine's, and its neighbours'.
+once, in an order that turns by one from round to round; each reads all of one topic as a new group
+and writes to a new topic. The clock runs from the first record there to the last, by the broker's
+timestamps, so start-up is not counted. KAFKA_ROUNDS says how many rounds: an odd number (default
+5), so that a median is a round that was measured and not an average of two.
+
+Prints one JSON line a figure:
+
+  value, peer   medians over the rounds of its messages a second, and of those of what it is
+                measured beside (the loop; exactly-once: json)
+  ratio         the median of the rounds' ratios, each of two rates of one round. It is what to
+                compare, since the rates are this machine's and its neighbours'; it need not be
+                value / peer, whose medians may be of different rounds
+  value_spread, peer_spread, ratio_spread     lowest and highest round
+  rounds        each round's [value, peer], in order
 """
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +36,9 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 bootstrap, registry_url, loramill, loop, run, n = sys.argv[1:6] + [int(sys.argv[6])]
-ROUNDS, PARTITIONS = 3, 4
+ROUNDS, PARTITIONS = int(os.environ.get("KAFKA_ROUNDS") or 5), 4
+if ROUNDS < 1 or ROUNDS % 2 == 0:
+    sys.exit(f"KAFKA_ROUNDS must be odd, so that the median is one of the rounds; not {ROUNDS}")
 admin = AdminClient({"bootstrap.servers": bootstrap})
 
 
@@ -92,18 +105,29 @@ for t in ("p-json", "p-avro", "dead"):
     topic(t)
 fill()
 rates = {"loop": [], "json": [], "avro": [], "exactly-once": []}
+names = list(rates)
 for i in range(ROUNDS):
-    for name, got in rates.items():
+    for name in names[i % len(names):] + names[:i % len(names)]:
         to = topic(f"r-{name}-{i}")
         prompts = "p-avro" if name == "avro" else "p-json"
         command = ([loop, bootstrap, "g-" + to, prompts, to] if name == "loop" else
                    worker(prompts, to, "exactly-once" if name == "exactly-once" else
                           "at-least-once"))
-        got.append(measure(name, command, to))
-        print(f"== {name}: {got[-1]:.0f} messages/s", file=sys.stderr)
-mid = {k: statistics.median(v) for k, v in rates.items()}
+        rates[name].append(measure(name, command, to))
+        print(f"== round {i + 1} of {ROUNDS}, {name}: {rates[name][-1]:.0f} messages/s",
+              file=sys.stderr)
+
+
+def spread(values, digits):
+    return [round(min(values), digits), round(max(values), digits)]
+
+
 for name in ("json", "avro", "exactly-once"):
-    beside = "json" if name == "exactly-once" else "loop"
-    ratio = statistics.median(a / b for a, b in zip(rates[name], rates[beside]))
-    print(json.dumps({"name": f"kafka_{name}", "value": round(mid[name], 1), "unit": "messages/s",
-                      "peer": round(mid[beside], 1), "ratio": round(ratio, 3)}))
+    ours, beside = rates[name], rates["json" if name == "exactly-once" else "loop"]
+    ratios = [a / b for a, b in zip(ours, beside)]
+    print(json.dumps({
+        "name": f"kafka_{name}", "unit": "messages/s", "value": round(statistics.median(ours)),
+        "value_spread": spread(ours, None), "peer": round(statistics.median(beside)),
+        "peer_spread": spread(beside, None), "ratio": round(statistics.median(ratios), 3),
+        "ratio_spread": spread(ratios, 3),
+        "rounds": [[round(a), round(b)] for a, b in zip(ours, beside)]}))

@@ -6,6 +6,7 @@
 # work replaced by an echo, beside a minimal client loop. One JSON line a figure on standard output,
 # progress on standard error.
 #   BENCH=storefront,shape,host,kafka   which parts (default: all)
+#   KAFKA_N=50000 KAFKA_ROUNDS=5        prompts a round and rounds (odd) of the last part
 set -euo pipefail
 . "$(dirname "$0")/../infra/lib.sh"
 : "${BENCH:=storefront,shape,host,kafka}"
