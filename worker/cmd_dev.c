@@ -2,8 +2,8 @@
 /*
  * cmd_dev.c - `loramill dev`: everything a worker needs around it, on this machine, in one process.
  *
- * An embedded broker (dev_broker.h) with the three topics, a local HTTP adapter store
- * (dev_store.h), and DIR/loramill.properties, which worker, submit and collect take as it is. The
+ * An embedded broker (dev_broker.h) with the four topics, a local HTTP adapter store
+ * (dev_store.h), and DIR/loramill.properties, which all other commands take as it is. The
  * file appears, by a rename, when everything is ready, and goes when this process ends: scripts
  * wait for it. Addresses are this machine's loopback; the broker's port is a new one each time.
  */
@@ -27,6 +27,7 @@
 #define TOPIC_PROMPTS "prompts"
 #define TOPIC_REPLIES "replies"
 #define TOPIC_DEAD_LETTERS "dead-letters"
+#define TOPIC_CONTROL "control"
 
 struct dev {
     const char *dir, *adapters, *model;
@@ -42,7 +43,7 @@ static const char help[] =
     "usage: loramill dev [OPTION]...\n"
     "\n"
     "Runs a Kafka broker in memory and a local HTTP adapter store until interrupted, and writes\n"
-    "DIR/loramill.properties for worker, submit and collect. For development only: the broker\n"
+    "DIR/loramill.properties for all other commands. For development only: the broker\n"
     "forgets everything at the end and keeps at most 5 MiB a partition.\n"
     "\n"
     "  -d, --dir DIR         for properties and the adapter cache (default: loramill-dev)\n"
@@ -60,8 +61,10 @@ static void write_properties(const struct dev *d, FILE *f, const char *model)
 {
     fprintf(f, "# Written by `loramill dev`; valid while it runs.\n"
                "kafka.bootstrap.servers=%s\n"
-               "topics.prompts=%s\ntopics.replies=%s\ntopics.dead_letters=%s\n",
-            dev_broker_address(d->broker), TOPIC_PROMPTS, TOPIC_REPLIES, TOPIC_DEAD_LETTERS);
+               "topics.prompts=%s\ntopics.replies=%s\ntopics.dead_letters=%s\n"
+               "topics.control=%s\n",
+            dev_broker_address(d->broker), TOPIC_PROMPTS, TOPIC_REPLIES, TOPIC_DEAD_LETTERS,
+            TOPIC_CONTROL);
     /* The embedded broker waits for a group's members as long as their session, less a second, at
      * each rebalance after the first. */
     fprintf(f, "kafka.consumer.session.timeout.ms=4000\n"
@@ -128,6 +131,8 @@ static lm_status start(struct dev *d, struct lm_err *err)
         st = dev_broker_topic(d->broker, TOPIC_PROMPTS, (int)d->partitions, err);
     for (size_t i = 0; st == LM_OK && i < LM_COUNT(small); i++)
         st = dev_broker_topic(d->broker, small[i], 4, err);
+    if (st == LM_OK)
+        st = dev_broker_topic(d->broker, TOPIC_CONTROL, 1, err);
     if (st == LM_OK && d->adapters)
         st = dev_store_new(d->adapters, (int)d->store_port, &d->store, err);
     return st == LM_OK ? publish(d, err) : st;
@@ -150,8 +155,8 @@ static void greet(const struct dev *d)
     printf("loramill dev: ready; Ctrl-C ends it\n\n");
     printf("  broker    %s  (in memory, forgets everything at the end)\n",
            dev_broker_address(d->broker));
-    printf("  topics    %s (%d partitions), %s, %s\n", TOPIC_PROMPTS, (int)d->partitions,
-           TOPIC_REPLIES, TOPIC_DEAD_LETTERS);
+    printf("  topics    %s (%d partitions), %s, %s, %s\n", TOPIC_PROMPTS, (int)d->partitions,
+           TOPIC_REPLIES, TOPIC_DEAD_LETTERS, TOPIC_CONTROL);
     if (d->store)
         printf("  adapters  http://127.0.0.1:%d/{adapter}  (%d from %s)\n",
                dev_store_port(d->store), dev_store_count(d->adapters), d->adapters);
@@ -161,8 +166,9 @@ static void greet(const struct dev *d)
     printf("In other terminals:\n\n");
     printf("  loramill worker -c %s%s\n", d->properties, d->model ? "" : " --set model.path=DIR");
     printf("  loramill submit -c %s --input prompts.jsonl\n", d->properties);
-    printf("  loramill collect -c %s --job prompts.jsonl --output replies.jsonl\n\n",
+    printf("  loramill collect -c %s --job prompts.jsonl --output replies.jsonl\n",
            d->properties);
+    printf("  loramill cancel -c %s ID...\n\n", d->properties);
     fflush(stdout);
 }
 

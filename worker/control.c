@@ -25,7 +25,7 @@
 #include "worker/kafka_conf.h"
 
 enum { POLL_MS = 100, ASK_MS = 5000, RETRY_US = 2000000, LOOK_AGAIN_US = 60000000,
-       START_WAIT_MS = 10000 };
+       START_WAIT_MS = 10000, UNTIMED = 1000 };
 
 struct control {
     struct worker *w;
@@ -57,8 +57,18 @@ static void obey(control *c, const char *id, int64_t when_ms)
     job_queue_wake(&w->to_intake);
 }
 
+/* Of an earlier time than the worker is to remember; see assign(). */
+static bool too_old(const control *c, const rd_kafka_message_t *m)
+{
+    int64_t when = rd_kafka_message_timestamp(m, NULL);
+    return !atomic_load(&c->caught_up) && when > 0 &&
+           when < lm_wall_ms() - c->w->cfg->control_retention_ms;
+}
+
 static void take_order(control *c, const rd_kafka_message_t *m)
 {
+    if (too_old(c, m))
+        return;
     json_t *root = m->payload ? json_loadb(m->payload, m->len, 0, NULL) : NULL;
     const char *id = json_string_value(json_object_get(root, "cancel"));
     if (id && *id && json_object_size(root) == 1)
@@ -86,7 +96,9 @@ static int count_partitions(control *c, const char *topic)
 }
 
 /* Reads all partitions from the retention on. A topic that has grown is read again: an order twice
- * is an order. */
+ * is an order. "The end" is what a broker says that has nothing so young, and also one that can't
+ * look for times, as the embedded one of `loramill dev`: the last few are read then, and those that
+ * are too old passed over. */
 static bool assign(control *c, const char *topic, int n)
 {
     int64_t since = LM_MAX(lm_wall_ms() - c->w->cfg->control_retention_ms, 0);
@@ -94,8 +106,11 @@ static bool assign(control *c, const char *topic, int n)
     for (int i = 0; i < n; i++)
         rd_kafka_topic_partition_list_add(l, topic, i)->offset = since;
     rd_kafka_resp_err_t e = rd_kafka_offsets_for_times(c->rk, l, ASK_MS);
-    for (int i = 0; !e && i < l->cnt; i++)
+    for (int i = 0; !e && i < l->cnt; i++) {
         e = l->elems[i].err;
+        if (l->elems[i].offset == RD_KAFKA_OFFSET_END)
+            l->elems[i].offset = RD_KAFKA_OFFSET_TAIL(UNTIMED);
+    }
     if (!e)
         e = rd_kafka_assign(c->rk, l);
     rd_kafka_topic_partition_list_destroy(l);

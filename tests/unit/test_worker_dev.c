@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_dev.c - `loramill dev`: its adapter store over HTTP, its broker, its property file.
+ * test_worker_dev.c - `loramill dev`: its adapter store over HTTP, its broker, its property file,
+ * and the way through them of a prompt that is cancelled.
+ *
+ * The worker is a process of its own, forked before there is any thread; it waits on a pipe until
+ * it is wanted.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -9,6 +13,7 @@
 #include <cmocka.h>
 
 #include <arpa/inet.h>
+#include <jansson.h>
 #include <librdkafka/rdkafka.h>
 #include <pthread.h>
 #include <signal.h>
@@ -17,6 +22,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "worker/commands.h"
@@ -26,6 +32,8 @@
 
 static char dir[] = "/tmp/loramill-dev-XXXXXX";
 static dev_store *store;
+static pid_t worker;
+static int worker_start;            /* write end: one byte starts it */
 
 /* ---- a folder of adapters, and a client without opinions -------------------------------- */
 
@@ -218,6 +226,74 @@ static void *run_dev(void *arg)
     return NULL;
 }
 
+static void run_worker(int fd)
+{
+    const char *argv[] = { "worker", "-c", properties, "--set", "engine.mode=echo",
+                           "--set", "http.port=0", "--set", "log.level=warn", NULL };
+    char go;
+    if (read(fd, &go, 1) != 1)
+        _exit(0);                   /* the test ended without it */
+    _exit(cmd_worker(9, (char **)(uintptr_t)argv));
+}
+
+static int call(int (*command)(int, char **), const char *a, const char *b, const char *c,
+                const char *d, const char *e)
+{
+    const char *argv[] = { "loramill", "-c", properties, a, b, c, d, e, NULL };
+    int argc = 3;
+    while (argv[argc])
+        argc++;
+    return command(argc, (char **)(uintptr_t)argv);
+}
+
+/* id -> finish reason, of what `collect` wrote */
+static void expect_finish(const char *path, const char *id, const char *wanted)
+{
+    char line[4096];
+    const char *found = NULL;
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    json_t *root = NULL;
+    while (!found && fgets(line, sizeof line, f)) {
+        json_decref(root);
+        root = json_loads(line, 0, NULL);
+        const char *got = json_string_value(json_object_get(root, "id"));
+        if (got && !strcmp(got, id))
+            found = json_string_value(json_object_get(json_array_get(
+                json_object_get(root, "choices"), 0), "finish_reason"));
+    }
+    fclose(f);
+    if (!found || strcmp(found, wanted) != 0)
+        fail_msg("%s: %s, not %s", id, found ? found : "no outcome", wanted);
+    json_decref(root);
+}
+
+/* Prompts and an order are there before the worker is: as hard as it gets for an embedded broker,
+ * which can't look for times. */
+static void cancel_one_of_two(void)
+{
+    char job[256], out[256];
+    int st;
+    snprintf(job, sizeof job, "%s/job.jsonl", dir);
+    snprintf(out, sizeof out, "%s/out.jsonl", dir);
+    FILE *f = fopen(job, "w");
+    assert_non_null(f);
+    fputs("{\"id\":\"stays\",\"prompt\":\"x\"}\n{\"id\":\"goes\",\"prompt\":\"x\"}\n", f);
+    fclose(f);
+    assert_int_equal(call(cmd_submit, "--input", job, "--quiet", NULL, NULL), 0);
+    usleep(20000);                  /* an order concerns what was there before it */
+    assert_int_equal(call(cmd_cancel, "goes", "nobody", NULL, NULL, NULL), 0);
+    assert_int_equal(write(worker_start, "x", 1), 1);
+    assert_int_equal(call(cmd_collect, "--job", job, "--output", out, "--quiet"), 0);
+    expect_finish(out, "stays", "stop");
+    expect_finish(out, "goes", "cancelled");
+    kill(worker, SIGTERM);
+    assert_int_equal(waitpid(worker, &st, 0), worker);
+    worker = 0;
+    assert_true(WIFEXITED(st));
+    assert_int_equal(WEXITSTATUS(st), 0);
+}
+
 static void test_dev_writes_properties_and_ends(void **state)
 {
     (void)state;
@@ -225,7 +301,6 @@ static void test_dev_writes_properties_and_ends(void **state)
     struct config c;
     struct lm_err err = { 0 };
     int status = -1;
-    snprintf(properties, sizeof properties, "%s/dev/loramill.properties", dir);
     assert_int_equal(pthread_create(&t, NULL, run_dev, &status), 0);
     for (int i = 0; i < 15000 && access(properties, R_OK) != 0; i++)
         usleep(1000);
@@ -233,10 +308,12 @@ static void test_dev_writes_properties_and_ends(void **state)
     if (config_read_file(&c, properties, &err) != LM_OK || config_check(&c, &err) != LM_OK)
         fail_msg("%s", err.msg);
     assert_string_equal(c.topics_prompts, "prompts");
+    assert_string_equal(c.topics_control, "control");
     assert_string_equal(c.model_path, dir);
     assert_non_null(strstr(c.adapters_url, "/{adapter}"));
     assert_non_null(config_kafka(&c, CONFIG_BOTH, "bootstrap.servers"));
     config_release(&c);
+    cancel_one_of_two();
     kill(getpid(), SIGTERM);
     pthread_join(t, NULL);
     assert_int_equal(status, 0);
@@ -259,11 +336,28 @@ static void test_dev_usage(void **state)
     assert_int_equal(try_dev("--dir", "/proc/nothing/here"), 1);
 }
 
+static bool fork_worker(void)
+{
+    int fds[2];
+    if (pipe(fds) != 0 || (worker = fork()) < 0)
+        return false;
+    if (worker == 0) {
+        close(fds[1]);
+        run_worker(fds[0]);
+    }
+    close(fds[0]);
+    worker_start = fds[1];
+    return true;
+}
+
 int main(void)
 {
     struct lm_err err = { 0 };
     char adapters[128], cmd[128];
     if (!mkdtemp(dir))
+        return 1;
+    snprintf(properties, sizeof properties, "%s/dev/loramill.properties", dir);
+    if (!fork_worker())
         return 1;
     put("x", "adapter_config.json", "{}");
     put("x", "adapter_model.safetensors", "0123456789");
@@ -291,6 +385,9 @@ int main(void)
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     dev_store_free(store);
+    close(worker_start);            /* ends a worker that was never wanted */
+    if (worker > 0)
+        kill(worker, SIGKILL);
     snprintf(cmd, sizeof cmd, "rm -rf %s", dir);
     return system(cmd) ? 1 : failed;
 }
