@@ -23,8 +23,8 @@ static const char usage_text[] =
     "  --help-markdown       the properties as docs/configuration.md\n"
     "  --help-sample         the properties as a sample file\n"
     "\n"
-    "SIGTERM drains and ends with status 0; a second one ends at once. Status 2 means a usage or\n"
-    "configuration error, 1 any other failure.\n";
+    "SIGTERM drains and ends with status 0; a second one ends at once. SIGHUP reads the SASL\n"
+    "credentials again. Status 2 means a usage or configuration error, 1 any other failure.\n";
 
 static int fail(const char *text)
 {

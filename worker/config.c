@@ -357,6 +357,23 @@ static lm_status set_line(struct config *c, char *line, struct lm_err *err)
     return set_pair(c, key, trim(eq + 1), err);
 }
 
+/* What config_read_again() will take again, in this order. */
+static lm_status remember(struct config *c, bool is_file, const char *text, struct lm_err *err)
+{
+    size_t n = (size_t)c->n_sources;
+    struct config_source *grown = lm_reallocarray(c->sources, n + 1, sizeof *grown);
+    char *copy = lm_strdup(text);
+    if (grown)
+        c->sources = grown;
+    if (!grown || !copy) {
+        free(copy);
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    c->sources[n] = (struct config_source){ is_file, copy };
+    c->n_sources++;
+    return LM_OK;
+}
+
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err)
 {
     char *copy = lm_strdup(assignment);
@@ -364,7 +381,7 @@ lm_status config_set(struct config *c, const char *assignment, struct lm_err *er
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = set_line(c, copy, err);
     free(copy);
-    return st;
+    return st ? st : remember(c, false, assignment, err);
 }
 
 static lm_status read_lines(struct config *c, FILE *f, const char *path, struct lm_err *err)
@@ -399,7 +416,17 @@ lm_status config_read_file(struct config *c, const char *path, struct lm_err *er
                           strerror(errno));
     lm_status st = read_lines(c, f, path, err);
     fclose(f);
-    return st;
+    return st ? st : remember(c, true, path, err);
+}
+
+lm_status config_read_again(const struct config *c, struct config *out, struct lm_err *err)
+{
+    lm_status st = config_init(out, err);
+    for (int i = 0; !st && i < c->n_sources; i++) {
+        const struct config_source *s = &c->sources[i];
+        st = s->is_file ? config_read_file(out, s->text, err) : config_set(out, s->text, err);
+    }
+    return st ? st : config_check(out, err);
 }
 
 /* ---- defaults and checks ------------------------------------------------------------------ */
@@ -438,6 +465,11 @@ void config_release(struct config *c)
     free(c->kafka);
     c->kafka = NULL;
     c->n_kafka = 0;
+    for (int i = 0; i < c->n_sources; i++)
+        free(c->sources[i].text);
+    free(c->sources);
+    c->sources = NULL;
+    c->n_sources = 0;
 }
 
 static lm_status visit_required(const struct config_property *p, void *ctx, struct lm_err *err)

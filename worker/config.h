@@ -23,6 +23,9 @@ struct config_pair {
     enum config_scope scope;
 };
 
+/* A file that was read, or an assignment that was made. */
+struct config_source { bool is_file; char *text; };
+
 struct config {
     /* Strings are owned, "" when unset. Filled from the table in config_table.c. */
     char *model_path, *model_name, *backend, *engine_mode;
@@ -59,6 +62,8 @@ struct config {
     char *log_level, *log_format;
     struct config_pair *kafka;  /* passthrough, "kafka." removed */
     int n_kafka;
+    struct config_source *sources;      /* in their order */
+    int n_sources;
 };
 
 lm_status config_init(struct config *c, struct lm_err *err);    /* defaults */
@@ -67,6 +72,8 @@ void config_release(struct config *c);
 lm_status config_read_file(struct config *c, const char *path, struct lm_err *err);
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
+/* The same files and assignments, as they are now, into *out, which is released in any case. */
+lm_status config_read_again(const struct config *c, struct config *out, struct lm_err *err);
 
 bool config_exactly_once(const struct config *c);
 /* From topics.priorities; 0 for a topic that it does not name. */

@@ -334,6 +334,7 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     consumer *c = opaque;
     char text[512];
+    credentials_error(c->w->credentials, err);
     if (err == RD_KAFKA_RESP_ERR__FATAL) {
         rd_kafka_fatal_error(rk, text, sizeof text);
         worker_fail(c->w, LM_STATE, "the consumer can't go on: %s", text);
@@ -386,6 +387,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
         free(c);
         return st;
     }
+    credentials_attach(w->credentials, c->rk, CONFIG_CONSUMER);
     rd_kafka_poll_set_consumer(c->rk);
     c->queue = rd_kafka_queue_get_consumer(c->rk);
     c->commit_queue = rd_kafka_queue_new(c->rk);
@@ -415,6 +417,7 @@ void consumer_free(consumer *c)
         return;
     while (c->n_parts)
         rebalance_remove(c, &c->parts[0]);
+    credentials_detach(c->w->credentials, c->rk);
     rd_kafka_queue_destroy(c->queue);
     rd_kafka_queue_destroy(c->commit_queue);
     staging_release(&c->staging);

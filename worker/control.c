@@ -167,7 +167,8 @@ static void *control_main(void *arg)
 static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     (void)rk;
-    (void)opaque;
+    control *c = opaque;
+    credentials_error(c->w->credentials, err);
     lm_log(LM_DEBUG, "control", "%s: %s", rd_kafka_err2name((rd_kafka_resp_err_t)err), reason);
 }
 
@@ -179,10 +180,13 @@ static lm_status open_consumer(control *c, struct lm_err *err)
         return st;
     rd_kafka_conf_set(conf, "enable.partition.eof", "true", NULL, 0);
     rd_kafka_conf_set(conf, "auto.offset.reset", "earliest", NULL, 0);
+    rd_kafka_conf_set_opaque(conf, c);
     rd_kafka_conf_set_error_cb(conf, on_error);
     st = kafka_open(RD_KAFKA_CONSUMER, conf, &c->rk, err);
-    if (!st)
+    if (!st) {
+        credentials_attach(c->w->credentials, c->rk, CONFIG_CONSUMER);
         rd_kafka_poll_set_consumer(c->rk);
+    }
     return st;
 }
 
@@ -194,6 +198,7 @@ lm_status control_new(struct worker *w, control **out, struct lm_err *err)
     c->w = w;
     lm_status st = open_consumer(c, err);
     if (!st && pthread_create(&c->thread, NULL, control_main, c)) {
+        credentials_detach(w->credentials, c->rk);
         rd_kafka_destroy(c->rk);
         st = lm_err_set(err, LM_NOMEM, "can't start the control thread");
     }
@@ -225,6 +230,7 @@ void control_free(control *c)
     if (!c)
         return;
     control_stop(c);
+    credentials_detach(c->w->credentials, c->rk);
     rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
     free(c);
 }

@@ -211,11 +211,29 @@ lm_status kafka_conf_check(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
+/* A token is asked for by callback, and some of our calls block before the first poll, or between
+ * two, for as long as there is none: init_transactions() for example. */
+static bool needs_token(const rd_kafka_conf_t *conf)
+{
+    char text[64];
+    size_t n = sizeof text;
+    return rd_kafka_conf_get(conf, "sasl.mechanisms", text, &n) == RD_KAFKA_CONF_OK &&
+           !strcasecmp(text, "OAUTHBEARER");
+}
+
 lm_status kafka_open(rd_kafka_type_t type, rd_kafka_conf_t *conf, rd_kafka_t **out,
                      struct lm_err *err)
 {
     char why[512];
+    bool token = needs_token(conf);
+    if (token)
+        rd_kafka_conf_enable_sasl_queue(conf, 1);
     *out = rd_kafka_new(type, conf, why, sizeof why);
+    rd_kafka_error_t *e = *out && token ? rd_kafka_sasl_background_callbacks_enable(*out) : NULL;
+    if (e) {
+        lm_log(LM_WARN, "kafka", "OAUTHBEARER: %s", rd_kafka_error_string(e));
+        rd_kafka_error_destroy(e);
+    }
     if (*out)
         return LM_OK;
     rd_kafka_conf_destroy(conf);

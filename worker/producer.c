@@ -273,6 +273,7 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     producer *p = opaque;
     char text[512];
+    credentials_error(p->w->credentials, err);
     if (err == RD_KAFKA_RESP_ERR__FATAL && p->exactly_once) {
         lm_log(LM_WARN, "producer", "%s", reason);      /* transaction.c decides */
     } else if (err == RD_KAFKA_RESP_ERR__FATAL) {
@@ -338,7 +339,19 @@ lm_status producer_open(producer *p, struct lm_err *err)
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
     rd_kafka_conf_set_error_cb(conf, on_error);
-    return kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
+    st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
+    if (!st)
+        credentials_attach(p->w->credentials, p->rk, CONFIG_PRODUCER);
+    return st;
+}
+
+void producer_close(producer *p)
+{
+    if (!p->rk)
+        return;
+    credentials_detach(p->w->credentials, p->rk);
+    rd_kafka_destroy(p->rk);
+    p->rk = NULL;
 }
 
 lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
@@ -354,8 +367,7 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
                               p))
         st = lm_err_set(err, LM_NOMEM, "can't start the producer thread");
     if (st) {
-        if (p->rk)
-            rd_kafka_destroy(p->rk);
+        producer_close(p);
         job_queue_release(&p->again);
         free(p);
         return st;
@@ -377,8 +389,7 @@ void producer_free(producer *p)
     if (!p)
         return;
     producer_stop(p);
-    if (p->rk)
-        rd_kafka_destroy(p->rk);
+    producer_close(p);
     job_queue_release(&p->again);
     free(p);
 }

@@ -27,6 +27,7 @@ struct producer {
 
 /* Opens p->rk with its callbacks. */
 lm_status producer_open(producer *p, struct lm_err *err);
+void producer_close(producer *p);       /* fine when it is not open */
 /* Sends what is not acknowledged yet. True: no report will come. */
 bool producer_send_records(producer *p, struct job *j);
 /* All that was sent has its report: is the job done? */

@@ -190,8 +190,7 @@ static bool rebuild(struct tx *t)
     t->rebuilt_us = lm_now_us();
     metric_add(&t->w->metrics.producer_rebuilds, 1);
     rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
-    rd_kafka_destroy(t->p->rk);
-    t->p->rk = NULL;
+    producer_close(t->p);
     t->initialised = false;
     if (producer_open(t->p, &err)) {
         worker_fail(t->w, LM_STATE, "%s", err.msg);

@@ -195,6 +195,7 @@ static void worker_init(struct worker *w, const struct config *cfg)
     job_queue_init(&w->to_intake);
     job_queue_init(&w->done);
     job_queue_init(&w->parts);
+    w->credentials = credentials_new(cfg);
     atomic_store(&w->consumer_beat_us, lm_now_us());
     atomic_store(&w->outbox_beat_us, lm_now_us());
     atomic_store(&w->intake_beat_us, lm_now_us());
@@ -230,7 +231,8 @@ static lm_status open_control(struct worker *w, struct lm_err *err)
 
 static lm_status start(struct worker *w, struct lm_err *err)
 {
-    lm_status st = kafka_check_library(w->cfg, err);
+    lm_status st = w->credentials ? kafka_check_library(w->cfg, err)
+                                  : lm_err_set(err, LM_NOMEM, "out of memory");
     /* The consumer's handle is made early, so that a bad property is known before a model loads;
      * it joins the group only in consumer_start(). */
     if (!st)
@@ -347,6 +349,7 @@ static void end_threads(struct worker *w, struct watchdog *dog, int status)
     producer_free(w->producer);
     claims_free(w->claims);
     control_free(w->control);
+    credentials_free(w->credentials);
     job_queue_release(&w->to_intake);
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
@@ -390,9 +393,12 @@ static void supervise(struct worker *w, struct watchdog *dog)
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
     struct progress_seen seen = { 0 };
-    while (got < 0 && !atomic_load(&w->failed)) {
+    sigset_t signals = dog->signals;
+    sigaddset(&signals, SIGHUP);
+    while ((got < 0 || got == SIGHUP) && !atomic_load(&w->failed)) {
         watch_engine(w, &seen);
-        got = sigtimedwait(&dog->signals, NULL, &tick);
+        credentials_look(w->credentials, got == SIGHUP);
+        got = sigtimedwait(&signals, NULL, &tick);
     }
     bool failed = atomic_load(&w->failed);
     if (!failed)
@@ -416,6 +422,10 @@ int worker_run(const struct config *cfg)
     sigaddset(&dog.signals, SIGTERM);
     sigaddset(&dog.signals, SIGINT);
     pthread_sigmask(SIG_BLOCK, &dog.signals, NULL);
+    sigset_t reread;
+    sigemptyset(&reread);
+    sigaddset(&reread, SIGHUP);         /* supervise() waits for it */
+    pthread_sigmask(SIG_BLOCK, &reread, NULL);
     signal(SIGPIPE, SIG_IGN);
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);

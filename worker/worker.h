@@ -15,6 +15,7 @@
 #define LORAMILL_WORKER_WORKER_H
 
 #include "worker/config.h"
+#include "worker/credentials.h"
 #include "worker/dead_letter.h"
 #include "worker/job.h"
 #include "worker/metrics.h"
@@ -32,6 +33,7 @@ struct journal;
 
 struct worker {
     const struct config *cfg;
+    credentials *credentials;   /* of the clients below */
     char name[256];
     struct header_names header_names;
     struct metrics metrics;

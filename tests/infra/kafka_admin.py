@@ -5,13 +5,18 @@
   create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
   delete TOPIC                      delete a topic
   dump TOPIC                        one JSON line a record: key, value, headers (hex where binary)
+  scram USER PASSWORD               set a user's SCRAM-SHA-512 password
+  acl grant|revoke USER OPERATION TOPIC    make or delete an ACL
   lag GROUP TOPIC                   print committed offset and end offset of each partition
 """
 import json
 import sys
 
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import (AclBinding, AclBindingFilter, AclOperation, AclPermissionType,
+                                   AdminClient, NewTopic, ResourcePatternType, ResourceType,
+                                   ScramCredentialInfo, ScramMechanism,
+                                   UserScramCredentialUpsertion)
 
 QUIET = {"log_level": 0, "socket.timeout.ms": 5000}
 
@@ -80,6 +85,26 @@ def lag(bootstrap, group, topic):
     return 0
 
 
+def scram(bootstrap, user, password):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    want = UserScramCredentialUpsertion(user, ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096),
+                                        password.encode())
+    admin.alter_user_scram_credentials([want])[user].result(10)
+    return 0
+
+
+def acl(bootstrap, what, user, operation, topic):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    kind = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{user}", "*",
+            AclOperation[operation.upper()], AclPermissionType.ALLOW)
+    calls = (admin.create_acls([AclBinding(*kind)]) if what == "grant"
+             else admin.delete_acls([AclBindingFilter(*kind)]))
+    for call in calls.values():
+        call.result(10)
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({"brokers": brokers, "create": create, "delete": delete, "dump": dump, "lag": lag}[
-        sys.argv[2]](sys.argv[1], *sys.argv[3:]))
+    commands = {"brokers": brokers, "create": create, "delete": delete, "dump": dump, "lag": lag,
+                "scram": scram, "acl": acl}
+    sys.exit(commands[sys.argv[2]](sys.argv[1], *sys.argv[3:]))

@@ -3,7 +3,9 @@
 #
 # kafka.* reaches librdkafka: TLS, mutual TLS, SASL with SCRAM-SHA-512 and OAUTHBEARER over TLS, each at
 # a listener of a real broker that demands it. The wrong authority, the wrong host name, no client
-# certificate and the wrong password are refused, and no secret is in a log at level debug.
+# certificate and the wrong password are refused, and no secret is in a log at level debug. Then what
+# changes while a worker runs: the password at the broker, OAUTHBEARER tokens that last ten seconds, and
+# an ACL that is taken away and given back.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin security
 PASSWORD=s3cret-$RANDOM$RANDOM
@@ -23,7 +25,7 @@ pki() {
     done
 }
 (pki) > "$RUN/openssl.log" 2>&1 || die "certificates"
-read -ra P <<< "$(free_ports 4)"
+read -ra P <<< "$(free_ports 6)"
 KAFKA_LISTENERS=",TLS://127.0.0.1:${P[0]},MTLS://127.0.0.1:${P[1]},SCRAM://127.0.0.1:${P[2]},OAUTH://127.0.0.1:${P[3]}"
 KAFKA_MAP=",TLS:SSL,MTLS:SSL,SCRAM:SASL_SSL,OAUTH:SASL_SSL"
 KAFKA_EXTRA="ssl.keystore.type=PEM
@@ -34,6 +36,11 @@ listener.name.mtls.ssl.client.auth=required
 listener.name.scram.sasl.enabled.mechanisms=SCRAM-SHA-512
 listener.name.scram.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
 listener.name.oauth.sasl.enabled.mechanisms=OAUTHBEARER
+listener.name.scram.connections.max.reauth.ms=3000
+listener.name.oauth.connections.max.reauth.ms=60000
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+allow.everyone.if.no.acl.found=true
 listener.name.oauth.oauthbearer.sasl.jaas.config=org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub=\"broker\";"
 KAFKA_FORMAT="--add-scram SCRAM-SHA-512=[name=worker,password=$PASSWORD]"
 kafka_start 1 || die "the broker started"
@@ -79,5 +86,87 @@ worker no-certificate 1 kafka.security.protocol=SSL
 refused no-certificate 'certificate.required|handshake failed|Disconnected|alert'
 worker wrong-password 2 "${SCRAM[@]}" kafka.sasl.password=wrong-pass-word
 refused wrong-password 'authentication failed|invalid credentials'
-no_secret() { ! grep -qE "$PASSWORD|wrong-pass-word|PRIVATE KEY" "$RUN"/worker-*.log; }
+
+# ---- while it runs ----
+# A password that is altered: connections are asked for it again every three seconds here, as after
+# any reconnection. The worker reads its files again by itself, finds the old password, says so and
+# waits; with the new one in the file it goes on, without a restart.
+admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
+for mode in at-least-once exactly-once; do
+    worker "rotate-$mode" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode"
+    check "$mode: the first password serves" d wait "rotate-$mode-replies" 20 40
+    NEXT=n3xt-$RANDOM$RANDOM
+    admin scram worker "$NEXT"
+    check "$mode: altered at the broker, it is refused" \
+        wait_until 20 grep -qi 'authentication failed' "$RUN/worker-rotate-$mode.log"
+    d produce "rotate-$mode" 20 20
+    check "$mode: the worker waits" kill -0 "$W"
+    sed -i "s/^kafka.sasl.password=.*/kafka.sasl.password=$NEXT/" "$RUN/rotate-$mode.properties"
+    check "$mode: with the new one in its file it goes on by itself" d wait "rotate-$mode-replies" 40 40
+    check "$mode: and says why" grep -q 'new SASL credentials' "$RUN/worker-rotate-$mode.log"
+    PASSWORD=$NEXT NEXT=th1rd-$RANDOM$RANDOM
+    sed -i "s/^kafka.sasl.password=.*/kafka.sasl.password=$NEXT/" "$RUN/rotate-$mode.properties"
+    admin scram worker "$NEXT"; kill -HUP "$W"
+    d produce "rotate-$mode" 40 20
+    check "$mode: SIGHUP in time: nothing stops" d wait "rotate-$mode-replies" 60 20
+    d verify "rotate-$mode-replies" 0 60 0 || FAILED=1
+    end "$mode"
+    PASSWORD=$NEXT
+done
+
+# Tokens that last ten seconds, from an OIDC endpoint: asked for again in time, by both clients; and
+# the client's own unsigned ones where the first call of all blocks until there is a token.
+spawn "$RUN/tokens.log" "$PYTHON" tests/infra/token_server.py "${P[4]}" 10 "$RUN/tokens"
+worker oidc 3 kafka.security.protocol=SASL_SSL kafka.sasl.mechanism=OAUTHBEARER \
+    kafka.sasl.oauthbearer.method=oidc kafka.sasl.oauthbearer.client.id=worker \
+    kafka.sasl.oauthbearer.client.secret=wrong-pass-word \
+    "kafka.sasl.oauthbearer.token.endpoint.url=http://127.0.0.1:${P[4]}/token"
+check "OIDC: served" d wait oidc-replies 20 40
+asked() { [ "$(wc -l < "$RUN/tokens")" -ge 5 ]; }
+check "OIDC: tokens are asked for again" wait_until 30 asked
+d produce oidc 20 20
+check "OIDC: and the worker goes on, past the first one's end" d wait oidc-replies 40 20
+end oidc
+worker oauth-eos 3 kafka.security.protocol=SASL_SSL kafka.sasl.mechanism=OAUTHBEARER \
+    kafka.enable.sasl.oauthbearer.unsecure.jwt=true "kafka.sasl.oauthbearer.config=principal=worker" \
+    delivery.mode=exactly-once
+served oauth-eos
+
+# An ACL that is taken away: outcomes and offsets wait, nothing becomes a dead letter, the log names the
+# topic and a metric counts. Given back, all goes on.
+livez() { curl -sf "http://127.0.0.1:${P[5]}/livez" > /dev/null; }
+failures() { curl -sf "http://127.0.0.1:${P[5]}/metrics" |
+             awk '$1 ~ "^loramill_(produce_failures|transaction_aborts)_total$" { n += $2 } END { print n }'; }
+committed_is() { [ "$(d committed "$1" "$1" 0 | cut -d' ' -f1)" = "$2" ]; }
+for mode in at-least-once exactly-once; do
+    t=acl-$mode
+    topic_create "$t-replies" 1
+    admin acl grant nobody write "$t-replies"; admin acl grant worker write "$t-replies"
+    worker "$t" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" "http.port=${P[5]}"
+    check "$t: served" d wait "$t-replies" 20 40
+    check "$t: committed" wait_until 20 committed_is "$t" 20
+    admin acl revoke worker write "$t-replies"
+    d produce "$t" 20 20
+    check "$t: a forbidden reply topic is named in the log" \
+        wait_until 20 grep -qiE "$t-replies.*authorization failed" "$RUN/worker-$t.log"
+    failing() { [ "$(failures)" -gt 0 ]; }
+    check "$t: and counted" wait_until 10 failing
+    check "$t: the worker waits, alive" livez
+    check "$t: no offset passes" committed_is "$t" 20
+    check "$t: nothing is a dead letter" d count dead p- 0
+    admin acl grant worker write "$t-replies"
+    check "$t: allowed again, it goes on" d wait "$t-replies" 40 40
+    d verify "$t-replies" 0 40 0 || FAILED=1
+    if [ $mode = at-least-once ]; then
+        admin acl grant nobody read "$t"
+        d produce "$t" 40 20
+        check "$t: a forbidden prompt topic is named in the log" \
+            wait_until 20 grep -qiE "TOPIC_AUTHORIZATION_FAILED|$t.*authorization failed" "$RUN/worker-$t.log"
+        check "$t: the worker waits, alive" livez
+        admin acl grant worker read "$t"
+        check "$t: allowed again, it reads on" d wait "$t-replies" 60 40
+    fi
+    end "$t"
+done
+no_secret() { ! grep -qE 's3cret-|n3xt-|th1rd-|wrong-pass-word|PRIVATE KEY|eyJ' "$RUN"/worker-*.log; }
 check "no secret is in a log" no_secret

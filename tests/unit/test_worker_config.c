@@ -365,6 +365,41 @@ static void test_sample_is_valid(void **state)
     assert_int_equal(config_check(&cfg, &err), LM_OK);
 }
 
+static void write_file(const char *path, const char *text)
+{
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fputs(text, f);
+    fclose(f);
+}
+
+/* The files as they are now, then the same assignments; what is wrong in them is said. */
+static void test_read_again(void **state)
+{
+    (void)state;
+    char path[] = "/tmp/test_worker_config.XXXXXX";
+    struct config fresh;
+    close(mkstemp(path));
+    write_file(path, "engine.mode=echo\nkafka.bootstrap.servers=b:1\nkafka.sasl.password=old\n"
+                     "threads=2\n");
+    assert_int_equal(config_read_file(&cfg, path, &err), LM_OK);
+    good("threads=3");
+    write_file(path, "engine.mode=echo\nkafka.bootstrap.servers=b:1\nkafka.sasl.password=new\n"
+                     "threads=4\n");
+    assert_int_equal(config_read_again(&cfg, &fresh, &err), LM_OK);
+    assert_string_equal(config_kafka(&fresh, CONFIG_PRODUCER, "sasl.password"), "new");
+    assert_string_equal(config_kafka(&cfg, CONFIG_PRODUCER, "sasl.password"), "old");
+    assert_int_equal(fresh.threads, 3);
+    config_release(&fresh);
+    write_file(path, "engine.mode=echo\nno.such.key=1\n");
+    assert_int_equal(config_read_again(&cfg, &fresh, &err), LM_INVALID);
+    says(":2: unknown key");
+    config_release(&fresh);
+    remove(path);
+    assert_int_equal(config_read_again(&cfg, &fresh, &err), LM_NOT_FOUND);
+    config_release(&fresh);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 static void test_topic_priorities(void **state)
@@ -395,7 +430,7 @@ static void test_topic_priorities(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_topic_priorities),
+        cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_librdkafka_refusals), TEST(test_secrets),
