@@ -66,7 +66,8 @@ static struct engine_result *answer(struct request *r)
         fill_choices(r, res);
     else
         res->status = LM_NOMEM;
-    if (r->deadline_ms && lm_wall_ms() > r->deadline_ms)
+    int64_t now = lm_wall_ms(), first = r->first_token_by_ms;
+    if ((r->deadline_ms && now > r->deadline_ms) || (first && now > first))
         for (int i = 0; i < res->n_choices; i++)
             res->choices[i].reason = ENGINE_EXPIRED;
     res->finished_us = res->first_token_us = lm_now_us() - r->submit_us;

@@ -75,9 +75,17 @@ static void wait_for_healing(intake *in, struct job *j, const struct lm_err *why
 
 /* ---- expiry without the engine ------------------------------------------------------------ */
 
+static bool passed(int64_t deadline_ms, int64_t now_ms)
+{
+    return deadline_ms && now_ms > deadline_ms;
+}
+
+/* Whoever is here has no first token yet. */
 static bool past_deadline(const struct job *j)
 {
-    return j->prompt && j->prompt->deadline_ms && lm_wall_ms() > j->prompt->deadline_ms;
+    const struct prompt *p = j->prompt;
+    int64_t now = lm_wall_ms();
+    return p && (passed(p->deadline_ms, now) || passed(p->first_token_by_ms, now));
 }
 
 /* A completion for a prompt that never reached the engine. */
@@ -111,7 +119,8 @@ static void fill_request(const struct job *j, struct engine_request *r)
         .token_ids = p->token_ids, .n_token_ids = p->n_token_ids, .messages = p->messages,
         .n_messages = p->n_messages, .context = p->context, .n_context = p->n_context,
         .params = p->params, .priority = priority_of(j), .tenant = p->tenant,
-        .deadline_ms = p->deadline_ms, .stream = p->stream, .user = (void *)(uintptr_t)j,
+        .deadline_ms = p->deadline_ms, .first_token_by_ms = p->first_token_by_ms,
+        .stream = p->stream, .user = (void *)(uintptr_t)j,
     };
 }
 

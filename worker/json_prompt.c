@@ -28,7 +28,8 @@ enum {
 
 static const char *const known[] = {
     "id", "adapter", "prompt", "prompt_token_ids", "messages", "context", "params", "priority",
-    "deadline_ms", "tenant", "reply_topic", "correlation_id", "model", "stream", "metadata", NULL
+    "deadline_ms", "first_token_by_ms", "tenant", "reply_topic", "correlation_id", "model",
+    "stream", "metadata", NULL
 };
 
 static const char *const not_served[] = {
@@ -256,11 +257,14 @@ static lm_status read_numbers(const struct json_reader *r, const json_t *root, s
 {
     const json_t *priority = json_given(root, "priority");
     const json_t *deadline = json_given(root, "deadline_ms");
+    const json_t *first = json_given(root, "first_token_by_ms");
     int64_t n = 0;
     lm_status st = priority ? json_read_int(r, "priority", priority, -1000000, 1000000, &n) : LM_OK;
     p->priority = (int)n;
     if (!st && deadline)
         st = json_read_int(r, "deadline_ms", deadline, 0, INT64_MAX, &p->deadline_ms);
+    if (!st && first)
+        st = json_read_int(r, "first_token_by_ms", first, 0, INT64_MAX, &p->first_token_by_ms);
     return st;
 }
 

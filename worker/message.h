@@ -30,6 +30,7 @@ struct prompt {
     int priority;
     bool stream;                /* parts as they come, and a final record */
     int64_t deadline_ms;        /* 0: none */
+    int64_t first_token_by_ms;  /* of no use unless the text has begun by then; 0: none */
     const char *tenant, *reply_topic, *correlation_id, *model;  /* NULL: not given */
     const struct metadata_entry *metadata;
     int n_metadata;

@@ -76,7 +76,7 @@ stop
 fi
 
 if part expiry; then
-worker expiry deadline.default_ms=1500
+worker expiry deadline.default_ms=1500 engine.max_seqs=64 stream.interval_ms=20
 case_ expiry
 stop
 fi

@@ -200,6 +200,34 @@ def expiry():
           == dict.fromkeys(("past", "soon", "default"), "expired")
           and reason.get("fine") in ("stop", "length"), reason)
     check("what there was is in the completion", got["soon"]["choices"][0]["text"] != "")
+    first_token(run)
+
+
+def first_token(run):
+    """A prompt that has not begun by first_token_by_ms ends, in the queue of a full engine as well;
+    one that has begun goes on."""
+    r = Reader("replies", "dead")
+    now = int(time.time() * 1000)
+    far = now + 600000
+    long = {"max_tokens": 460, "ignore_eos": True, "n": 64, "temperature": 1}
+    send([({"id": f"{run}-begun", "prompt": "x", "deadline_ms": far, "stream": True, "params": long,
+            "first_token_by_ms": now + 30000}, [], "same"),
+          ({"id": f"{run}-past", "prompt": "x", "deadline_ms": far, "first_token_by_ms": now - 1}, [],
+           "same")])
+    parts = r.until(lambda s: any(header(m, "loramill-part") for m in s))
+    now = int(time.time() * 1000)
+    # engine.max_seqs=64: these wait for the one that has begun, for a second or more
+    send([({"id": f"{run}-waits", "prompt": "x", "deadline_ms": far, "first_token_by_ms": now + 100,
+            "params": {"max_tokens": 2}}, [], "same"),
+          ({"id": f"{run}-served", "prompt": "x", "deadline_ms": far, "first_token_by_ms": far,
+            "params": {"max_tokens": 2, "ignore_eos": True}}, [], "same")])
+    final = lambda s: {body(m)["id"][7:]: body(m) for m in s if not header(m, "loramill-part")}
+    got = final(r.until(lambda s: len(final(s)) == 4))
+    reason = {i: d["choices"][0]["finish_reason"] for i, d in got.items()}
+    check("first_token_by_ms ends what has not begun, and nothing else", len(parts) > 0 and reason
+          == {"begun": "length", "past": "expired", "waits": "expired", "served": "length"}, reason)
+    check("what ended so had no text", got["waits"]["choices"][0]["text"] == ""
+          and got["past"]["choices"][0]["text"] == "")
 
 
 def claims(kind):

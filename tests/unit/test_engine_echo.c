@@ -313,13 +313,16 @@ static void expired_deadline(void **state)
     (void)state;
     engine *e = open_echo(4);
     struct engine_request r = request("late", "x");
-    r.deadline_ms = 1;
     engine_handle h;
     struct engine_event ev;
-    assert_int_equal(engine_submit(e, &r, &h, NULL), LM_OK);
-    assert_int_equal(engine_poll(e, &ev, 1, 5000, NULL), 1);
-    assert_int_equal(ev.result->choices[0].reason, ENGINE_EXPIRED);
-    engine_result_free(ev.result);
+    for (int first = 0; first < 2; first++) {
+        r.deadline_ms = !first;
+        r.first_token_by_ms = first;
+        assert_int_equal(engine_submit(e, &r, &h, NULL), LM_OK);
+        assert_int_equal(engine_poll(e, &ev, 1, 5000, NULL), 1);
+        assert_int_equal(ev.result->choices[0].reason, ENGINE_EXPIRED);
+        engine_result_free(ev.result);
+    }
     engine_close(e);
 }
 

@@ -491,8 +491,8 @@ static void prompt_schema_mirrors_json(void **state)
 {
     (void)state;
     static const char *const top[] = { "id", "adapter", "prompt", "prompt_token_ids", "messages",
-        "context", "params", "priority", "deadline_ms", "tenant", "reply_topic", "correlation_id",
-        "model", "stream", "metadata" };
+        "context", "params", "priority", "deadline_ms", "first_token_by_ms", "tenant",
+        "reply_topic", "correlation_id", "model", "stream", "metadata" };
     struct avro_plan *p = plan_of(schema_prompt_text);
     const struct avro_node *root = avro_plan_root(p);
     assert_int_equal(root->n, LM_COUNT(top));

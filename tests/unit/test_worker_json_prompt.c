@@ -155,6 +155,10 @@ static const struct refusal refusals[] = {
     { "{" P ", \"priority\": 1.0}", LM_INVALID, "priority must be an integer" },
     { "{" P ", \"deadline_ms\": -5}", LM_INVALID, "deadline_ms must be an integer, at least 0" },
     { "{" P ", \"deadline_ms\": \"2026-01-01\"}", LM_INVALID, "deadline_ms must be an integer" },
+    { "{" P ", \"first_token_by_ms\": -1}", LM_INVALID,
+      "first_token_by_ms must be an integer, at least 0" },
+    { "{" P ", \"first_token_by_ms\": 1.5}", LM_INVALID, "first_token_by_ms must be an integer" },
+    { "{" P ", \"first_token_ms\": 1}", LM_INVALID, "first_token_ms is not a known key" },
     { "{" P ", \"tenant\": \"\"}", LM_INVALID, "tenant must not be empty" },
     { "{" P ", \"reply_topic\": \"a/b\"}", LM_INVALID, "reply_topic must be a Kafka topic name" },
     { "{" P ", \"reply_topic\": \"..\"}", LM_INVALID, "reply_topic must be a Kafka topic name" },
@@ -227,6 +231,7 @@ static void smallest_prompt_has_defaults(void **state)
     assert_true(p->params.temperature == d.temperature);
     assert_int_equal(p->priority, 0);
     assert_int_equal(p->deadline_ms, 0);
+    assert_int_equal(p->first_token_by_ms, 0);
     assert_null(p->tenant);
     assert_null(p->reply_topic);
     assert_null(p->correlation_id);
@@ -240,7 +245,8 @@ static void nulls_mean_not_given(void **state)
 {
     (void)state;
     prompt_free(decode("{\"id\": \"1\", \"prompt\": \"x\", \"adapter\": null, \"context\": null,"
-                       "\"params\": null, \"priority\": null, \"deadline_ms\": null, \"tenant\": "
+                       "\"params\": null, \"priority\": null, \"deadline_ms\": null,"
+                       "\"first_token_by_ms\": null, \"tenant\": "
                        "null, \"reply_topic\": null, \"correlation_id\": null, \"model\": null,"
                        "\"stream\": null, \"metadata\": null, \"messages\": null, \"tools\": null,"
                        "\"response_format\": null}"));
@@ -267,6 +273,7 @@ static void every_field_arrives(void **state)
         "\"ignore_eos\": true, \"repetition_penalty\": 1.5, \"presence_penalty\": -1,"
         "\"frequency_penalty\": 0.5, \"skip_special_tokens\": false,"
         "\"include_stop_str_in_output\": true}, \"priority\": -3, \"deadline_ms\": 1700000000123,"
+        "\"first_token_by_ms\": 1690000000123,"
         "\"tenant\": \"t\", \"reply_topic\": \"r.1\", \"correlation_id\": \"c\", \"model\": \"m\","
         "\"metadata\": {\"k\": \"v\", \"\": \"\"}}");
     assert_string_equal(p->adapter, "acme/warm-2");
@@ -294,6 +301,7 @@ static void every_field_arrives(void **state)
                      ENGINE_SET_MIN_P | ENGINE_SET_REPETITION_PENALTY | ENGINE_SET_MAX_TOKENS);
     assert_int_equal(p->priority, -3);
     assert_int_equal(p->deadline_ms, 1700000000123);
+    assert_int_equal(p->first_token_by_ms, 1690000000123);
     assert_string_equal(p->tenant, "t");
     assert_string_equal(p->reply_topic, "r.1");
     assert_string_equal(p->correlation_id, "c");
