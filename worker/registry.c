@@ -10,8 +10,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-enum { MAX_URLS = 8, MAX_REPLY = 1 << 20, HOLD_OFF_US = 500000 };
+enum {
+    MAX_URLS = 8, MAX_REPLY = 1 << 20, HOLD_OFF_US = 500000,
+    RACES = 3, RACE_PAUSE_MS = 100,     /* see registry_id_of() */
+};
 
 #define MEDIA_TYPE "application/vnd.schemaregistry.v1+json"
 
@@ -338,8 +342,8 @@ lm_status registry_by_guid(registry *r, const unsigned char guid[16], char **tex
     return st;
 }
 
-lm_status registry_id_of(registry *r, const char *subject, const char *text, bool create,
-                         int32_t *id, struct lm_err *err)
+static lm_status id_of(registry *r, const char *subject, const char *text, bool create, int32_t *id,
+                       struct lm_err *err)
 {
     struct reply rep = { 0 };
     json_t *question = json_pack("{s:s}", "schema", text);
@@ -365,4 +369,18 @@ lm_status registry_id_of(registry *r, const char *subject, const char *text, boo
     free(body);
     json_decref(question);
     return st;
+}
+
+/* Workers that start together register the same schema at the same moment, and Apicurio tells all
+ * but one 409, its word for an incompatible schema as well. Asked again it has the schema. */
+lm_status registry_id_of(registry *r, const char *subject, const char *text, bool create,
+                         int32_t *id, struct lm_err *err)
+{
+    const struct timespec pause = { 0, RACE_PAUSE_MS * 1000000 };
+    for (int n = 0;; n++) {
+        lm_status st = id_of(r, subject, text, create, id, err);
+        if (st != LM_MISMATCH || !create || n == RACES)
+            return st;
+        nanosleep(&pause, NULL);
+    }
 }

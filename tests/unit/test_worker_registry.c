@@ -162,6 +162,21 @@ static void registering_fails_by_name(void **state)
     }
 }
 
+/* The others of those who register it at the same moment are told 409 once. */
+static void registering_at_once_is_asked_again(void **state)
+{
+    (void)state;
+    registry *r = open_url(server.url, NULL, 2000);
+    int32_t id = 0;
+    struct lm_err err = { 0 };
+    answer(200, "{\"id\": 41}");
+    server.conflicts = 1;
+    assert_int_equal(registry_id_of(r, "s", "\"int\"", true, &id, &err), LM_OK);
+    assert_int_equal(id, 41);
+    assert_int_equal(server_seen(&server)->requests, 2);
+    registry_free(r);
+}
+
 /* A registry without GUIDs answers like a wrong URL; a wrong URL has no schema types. */
 static void a_registry_without_guids_is_told_from_a_wrong_url(void **state)
 {
@@ -348,6 +363,7 @@ int main(void)
         cmocka_unit_test(bad_answers_have_their_errors),
         cmocka_unit_test(requests_are_what_a_registry_expects),
         cmocka_unit_test(registering_fails_by_name),
+        cmocka_unit_test(registering_at_once_is_asked_again),
         cmocka_unit_test(a_registry_without_guids_is_told_from_a_wrong_url),
         cmocka_unit_test(slow_and_huge_are_bounded),
         cmocka_unit_test(nobody_there),

@@ -27,6 +27,7 @@ struct server {
     size_t body_len;
     int delay_ms;
     const char *types;          /* answered to /schemas/types, or NULL */
+    int conflicts;              /* so many requests are answered 409 first */
     /* what was asked */
     int requests;
     char path[512], method[16], accept[128], content_type[128], authorization[128];
@@ -71,7 +72,8 @@ static enum MHD_Result server_answer(void *user, struct MHD_Connection *c, const
     copy_header(c, "Authorization", s->authorization, sizeof s->authorization);
     int delay = s->delay_ms;
     bool types = s->types && strcmp(url, "/schemas/types") == 0;
-    unsigned status = types ? 200 : s->status;
+    unsigned status = types ? 200 : s->conflicts > 0 ? 409 : s->status;
+    s->conflicts -= s->conflicts > 0;
     const char *body = types ? s->types : s->body;
     struct MHD_Response *r = MHD_create_response_from_buffer(types ? strlen(body) : s->body_len,
                                                              (void *)(uintptr_t)body,
