@@ -132,6 +132,8 @@ static void submitted(intake *in, struct job *j, engine_handle h)
         (lease_revoked(j->lease) && atomic_load(&j->stage) == JOB_RUNNING))
         engine_cancel(in->w->engine, h);
     histogram_observe(&in->w->metrics.queue_wait, j->submitted_us - j->received_us);
+    lm_log(LM_DEBUG, "intake", "%s [%d] @%" PRId64 " runs", j->lease->topic,
+           (int)j->lease->partition, j->record.offset);
 }
 
 /* ---- poison ----------------------------------------------------------------------------- */

@@ -102,6 +102,14 @@ static void failed(outbox *o, struct job *j, lm_status st)
     worker_dead_letter(o->w, j, &why, "ENGINE");
 }
 
+/* The line is what the chaos suite counts: whatever is generated again has it twice. */
+static void generated(outbox *o, struct job *j)
+{
+    lm_log(LM_DEBUG, "outbox", "%s [%d] @%" PRId64 " is generated", j->lease->topic,
+           (int)j->lease->partition, j->record.offset);
+    answer(o, j);
+}
+
 /* The engine is done with it, and so is its stream. */
 static void conclude(outbox *o, struct job *j)
 {
@@ -112,7 +120,7 @@ static void conclude(outbox *o, struct job *j)
     else if (st)
         failed(o, j, st);
     else
-        answer(o, j);
+        generated(o, j);
 }
 
 /* ---- streamed replies ------------------------------------------------------------------- */
