@@ -22,7 +22,7 @@
 
 /* An open transaction of a worker that died ends within 20 s: its timeout, and the broker looks
  * every 10 s. */
-enum { COMMITTED_TIMEOUT_MS = 10000, COMMITTED_TRIES = 6 };
+enum { COMMITTED_FIRST_MS = 500, COMMITTED_MOST_MS = 10000, COMMITTED_BUDGET_MS = 60000 };
 
 /* ---- partitions --------------------------------------------------------------------------- */
 
@@ -111,14 +111,19 @@ void rebalance_hand_back(consumer *c, const rd_kafka_topic_partition_list_t *onl
 
 /* ---- assigned --------------------------------------------------------------------------- */
 
-/* The group's offsets with their maps. An open transaction of the last owner is waited for. False:
- * the broker doesn't answer. */
+/* The group's offsets with their maps. While an open transaction of the last owner is waited for,
+ * what the partitions that stay have finished is committed as ever: should this worker die now, it
+ * is not done again. False: the broker doesn't answer. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
-    for (int n = 0; e && n < COMMITTED_TRIES && !atomic_load(&c->w->stopping); n++) {
+    int64_t end = lm_now_us() + (int64_t)COMMITTED_BUDGET_MS * 1000;
+    for (int ms = COMMITTED_FIRST_MS; e && lm_now_us() < end && !atomic_load(&c->w->stopping);
+         ms = LM_MIN(ms * 2, COMMITTED_MOST_MS)) {
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
-        e = rd_kafka_committed(c->rk, l, COMMITTED_TIMEOUT_MS);
+        consumer_take_finished(c, 0);
+        staging_serve(c);
+        e = rd_kafka_committed(c->rk, l, ms);
         for (int i = 0; !e && i < l->cnt; i++)
             e = l->elems[i].err;
         if (e)
