@@ -55,6 +55,10 @@ static const struct setting exactly_once_defaults[] = {
     /* What a dead worker's open transaction costs its readers; bounds delivery.timeout.ms too. */
     { "transaction.timeout.ms", "10000" },
     { "topic.metadata.propagation.max.ms", "5000" },    /* a missing topic holds a transaction up */
+    /* When the group's coordinator goes, rd_kafka_send_offsets_to_transaction() may sleep, whatever
+     * timeout it was given, until the connection to some broker opens or closes (librdkafka issues
+     * 5456 and 5511). All of this client's are idle then; let one close soon, not in 4 minutes. */
+    { "connections.max.idle.ms", "10000" },
 };
 
 static const struct setting consumer_forced[] = {
