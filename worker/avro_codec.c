@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "worker/avro_path.h"
+#include "worker/json_field.h"
 
 struct walk {
     struct avro_path path;
@@ -54,7 +55,7 @@ static lm_status string_to_json(struct walk *w, avro_value_t *v, json_t **out)
     const char *s = NULL;
     size_t size = 0;            /* with the NUL */
     avro_value_get_string(v, &s, &size);
-    *out = json_stringn(s, size - 1);
+    *out = json_text(s, size - 1);
     return *out ? LM_OK : refuse(w, LM_FORMAT, "is not valid UTF-8");
 }
 
@@ -91,14 +92,16 @@ static lm_status enum_to_json(struct walk *w, avro_value_t *v, json_t **out)
     return *out ? LM_OK : no_memory(w);
 }
 
-/* Adds a member unless it is null; keeps the path while the member is read. */
+/* Adds a member unless it is null; keeps the path while the member is read. A map's keys are data,
+ * a record's names were vetted with the schema. */
 static lm_status member_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                                const char *key, json_t *object)
+                                const char *key, bool vetted, json_t *object)
 {
     json_t *member = NULL;
     w->path.at[w->path.n++] = key;
     lm_status st = to_json(w, n, v, &member);
-    if (!st && !json_is_null(member) && json_object_set(object, key, member) != 0)
+    if (!st && !json_is_null(member) &&
+        (vetted ? json_object_set_nocheck : json_object_set)(object, key, member) != 0)
         st = refuse(w, LM_FORMAT, "has a name that is not valid UTF-8");
     json_decref(member);
     w->path.n--;
@@ -110,13 +113,14 @@ static lm_status fields_to_json(struct walk *w, const struct avro_node *n, avro_
 {
     size_t count = 0;
     lm_status st = LM_OK;
+    bool record = n->type == AVRO_RECORD;
     *out = json_object();
     avro_value_get_size(v, &count);
     for (size_t i = 0; *out && !st && i < count; i++) {
         avro_value_t child;
         const char *name = NULL;
         avro_value_get_by_index(v, i, &child, &name);
-        st = member_to_json(w, n->child[n->type == AVRO_RECORD ? i : 0], &child, name, *out);
+        st = member_to_json(w, n->child[record ? i : 0], &child, name, record, *out);
     }
     return *out ? st : no_memory(w);
 }
@@ -179,23 +183,19 @@ static lm_status to_json(struct walk *w, const struct avro_node *n, avro_value_t
     }
 }
 
-static lm_status decode_locked(const struct avro_plan *p, const void *data, size_t len,
-                               json_t **out, struct lm_err *err)
+static lm_status decode_locked(struct avro_plan *p, const void *data, size_t len, json_t **out,
+                               struct lm_err *err)
 {
     struct walk w = { .err = err };
-    avro_value_t v;
     avro_reader_t reader = avro_reader_memory(data, (int64_t)len);
     if (!reader)
         return no_memory(&w);
-    lm_status st = LM_OK;
-    if (avro_generic_value_new(avro_plan_class(p), &v) != 0) {
-        st = no_memory(&w);
-    } else {
-        /* The scan leaves nothing to fail but memory. */
-        st = avro_value_read(reader, &v) != 0 ? no_memory(&w)
-                                              : to_json(&w, avro_plan_root(p), &v, out);
-        avro_value_decref(&v);
-    }
+    avro_value_t *v = avro_plan_borrow(p);
+    /* The scan leaves nothing to fail but memory. */
+    lm_status st = !v || avro_value_read(reader, v) != 0 ? no_memory(&w)
+                                                         : to_json(&w, avro_plan_root(p), v, out);
+    if (v)
+        avro_plan_give_back(p, st ? SIZE_MAX : len);
     avro_reader_free(reader);
     if (st) {
         json_decref(*out);
@@ -204,7 +204,7 @@ static lm_status decode_locked(const struct avro_plan *p, const void *data, size
     return st;
 }
 
-lm_status avro_decode(const struct avro_plan *p, const void *data, size_t len, json_t **out,
+lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t **out,
                       struct lm_err *err)
 {
     lm_status st = avro_scan(p, data, len, err);
@@ -346,21 +346,20 @@ static lm_status write_value(struct walk *w, avro_value_t *v, size_t lead, void 
     return LM_OK;
 }
 
-lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
+lm_status avro_encode(struct avro_plan *p, const json_t *root, size_t lead, void **out,
                       size_t *len, struct lm_err *err)
 {
     struct walk w = { .err = err };
-    avro_value_t v;
+    size_t size = SIZE_MAX;     /* of a value that can't be written, nobody knows */
     avro_lock();
-    lm_status st;
-    if (avro_generic_value_new(avro_plan_class(p), &v) != 0) {
-        st = no_memory(&w);
-    } else {
-        st = from_json(&w, avro_plan_root(p), root, &v);
-        if (!st)
-            st = write_value(&w, &v, lead, out, len);
-        avro_value_decref(&v);
-    }
+    avro_value_t *v = avro_plan_borrow(p);
+    lm_status st = v ? from_json(&w, avro_plan_root(p), root, v) : no_memory(&w);
+    if (!st)
+        st = write_value(&w, v, lead, out, len);
+    if (!st)
+        size = *len;
+    if (v)
+        avro_plan_give_back(p, size);
     avro_unlock();
     return st;
 }

@@ -24,11 +24,11 @@
 lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err);
 
 /* Scans, then decodes. The caller json_decref()s. */
-lm_status avro_decode(const struct avro_plan *p, const void *data, size_t len, json_t **out,
+lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t **out,
                       struct lm_err *err);
 
 /* malloc'ed bytes, of which the first `lead` are left for the caller to fill. */
-lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
+lm_status avro_encode(struct avro_plan *p, const json_t *root, size_t lead, void **out,
                       size_t *len, struct lm_err *err);
 
 #endif

@@ -28,11 +28,14 @@ enum {
     MAX_FIXED = 1024,
     MAX_NAME = 255,
     MAX_SYMBOLS = 1024,
+    KEEP_BYTES = 32 * 1024,     /* many small items may take a hundred times that, once a plan */
 };
 
 struct avro_plan {
     avro_schema_t schema;
     avro_value_iface_t *class;
+    avro_value_t value;         /* lent; of class once `made` */
+    bool made;
     const struct avro_node *root;
     struct arena *arena;        /* nodes */
 };
@@ -409,6 +412,8 @@ void avro_plan_free(struct avro_plan *p)
     if (!p)
         return;
     avro_lock();
+    if (p->made)
+        avro_value_decref(&p->value);
     if (p->class)
         avro_value_iface_decref(p->class);
     if (p->schema)
@@ -423,7 +428,18 @@ const struct avro_node *avro_plan_root(const struct avro_plan *p)
     return p->root;
 }
 
-avro_value_iface_t *avro_plan_class(const struct avro_plan *p)
+avro_value_t *avro_plan_borrow(struct avro_plan *p)
 {
-    return p->class;
+    if (!p->made && avro_generic_value_new(p->class, &p->value) != 0)
+        return NULL;
+    p->made = true;
+    return &p->value;
+}
+
+void avro_plan_give_back(struct avro_plan *p, size_t bytes)
+{
+    if (bytes <= KEEP_BYTES && avro_value_reset(&p->value) == 0)
+        return;
+    avro_value_decref(&p->value);
+    p->made = false;
 }

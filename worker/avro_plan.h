@@ -10,8 +10,8 @@
  * 16 levels; no array or map whose items take no bytes (5 bytes could claim 10^8 nulls); fixed
  * types of at most 1,024 bytes; names of Avro's form, no field or symbol twice.
  *
- * Threads: a plan is immutable. Avro C is not used outside avro_lock(), because its error text is
- * one static buffer for the whole process.
+ * Threads: a plan is immutable, but for the value that it lends. Avro C is not used outside
+ * avro_lock(), because its error text is one static buffer for the whole process.
  */
 #ifndef LORAMILL_WORKER_AVRO_PLAN_H
 #define LORAMILL_WORKER_AVRO_PLAN_H
@@ -35,9 +35,14 @@ lm_status avro_plan_new(const char *json, size_t len, struct avro_plan **out, st
 void avro_plan_free(struct avro_plan *p);       /* NULL is allowed */
 
 const struct avro_node *avro_plan_root(const struct avro_plan *p);
-avro_value_iface_t *avro_plan_class(const struct avro_plan *p);
 
 void avro_lock(void);
 void avro_unlock(void);
+
+/* An empty value of the schema, which belongs to the plan; both calls under avro_lock(). It keeps
+ * its memory from one datum to the next, unless the last one, of `bytes`, was large (SIZE_MAX: or
+ * its reading or writing failed). NULL: no memory. */
+avro_value_t *avro_plan_borrow(struct avro_plan *p);
+void avro_plan_give_back(struct avro_plan *p, size_t bytes);
 
 #endif

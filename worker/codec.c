@@ -206,7 +206,7 @@ static lm_status decode_avro_tree(codec *c, const unsigned char *value, size_t l
 {
     struct schema_key key;
     size_t used = 0;
-    const struct avro_plan *plan = NULL;
+    struct avro_plan *plan = NULL;
     *out = NULL;
     if (!c->cache)
         return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but the configuration "

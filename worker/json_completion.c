@@ -4,6 +4,7 @@
  *
  * Trees are built with the *_new() calls of jansson, which take the reference even when they fail,
  * and a NULL handed to them is a failure: so errors are counted in one flag and looked at once.
+ * Keys are ours, or came out of a JSON tree, so nobody need check them again.
  */
 #include "worker/json_completion.h"
 
@@ -12,14 +13,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/json_field.h"
+
 /* A log-probability of minus infinity has no JSON; vLLM sends this number, so clients know it. */
 #define LOGPROB_FLOOR (-9999.0)
+
+static int put(json_t *o, const char *key, json_t *v)
+{
+    return json_object_set_new_nocheck(o, key, v);
+}
 
 /* ---- token pieces -------------------------------------------------------------------------- */
 
 json_t *completion_piece_json(const char *piece, size_t len)
 {
-    json_t *s = json_stringn(piece, len);
+    json_t *s = json_text(piece, len);
     if (s)
         return s;
     static const char lead[] = "bytes:";
@@ -59,8 +67,7 @@ static json_t *top_json(const struct engine_token *t)
         const char *key = piece ? json_string_value(piece) : "";
         failed = !piece;
         if (!failed && !json_object_get(map, key))
-            failed = json_object_set_new(map, key,
-                                         logprob_json(taken ? t->logprob : t->top[i].logprob));
+            failed = put(map, key, logprob_json(taken ? t->logprob : t->top[i].logprob));
         json_decref(piece);
     }
     if (failed) {
@@ -99,10 +106,10 @@ json_t *completion_logprobs_json(const struct engine_choice *choice)
         failed |= json_array_append_new(offsets,
                                         json_integer((json_int_t)count_chars(&at, t->text_offset)));
     }
-    failed |= json_object_set_new(out, "tokens", tokens);
-    failed |= json_object_set_new(out, "token_logprobs", values);
-    failed |= json_object_set_new(out, "top_logprobs", tops);
-    failed |= json_object_set_new(out, "text_offset", offsets);
+    failed |= put(out, "tokens", tokens);
+    failed |= put(out, "token_logprobs", values);
+    failed |= put(out, "top_logprobs", tops);
+    failed |= put(out, "text_offset", offsets);
     if (failed) {
         json_decref(out);
         return NULL;
@@ -132,12 +139,12 @@ static json_t *choices_json(const struct completion *done)
     for (int i = 0; i < result->n_choices && !failed; i++) {
         const struct engine_choice *c = &result->choices[i];
         json_t *o = json_object();
-        failed |= json_object_set_new(o, "index", json_integer(c->index));
-        failed |= json_object_set_new(o, "text", done->claim ? json_string("") :
-                                      json_stringn(c->text, c->text_len));
-        failed |= json_object_set_new(o, "finish_reason", json_string(
+        failed |= put(o, "index", json_integer(c->index));
+        failed |= put(o, "text", done->claim ? json_string("") :
+              json_text(c->text, c->text_len));
+        failed |= put(o, "finish_reason", json_string(
             part ? COMPLETION_PART : engine_reason_name(c->reason)));
-        failed |= json_object_set_new(o, "logprobs", done->claim ? json_null() :
+        failed |= put(o, "logprobs", done->claim ? json_null() :
                                       completion_logprobs_json(c));
         failed |= json_array_append_new(list, o);
     }
@@ -163,13 +170,13 @@ static json_t *timings_json(const struct completion *done)
     int64_t decode = r->first_token_us > 0 ? r->finished_us - r->first_token_us : 0;
     json_t *o = json_object();
     int failed = 0;
-    failed |= json_object_set_new(o, "intake_ms", ms_json(done->received_to_submit_ms));
-    failed |= json_object_set_new(o, "fetch_ms", ms_json(done->fetch_ms));
-    failed |= json_object_set_new(o, "queue_ms", ms_json((double)r->queued_us / 1e3));
-    failed |= json_object_set_new(o, "adapter_ms", ms_json((double)r->adapter_us / 1e3));
-    failed |= json_object_set_new(o, "prefill_ms", ms_json((double)LM_MAX(prefill, 0) / 1e3));
-    failed |= json_object_set_new(o, "decode_ms", ms_json((double)LM_MAX(decode, 0) / 1e3));
-    failed |= json_object_set_new(o, "total_ms", ms_json(done->received_to_submit_ms +
+    failed |= put(o, "intake_ms", ms_json(done->received_to_submit_ms));
+    failed |= put(o, "fetch_ms", ms_json(done->fetch_ms));
+    failed |= put(o, "queue_ms", ms_json((double)r->queued_us / 1e3));
+    failed |= put(o, "adapter_ms", ms_json((double)r->adapter_us / 1e3));
+    failed |= put(o, "prefill_ms", ms_json((double)LM_MAX(prefill, 0) / 1e3));
+    failed |= put(o, "decode_ms", ms_json((double)LM_MAX(decode, 0) / 1e3));
+    failed |= put(o, "total_ms", ms_json(done->received_to_submit_ms +
                                                          (double)r->finished_us / 1e3));
     if (failed) {
         json_decref(o);
@@ -183,7 +190,8 @@ static json_t *metadata_json(const struct prompt *p)
     json_t *o = json_object();
     int failed = !o;
     for (int i = 0; i < p->n_metadata; i++)
-        failed |= json_object_set_new(o, p->metadata[i].key, json_string(p->metadata[i].value));
+        failed |= put(o, p->metadata[i].key, json_text(p->metadata[i].value,
+                                                       strlen(p->metadata[i].value)));
     if (failed) {
         json_decref(o);
         return NULL;
@@ -196,14 +204,14 @@ static int add_extras(json_t *o, const struct completion *done)
 {
     int failed = 0;
     if (done->error)
-        failed |= json_object_set_new(o, "error", json_pack(
+        failed |= put(o, "error", json_pack(
             "{s:s, s:s}", "code", lm_status_wire(done->error->code), "message", done->error->msg));
     if (done->stream)
-        failed |= json_object_set_new(o, "stream", json_pack(
+        failed |= put(o, "stream", json_pack(
             "{s:s, s:i, s:b}", "generation", done->stream->generation, "seq", done->stream->seq,
             "final", done->stream->final));
     if (done->claim)
-        failed |= json_object_set_new(o, "claim", json_pack(
+        failed |= put(o, "claim", json_pack(
             "{s:s, s:I, s:s, s:s}", "url", done->claim->url, "bytes",
             (json_int_t)done->claim->bytes, "sha256", done->claim->sha256, "content_type",
             done->claim->content_type));
@@ -215,15 +223,15 @@ json_t *completion_json(const struct completion *done)
     const struct prompt *p = done->prompt;
     json_t *o = json_object();
     int failed = 0;
-    failed |= json_object_set_new(o, "id", json_string(p->id));
-    failed |= json_object_set_new(o, "adapter", string_or_null(p->adapter));
-    failed |= json_object_set_new(o, "adapter_digest", string_or_null(done->adapter_digest));
-    failed |= json_object_set_new(o, "model", json_string(done->model ? done->model : ""));
-    failed |= json_object_set_new(o, "choices", choices_json(done));
-    failed |= json_object_set_new(o, "usage", usage_json(done->result));
-    failed |= json_object_set_new(o, "timings", timings_json(done));
-    failed |= json_object_set_new(o, "worker", json_string(done->worker ? done->worker : ""));
-    failed |= json_object_set_new(o, "metadata", metadata_json(p));
+    failed |= put(o, "id", json_string(p->id));
+    failed |= put(o, "adapter", string_or_null(p->adapter));
+    failed |= put(o, "adapter_digest", string_or_null(done->adapter_digest));
+    failed |= put(o, "model", json_string(done->model ? done->model : ""));
+    failed |= put(o, "choices", choices_json(done));
+    failed |= put(o, "usage", usage_json(done->result));
+    failed |= put(o, "timings", timings_json(done));
+    failed |= put(o, "worker", json_string(done->worker ? done->worker : ""));
+    failed |= put(o, "metadata", metadata_json(p));
     failed |= add_extras(o, done);
     if (failed) {
         json_decref(o);

@@ -111,7 +111,7 @@ static void forget(schema_cache *c, struct entry *e)
 }
 
 lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
-                           const struct avro_plan **out, struct lm_err *err)
+                           struct avro_plan **out, struct lm_err *err)
 {
     struct entry *e = find(c, key);
     if (e && e->until && lm_now_us() >= e->until) {

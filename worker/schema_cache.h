@@ -28,6 +28,6 @@ void schema_cache_free(schema_cache *c);        /* NULL is allowed */
 
 /* The plan is borrowed, until the next call. */
 lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
-                           const struct avro_plan **out, struct lm_err *err);
+                           struct avro_plan **out, struct lm_err *err);
 
 #endif

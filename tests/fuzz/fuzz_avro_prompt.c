@@ -21,7 +21,7 @@ static void check(lm_status st, const struct lm_err *err)
         abort();
 }
 
-static void try_datum(const struct avro_plan *plan, const uint8_t *data, size_t size)
+static void try_datum(struct avro_plan *plan, const uint8_t *data, size_t size)
 {
     json_t *tree = NULL;
     struct prompt *p = NULL;

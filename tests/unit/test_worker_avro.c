@@ -204,7 +204,7 @@ static size_t from_hex(const char *hex, unsigned char *out)
     return n;
 }
 
-static lm_status decode_exact(const struct avro_plan *p, const unsigned char *data, size_t n,
+static lm_status decode_exact(struct avro_plan *p, const unsigned char *data, size_t n,
                               json_t **out, struct lm_err *err)
 {
     unsigned char *exact = malloc(n ? n : 1);       /* ASan sees an overread */
@@ -247,6 +247,79 @@ static void blocks_with_sizes_are_read(void **state)
     assert_true(json_equal(tree, want));
     json_decref(tree);
     json_decref(want);
+    avro_plan_free(p);
+}
+
+static void goes_there_and_back(struct avro_plan *p, json_t *tree)
+{
+    struct lm_err err = { 0 };
+    json_t *back = NULL;
+    void *data = NULL;
+    size_t n = 0;
+    assert_int_equal(avro_encode(p, tree, 0, &data, &n, &err), LM_OK);
+    assert_int_equal(decode_exact(p, data, n, &back, &err), LM_OK);
+    assert_true(json_equal(tree, back));
+    json_decref(back);
+    free(data);
+}
+
+/* A plan lends one value again and again: what was in it, large, small or failed, is forgotten. */
+static void a_plan_forgets_the_last_datum(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of(
+        REC("{\"name\":\"s\",\"type\":[\"null\",\"string\","
+            "{\"type\":\"array\",\"items\":\"string\"}]},"
+            "{\"name\":\"m\",\"type\":{\"type\":\"map\",\"values\":"
+            "[\"null\",\"string\",\"long\"]}}"));
+    static char large[100000];
+    memset(large, 'x', sizeof large - 1);
+    json_t *all[] = {
+        json_pack("{s:s, s:{s:s, s:i, s:s}}", "s", "a", "m", "k", "v", "l", 7, "n", "w"),
+        json_pack("{s:{s:i}}", "m", "k", 8),
+        json_pack("{s:[sss], s:{}}", "s", "x", "", "z", "m"),
+        json_pack("{s:s, s:{s:s}}", "s", large, "m", "k", large),
+        json_pack("{s:[s], s:{s:s}}", "s", "\xc3\xbc", "m", "\xe2\x82\xac",
+                  "\xf0\x9f\x98\x80 end"),
+    };
+    json_t *wrong = json_pack("{s:s, s:{s:s, s:f}}", "s", "left", "m", "k", "over", "bad",
+                              1.5);
+    static const unsigned char bad_text[] = { 2, 4, 0xc3, 'x', 0 };
+    for (size_t i = 0; i < LM_COUNT(all) * LM_COUNT(all); i++) {
+        struct lm_err err = { 0 };
+        json_t *tree = NULL;
+        void *data = NULL;
+        size_t n = 0;
+        goes_there_and_back(p, all[i % LM_COUNT(all)]);
+        if (i % 3 == 0)
+            assert_int_equal(avro_encode(p, wrong, 0, &data, &n, &err), LM_MISMATCH);
+        if (i % 4 == 0)
+            assert_int_equal(decode_exact(p, bad_text, sizeof bad_text, &tree, &err), LM_FORMAT);
+        goes_there_and_back(p, all[i / LM_COUNT(all)]);
+    }
+    for (size_t i = 0; i < LM_COUNT(all); i++)
+        json_decref(all[i]);
+    json_decref(wrong);
+    avro_plan_free(p);
+}
+
+/* Whatever its length and wherever the fault lies in a word. */
+static void text_that_is_not_utf8_is_refused(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of(FIELD("\"string\""));
+    for (unsigned char n = 1; n < 40; n++)
+        for (int at = 0; at < n; at++) {
+            unsigned char data[64];
+            json_t *tree = NULL;
+            struct lm_err err = { 0 };
+            data[0] = (unsigned char)(2 * n);
+            memset(data + 1, 'a', n);
+            assert_int_equal(decode_exact(p, data, n + 1u, &tree, &err), LM_OK);
+            json_decref(tree);
+            data[1 + at] = 0x80;
+            assert_int_equal(decode_exact(p, data, n + 1u, &tree, &err), LM_FORMAT);
+        }
     avro_plan_free(p);
 }
 
@@ -546,6 +619,8 @@ int main(void)
         cmocka_unit_test(large_schemas_are_refused),
         cmocka_unit_test(lying_data_are_refused),
         cmocka_unit_test(blocks_with_sizes_are_read),
+        cmocka_unit_test(a_plan_forgets_the_last_datum),
+        cmocka_unit_test(text_that_is_not_utf8_is_refused),
         cmocka_unit_test(bombs_cost_nothing),
         cmocka_unit_test(counts_are_capped),
         cmocka_unit_test(prompts_of_fastavro_are_read),
