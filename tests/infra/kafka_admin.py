@@ -2,6 +2,8 @@
 """kafka_admin.py BOOTSTRAP COMMAND ...: what the tests ask of a broker, through confluent-kafka.
 
   brokers N                         exit 0 when N brokers answer
+  in_sync N                         the same, and every replica of every partition is in sync
+  coordinators GROUP ID...          the brokers that coordinate the group and the transactions
   create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
   delete TOPIC                      delete a topic
   dump TOPIC                        one JSON line a record: key, value, headers (hex where binary)
@@ -24,6 +26,26 @@ QUIET = {"log_level": 0, "socket.timeout.ms": 5000}
 def brokers(bootstrap, n):
     md = AdminClient({"bootstrap.servers": bootstrap, **QUIET}).list_topics(timeout=3)
     return 0 if len(md.brokers) == int(n) else 1
+
+
+def in_sync(bootstrap, n):
+    md = AdminClient({"bootstrap.servers": bootstrap, **QUIET}).list_topics(timeout=3)
+    behind = [p for t in md.topics.values() for p in t.partitions.values()
+              if p.leader < 0 or len(p.isrs) < len(p.replicas)]
+    return 0 if len(md.brokers) == int(n) and not behind else 1
+
+
+def coordinators(bootstrap, group, *ids):
+    topics = AdminClient({"bootstrap.servers": bootstrap, **QUIET}).list_topics(timeout=5).topics
+
+    def leader(topic, name):
+        h, partitions = 0, topics[topic].partitions
+        for ch in name:
+            h = (31 * h + ord(ch)) & 0xffffffff         # String.hashCode(), and then abs()
+        return partitions[min(h, 2 ** 32 - h) % len(partitions)].leader
+    print(leader("__consumer_offsets", group),
+          *(leader("__transaction_state", i) for i in ids if "__transaction_state" in topics))
+    return 0
 
 
 def create(bootstrap, topic, partitions, *config):
@@ -105,6 +127,5 @@ def acl(bootstrap, what, user, operation, topic):
 
 
 if __name__ == "__main__":
-    commands = {"brokers": brokers, "create": create, "delete": delete, "dump": dump, "lag": lag,
-                "scram": scram, "acl": acl}
-    sys.exit(commands[sys.argv[2]](sys.argv[1], *sys.argv[3:]))
+    commands = (brokers, in_sync, coordinators, create, delete, dump, lag, scram, acl)
+    sys.exit({f.__name__: f for f in commands}[sys.argv[2]](sys.argv[1], *sys.argv[3:]))

@@ -2,4 +2,4 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Two minutes of the chaos suite with the shipped model; `make chaos` and `make chaos-long` run more.
-SECONDS_OF_FAULTS=${SECONDS_OF_FAULTS:-120} PAUSE=2 exec "$(dirname "$0")/../chaos/run"
+SECONDS_OF_FAULTS=${SECONDS_OF_FAULTS:-80} PAUSE=2 exec "$(dirname "$0")/../chaos/run"

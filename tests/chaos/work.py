@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was generated twice in a chaos run, and why.
+
+  work.py BOOTSTRAP GROUP RUN INTERVAL_MS
+      RUN is the run's folder: `faults.log` (what befell whom, when) and a log of each worker
+      process, `worker-NAME.N.log`, whose debug lines say when a prompt entered the engine and when
+      it was generated. A log line is one write(), so
+      SIGKILL takes none back: a generation is counted whether or not anything of it was sent.
+
+Two clocks don't matter here, for everything runs on one machine. The truth about progress is the
+group's own history: every offset and map that was ever committed, read from __consumer_offsets with
+read_committed; no segment of it grows old enough to be compacted in a run.
+
+A process holds a partition from its line "assigned" until it dies, says "lost" or "revoked", or
+another process says "assigned", whichever is first: a process that was stopped, or cut off, learns
+late that the group has gone on without it. That is its tenure. Held at its end: what it had put
+into the engine and the group's offsets did not cover.
+
+  1. Of the generations of a prompt at most one is without excuse. An excuse: the tenure ended
+     before the prompt's progress was committed.
+  2. No prompt enters an engine after its progress was committed, in a tenure that goes on. (This is
+     what the offset map is for: it fails when maps are not written, not read, or not believed.)
+  3. An orderly end (revoked, SIGTERM) gives nothing finished back, unless the brokers were away.
+
+So an aborted transaction, a broker that dies, a slow network repeat nothing, and what deaths and
+losses repeat is part of what was held at each; both sums are printed, by cause:
+
+  killed, failed    the process died: SIGKILL, or status 1
+  lost              it was stopped or cut off, and the group went on without it
+  revoked, ended    in order: a rebalance, SIGTERM
+"""
+import calendar
+import collections
+import glob
+import os
+import re
+import struct
+import sys
+import time
+
+from confluent_kafka import KafkaError, TopicPartition
+
+from chaos import client, decode_map, say
+
+FOREVER = float("inf")
+CLOCK = 0.005           # stamps have milliseconds
+RECOVERY = 10           # seconds: kafka.socket.timeout.ms of the workers
+STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z (\w+) +\[[^]]*\] \w+: (.*)")
+WORK = re.compile(r"prompts \[(\d+)\] @(\d+) (runs|is generated)$")
+OWNS = re.compile(r"(assigned|revoked|lost) prompts \[(\d+)\]")
+
+
+# ---- the group's history -----------------------------------------------------------------------
+
+def read_commit(key, value):
+    """(group, partition, offset, map, when) of a record in __consumer_offsets; None: another kind.
+    From Kafka's OffsetCommitKey.json and OffsetCommitValue.json."""
+    if not key or not value or struct.unpack_from(">h", key)[0] > 1:
+        return None
+    at, text = 2, []
+    for _ in range(2):
+        n, = struct.unpack_from(">h", key, at)
+        text.append(key[at + 2:at + 2 + n].decode())
+        at += 2 + n
+    partition, = struct.unpack_from(">i", key, at)
+    version, offset = struct.unpack_from(">hq", value)
+    at = 10 + (4 if version >= 3 else 0)        # the leader's epoch
+    if version >= 4:                            # a compact string
+        n, shift = 0, 0
+        while True:
+            b = value[at]
+            at, n, shift = at + 1, n | (b & 127) << shift, shift + 7
+            if b < 128:
+                break
+        n -= 1
+    else:
+        n, = struct.unpack_from(">h", value, at)
+        at += 2
+    metadata = value[at:at + n].decode()
+    when, = struct.unpack_from(">q", value, at + n)
+    return text[0], text[1], partition, offset, metadata, when / 1000
+
+
+def first_covered(bootstrap, group):
+    """{(partition, offset): when progress was first committed}, and the number of commits."""
+    c = client(bootstrap, "oracle", **{"enable.partition.eof": True})
+    topic = "__consumer_offsets"
+    left = set(c.list_topics(topic, timeout=20).topics[topic].partitions)
+    c.assign([TopicPartition(topic, p, 0) for p in left])
+    covered, upto, commits, stop = {}, collections.defaultdict(int), 0, time.time() + 120
+    while left:
+        assert time.time() < stop, "the group's history can't be read"
+        for m in c.consume(5000, timeout=0.5):
+            if m.error():
+                left -= {m.partition()} if m.error().code() == KafkaError._PARTITION_EOF else set()
+                continue
+            commit = read_commit(m.key(), m.value())
+            if not commit or commit[:2] != (group, "prompts"):
+                continue
+            _, _, p, offset, metadata, when = commit
+            commits += 1
+            for o in range(upto[p], offset):
+                covered.setdefault((p, o), when)
+            upto[p] = max(upto[p], offset)
+            for o in decode_map(metadata, offset):
+                covered.setdefault((p, o), when)
+    c.close()
+    return covered, commits
+
+
+# ---- the processes -------------------------------------------------------------------------------
+
+class Tenure:
+    def __init__(self, process, partition, start):
+        self.process, self.partition, self.start = process, partition, start
+        self.end, self.cause = FOREVER, None        # as the process knew it
+        self.over = FOREVER                         # as the group knew it
+        self.runs, self.done = {}, collections.defaultdict(list)    # offset: when
+
+
+class Process:
+    def __init__(self, path):
+        self.name = os.path.basename(path)[len("worker-"):-len(".log")]
+        self.tenures, self.end, self.cause = [], FOREVER, None
+        held = {}
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                if m := STAMP.match(line):
+                    when = calendar.timegm(time.strptime(m[1], "%Y-%m-%dT%H:%M:%S")) + int(m[2]) / 1000
+                    self.take(when, m[4], held)
+
+    def take(self, when, text, held):
+        if m := WORK.match(text):
+            t = held.get(int(m[1]))
+            if t and m[3] == "runs":
+                t.runs.setdefault(int(m[2]), when)
+            elif t:
+                t.done[int(m[2])].append(when)
+        elif m := OWNS.match(text):
+            p = int(m[2])
+            if m[1] == "assigned":
+                held[p] = Tenure(self, p, when)
+                self.tenures.append(held[p])
+            elif p in held and held[p].end == FOREVER:
+                held[p].end, held[p].cause = when, m[1]
+
+    def ended(self, when, cause):
+        self.end, self.cause = when, cause
+        for t in self.tenures:
+            if t.end == FOREVER:
+                t.end, t.cause = when, cause
+
+
+def read_faults(run, processes):
+    """Ends the processes that ended. Returns when brokers or network went and came."""
+    marks = []
+    with open(f"{run}/faults.log", encoding="utf-8") as f:
+        for line in f:
+            when, text = line.rstrip("\n").split(" ", 1)
+            m = re.match(r"worker (\w+\.\d+) (was killed|ended with status (\d+))", text)
+            if m and processes[m[1]].end == FOREVER:
+                processes[m[1]].ended(float(when), "killed" if m[2] == "was killed" else
+                                      "ended" if m[3] == "0" else "failed")
+            elif text in ("trouble", "calm"):
+                marks.append((float(when), text == "trouble"))
+    return marks
+
+
+def read_run(run):
+    """Every worker process; every partition's tenures, in time; when brokers or network were away."""
+    processes = {p.name: p for p in map(Process, glob.glob(f"{run}/worker-*.log"))}
+    marks = read_faults(run, processes)
+    by_partition = collections.defaultdict(list)
+    for p in processes.values():
+        for t in p.tenures:
+            by_partition[t.partition].append(t)
+    for tenures in by_partition.values():
+        tenures.sort(key=lambda t: t.start)
+        for i, t in enumerate(tenures):
+            later = [n.start for n in tenures[i + 1:] if n.start > t.start]
+            # A revoked partition is still drained and committed; the next owner waits for that.
+            own = t.end if t.cause != "revoked" else t.process.end
+            t.over = min([own] + later[:1])
+    return processes, by_partition, troubles(marks)
+
+
+def troubles(marks):
+    """[(from, to)]: while a broker or the network was away, and what they need to be themselves."""
+    spans, depth, begun = [], 0, 0
+    for when, more in sorted(marks):
+        if more and not depth:
+            begun = when
+        depth += 1 if more else -1
+        if not depth:
+            spans.append((begun, when + RECOVERY))
+    return spans + ([(begun, FOREVER)] if depth else [])
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+CAUSES = ("killed", "failed", "lost", "revoked", "ended")
+
+
+class Verdict:
+    """Everything about prompts that were in flight, or generated, in some tenure."""
+
+    def __init__(self, covered, by_partition, trouble):
+        self.covered, self.trouble = covered, trouble
+        self.held, self.repeated = collections.Counter(), collections.Counter()
+        self.oldest = [0, 0]                        # at a kill: in calm, in trouble
+        self.inexcusable, self.late, self.given_back = [], [], []
+        self.generations = collections.defaultdict(list)    # prompt: [(when, tenure)]
+        for p, tenures in by_partition.items():
+            for t in tenures:
+                self.look_at(p, t)
+        for prompt, times in sorted(self.generations.items()):
+            if len(times) > 1:
+                self.excuse(prompt, times)
+
+    def progress(self, prompt):
+        return self.covered.get(prompt, FOREVER)
+
+    def look_at(self, p, t):
+        for o, when in t.runs.items():
+            at = self.progress((p, o))
+            if t.cause and at > t.over:
+                self.held[t.cause] += 1
+            when = min([when] + t.done.get(o, []))  # it may be done before it is said to run
+            if at + CLOCK < when < t.over:
+                self.late.append(f"prompts [{p}] @{o} ran in {t.process.name} {when - at:.3f} s after "
+                                 "its progress was committed")
+        for o, times in t.done.items():
+            self.generations[(p, o)] += [(when, t) for when in times]
+            if len(times) > 1:
+                self.inexcusable.append(f"prompts [{p}] @{o}: {len(times)} times by {t.process.name}, "
+                                        "which held the partition all the while")
+
+    def excuse(self, prompt, times):
+        what, without = f"prompts [{prompt[0]}] @{prompt[1]}", 0
+        for when, t in times:
+            if not t.cause or self.progress(prompt) <= t.over:
+                without += 1
+                continue
+            self.repeated[t.cause] += 1
+            troubled = any(a < min(t.over, t.end + 60) and b > when for a, b in self.trouble)
+            if t.cause == "killed":
+                self.oldest[troubled] = max(self.oldest[troubled], t.over - when)
+            if t.cause in ("revoked", "ended") and not troubled:
+                self.given_back.append(f"{what} was generated and then given back by {t.process.name}")
+        if without > 1:
+            self.inexcusable.append(f"{what} by " + ", ".join(
+                f"{t.process.name} ({t.cause or 'held'})" for _, t in times))
+
+
+def report(v, by_partition, interval_ms):
+    ends = collections.Counter(t.cause for x in by_partition.values() for t in x)
+    for c in CAUSES:
+        print(f"# {c}: {ends[c]} tenures of a partition, {v.held[c]} prompts in flight at their ends, "
+              f"{v.repeated[c]} of them finished and generated again")
+    print(f"# at a kill the oldest of that had been finished for {v.oldest[0]:.1f} s, or "
+          f"{v.oldest[1]:.1f} s where brokers or network were away; {interval_ms} ms between commits")
+    for bad in (v.inexcusable, v.late, v.given_back):
+        for line in bad[:5]:
+            print("#", line)
+
+
+def judge(bootstrap, group, run, interval_ms):
+    covered, commits = first_covered(bootstrap, group)
+    processes, by_partition, trouble = read_run(run)
+    v = Verdict(covered, by_partition, trouble)
+    work, held = sum(map(len, v.generations.values())), sum(v.held.values())
+    again = work - len(v.generations)
+    print(f"# {work} generations of {len(v.generations)} prompts by {len(processes)} processes; "
+          f"{commits} commits of a partition's offset")
+    report(v, by_partition, interval_ms)
+    good = [say(work and commits, "the workers' logs and the group's history are there"),
+            say(again <= held, f"{again} prompts were generated twice, of {held} in flight when "
+                "their partition or their process went"),
+            say(not v.inexcusable, f"each of them was one of those ({len(v.inexcusable)} were not)"),
+            say(not v.late, f"nothing ran whose progress was committed ({len(v.late)} did)"),
+            say(not v.given_back, "an orderly end gives nothing finished back "
+                f"({len(v.given_back)} given back)")]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(judge(*sys.argv[1:]))
