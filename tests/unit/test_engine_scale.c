@@ -12,7 +12,7 @@
  */
 #include "engine_fixture.h"
 
-#include <time.h>
+#include "cpu_clock.h"
 
 #define MANY 100000
 #define FEW 10
@@ -28,13 +28,6 @@ struct side {
     uint64_t steps;
     int64_t clock_us;
 };
-
-static int64_t cpu_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    return ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
 
 /* Ranks of 8 to 64 in turn; used are those at a few places spread over all. */
 static void open_side(struct side *s, int n)

@@ -15,6 +15,7 @@
 
 #include "engine/adapters.h"
 #include "engine/queue.h"
+#include "cpu_clock.h"
 
 #define SEQS 200
 #define NAMES 7
@@ -337,7 +338,7 @@ static double cost(int n)
         it[i].req.deadline_ms = 1 + rnd(100000);
         queue_insert(&q, &it[i].seq, rnd(100000));
     }
-    int64_t t0 = lm_now_us();
+    int64_t t0 = cpu_ns();
     for (int k = 0; k < 20000; k++) {
         struct seq *s = &it[rnd(n)].seq;
         struct queue_cursor c;
@@ -347,7 +348,7 @@ static double cost(int n)
         for (int i = 0; i < 64; i++)
             assert_non_null(queue_next(&c));
     }
-    double ns = (double)(lm_now_us() - t0) / 20000 * 1e3;
+    double ns = (double)(cpu_ns() - t0) / 20000;
     for (int i = 0; i < n; i++) {
         queue_remove(&q, &it[i].seq, 0);
         queue_leave(&q, &it[i].req);
