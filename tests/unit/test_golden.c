@@ -12,6 +12,9 @@
  *   preempted   the same in a pool that holds less than two of them: same tokens
  *   warm        the same once more on prefixes that are in the cache
  *
+ * Under ThreadSanitizer, two of them: families differ in what one thread computes, which the other
+ * builds judge, and not in who waits for whom. There the backend computes with two threads.
+ *
  * The files are described in tests/golden/make_golden.py.
  */
 #include "engine_fixture.h"
@@ -24,6 +27,12 @@
 #define COMPANY_TOLERANCE 1e-4
 #define STEPS 64
 #define MAX_CASES 512
+
+#ifdef __SANITIZE_THREAD__
+#define THREADS 2
+#else
+#define THREADS 1
+#endif
 
 struct golden_case {
     char variant[256];          /* "base" or an adapter's folder */
@@ -321,6 +330,7 @@ static void run_suite(struct suite *s)
     struct engine_config cfg = fixture_config(dir.path);
     struct engine_info info;
     size_t adapter_blocks;
+    cfg.threads = THREADS;
     read_cases(s);
     run_alone(s, &cfg, &info, &adapter_blocks);
     for (int pipelined = 0; pipelined < 2; pipelined++) {
@@ -365,10 +375,12 @@ int main(void)
 {
     lm_log_set_level(LM_WARN);
     const struct CMUnitTest tests[] = {
-        FAMILY("llama2"), FAMILY("llama3"), FAMILY("mistral"), FAMILY("qwen2"),
-        FAMILY("qwen2-window"), FAMILY("qwen3"), FAMILY("tied"), FAMILY("rope-linear"),
-        FAMILY("rope-dynamic"), FAMILY("rope-yarn"), SHIPPED("spm-tiny"),
+        FAMILY("qwen2-window"), SHIPPED("spm-tiny"),
+#ifndef __SANITIZE_THREAD__
+        FAMILY("llama2"), FAMILY("llama3"), FAMILY("mistral"), FAMILY("qwen2"), FAMILY("qwen3"),
+        FAMILY("tied"), FAMILY("rope-linear"), FAMILY("rope-dynamic"), FAMILY("rope-yarn"),
         SHIPPED("storefront"),
+#endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
