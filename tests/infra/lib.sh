@@ -81,20 +81,30 @@ wait_until() {
     done
 }
 
-# free_ports N: N ports that nobody listens on, from a range that no ephemeral port is taken from.
+# free_ports N: N ports that nobody listens on, from a range that no ephemeral port is taken from, and
+# that no script beside this one was given: between the answer and the listening is time.
 free_ports() {
-    "$PYTHON" - "$1" <<'P'
-import random, socket, sys
-found = []
-while len(found) < int(sys.argv[1]):
-    port = random.randint(20000, 31000)
-    with socket.socket() as s:
-        try:
-            s.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-    if port not in found:
-        found.append(port)
+    "$PYTHON" - "$1" "$BUILD/run/ports" $$ <<'P'
+import fcntl, os, random, socket, sys
+wanted, me = int(sys.argv[1]), sys.argv[3]
+with open(sys.argv[2], "a+") as f:              # a line each: port, pid of the script
+    fcntl.flock(f, fcntl.LOCK_EX)
+    f.seek(0)
+    given = [x.split() for x in f]
+    given = [x for x in given if os.path.exists(f"/proc/{x[1]}")]
+    found = []
+    while len(found) < wanted:
+        port = str(random.randint(20000, 31000))
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", int(port)))
+            except OSError:
+                continue
+        if port not in [x[0] for x in given]:
+            found.append(port)
+            given.append((port, me))
+    f.truncate(0)
+    f.writelines(f"{port} {pid}\n" for port, pid in given)
 print(*found)
 P
 }

@@ -4,6 +4,7 @@
 # delivery.mode=exactly-once on a real broker: two workers, one of them killed with SIGKILL again and
 # again, the broker killed and started again in the middle; a worker stopped in mid-flight whose twin
 # takes its transactional.id. A read_committed reader sees each id once.
+# Runs alone: each kill must come amid work, and the work must end in time.
 . "$(dirname "$0")/../infra/lib.sh"
 N=${N:-30000}
 infra_begin exactly-once

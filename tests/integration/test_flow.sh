@@ -4,6 +4,7 @@
 # What is read, when, and in which order: budgets in messages and tokens, urgent topics, prompts that
 # wait for longer than max.poll.interval.ms, order by key through kills, the KIP-848 protocol, and a
 # cooperative revocation that leaves kept partitions alone.
+# Runs alone: bounds in ms what a crash repeats.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin flow
 kafka_start 1 || die "the broker started"

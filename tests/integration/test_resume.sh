@@ -5,6 +5,7 @@
 # away: finished and unfinished offsets alternate, as under long and short generations. SIGKILL, and
 # the next worker runs the unfinished ones only. Then metadata that is no map, and a group that is
 # moved by hand: the prompts run again from where the group stands, and nothing is lost.
+# Runs alone: bounds in ms what a crash repeats.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin resume
 kafka_start 1 || die "the broker started"
