@@ -190,11 +190,23 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     return LM_OK;
 }
 
+/* Fenced by another group.instance.id of ours, mostly. The one cause that is the configuration's is
+ * told with its remedy. */
+static void give_up(consumer *c, const char *reason)
+{
+    char why[512];
+    rd_kafka_resp_err_t e = rd_kafka_fatal_error(c->rk, why, sizeof why);
+    bool old_brokers = c->new_protocol && (!e || e == RD_KAFKA_RESP_ERR_UNSUPPORTED_VERSION ||
+                                           e == RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE);
+    worker_fail(c->w, LM_STATE, "the consumer can't go on: %s%s", e ? why : reason, old_brokers ?
+                "; kafka.group.protocol=consumer needs brokers of Kafka 4.0 or newer" : "");
+}
+
 static void complain(consumer *c, const rd_kafka_message_t *m)
 {
     int64_t now = lm_now_us();
-    if (m->err == RD_KAFKA_RESP_ERR__FATAL) {       /* fenced: group.instance.id is another's */
-        worker_fail(c->w, LM_STATE, "the consumer can't go on: %s", rd_kafka_message_errstr(m));
+    if (m->err == RD_KAFKA_RESP_ERR__FATAL) {
+        give_up(c, rd_kafka_message_errstr(m));
     } else if (m->err == RD_KAFKA_RESP_ERR__AUTO_OFFSET_RESET) {
         worker_fail(c->w, LM_STATE, "no offset to start from: %s", rd_kafka_message_errstr(m));
     } else if (now - c->complained_us > COMPLAIN_EVERY_US || !c->complained_us) {
@@ -263,6 +275,8 @@ static void housekeeping(consumer *c)
         c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
         commit_start(c, NULL);
     }
+    if (c->new_protocol && group_protocol_missing(&c->protocol, now))
+        give_up(c, "the group's coordinator has no ConsumerGroupHeartbeat");
     if (now >= c->next_snapshot_us) {
         c->next_snapshot_us = now + SNAPSHOT_US;
         snapshot(c);
@@ -333,14 +347,12 @@ static void *consumer_main(void *arg)
 static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     consumer *c = opaque;
-    char text[512];
+    (void)rk;
     credentials_error(c->w->credentials, err);
-    if (err == RD_KAFKA_RESP_ERR__FATAL) {
-        rd_kafka_fatal_error(rk, text, sizeof text);
-        worker_fail(c->w, LM_STATE, "the consumer can't go on: %s", text);
-    } else {
+    if (err == RD_KAFKA_RESP_ERR__FATAL)
+        give_up(c, reason);
+    else
         kafka_log_error(&c->said, "consumer", err, reason);
-    }
 }
 
 static lm_status subscribe(consumer *c, struct lm_err *err)
@@ -380,6 +392,8 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     rd_kafka_conf_set_opaque(conf, c);
     rd_kafka_conf_set_rebalance_cb(conf, rebalance_cb);
     rd_kafka_conf_set_error_cb(conf, on_error);
+    if ((c->new_protocol = kafka_new_protocol(w->cfg)))
+        group_protocol_watch(conf, &c->protocol);
     st = kafka_open(RD_KAFKA_CONSUMER, conf, &c->rk, err);
     if (st) {
         ledger_free(c->ledger);

@@ -9,6 +9,7 @@
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
 
+#include "worker/group_protocol.h"
 #include "worker/kafka_conf.h"
 #include "worker/key_order.h"
 #include "worker/transaction.h"
@@ -39,6 +40,8 @@ struct consumer {
     struct worker *w;
     rd_kafka_t *rk;
     rd_kafka_queue_t *queue, *commit_queue;
+    bool new_protocol;          /* KIP-848 is asked for */
+    struct group_protocol protocol;
     bool exactly_once;          /* offsets are committed by transactions only */
     struct staging staging;
     pthread_t thread;

@@ -12,8 +12,14 @@
 #include <syslog.h>
 
 /* cooperative-sticky and commits during a rebalance are sound from 2.10 on, commit metadata is kept
- * from 2.2 on; 2.0 is what Debian 12 has, good enough to build and try with. */
-enum { VERSION_OLDEST = 0x02000000, VERSION_METADATA = 0x02020000, VERSION_SOUND = 0x020a0000 };
+ * from 2.2 on; KIP-848 was released for use in 2.12, what went before is another protocol than that
+ * of Kafka 4.0; 2.0 is what Debian 12 has, good enough to build and try with. */
+enum {
+    VERSION_OLDEST = 0x02000000,
+    VERSION_METADATA = 0x02020000,
+    VERSION_SOUND = 0x020a0000,
+    VERSION_KIP_848 = 0x020c0000,
+};
 
 enum { SAY_AGAIN_US = 10 * 1000000 };
 
@@ -106,7 +112,7 @@ static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
     return LM_OK;
 }
 
-static bool new_protocol(const struct config *c)
+bool kafka_new_protocol(const struct config *c)
 {
     const char *p = config_kafka(c, CONFIG_CONSUMER, "group.protocol");
     return p && !strcasecmp(p, "consumer");
@@ -115,7 +121,7 @@ static bool new_protocol(const struct config *c)
 static lm_status set_consumer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
 {
     lm_status st = set_all(conf, consumer_defaults, LM_COUNT(consumer_defaults), err);
-    if (!st && !new_protocol(c))
+    if (!st && !kafka_new_protocol(c))
         st = set_all(conf, classic_defaults, LM_COUNT(classic_defaults), err);
     if (!st)
         st = set_passthrough(conf, c, CONFIG_CONSUMER, err);
@@ -202,17 +208,34 @@ lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const 
     return LM_OK;
 }
 
+/* What this library can't do; before it says so in its own words. */
+static lm_status check_version(const struct config *c, struct lm_err *err)
+{
+    int version = rd_kafka_version();
+    const char *name = rd_kafka_version_str();
+    if (version < VERSION_OLDEST)
+        return lm_err_set(err, LM_UNSUPPORTED, "librdkafka %s is too old; 2.12 or newer is "
+                          "advised", name);
+    if (!kafka_has_offset_map() && config_exactly_once(c))
+        return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once needs librdkafka 2.2 or "
+                          "newer, this is %s; 2.12 or newer is advised", name);
+    if (version < VERSION_KIP_848 && kafka_new_protocol(c))
+        return lm_err_set(err, LM_UNSUPPORTED, "kafka.group.protocol=consumer needs librdkafka "
+                          "2.12 or newer, this is %s", name);
+    return LM_OK;
+}
+
 lm_status kafka_conf_check(const struct config *c, struct lm_err *err)
 {
     static const enum config_scope scopes[] = { CONFIG_CONSUMER, CONFIG_PRODUCER };
-    for (size_t i = 0; i < LM_COUNT(scopes); i++) {
+    lm_status st = check_version(c, err);
+    for (size_t i = 0; !st && i < LM_COUNT(scopes); i++) {
         rd_kafka_conf_t *conf;
-        lm_status st = kafka_conf_new(c, scopes[i], "check", &conf, err);
-        if (st)
-            return st;
-        rd_kafka_conf_destroy(conf);
+        st = kafka_conf_new(c, scopes[i], "check", &conf, err);
+        if (!st)
+            rd_kafka_conf_destroy(conf);
     }
-    return LM_OK;
+    return st;
 }
 
 /* A token is asked for by callback, and some of our calls block before the first poll, or between
@@ -252,19 +275,15 @@ bool kafka_has_offset_map(void)
 
 lm_status kafka_check_library(const struct config *c, struct lm_err *err)
 {
-    int version = rd_kafka_version();
     const char *name = rd_kafka_version_str();
-    if (version < VERSION_OLDEST)
-        return lm_err_set(err, LM_UNSUPPORTED, "librdkafka %s is too old; 2.12 or newer is "
-                          "advised", name);
-    if (!kafka_has_offset_map() && config_exactly_once(c))
-        return lm_err_set(err, LM_UNSUPPORTED, "delivery.mode=exactly-once needs librdkafka 2.2 or "
-                          "newer, this is %s; 2.12 or newer is advised", name);
+    lm_status st = check_version(c, err);
+    if (st)
+        return st;
     if (!kafka_has_offset_map())
         lm_log(LM_WARN, "kafka", "librdkafka %s can't keep offset metadata: at-least-once without "
                "the offset map, so a crash repeats finished prompts too; 2.12 or newer is advised",
                name);
-    else if (version < VERSION_SOUND)
+    else if (rd_kafka_version() < VERSION_SOUND)
         lm_log(LM_WARN, "kafka", "librdkafka %s has known faults in rebalances; 2.12 or newer is "
                "advised", name);
     else

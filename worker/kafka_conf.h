@@ -15,7 +15,8 @@
 lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const char *client_id,
                          rd_kafka_conf_t **out, struct lm_err *err);
 
-/* Would kafka_conf_new() take this configuration, for both handles? */
+/* Can this library do what the configuration asks for, and would kafka_conf_new() take it, for both
+ * handles? LM_UNSUPPORTED names what needs a newer library. */
 lm_status kafka_conf_check(const struct config *c, struct lm_err *err);
 
 /* rd_kafka_new() with our log and error text; consumes *conf on success, destroys it on failure. */
@@ -32,6 +33,9 @@ struct kafka_said { int err; int64_t at_us; unsigned more; };
 /* A client's error that heals by itself, as a warning; the same one again within 10 s is counted
  * only, for a broker that is away is reported many times a second. */
 void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason);
+
+/* Is KIP-848 asked for, kafka.group.protocol=consumer? */
+bool kafka_new_protocol(const struct config *c);
 
 /* Does the library keep the metadata of commits, which holds the offset map? */
 bool kafka_has_offset_map(void);
