@@ -156,7 +156,7 @@ $(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx
 
 # ---- rules --------------------------------------------------------------------------------
 
-.PHONY: all help setup demo test unit chaos chaos-long lint bench fuzz install clean docs FORCE
+.PHONY: all help setup demo test test-matrix unit chaos chaos-long lint bench fuzz install clean docs FORCE
 
 all: $(BIN)
 
@@ -293,6 +293,11 @@ test:
 	$(Q)$(MAKE) $(jobs) --no-print-directory programs
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' NOT_HERE='$(NOT_HERE)' tests/run all
 
+# The delivery tests over librdkafkas, brokers and group protocols; the last table is in docs/matrix.md.
+test-matrix:
+	$(Q)DEPS='$(DEPS)' ops/setup.sh build test matrix
+	$(Q)DEPS='$(DEPS)' tests/matrix/run
+
 # Ten minutes of faults with the shipped model, half of them in each delivery mode.
 chaos:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
@@ -337,6 +342,7 @@ help:
 	@echo 'make demo       run the main job on this machine, with a small model (installs what it needs)'
 	@echo 'make chaos      brokers, workers, store, registry and network fail at random: 10 minutes'
 	@echo 'make test       prove it: unit, golden, fuzz corpora, real broker, registry and store'
+	@echo 'make test-matrix  the delivery tests over librdkafka 2.0 to 2.15, Kafka 2.8 to 4.3, both group protocols'
 	@echo 'make unit       the tests that need no service'
 	@echo 'make setup      install what the build needs (Debian packages, librdkafka)'
 	@echo 'make lint       include direction, banned functions, sizes, generated files fresh'

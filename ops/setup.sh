@@ -4,6 +4,7 @@
 # ops/setup.sh PART...: installs what is missing on a Debian 12 machine, and says so. Parts:
 #   build   compilers, libraries, librdkafka >= 2.12 (built from a pinned source package)
 #   test    a Kafka broker, a schema registry, nginx, Python clients, clang for the fuzz targets
+#   matrix  older librdkafkas and older brokers, for make test-matrix
 #   bench   PyTorch, transformers and PEFT (5.6 GB), to be measured beside us
 #   cuda    CUDA 13's compiler and libraries (0.9 GB), unless a toolkit is there; needs no GPU
 #
@@ -20,8 +21,13 @@ LIBRDKAFKA_SHA256=ada7d703bb1d3237e2292bfabf438d663b6160c9f1ac2a2406b5dc4257c81b
 # pthreads instead of C11 threads: gcc 12's ThreadSanitizer does not know thrd_create().
 LIBRDKAFKA_FLAGS="--disable-gssapi --disable-c11threads --enable-ssl --enable-curl --enable-zstd
     --enable-lz4-ext --enable-zlib"
-LIBRDKAFKA_BUILD="$LIBRDKAFKA_PACKAGE "$(echo $LIBRDKAFKA_FLAGS)
+# Older ones, VERSION PACKAGE SHA256, each below $DEPS/librdkafka-VERSION. All hold the full source.
+LIBRDKAFKA_OLD="
+2.0.2 node-rdkafka@2.15.0 2766852839ffef5fcbc2cdedaa301a546e51928ef6f427709ddb4ed164b1afd5
+2.6.1 @confluentinc/kafka-javascript@1.0.0 d939368fe4c745a7447c8970acbe85457c58c12e8aebccb7d0ac4c783d0fb052
+2.12.1 @confluentinc/kafka-javascript@1.7.0 aad94f601f7457b99cc76ffcc123250f6fa92d7c2166dc65216a648a04590ca4"
 KAFKA=4.3.1
+KAFKA_OLD="2.8.2 3.9.2"
 APICURIO=2.6.13.Final
 PY_TEST="confluent-kafka[avro,schemaregistry]==2.12.2 xxhash==4.1.0"
 PY_CUDA="cuda-toolkit[nvcc,cudart,cublas,cccl,crt,nvvm,nvtx]==13.0.2"
@@ -70,19 +76,23 @@ apt() {
 # have COMMAND PACKAGE: the command if it is there (from wherever), else Debian's package.
 have() { command -v "$1" > /dev/null || apt "$2"; }
 
+# What a library of ours is made from and with; PREFIX/.built holds it.
+recipe() { echo "$1" $LIBRDKAFKA_FLAGS; }
+
+built() { [ "$(cat "$1/.built" 2>/dev/null)" = "$(recipe "$2")" ]; }     # PREFIX PACKAGE
+
 # A library of ours must be this package built with these flags; a system's need only be new enough.
 rdkafka_fine() {
-    local mark=$DEPS/librdkafka/.built
-    [ ! -d "$DEPS/librdkafka" ] || [ "$(cat "$mark" 2>/dev/null)" = "$LIBRDKAFKA_BUILD" ] || return
+    [ ! -d "$DEPS/librdkafka" ] || built "$DEPS/librdkafka" "$LIBRDKAFKA_PACKAGE" || return
     PKG_CONFIG_PATH=$DEPS/librdkafka/lib/pkgconfig:${PKG_CONFIG_PATH:-} \
         pkg-config --atleast-version=$LIBRDKAFKA_MIN rdkafka
 }
 
-build_librdkafka() {
-    local work=$DEPS/tmp/librdkafka.$$ prefix=$DEPS/librdkafka
+build_librdkafka() {            # PREFIX PACKAGE SHA256
+    local work=$DEPS/tmp/librdkafka.$$ prefix=$1
     rm -rf "$work"; mkdir -p "$work"; cd "$work"
-    npm pack --silent "$LIBRDKAFKA_PACKAGE"
-    echo "$LIBRDKAFKA_SHA256  $(ls ./*.tgz)" | sha256sum -c -
+    npm pack --silent "$2"
+    echo "$3  $(ls ./*.tgz)" | sha256sum -c -
     tar xzf ./*.tgz package/deps/librdkafka
     cd package/deps/librdkafka
     # shellcheck disable=SC2086
@@ -90,41 +100,48 @@ build_librdkafka() {
     make -C src -j"$(nproc)"
     make -C src DESTDIR="$work/stage" install
     cp LICENSES.txt "$work/stage$prefix/"
-    echo "$LIBRDKAFKA_BUILD" > "$work/stage$prefix/.built"
+    recipe "$2" > "$work/stage$prefix/.built"
     rm -rf "$prefix"
     mv "$work/stage$prefix" "$prefix"
     rm -rf "$work"
 }
+
+# What npm packages need to become a library.
+have_build_tools() { have npm npm; have g++ g++; have python3 python3; }
 
 part_build() {
     apt ca-certificates gcc libc6-dev make pkg-config libavro-dev libcurl4-openssl-dev \
         libjansson-dev libpcre2-dev libopenblas-dev libutf8proc-dev libmicrohttpd-dev \
         libxxhash-dev libssl-dev liblz4-dev libzstd-dev zlib1g-dev jq
     rdkafka_fine && return
-    have npm npm
-    have g++ g++
-    have python3 python3
+    have_build_tools
     say "librdkafka: the system has $(pkg-config --modversion rdkafka 2>/dev/null || echo none)," \
         "$LIBRDKAFKA_MIN or newer is needed; building it below $DEPS"
-    quietly "librdkafka" build_librdkafka
+    quietly "librdkafka" build_librdkafka "$DEPS/librdkafka" "$LIBRDKAFKA_PACKAGE" "$LIBRDKAFKA_SHA256"
     rdkafka_fine || die "librdkafka was built but pkg-config does not find it in $DEPS/librdkafka"
 }
 
 mvn_get() { mvn -q -B "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:$1" "${@:2}"; }
 
-get_kafka() {
-    local work=$DEPS/tmp/kafka.$$
+dependency() { echo "<dependency><groupId>$1</groupId><artifactId>$2</artifactId><version>$3</version></dependency>"; }
+
+# The broker and what lets it write a log: Log4j 2 since 4.0, Log4j 1 (as reload4j) before.
+get_kafka() {           # VERSION
+    local work=$DEPS/tmp/kafka.$$ v=$1
     rm -rf "$work"; mkdir -p "$work"; cd "$work"
-    cat > pom.xml <<P
-<project><modelVersion>4.0.0</modelVersion><groupId>test</groupId><artifactId>kafka-broker</artifactId>
-<version>1</version><packaging>pom</packaging><dependencies>
-<dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>$KAFKA</version></dependency>
-<dependency><groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId><version>2.25.4</version></dependency>
-</dependencies></project>
-P
+    {
+        echo '<project><modelVersion>4.0.0</modelVersion><groupId>test</groupId>'
+        echo '<artifactId>kafka-broker</artifactId><version>1</version><packaging>pom</packaging><dependencies>'
+        dependency org.apache.kafka kafka_2.13 "$v"
+        case $v in
+        [23].*) dependency org.slf4j slf4j-reload4j 1.7.36 ;;
+        *) dependency org.apache.logging.log4j log4j-slf4j-impl 2.25.4 ;;
+        esac
+        echo '</dependencies></project>'
+    } > pom.xml
     mvn_get copy-dependencies -DoutputDirectory=libs -DincludeScope=runtime
-    ls libs/kafka_2.13-$KAFKA.jar
-    rm -rf "$DEPS/kafka-$KAFKA"; mv "$work" "$DEPS/kafka-$KAFKA"
+    ls "libs/kafka_2.13-$v.jar"
+    rm -rf "$DEPS/kafka-$v"; mv "$work" "$DEPS/kafka-$v"
 }
 
 get_apicurio() {
@@ -154,12 +171,28 @@ part_test() {
     have mvn maven
     have python3 python3
     python3 -c 'import ensurepip' 2> /dev/null || apt python3-venv
-    [ -d "$DEPS/kafka-$KAFKA" ] || { say "Apache Kafka $KAFKA"; quietly "kafka" get_kafka; }
+    [ -d "$DEPS/kafka-$KAFKA" ] || { say "Apache Kafka $KAFKA"; quietly "kafka" get_kafka $KAFKA; }
     [ -d "$DEPS/apicurio-$APICURIO" ] || { say "schema registry"; quietly "apicurio" get_apicurio; }
     if [ "$(cat "$DEPS/venv-test/.packages" 2>/dev/null)" != "$PY_TEST" ]; then
         say "Python clients: $PY_TEST"
         quietly "python-clients" venv test "$PY_TEST"
     fi
+}
+
+part_matrix() {
+    local version package sha prefix
+    while read -r version package sha; do
+        prefix=$DEPS/librdkafka-$version
+        [ -n "$version" ] && ! built "$prefix" "$package" || continue
+        have_build_tools
+        say "librdkafka $version"
+        quietly "librdkafka $version" build_librdkafka "$prefix" "$package" "$sha"
+    done <<< "$LIBRDKAFKA_OLD"
+    for version in $KAFKA_OLD; do
+        [ -d "$DEPS/kafka-$version" ] && continue
+        say "Apache Kafka $version"
+        quietly "kafka $version" get_kafka "$version"
+    done
 }
 
 part_bench() {
@@ -183,13 +216,13 @@ part_cuda() {
     fi
 }
 
-[ $# -gt 0 ] || die "say which parts: build, test, bench, cuda"
+[ $# -gt 0 ] || die "say which parts: build, test, matrix, bench, cuda"
 mkdir -p "$DEPS/tmp" 
 exec 9> "$DEPS/lock"
 flock -n 9 || { say "another setup is running; waiting for it"; flock 9; }
 for part in "$@"; do
     case $part in
-    build|test|bench|cuda) "part_$part" ;;
-    *) die "no part '$part'; use build, test, bench or cuda" ;;
+    build|test|matrix|bench|cuda) "part_$part" ;;
+    *) die "no part '$part'; use build, test, matrix, bench or cuda" ;;
     esac
 done

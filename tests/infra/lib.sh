@@ -9,11 +9,20 @@
 #                               LISTEN:TARGET, for whoever runs them. $KAFKA_LISTENERS and
 #                               $KAFKA_MAP (each begins with a comma), $KAFKA_EXTRA (properties) and
 #                               $KAFKA_FORMAT (arguments of the storage tool) add to it
+#   group_properties            a worker's properties for joining its group, in $GROUP_PROTOCOL
 #   registry_start              Apicurio with Confluent's API; sets $REGISTRY
 #   nginx_start DIR             serves DIR; sets $STORE
 #   nginx_put DIR               a server that also takes PUT; sets $STORE
 #   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
 #   wait_until SECONDS COMMAND...
+#   part NAME                   is this part of the test wanted? ($PARTS)
+#
+# What `make test-matrix` varies; without it the newest of all:
+#
+#   KAFKA=VERSION               of the broker; before 3.0 with ZooKeeper
+#   BUILD=DIR                   of the worker, and so its librdkafka
+#   OFFSET_MAP=0                that librdkafka is older than 2.2
+#   GROUP_PROTOCOL=classic      or consumer (KIP-848)
 #
 # Services get free ports, listen on 127.0.0.1 only, and are children of the script: the EXIT trap
 # ends what $RUN/pids names, and nothing else.
@@ -22,6 +31,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 : "${BUILD:=build}" "${DEPS:=${XDG_CACHE_HOME:-$HOME/.cache}/loramill}"
 LORAMILL=$PWD/$BUILD/loramill
 PYTHON=$DEPS/venv-test/bin/python
+: "${OFFSET_MAP:=1}" "${GROUP_PROTOCOL:=classic}"
+: "${KAFKA:=$(cd "$DEPS" && printf '%s\n' kafka-*/libs | sort -V | tail -1 | sed 's|kafka-||; s|/libs||')}"
+KAFKA_LIBS=$DEPS/kafka-$KAFKA/libs
 FAILED=0
 
 infra_begin() {
@@ -70,6 +82,8 @@ infra_end() {
 ok() { echo "ok - $*"; }
 not_ok() { echo "not ok - $*"; FAILED=1; }
 check() { local what=$1; shift; if "$@"; then ok "$what"; else not_ok "$what"; fi; }
+# part NAME: is it wanted? PARTS="stream cancel ..." runs some parts of a test only.
+part() { [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $1 "* ]]; }
 # die WHAT: the test can't go on.
 die() { not_ok "$*"; exit 1; }
 
@@ -109,19 +123,39 @@ print(*found)
 P
 }
 
+# Sessions are short, for a killed worker's partitions to move soon. KIP-848's are the broker's.
+group_properties() {
+    if [ "$GROUP_PROTOCOL" = consumer ]; then
+        echo kafka.consumer.group.protocol=consumer
+    else
+        printf '%s\n' kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500
+    fi
+}
+
+with_zookeeper() { case $KAFKA in [12].*) return 0 ;; *) return 1 ;; esac; }
+
+# What comes first in a broker's properties: who leads it. Arguments as below.
+kafka_role() {
+    local listeners=PLAINTEXT://127.0.0.1:$2 map=PLAINTEXT:PLAINTEXT
+    if with_zookeeper; then
+        printf '%s\n' "broker.id=$1" "zookeeper.connect=127.0.0.1:${4##*:}"
+    else
+        printf '%s\n' process.roles=broker,controller "node.id=$1" "controller.quorum.voters=$4" \
+            controller.listener.names=CONTROLLER
+        listeners+=,CONTROLLER://127.0.0.1:$3 map+=,CONTROLLER:PLAINTEXT
+    fi
+    echo "listeners=$listeners${6:+,PROXIED://127.0.0.1:$6}${KAFKA_LISTENERS:-}"
+    echo "listener.security.protocol.map=$map${6:+,PROXIED:PLAINTEXT}${KAFKA_MAP:-}"
+}
+
 kafka_properties() {    # ID CLIENT-PORT CONTROLLER-PORT VOTERS NODES [PROXIED-PORT PROXY-PORT]
     local isr=1 rf=$5
     [ "$rf" -gt 3 ] && rf=3
     [ "$rf" -ge 3 ] && isr=2
+    kafka_role "$@"
     cat <<P
-process.roles=broker,controller
-node.id=$1
-controller.quorum.voters=$4
-listeners=PLAINTEXT://127.0.0.1:$2,CONTROLLER://127.0.0.1:$3${6:+,PROXIED://127.0.0.1:$6}${KAFKA_LISTENERS:-}
 advertised.listeners=PLAINTEXT://127.0.0.1:$2${7:+,PROXIED://127.0.0.1:$7}${KAFKA_LISTENERS:-}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT${6:+,PROXIED:PLAINTEXT}${KAFKA_MAP:-}
 inter.broker.listener.name=PLAINTEXT
-controller.listener.names=CONTROLLER
 log.dirs=$RUN/kafka/n$1/log
 num.partitions=1
 default.replication.factor=$rf
@@ -154,9 +188,29 @@ rootLogger.appenderRef.c.ref=C
 P
 }
 
+# Before 4.0.
+kafka_log4j1() {
+    cat <<'P'
+log4j.rootLogger=WARN, A
+log4j.appender.A=org.apache.log4j.ConsoleAppender
+log4j.appender.A.layout=org.apache.log4j.PatternLayout
+log4j.appender.A.layout.ConversionPattern=%d %p %c{1} %m%n
+P
+}
+
+JAVA=(java -XX:+UseSerialGC -XX:TieredStopAtLevel=1)
+
+zookeeper_start() {     # PORT
+    local d=$RUN/kafka/zookeeper
+    mkdir -p "$d"
+    printf '%s\n' "dataDir=$d" "clientPort=$1" clientPortAddress=127.0.0.1 admin.enableServer=false \
+        > "$d/zoo.cfg"
+    spawn "$d/out.log" "${JAVA[@]}" -Xmx128m "-Dlog4j.configuration=file:$RUN/kafka/log4j.properties" \
+        -cp "$KAFKA_LIBS/*" org.apache.zookeeper.server.quorum.QuorumPeerMain "$d/zoo.cfg"
+}
+
 kafka_start() {
-    local n=$1 i d ports voters='' libs
-    libs=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
+    local n=$1 i d ports voters=''
     read -ra ports <<< "$(free_ports $((4 * n)))"
     BOOTSTRAP= PROXY_BOOTSTRAP= PROXIES=()
     for i in $(seq "$n"); do
@@ -167,24 +221,27 @@ kafka_start() {
     done
     voters=${voters%,} BOOTSTRAP=${BOOTSTRAP%,} PROXY_BOOTSTRAP=${PROXY_BOOTSTRAP%,}
     mkdir -p "$RUN/kafka"; kafka_log4j > "$RUN/kafka/log4j2.properties"
+    kafka_log4j1 > "$RUN/kafka/log4j.properties"
+    with_zookeeper && zookeeper_start "${voters##*:}"
     local cid; cid=A$(head -c 15 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=' | cut -c1-21)
     for i in $(seq "$n"); do
         d=$RUN/kafka/n$i; mkdir -p "$d"
         kafka_properties "$i" "${ports[$((i - 1))]}" "${ports[$((n + i - 1))]}" "$voters" "$n" \
             ${PROXIED:+"${ports[$((2 * n + i - 1))]}" "${ports[$((3 * n + i - 1))]}"} \
             > "$d/server.properties"
-        java -Xmx128m -XX:TieredStopAtLevel=1 -cp "$libs/*" kafka.tools.StorageTool format \
+        with_zookeeper || "${JAVA[@]}" -Xmx128m -cp "$KAFKA_LIBS/*" kafka.tools.StorageTool format \
             -t "$cid" -c "$d/server.properties" ${KAFKA_FORMAT:-} > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }
-        kafka_node "$i" "$libs"
+        kafka_node "$i"
     done
     wait_until 60 kafka_ready "$n"
 }
 
-kafka_node() {          # ID LIBS: (re)starts one node; its pid is in n$ID/pid
+kafka_node() {          # ID: (re)starts one node; its pid is in n$ID/pid
     local d=$RUN/kafka/n$1
-    spawn "$d/out.log" java -Xms256m -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 \
-        "-Dlog4j2.configurationFile=$RUN/kafka/log4j2.properties" -cp "$2/*" kafka.Kafka \
-        "$d/server.properties"
+    spawn "$d/out.log" "${JAVA[@]}" -Xms256m -Xmx256m \
+        "-Dlog4j2.configurationFile=$RUN/kafka/log4j2.properties" \
+        "-Dlog4j.configuration=file:$RUN/kafka/log4j.properties" \
+        -cp "$KAFKA_LIBS/*" kafka.Kafka "$d/server.properties"
     echo $! > "$d/pid"
 }
 

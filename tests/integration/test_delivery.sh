@@ -23,8 +23,7 @@ topics.dead_letters=dead
 group.id=delivery
 commit.interval_ms=500
 kafka.bootstrap.servers=$BOOTSTRAP
-kafka.session.timeout.ms=6000
-kafka.heartbeat.interval.ms=500
+$(group_properties)
 P
 
 start_worker() { spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"; }

@@ -23,13 +23,11 @@ retry.backoff_max_ms=500
 http.address=127.0.0.1
 http.port=$HTTP
 kafka.bootstrap.servers=$BOOTSTRAP
-kafka.session.timeout.ms=6000
-kafka.heartbeat.interval.ms=500
 P
 # worker NAME [KEY=VALUE]...; $W is its pid
 worker() {
     local name=$1 set=(); shift
-    for s in "worker.name=$name" "$@"; do set+=(--set "$s"); done
+    for s in "worker.name=$name" $(group_properties) "$@"; do set+=(--set "$s"); done
     spawn "$RUN/worker-$name.log" "$LORAMILL" worker -c "$RUN/base.properties" "${set[@]}"
     W=$!
 }
@@ -39,6 +37,7 @@ topic_create replies 2; topic_create dead 1
 
 # 1. Budgets. 5,000 prompts that can't run yet: the intake holds three quarters of its 200, for there
 # is a more urgent topic, whose prompts are read and answered.
+if part budget; then
 topic_create bulk 2; topic_create urgent 1
 d produce bulk 0 5000 acme 1
 worker budget topics.prompts=bulk,urgent topics.priorities=urgent=10 intake.max_messages=200 \
@@ -63,9 +62,11 @@ sleep 1
 held=$(metric in_flight_records) tokens=$(metric in_flight_tokens)
 check "and holds little more ($tokens tokens, $held prompts)" [ "$tokens" -le 4000 ]
 kill -9 -- "-$W"; wait "$W" 2>/dev/null
+fi
 
 # 2. Order by key, exactly once, with a worker that is killed and one that joins: no reply of a key
 # comes before an earlier one.
+if part order; then
 topic_create keyed 4; topic_create ordered 1
 common=(topics.prompts=keyed topics.replies=ordered group.id=keyed delivery.order=key
         delivery.mode=exactly-once transaction.interval_ms=20 http.port=0)
@@ -78,14 +79,14 @@ worker key3 "${common[@]}"; K3=$W
 check "keyed prompts are answered" d wait ordered 3000 120
 d order ordered 3000 || FAILED=1
 stop "$K2" "a worker with keys"; stop "$K3" "its neighbour"
+fi
 
 # 3. KIP-848: the same promises under group.protocol=consumer.
+if part kip848; then
 topic_create new 4; topic_create newreplies 1
-sed '/session.timeout\|heartbeat/d' "$RUN/base.properties" > "$RUN/new.properties"
 start_new() {
-    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/new.properties" --set "worker.name=$1" \
-        --set topics.prompts=new --set topics.replies=newreplies --set group.id=new \
-        --set kafka.consumer.group.protocol=consumer --set http.port=0; W=$!
+    GROUP_PROTOCOL=consumer worker "$1" topics.prompts=new topics.replies=newreplies group.id=new \
+        http.port=0
 }
 start_new n1; N1=$W
 start_new n2; N2=$W
@@ -99,9 +100,11 @@ check "KIP-848: the job ends although a worker was killed" d wait newreplies 600
 d verify newreplies 0 60000 -1 || FAILED=1
 d age newreplies 400 || FAILED=1
 stop "$N2" "a worker"; stop "$N3" "its neighbour"
+fi
 
 # 4. A cooperative revocation. Long generations run on all partitions; another worker joins. What it
 # takes is drained; meanwhile the first goes on reading what it keeps.
+if part drain; then
 topic_create long 4; topic_create longreplies 1
 worker long1 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
     topics.prompts=long topics.replies=longreplies group.id=long revoke.drain_ms=20000 \
@@ -128,3 +131,4 @@ not_cut() { ! grep -q 'unfinished prompts are handed back' "$RUN/worker-long1.lo
 check "no running prompt was cut off" not_cut
 stop "$L1" "the first worker"
 stop "$L2" "the second worker"
+fi

@@ -29,8 +29,7 @@ retry.backoff_ms=50
 retry.backoff_max_ms=300
 http.port=0
 kafka.bootstrap.servers=$BOOTSTRAP
-kafka.session.timeout.ms=6000
-kafka.heartbeat.interval.ms=500
+$(group_properties)
 P
 start_worker() { spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" \
     --set "worker.name=$1"; W=$!; }
@@ -42,14 +41,21 @@ check "all but the waiting prompts are answered" d wait replies,dead 1800 60
 sleep 1
 read -r offset map <<< "$(d committed resume prompts 0)"
 check "the group stands at the first unfinished prompt ($offset)" [ "$offset" -eq 0 ]
-check "the rest is in the metadata, ${#map} bytes" [ "${map%%:*}" = lm1 ] && [ ${#map} -le 4096 ]
+if [ "$OFFSET_MAP" = 1 ]; then
+    check "the rest is in the metadata, ${#map} bytes" [ "${map%%:*}" = lm1 -a ${#map} -le 4096 ]
+else
+    check "there is no metadata" [ -z "$map" ]
+    said=$(grep -c "can't keep offset metadata: at-least-once without the offset map" "$RUN/worker-1.log")
+    check "which was said once (got $said)" [ "$said" -eq 1 ]
+fi
 crash
 start_worker 2
 d produce prompts 2000 1 > /dev/null
 check "the next worker reads on" d wait replies,dead 1801 60
 sleep 1
 d verify replies,dead 0 1 0 > "$RUN/verify.log"
-check "nothing that was finished runs again" grep -q ' 0 repeats' "$RUN/verify.log"
+[ "$OFFSET_MAP" = 0 ] ||
+    check "nothing that was finished runs again" grep -q ' 0 repeats' "$RUN/verify.log"
 
 # The store comes back: the 200 prompts that waited through two workers are answered.
 nginx_at() {
@@ -61,7 +67,8 @@ nginx_at
 check "prompts that waited are answered" d wait replies,dead 2001 60
 at_end() { read -r offset map <<< "$(d committed resume prompts 0)"; [ "$offset" -eq "$1" ] && [ -z "$map" ]; }
 check "then the group stands at the end, without a map" wait_until 20 at_end 2001
-d verify replies,dead 0 2001 0 || FAILED=1
+# Without the map, what the first worker had answered comes again, once.
+d verify replies,dead 0 2001 $([ "$OFFSET_MAP" = 1 ] && echo 0 || echo 1800) || FAILED=1
 
 # Killed in the middle of work: what runs twice was finished less than one commit interval before.
 d produce prompts 2001 30000
@@ -75,6 +82,11 @@ check "the job ends" d wait replies,dead 32001 120
 check "the group stands at the end again" wait_until 20 at_end 32001
 d verify replies,dead 0 32001 -1 || FAILED=1
 # 200 ms between commits, and as much again for the commit to be answered on a busy machine.
+if [ "$OFFSET_MAP" = 0 ]; then
+    kill -TERM "$W"; wait "$W"
+    check "SIGTERM ends it with status 0 (got $?)" [ $? -eq 0 ]
+    exit 0
+fi
 d age replies 400 || FAILED=1
 
 # Metadata of another tool, then a group that is moved back with the map left in place.

@@ -43,9 +43,6 @@ stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" 
 metric() { curl -sf "http://127.0.0.1:$PORT/metrics" | awk -v m="loramill_$1" '$1 == m { print $2 }'; }
 case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
 
-# part NAME: is it wanted? PARTS="stream cancel ..." runs some only
-part() { [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $1 "* ]]; }
-
 if part stream; then
 worker stream stream.interval_ms=20 errors.reply=true
 case_ stream
