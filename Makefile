@@ -135,7 +135,8 @@ BIN     := $(BUILD)/loramill
 # whole is seen in all other builds: there a program that is not on it dies in pthread_create.
 THREADED   := test_engine $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
-    $(addprefix test_worker_,batch_job codec dev group_protocol outbox registry store submit)
+    $(addprefix test_worker_,batch_job codec dev fatal group_protocol outbox registry store submit \
+    watchdog)
 ONE_THREAD := $(filter-out $(THREADED),$(basename $(notdir $(UNIT_SRC) $(FUZZ_SRC))))
 # WORKER=0 and `thread` leave some out; tests/run says which.
 ALL_SRC  := $(wildcard tests/unit/test_*.c tests/fuzz/fuzz_*.c)
@@ -216,11 +217,12 @@ $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
-# A worker whose engine some prompts kill or hang: the shipped objects, two calls wrapped.
+# A worker whose engine some prompts kill or hang: the shipped objects, three calls wrapped.
 POISON := $(BUILD)/tests/integration/poison_worker
 $(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats $^ $(LDLIBS) -o $@
+	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats,--wrap=engine_close \
+	    $^ $(LDLIBS) -o $@
 
 $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
     $(BUILD)/tests/unit/one_thread.o

@@ -80,6 +80,14 @@ static void object_url(const char *template, const char *name, char *out, size_t
              at + strlen("{object}"));
 }
 
+/* Asked at least once a second: a silent store must not hold the worker's end up. */
+static int on_progress(void *ctx, curl_off_t a, curl_off_t b, curl_off_t d, curl_off_t e)
+{
+    (void)a, (void)b, (void)d, (void)e;
+    const claims *c = ctx;
+    return atomic_load(&c->w->ending);
+}
+
 static void set_transfer(claims *c, const char *url, struct body *b, struct curl_slist *headers)
 {
     const struct config *cfg = c->w->cfg;
@@ -93,6 +101,9 @@ static void set_transfer(claims *c, const char *url, struct body *b, struct curl
     curl_easy_setopt(c->curl, CURLOPT_WRITEFUNCTION, drop_body);
     curl_easy_setopt(c->curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(c->curl, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(c->curl, CURLOPT_NOPROGRESS, 0L);
+    curl_easy_setopt(c->curl, CURLOPT_XFERINFOFUNCTION, on_progress);
+    curl_easy_setopt(c->curl, CURLOPT_XFERINFODATA, c);
     curl_easy_setopt(c->curl, CURLOPT_PROTOCOLS_STR, "http,https");
     curl_easy_setopt(c->curl, CURLOPT_CONNECTTIMEOUT_MS, (long)CONNECT_MS);
     curl_easy_setopt(c->curl, CURLOPT_LOW_SPEED_LIMIT, (long)STALL_BYTES);

@@ -295,14 +295,13 @@ static void poll_once(consumer *c, int timeout_ms)
 /* Polls on while what runs finishes, so that the group keeps us. */
 static void drain_all(consumer *c)
 {
-    int64_t end = lm_now_us() + c->w->cfg->drain_timeout_ms * 1000;
     admission_apply(c);
-    while (rebalance_active(c, NULL, false) && lm_now_us() < end &&
+    while (rebalance_active(c, NULL, false) && lm_now_us() < atomic_load(&c->w->drain_end_us) &&
            !atomic_load(&c->w->cancelling)) {
         housekeeping(c);
         poll_once(c, DRAIN_POLL_MS);
     }
-    atomic_store(&c->w->cancelling, true);
+    worker_cancel(c->w);
     rebalance_hand_back(c, NULL);
     rebalance_serve(c);
     staging_close(c);
@@ -315,16 +314,16 @@ static void close_consumer(consumer *c)
     rd_kafka_queue_t *q = rd_kafka_queue_new(c->rk);
     rd_kafka_error_t *error = rd_kafka_consumer_close_queue(c->rk, q);
     int64_t end = lm_now_us() + (int64_t)CLOSE_WAIT_MS * 1000;
-    if (error) {
+    if (error)
         lm_log(LM_WARN, "consumer", "close: %s", rd_kafka_error_string(error));
-        rd_kafka_error_destroy(error);
-    }
     while (!error && !rd_kafka_consumer_closed(c->rk) && lm_now_us() < end) {
         rd_kafka_queue_poll_callback(q, DRAIN_POLL_MS);
         commit_serve(c, 0);
     }
-    if (!rd_kafka_consumer_closed(c->rk))
+    if (!error && !rd_kafka_consumer_closed(c->rk))
         lm_log(LM_WARN, "consumer", "the brokers are silent: ending without leaving the group");
+    if (error)
+        rd_kafka_error_destroy(error);
     rd_kafka_queue_destroy(q);
 }
 
@@ -423,6 +422,12 @@ lm_status consumer_start(consumer *c, struct lm_err *err)
 void consumer_join(consumer *c)
 {
     pthread_join(c->thread, NULL);
+}
+
+void consumer_count_rest(consumer *c)
+{
+    if (c)
+        consumer_take_finished(c, 0);
 }
 
 void consumer_free(consumer *c)

@@ -391,13 +391,18 @@ void journal_abandon(journal *j, int cause)
     journal_close(j);
 }
 
+void journal_discard(const journal *j)
+{
+    if (j->file && *j->path)
+        unlink(j->path);
+}
+
 void journal_close(journal *j)
 {
     if (!j)
         return;
     unwatch_signals(j);
-    if (j->file && *j->path)
-        unlink(j->path);
+    journal_discard(j);
     if (j->file)
         munmap(j->file, sizeof *j->file);
     if (j->fd >= 0)

@@ -54,6 +54,8 @@ enum { JOURNAL_HUNG = 1000, JOURNAL_DEVICE };
 lm_status journal_open(const char *dir, const char *group, int max_attempts, journal **out,
                        struct lm_err *err);
 void journal_close(journal *j);         /* an orderly end: removes our file; NULL is allowed */
+/* The same for a process that is about to end: the file only. Any thread. */
+void journal_discard(const journal *j);
 /* The engine failed: what is entered was there. The file stays, for the others. */
 void journal_abandon(journal *j, int cause);
 

@@ -40,6 +40,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "worker/kafka_conf.h"
 #include "worker/transaction.h"
@@ -49,6 +50,7 @@ enum {
     BELIEVE_TOO_LARGE_AFTER = 5,
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
+    STOP_SPARE_MS = 500,
 };
 
 /* ---- sending ---------------------------------------------------------------------------- */
@@ -314,6 +316,7 @@ static void *producer_main(void *arg)
         next = j->next;
         worker_end_job(p->w, j, OUTCOME_DROPPED);
     }
+    atomic_store(&p->over, true);
     return NULL;
 }
 
@@ -339,6 +342,8 @@ lm_status producer_open(producer *p, struct lm_err *err)
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
     rd_kafka_conf_set_error_cb(conf, on_error);
+    if (p->exactly_once)
+        unanswered_watch(&p->unanswered, conf);
     st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
     if (!st)
         credentials_attach(p->w->credentials, p->rk, CONFIG_PRODUCER);
@@ -363,8 +368,9 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
     p->exactly_once = config_exactly_once(w->cfg);
     job_queue_init(&p->again);
     lm_status st = producer_open(p, err);
-    if (!st && pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main : producer_main,
-                              p))
+    p->started = !st && !pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main :
+                                        producer_main, p);
+    if (!st && !p->started)
         st = lm_err_set(err, LM_NOMEM, "can't start the producer thread");
     if (st) {
         producer_close(p);
@@ -376,19 +382,29 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
     return LM_OK;
 }
 
-void producer_stop(producer *p)
+bool producer_stop(producer *p)
 {
-    if (!p || atomic_exchange(&p->end, true))
-        return;
+    if (!p || !p->started)
+        return true;
+    const struct timespec tick = { 0, 5 * 1000000 };
+    int64_t end = LM_MAX(lm_now_us() + (int64_t)(STOP_WAIT_MS + STOP_SPARE_MS) * 1000,
+                         atomic_load(&p->w->drain_end_us) + (TRANSACTION_LAST_MS + STOP_SPARE_MS) *
+                         INT64_C(1000));
+    atomic_store(&p->end, true);
     job_queue_wake(&p->again);
+    while (!atomic_load(&p->over) && lm_now_us() < end)
+        nanosleep(&tick, NULL);
+    if (!atomic_load(&p->over))
+        return false;
     pthread_join(p->thread, NULL);
+    p->started = false;
+    return true;
 }
 
 void producer_free(producer *p)
 {
     if (!p)
         return;
-    producer_stop(p);
     producer_close(p);
     job_queue_release(&p->again);
     free(p);

@@ -9,17 +9,24 @@
 #include <librdkafka/rdkafka.h>
 
 #include "worker/kafka_conf.h"
+#include "worker/unanswered.h"
 #include "worker/worker.h"
+
+/* After the drain, for the transaction that is under way. */
+enum { TRANSACTION_LAST_MS = 5000 };
 
 struct producer {
     struct worker *w;
     rd_kafka_t *rk;             /* exactly-once: replaced when a transaction's fate is unknown */
     pthread_t thread;
+    bool started;
     /* At-least-once: could not be queued. Exactly-once: everything to be sent. */
     struct job_queue again;
     struct job_list later;
     atomic_bool end;
+    atomic_bool over;           /* its thread has ended */
     bool exactly_once;
+    struct unanswered unanswered;       /* exactly-once */
     int64_t complained_us;
     struct kafka_said said;
     int64_t batch_bytes, transaction_timeout_ms;

@@ -20,6 +20,8 @@
  *                init_transactions() ends whatever the old one had open and fences its requests.
  *                Then the group's committed offsets tell which it was, for each commit's offset and
  *                map are its own
+ *                The same is done when all went well in the end but a request had no answer and was
+ *                sent again: its first copy may come late, see unanswered.h
  *   fenced       another producer has our transactional.id: the worker ends. Unless our transaction
  *                had outlived transaction.timeout.ms while this process was awake: then it was the
  *                coordinator that fenced us, for a broker was away, and a new producer is made. A
@@ -38,11 +40,13 @@
 #include "worker/producer_int.h"
 
 enum {
-    CALL_MS = 5000,             /* of one call; it is made again until it has an answer */
+    CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
+                                 * heed it: send_offsets() waits for socket.timeout.ms */
     IDLE_MS = 100,
     SLEPT_MS = 3000,            /* so much later than it should be: this process was stopped */
     SLEPT_MEMORY_MS = 60000,
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
+    PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
 };
 
@@ -120,6 +124,22 @@ static void drop(struct tx *t, struct job *j)
 
 /* ---- calls that may take long ----------------------------------------------------------- */
 
+/* The drain is over: no transaction begins any more, the one under way may end. */
+static bool last_call(const struct tx *t)
+{
+    return atomic_load(&t->w->cancelling);
+}
+
+/* What a call may take: when the worker ends, all of them together have TRANSACTION_LAST_MS. */
+static int call_ms(const struct tx *t)
+{
+    if (!last_call(t))
+        return CALL_MS;
+    int64_t left = atomic_load(&t->w->drain_end_us) / 1000 + TRANSACTION_LAST_MS -
+                   lm_now_us() / 1000;
+    return (int)LM_MAX(0, LM_MIN(left, CALL_MS));
+}
+
 /* Since the last beat, no more than `allowed_ms` should have passed. */
 static void beat(struct tx *t, int64_t allowed_ms)
 {
@@ -133,33 +153,33 @@ typedef rd_kafka_error_t *call(struct tx *t);
 
 static rd_kafka_error_t *init(struct tx *t)
 {
-    return rd_kafka_init_transactions(t->p->rk, CALL_MS);
+    return rd_kafka_init_transactions(t->p->rk, call_ms(t));
 }
 
 static rd_kafka_error_t *send_offsets(struct tx *t)
 {
     return rd_kafka_send_offsets_to_transaction(t->p->rk, t->stage.offsets, t->stage.group,
-                                                CALL_MS);
+                                                call_ms(t));
 }
 
 static rd_kafka_error_t *commit(struct tx *t)
 {
-    return rd_kafka_commit_transaction(t->p->rk, CALL_MS);
+    return rd_kafka_commit_transaction(t->p->rk, call_ms(t));
 }
 
 static rd_kafka_error_t *abort_it(struct tx *t)
 {
-    return rd_kafka_abort_transaction(t->p->rk, CALL_MS);
+    return rd_kafka_abort_transaction(t->p->rk, call_ms(t));
 }
 
-/* Until there is an answer, or the worker ends. */
+/* Until there is an answer, or the worker's end leaves no time for one. */
 static rd_kafka_error_t *persist(struct tx *t, call *make)
 {
     for (;;) {
         beat(t, CALL_MS);
         rd_kafka_error_t *e = make(t);
         beat(t, CALL_MS);
-        if (!e || !rd_kafka_error_is_retriable(e) || atomic_load(&t->p->end))
+        if (!e || !rd_kafka_error_is_retriable(e) || !call_ms(t))
             return e;
         lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
         rd_kafka_error_destroy(e);
@@ -173,7 +193,7 @@ static bool initialise(struct tx *t)
 {
     rd_kafka_error_t *e = persist(t, init);
     t->initialised = !e;
-    if (e && !atomic_load(&t->p->end))
+    if (e && !last_call(t))
         worker_fail(t->w, LM_STATE, "transactions can't be had: %s", rd_kafka_error_string(e));
     if (e)
         rd_kafka_error_destroy(e);
@@ -197,6 +217,16 @@ static bool rebuild(struct tx *t)
         return false;
     }
     return initialise(t);
+}
+
+/* Between transactions: what the last one has left on its way must not end the next one. */
+static bool fence(struct tx *t)
+{
+    if (!atomic_load(&t->p->unanswered.any))
+        return true;
+    lm_log(LM_INFO, "producer", "a request was not answered: a new producer fences what may come "
+           "late");
+    return rebuild(t);
 }
 
 /* ---- one transaction -------------------------------------------------------------------- */
@@ -278,18 +308,21 @@ static enum fate run(struct tx *t)
     return e ? undo(t, e) : COMMITTED;
 }
 
-/* After a rebuild: what became of it? */
+/* After a rebuild: what became of it? When the worker ends, that is the next one's to find out: the
+ * group's offsets tell it what is left to do, and its init_transactions() ends what is open. */
 static enum fate find_out(struct tx *t)
 {
     bool holds = false;
     lm_status st;
-    if (!rebuild(t))
+    if (last_call(t) || !rebuild(t)) {
+        lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers");
         return HOPELESS;
+    }
     do {
         beat(t, CALL_MS);
         st = consumer_holds(t->w->consumer, &t->stage, &holds);
         beat(t, CALL_MS);
-    } while (st && !atomic_load(&t->p->end));
+    } while (st && !last_call(t));
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
     return st ? HOPELESS : holds ? COMMITTED : ABORTED;
@@ -445,9 +478,14 @@ static int64_t until_due(const struct tx *t, int64_t now)
     return LM_MAX(at, t->not_before_us) - now;
 }
 
+/* What was sent and has no report yet is the library's until it is purged: then jobs may go. */
 static void end(struct tx *t)
 {
     gather(t, 0);
+    if (t->p->rk) {
+        rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+        rd_kafka_flush(t->p->rk, PURGE_MS);
+    }
     for (struct job *j = t->ready, *next; j; j = next) {
         next = j->next;
         drop(t, j);
@@ -485,14 +523,17 @@ void *transaction_main(void *arg)
         gather(&t, (int)LM_MAX(0, LM_MIN((due + 999) / 1000,
                                          job_list_wait_ms(&p->later, now, IDLE_MS))));
         now = lm_now_us();
-        if (!started || until_due(&t, now) > 0)
+        if (!started || last_call(&t) || until_due(&t, now) > 0)
             continue;
-        if (!t.initialised && !initialise(&t))
+        if (!(t.initialised ? fence(&t) : initialise(&t)))
             break;
         t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
         transact(&t);
         going = p->rk != NULL;
     }
+    while (!atomic_load(&p->end))
+        gather(&t, IDLE_MS);
     end(&t);
+    atomic_store(&p->over, true);
     return NULL;
 }

@@ -8,9 +8,15 @@
  * End, on SIGTERM or SIGINT:  stopping -> the consumer pauses; intake drops what has not started;
  *   what runs may finish for drain.timeout_ms; then it is cancelled and handed back; the watermark
  *   is committed, the group is left -> ending -> the other threads end, against the arrows -> 0.
- * On a failure the same without the wait, and the status is 1. A second signal ends the process at
- * once. A watchdog ends a shutdown that hangs: librdkafka's destroy may block for ever on one
- * forgotten reference, and a worker that neither works nor dies is worse than a crash.
+ * On a failure the same without the drain, and the status is 1. A second signal ends the process at
+ * once. A watchdog (watchdog.h) ends a shutdown that hangs.
+ *
+ * Silent brokers must not hold an end up. drain_end_us is the clock that all share: after it no
+ * call to a broker is made again, and what is under way has a few seconds, each counted from there
+ * and not from the one before. What was not committed by then is handed back: nothing is lost by
+ * that, an open transaction is the broker's to time out or the next start's to fence. A call that
+ * doesn't return in spite of its own timeout (rd_kafka_send_offsets_to_transaction() waits for
+ * socket.timeout.ms) is left alone in its thread, and the process ends without it, in order.
  *
  * Signals are blocked in every thread and taken synchronously by the main thread, later by the
  * watchdog.
@@ -27,9 +33,9 @@
 #include "worker/journal.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
+#include "worker/watchdog.h"
 
-enum { SUPERVISE_MS = 100, CLOSE_BUDGET_MS = 30000, FAILED_BUDGET_MS = 15000,
-       RELEASE_BUDGET_MS = 5000 };
+enum { SUPERVISE_MS = 100 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -262,57 +268,6 @@ static lm_status start(struct worker *w, struct lm_err *err)
 
 /* ---- end -------------------------------------------------------------------------------- */
 
-/* Two lives: while starting, a signal ends the process with status 0, for nothing was accepted yet
- * and loading may take minutes; while ending, it guards the budget. */
-struct watchdog {
-    pthread_t thread;
-    bool started, starting;
-    atomic_llong end_us;
-    sigset_t signals;
-    atomic_bool done;
-    atomic_int orderly;         /* all is drained; the status to end with is this - 1 */
-};
-
-static void *watchdog_main(void *arg)
-{
-    struct watchdog *d = arg;
-    const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
-    int got = -1;
-    while (got < 0 && lm_now_us() < atomic_load(&d->end_us)) {
-        if (atomic_load(&d->done))
-            return NULL;
-        got = sigtimedwait(&d->signals, NULL, &tick);
-    }
-    if (d->starting) {
-        lm_log(LM_INFO, "worker", "%s while starting", strsignal(got));
-        _exit(0);
-    }
-    if (got < 0 && atomic_load(&d->orderly)) {
-        lm_log(LM_WARN, "worker", "librdkafka waits for a silent broker: ended without it");
-        _exit(atomic_load(&d->orderly) - 1);
-    }
-    lm_log(LM_ERROR, "worker", "%s; unfinished prompts will be read again",
-           got > 0 ? "second signal: ending at once" : "the shutdown hangs: ending at once");
-    _exit(1);
-}
-
-/* budget_ms < 0: while starting, without a limit. */
-static void start_watchdog(struct watchdog *d, int64_t budget_ms)
-{
-    d->starting = budget_ms < 0;
-    atomic_store(&d->end_us, d->starting ? INT64_MAX : lm_now_us() + budget_ms * 1000);
-    atomic_store(&d->done, false);
-    d->started = !pthread_create(&d->thread, NULL, watchdog_main, d);
-}
-
-static void stop_watchdog(struct watchdog *d)
-{
-    atomic_store(&d->done, true);
-    if (d->started)
-        pthread_join(d->thread, NULL);
-    d->started = false;
-}
-
 static void log_summary(struct worker *w)
 {
     struct metrics *m = &w->metrics;
@@ -321,19 +276,12 @@ static void log_summary(struct worker *w)
         dead += atomic_load(&m->dead_letters[i]);
     lm_log(LM_INFO, "worker", "read %llu, completed %llu, expired %llu, dead-lettered %llu, "
            "handed back %llu", atomic_load(&m->consumed), atomic_load(&m->completed),
-           atomic_load(&m->expired), dead, atomic_load(&m->dropped));
-}
-
-/* From here on only librdkafka's own ending may take its time. */
-static void allow_release(struct watchdog *d, int status)
-{
-    atomic_store(&d->orderly, status + 1);
-    atomic_store(&d->end_us, LM_MIN(atomic_load(&d->end_us),
-                                    lm_now_us() + (int64_t)RELEASE_BUDGET_MS * 1000));
+           atomic_load(&m->expired), dead,
+           atomic_load(&m->dropped) + (unsigned long long)atomic_load(&m->held));
 }
 
 /* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
-static void end_threads(struct worker *w, struct watchdog *dog, int status)
+static void end_threads(struct worker *w, watchdog *dog, int status)
 {
     store_free(w->store);
     control_stop(w->control);
@@ -341,10 +289,13 @@ static void end_threads(struct worker *w, struct watchdog *dog, int status)
     intake_free(w->intake);
     outbox_free(w->outbox);
     claims_stop(w->claims);
-    producer_stop(w->producer);
     http_free(w->http);
+    bool stopped = producer_stop(w->producer);
+    consumer_count_rest(w->consumer);
     log_summary(w);
-    allow_release(dog, status);
+    watchdog_releasing(dog, status, stopped ? WATCHDOG_RELEASE_MS : 0);
+    while (!stopped)            /* its thread is inside librdkafka, with all that it holds */
+        pause();
     consumer_free(w->consumer);         /* drops the ledger's references */
     producer_free(w->producer);
     claims_free(w->claims);
@@ -354,75 +305,81 @@ static void end_threads(struct worker *w, struct watchdog *dog, int status)
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
     cancels_free(w->cancels);
+    codec_free(w->codec);
+    watchdog_closing(dog);
+    if (w->engine)
+        engine_close(w->engine);
     if (atomic_load(&w->failed) == LM_DEVICE)
         journal_abandon(w->journal, JOURNAL_DEVICE);
     else
         journal_close(w->journal);
-    codec_free(w->codec);
-    if (w->engine)
-        engine_close(w->engine);
     metrics_release(&w->metrics);
 }
 
-struct progress_seen { uint64_t steps; int64_t at_us; };
-
-/* An engine that runs prompts and makes no step, or an intake that does not come back from one, has
- * hung, and nothing in this process can be trusted to end it in order. */
-static void watch_engine(struct worker *w, struct progress_seen *seen)
+void worker_cancel(struct worker *w)
 {
-    struct engine_stats s;
-    int64_t now = lm_now_us(), limit = w->cfg->hang_timeout_ms * 1000;
-    if (!limit)
-        return;
-    engine_stats(w->engine, &s);
-    if (!s.running || s.steps != seen->steps || !seen->at_us)
-        *seen = (struct progress_seen){ s.steps, now };
-    if (now - seen->at_us < limit && now - atomic_load(&w->intake_beat_us) < limit)
-        return;
-    lm_log(LM_ERROR, "worker", "%s for %" PRId64 " ms: ending at once; prompts will be read again",
-           now - seen->at_us < limit ? "intake hangs" : "the engine hangs",
-           w->cfg->hang_timeout_ms);
-    if (w->journal)
-        journal_cause(w->journal, JOURNAL_HUNG);
-    _exit(1);
+    int64_t now = lm_now_us();
+    if (now < atomic_load(&w->drain_end_us))
+        atomic_store(&w->drain_end_us, now);
+    atomic_store(&w->cancelling, true);
 }
 
 /* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
-static void supervise(struct worker *w, struct watchdog *dog)
+static void supervise(struct worker *w, watchdog *dog, const sigset_t *signals)
 {
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
-    struct progress_seen seen = { 0 };
-    sigset_t signals = dog->signals;
-    sigaddset(&signals, SIGHUP);
+    sigset_t all = *signals;
+    sigaddset(&all, SIGHUP);
     while ((got < 0 || got == SIGHUP) && !atomic_load(&w->failed)) {
-        watch_engine(w, &seen);
+        watchdog_look(dog);
         credentials_look(w->credentials, got == SIGHUP);
-        got = sigtimedwait(&signals, NULL, &tick);
+        got = sigtimedwait(&all, NULL, &tick);
     }
     bool failed = atomic_load(&w->failed);
+    int64_t drain_ms = failed ? 0 : w->cfg->drain_timeout_ms;
     if (!failed)
         lm_log(LM_INFO, "worker", "%s: finishing what runs, for at most %" PRId64 " ms",
-               strsignal(got), w->cfg->drain_timeout_ms);
-    start_watchdog(dog, failed ? FAILED_BUDGET_MS
-                               : w->cfg->drain_timeout_ms + CLOSE_BUDGET_MS);
+               strsignal(got), drain_ms);
+    watchdog_draining(dog, drain_ms + (failed ? WATCHDOG_FAILED_MS : WATCHDOG_CLOSE_MS));
+    atomic_store(&w->drain_end_us, lm_now_us() + drain_ms * 1000);
     if (failed)
-        atomic_store(&w->cancelling, true);
+        worker_cancel(w);
     atomic_store(&w->stopping, true);
     job_queue_wake(&w->to_intake);
     consumer_join(w->consumer);
 }
 
+/* From the first thread to the last. */
+static lm_status live(struct worker *w, watchdog *dog, const sigset_t *signals)
+{
+    struct lm_err err = { LM_OK, "" };
+    watchdog_starting(dog);
+    lm_status st = start(w, &err);
+    watchdog_stop(dog);
+    if (!st)
+        st = consumer_start(w->consumer, &err);
+    if (st) {
+        lm_log(LM_ERROR, "worker", "%s", err.msg);
+    } else {
+        atomic_store(&w->started, true);
+        lm_log(LM_INFO, "worker", "reading %s as group %s", w->cfg->topics_prompts,
+               w->cfg->group_id);
+        supervise(w, dog, signals);
+        st = (lm_status)atomic_load(&w->failed);
+    }
+    end_threads(w, dog, st ? 1 : 0);
+    return st;
+}
+
 int worker_run(const struct config *cfg)
 {
     struct worker w;
-    struct lm_err err = { LM_OK, "" };
-    struct watchdog dog = { 0 };
-    sigemptyset(&dog.signals);
-    sigaddset(&dog.signals, SIGTERM);
-    sigaddset(&dog.signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &dog.signals, NULL);
-    sigset_t reread;
+    sigset_t signals, reread;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
     sigemptyset(&reread);
     sigaddset(&reread, SIGHUP);         /* supervise() waits for it */
     pthread_sigmask(SIG_BLOCK, &reread, NULL);
@@ -430,20 +387,12 @@ int worker_run(const struct config *cfg)
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);
     config_log(cfg);
-    start_watchdog(&dog, -1);
-    lm_status st = start(&w, &err);
-    stop_watchdog(&dog);
-    if (!st)
-        st = consumer_start(w.consumer, &err);
-    if (st) {
-        lm_log(LM_ERROR, "worker", "%s", err.msg);
-    } else {
-        atomic_store(&w.started, true);
-        lm_log(LM_INFO, "worker", "reading %s as group %s", cfg->topics_prompts, cfg->group_id);
-        supervise(&w, &dog);
-        st = (lm_status)atomic_load(&w.failed);
+    watchdog *dog = watchdog_new(&w, &signals);
+    if (!dog) {
+        lm_log(LM_ERROR, "worker", "out of memory");
+        return 1;
     }
-    end_threads(&w, &dog, st ? 1 : 0);
-    stop_watchdog(&dog);
+    lm_status st = live(&w, dog, &signals);
+    watchdog_free(dog);
     return st ? 1 : 0;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.h - what the worker's threads share. Private to worker/{worker,consumer,rebalance,commit,
- * intake,outbox,producer,http,cmd_worker}.c.
+ * worker.h - what the worker's threads share. Private to worker/{worker,watchdog,consumer,
+ * rebalance,commit,intake,outbox,producer,http,cmd_worker}.c.
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
  *        ^                       ^ adapters (store threads), retries            | events
@@ -58,6 +58,7 @@ struct worker {
     atomic_bool started;        /* everything is up */
     atomic_bool stopping;       /* no new work; finish what runs */
     atomic_bool cancelling;     /* the budget is spent: unfinished work is handed back */
+    atomic_llong drain_end_us;  /* while stopping: when drain.timeout_ms is over */
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
     atomic_bool look_for_cancelled;     /* intake: sweep what waits */
@@ -74,6 +75,9 @@ int worker_run(const struct config *cfg);
 
 /* This process can't go on: latches the status (the first one wins) and asks for an end. */
 void worker_fail(struct worker *w, lm_status status, const char *fmt, ...) LM_PRINTF(3, 4);
+
+/* The drain is over, now if not before: unfinished work is handed back. Any thread. */
+void worker_cancel(struct worker *w);
 
 /* The terminal outcome of a job is durable, or it was dropped: gives it to the consumer thread. */
 void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome);
@@ -121,6 +125,7 @@ struct engine_result *worker_empty_result(enum engine_reason reason);
 lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err);
 lm_status consumer_start(consumer *c, struct lm_err *err);
 void consumer_join(consumer *c);                /* after stopping: drained, committed, closed */
+void consumer_count_rest(consumer *c);          /* jobs that ended after that */
 void consumer_free(consumer *c);
 
 lm_status intake_new(struct worker *w, intake **out, struct lm_err *err);
@@ -132,7 +137,9 @@ void outbox_free(outbox *o);
 lm_status producer_new(struct worker *w, producer **out, struct lm_err *err);
 /* Takes the job with its `out` filled. Any thread; never blocks. */
 void producer_send(producer *p, struct job *j);
-void producer_stop(producer *p);                /* drops what is unacknowledged, ends its thread */
+/* Drops what is unacknowledged, ends its thread. False: it is inside a call to silent brokers, and
+ * everything that it uses must stay. */
+bool producer_stop(producer *p);
 void producer_free(producer *p);
 
 lm_status control_new(struct worker *w, control **out, struct lm_err *err);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * poison_worker.c - `loramill worker` with an engine that some prompts kill or hang, for
- * test_trouble.sh. Linked with --wrap, so that the worker itself is the shipped one.
+ * test_trouble.sh and test_shutdown.sh. Linked with --wrap, so that the worker itself is the
+ * shipped one.
  *
  *   a prompt with POISON-KILL    the process dies of SIGSEGV a moment after it was submitted, with
  *                                whatever else is in the engine
- *   a prompt with POISON-HANG    the engine runs it and makes no step any more
+ *   a prompt with POISON-HANG    the engine runs it, makes no step any more, and can't be closed
  */
 #include <pthread.h>
 #include <signal.h>
@@ -22,6 +23,8 @@ lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine
                                struct lm_err *err);
 void __real_engine_stats(engine *e, struct engine_stats *out);
 void __wrap_engine_stats(engine *e, struct engine_stats *out);
+void __real_engine_close(engine *e);
+void __wrap_engine_close(engine *e);
 
 static atomic_bool hung;
 
@@ -56,6 +59,13 @@ void __wrap_engine_stats(engine *e, struct engine_stats *out)
         out->running = 1;
         out->steps = 1;
     }
+}
+
+void __wrap_engine_close(engine *e)
+{
+    while (atomic_load(&hung))
+        pause();
+    __real_engine_close(e);
 }
 
 int main(int argc, char **argv)

@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_fatal.c - a client that says it is at its end: the worker latches that, says so at
+ * /livez, and ends with status 1; it never goes on with a dead client, ready and idle.
+ *
+ * A whole worker runs in a forked child against librdkafka's mock cluster. This program defines
+ * rd_kafka_new() and rd_kafka_consumer_close_queue(), which win over the shared library's: the
+ * first remembers the handles, so that SIGUSR1 (the producer's) and SIGUSR2 (the consumer's) can
+ * raise a fatal error there; the second asks the probes at the very moment when the worker leaves
+ * the group.
+ */
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include <librdkafka/rdkafka.h>
+
+#include "worker/worker.h"
+
+static rd_kafka_t *_Atomic handles[2];          /* by rd_kafka_type_t: producer, consumer */
+static int port, report = -1;
+
+/* ---- HTTP ------------------------------------------------------------------------------- */
+
+/* The status, or 0 when nobody answers. */
+static int get(const char *path)
+{
+    char text[512] = "";
+    struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+                              .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    int status = 0, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (!connect(fd, (struct sockaddr *)&at, sizeof at)) {
+        int len = snprintf(text, sizeof text, "GET %s HTTP/1.0\r\n\r\n", path);
+        ssize_t n = write(fd, text, (size_t)len) == len ? read(fd, text, sizeof text - 1) : 0;
+        text[n > 0 ? n : 0] = '\0';
+        sscanf(text, "HTTP/%*s %d", &status);
+    }
+    close(fd);
+    return status;
+}
+
+static void find_port(void)
+{
+    for (port = 22000 + (int)getpid() % 8000; port < 31000; port += 7) {
+        struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        bool is_free = !bind(fd, (struct sockaddr *)&at, sizeof at);
+        close(fd);
+        if (is_free)
+            return;
+    }
+    fail_msg("no free port");
+}
+
+/* ---- in the child ----------------------------------------------------------------------- */
+
+rd_kafka_t *rd_kafka_new(rd_kafka_type_t type, rd_kafka_conf_t *conf, char *why, size_t n)
+{
+    rd_kafka_t *(*real)(rd_kafka_type_t, rd_kafka_conf_t *, char *, size_t) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_new");
+    rd_kafka_t *rk = real(type, conf, why, n);
+    atomic_store(&handles[type], rk);
+    return rk;
+}
+
+rd_kafka_error_t *rd_kafka_consumer_close_queue(rd_kafka_t *rk, rd_kafka_queue_t *q)
+{
+    rd_kafka_error_t *(*real)(rd_kafka_t *, rd_kafka_queue_t *) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_consumer_close_queue");
+    int statuses[2] = { get("/livez"), get("/readyz") };
+    if (write(report, statuses, sizeof statuses) != sizeof statuses)
+        abort();
+    return real(rk, q);
+}
+
+static void *raise_errors(void *arg)
+{
+    int sig;
+    while (sigwait(arg, &sig) == 0)
+        rd_kafka_test_fatal_error(atomic_load(&handles[sig == SIGUSR1 ? RD_KAFKA_PRODUCER :
+                                                       RD_KAFKA_CONSUMER]),
+                                  sig == SIGUSR1 ? RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER :
+                                                   RD_KAFKA_RESP_ERR_FENCED_INSTANCE_ID,
+                                  "the test says so");
+    return NULL;
+}
+
+static void set(struct config *c, const char *assignment)
+{
+    struct lm_err err;
+    if (config_set(c, assignment, &err)) {
+        fprintf(stderr, "%s\n", err.msg);
+        _exit(99);
+    }
+}
+
+static void child(const char *mode)
+{
+    struct config c;
+    struct lm_err err;
+    char line[64];
+    pthread_t thread;
+    static sigset_t signals;
+    static const char *const lines[] = {
+        "engine.mode=echo", "topics.dead_letters=dead", "group.id=g", "worker.name=w",
+        "http.address=127.0.0.1", "poison.max_attempts=0", "kafka.test.mock.num.brokers=1",
+        "kafka.bootstrap.servers=127.0.0.1:1",
+    };
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGUSR1);
+    sigaddset(&signals, SIGUSR2);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    if (config_init(&c, &err) || pthread_create(&thread, NULL, raise_errors, &signals))
+        _exit(98);
+    for (size_t i = 0; i < LM_COUNT(lines); i++)
+        set(&c, lines[i]);
+    set(&c, mode);
+    snprintf(line, sizeof line, "http.port=%d", port);
+    set(&c, line);
+    _exit(worker_run(&c));
+}
+
+/* ---- in the parent ---------------------------------------------------------------------- */
+
+static pid_t start(const char *mode, int *statuses)
+{
+    int fds[2];
+    find_port();
+    assert_int_equal(pipe(fds), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        close(fds[0]);
+        report = fds[1];
+        child(mode);
+    }
+    close(fds[1]);
+    *statuses = fds[0];
+    for (int64_t end = lm_now_us() + 60 * 1000000ll; get("/readyz") != 200; usleep(50000))
+        assert_true(lm_now_us() < end);
+    assert_int_equal(get("/livez"), 200);
+    return pid;
+}
+
+static int wait_end(pid_t pid, int seconds)
+{
+    int st;
+    for (int64_t end = lm_now_us() + seconds * 1000000ll; lm_now_us() < end; usleep(20000))
+        if (waitpid(pid, &st, WNOHANG) == pid)
+            return WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    return -1;
+}
+
+static void expect_end(const char *mode, int sig)
+{
+    int fd, statuses[2] = { 0 };
+    pid_t pid = start(mode, &fd);
+    kill(pid, sig);
+    assert_int_equal(wait_end(pid, 30), 1);
+    assert_int_equal(read(fd, statuses, sizeof statuses), sizeof statuses);
+    close(fd);
+    assert_int_equal(statuses[0], 503);
+    assert_int_equal(statuses[1], 503);
+}
+
+static void test_fatal_producer(void **state)
+{
+    (void)state;
+    expect_end("delivery.mode=at-least-once", SIGUSR1);
+}
+
+static void test_fatal_consumer(void **state)
+{
+    (void)state;
+    expect_end("delivery.mode=at-least-once", SIGUSR2);
+    expect_end("delivery.mode=exactly-once", SIGUSR2);
+}
+
+/* A transactional producer can be made anew, unless another has its id: the worker goes on. */
+static void test_fatal_transactional(void **state)
+{
+    (void)state;
+    int fd;
+    pid_t pid = start("delivery.mode=exactly-once", &fd);
+    kill(pid, SIGUSR1);
+    sleep(2);
+    assert_int_equal(get("/livez"), 200);
+    kill(pid, SIGTERM);
+    assert_int_equal(wait_end(pid, 30), 0);
+    close(fd);
+}
+
+/* An orderly end is none: livez says 200 to the end. */
+static void test_no_failure(void **state)
+{
+    (void)state;
+    int fd, statuses[2] = { 0 };
+    pid_t pid = start("delivery.mode=at-least-once", &fd);
+    kill(pid, SIGTERM);
+    assert_int_equal(wait_end(pid, 30), 0);
+    assert_int_equal(read(fd, statuses, sizeof statuses), sizeof statuses);
+    close(fd);
+    assert_int_equal(statuses[0], 200);
+    assert_int_equal(statuses[1], 503);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_fatal_producer),
+        cmocka_unit_test(test_fatal_consumer),
+        cmocka_unit_test(test_fatal_transactional),
+        cmocka_unit_test(test_no_failure),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,245 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_watchdog.c - each way in which the watchdog ends a process: with which status, when,
+ * and what it leaves in the journal. Each case is a child that plays a stuck main thread;
+ * its engine is engine_stats() below. How a whole worker ends: tests/integration/test_shutdown.sh.
+ */
+#include <dirent.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "worker/journal.h"
+#include "worker/watchdog.h"
+
+enum engine_plays { AT_REST, STEPS, STUCK };
+
+static enum engine_plays plays;
+static char dir[] = "/tmp/loramill-watchdog-XXXXXX";
+
+/* Stands before the library's. */
+void engine_stats(engine *e, struct engine_stats *out)
+{
+    (void)e;
+    static uint64_t steps;
+    *out = (struct engine_stats){ .running = plays != AT_REST, .steps = steps };
+    steps += plays == STEPS;
+}
+
+struct play {
+    enum engine_plays engine;
+    int64_t hang_ms;            /* engine.hang_timeout_ms */
+    void (*act)(watchdog *d, struct worker *w);
+};
+
+static void starting(watchdog *d, struct worker *w)
+{
+    (void)w;
+    watchdog_starting(d);
+}
+
+static void draining(watchdog *d, struct worker *w)
+{
+    (void)w;
+    watchdog_draining(d, 1000);
+}
+
+static void draining_long(watchdog *d, struct worker *w)
+{
+    (void)w;
+    watchdog_draining(d, 20000);
+}
+
+static void ended_intake(watchdog *d, struct worker *w)
+{
+    atomic_store(&w->ending, true);
+    watchdog_draining(d, 1000);
+}
+
+static void stuck_engine(watchdog *d, struct worker *w)
+{
+    atomic_store(&w->intake_beat_us, lm_now_us() + 60000000);
+    watchdog_draining(d, 20000);
+}
+
+static void releasing(watchdog *d, struct worker *w)
+{
+    atomic_store(&w->ending, true);
+    watchdog_draining(d, 20000);
+    watchdog_releasing(d, 0, 300);
+}
+
+static void releasing_failed(watchdog *d, struct worker *w)
+{
+    atomic_store(&w->failed, LM_STATE);
+    atomic_store(&w->ending, true);
+    watchdog_draining(d, 20000);
+    watchdog_releasing(d, 1, 300);
+}
+
+static void releasing_device(watchdog *d, struct worker *w)
+{
+    releasing_failed(d, w);
+    atomic_store(&w->failed, LM_DEVICE);
+}
+
+static void closing(watchdog *d, struct worker *w)
+{
+    releasing(d, w);
+    watchdog_draining(d, 1000);         /* little is left of the budget */
+    watchdog_closing(d);
+}
+
+static void ended(watchdog *d, struct worker *w)
+{
+    releasing(d, w);
+    watchdog_closing(d);
+    watchdog_stop(d);
+}
+
+_Noreturn static void child(const struct play *p)
+{
+    static struct config cfg;
+    static struct worker w;
+    struct lm_err err;
+    sigset_t signals;
+    cfg.hang_timeout_ms = p->hang_ms;
+    plays = p->engine;
+    w.cfg = &cfg;
+    w.engine = (engine *)&w;            /* only ever handed to engine_stats() */
+    atomic_store(&w.intake_beat_us, lm_now_us());
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    if (journal_open(dir, "g", 1, &w.journal, &err))
+        _exit(90);
+    journal_enter(w.journal, 7, true);
+    watchdog *d = watchdog_new(&w, &signals);
+    p->act(d, &w);
+    if (p->act == ended)
+        _exit(0);
+    pause();
+    _exit(91);
+}
+
+/* Signals after `signal_ms` if that is not 0. Returns the status, and how long it took. */
+static int play(const struct play *p, int signal_ms, int64_t *ms)
+{
+    int st;
+    int64_t start = lm_now_us();
+    pid_t pid = fork();
+    if (pid == 0)
+        child(p);
+    if (signal_ms) {
+        usleep((useconds_t)signal_ms * 1000);
+        kill(pid, SIGTERM);
+    }
+    waitpid(pid, &st, 0);
+    *ms = (lm_now_us() - start) / 1000;
+    return WIFEXITED(st) ? WEXITSTATUS(st) : 128 + WTERMSIG(st);
+}
+
+enum left { NOTHING, KILLED, HUNG };
+
+/* What the dead one's journal says of its prompt, which was alone: with one attempt, a death by the
+ * process's own hand is proof, another is none. */
+static enum left what_is_left(void)
+{
+    journal *j;
+    struct lm_err err;
+    int deaths;
+    assert_int_equal(journal_open(dir, "g", 1, &j, &err), LM_OK);
+    enum journal_verdict v = journal_judge(j, 7, &deaths);
+    journal_close(j);
+    char command[128];
+    snprintf(command, sizeof command, "rm -f %s/*", dir);
+    assert_int_equal(system(command), 0);
+    return v == JOURNAL_POISON ? HUNG : deaths ? KILLED : NOTHING;
+}
+
+static void expect(const struct play *p, int signal_ms, int status, int least_ms, int most_ms,
+                   enum left left)
+{
+    int64_t ms;
+    assert_int_equal(play(p, signal_ms, &ms), status);
+    assert_in_range(ms, least_ms, most_ms);
+    assert_int_equal(what_is_left(), left);
+}
+
+static void test_signals(void **state)
+{
+    (void)state;
+    expect(&(struct play){ AT_REST, 0, starting }, 300, 0, 300, 5000, KILLED);
+    expect(&(struct play){ AT_REST, 0, draining_long }, 300, 1, 300, 5000, KILLED);
+    expect(&(struct play){ AT_REST, 0, closing }, 300, 1, 300, 2000, KILLED);
+}
+
+static void test_budget(void **state)
+{
+    (void)state;
+    expect(&(struct play){ AT_REST, 0, draining }, 0, 1, 1000, 6000, KILLED);
+    expect(&(struct play){ STEPS, 60000, draining }, 0, 1, 1000, 6000, KILLED);
+}
+
+/* librdkafka holds the end up: the status is the one that was earned, and nobody is suspected. */
+static void test_release(void **state)
+{
+    (void)state;
+    expect(&(struct play){ AT_REST, 60000, releasing }, 0, 0, 300, 5000, NOTHING);
+    expect(&(struct play){ STEPS, 60000, releasing }, 0, 0, 300, 5000, NOTHING);
+    expect(&(struct play){ AT_REST, 60000, releasing_failed }, 0, 1, 300, 5000, NOTHING);
+    expect(&(struct play){ AT_REST, 60000, releasing_device }, 0, 1, 300, 5000, HUNG);
+}
+
+/* The engine's last step is longer than what is left: no hang yet, and no fault of the prompts'. */
+static void test_long_step(void **state)
+{
+    (void)state;
+    expect(&(struct play){ STUCK, 60000, closing }, 0, 0, 1500, 8000, NOTHING);
+}
+
+static void test_hang(void **state)
+{
+    (void)state;
+    expect(&(struct play){ STUCK, 500, stuck_engine }, 0, 1, 500, 5000, HUNG);
+    expect(&(struct play){ AT_REST, 500, draining_long }, 0, 1, 500, 5000, HUNG);   /* intake */
+    expect(&(struct play){ STUCK, 500, releasing }, 0, 1, 500, 5000, HUNG);
+    expect(&(struct play){ STEPS, 500, ended_intake }, 0, 1, 1000, 6000, KILLED);
+    expect(&(struct play){ AT_REST, 500, releasing }, 0, 0, 300, 5000, NOTHING);
+}
+
+static void test_end(void **state)
+{
+    (void)state;
+    expect(&(struct play){ AT_REST, 500, ended }, 0, 0, 0, 5000, KILLED);
+}
+
+static int make_dir(void **state)
+{
+    (void)state;
+    return mkdtemp(dir) ? 0 : -1;
+}
+
+static int remove_dir(void **state)
+{
+    (void)state;
+    return rmdir(dir);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_signals), cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_release), cmocka_unit_test(test_long_step),
+        cmocka_unit_test(test_hang), cmocka_unit_test(test_end),
+    };
+    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+}
