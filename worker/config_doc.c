@@ -151,6 +151,7 @@ void config_print_markdown(FILE *f)
           "| `kafka.client.id` | `worker.name` |\n"
           "| `kafka.socket.keepalive.enable` | `true` |\n"
           "| `kafka.check.crcs` | `true` |\n"
+          "| `kafka.statistics.interval.ms` | `10000` |\n"
           "| `kafka.producer.partitioner` | `murmur2_random`, as Java clients hash keys |\n"
           "| `kafka.producer.compression.type` | `lz4` |\n"
           "| `kafka.producer.linger.ms` | `5` |\n"

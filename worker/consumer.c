@@ -354,6 +354,14 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
         kafka_log_error(&c->said, "consumer", err, reason);
 }
 
+static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
+{
+    (void)rk;
+    consumer *c = opaque;
+    client_stats_take(&c->w->consumer_stats, json, len);
+    return 0;                   /* the library's to free */
+}
+
 static lm_status subscribe(consumer *c, struct lm_err *err)
 {
     char *copy = lm_strdup(c->w->cfg->topics_prompts), *save = NULL;
@@ -391,6 +399,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     rd_kafka_conf_set_opaque(conf, c);
     rd_kafka_conf_set_rebalance_cb(conf, rebalance_cb);
     rd_kafka_conf_set_error_cb(conf, on_error);
+    rd_kafka_conf_set_stats_cb(conf, on_stats);
     if ((c->new_protocol = kafka_new_protocol(w->cfg)))
         group_protocol_watch(conf, &c->protocol);
     st = kafka_open(RD_KAFKA_CONSUMER, conf, &c->rk, err);

@@ -123,6 +123,7 @@ static enum MHD_Result page_metrics(struct worker *w, struct MHD_Connection *con
     struct metrics_labels labels = { w->name, w->cfg->group_id,
                                      started && w->info.model_name ? w->info.model_name : "" };
     metrics_write(&w->metrics, &labels, f);
+    client_stats_write(&w->consumer_stats, &w->producer_stats, f);
     if (started)
         write_engine(w, f);
     if (started && w->store)

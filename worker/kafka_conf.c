@@ -36,6 +36,7 @@ static const struct setting consumer_defaults[] = {
     { "queued.max.messages.kbytes", "16384" },          /* prefetch that is outside our budget */
     { "queued.min.messages", "1000" },
     { "check.crcs", "true" },
+    { "statistics.interval.ms", "10000" },              /* client_stats.h */
 };
 
 /* Not accepted together with group.protocol=consumer (KIP-848). */
@@ -47,6 +48,7 @@ static const struct setting producer_defaults[] = {
     { "partitioner", "murmur2_random" },                /* keys land where Java's land */
     { "compression.type", "lz4" },
     { "linger.ms", "5" },
+    { "statistics.interval.ms", "10000" },
     { "batch.size", "65536" },                          /* see producer.c on MSG_SIZE_TOO_LARGE */
     /* No limit of the client's own: replies are measured against message.max_bytes before they get
      * here, and a dead letter must go out however large its prompt was. */

@@ -286,6 +286,14 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
     }
 }
 
+static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
+{
+    (void)rk;
+    producer *p = opaque;
+    client_stats_take(&p->w->producer_stats, json, len);
+    return 0;                   /* the library's to free */
+}
+
 /* ---- thread ----------------------------------------------------------------------------- */
 
 static void serve_again(producer *p)
@@ -342,6 +350,7 @@ lm_status producer_open(producer *p, struct lm_err *err)
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
     rd_kafka_conf_set_error_cb(conf, on_error);
+    rd_kafka_conf_set_stats_cb(conf, on_stats);
     if (p->exactly_once)
         unanswered_watch(&p->unanswered, conf);
     st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);

@@ -14,6 +14,7 @@
 #ifndef LORAMILL_WORKER_WORKER_H
 #define LORAMILL_WORKER_WORKER_H
 
+#include "worker/client_stats.h"
 #include "worker/config.h"
 #include "worker/credentials.h"
 #include "worker/dead_letter.h"
@@ -37,6 +38,7 @@ struct worker {
     char name[256];
     struct header_names header_names;
     struct metrics metrics;
+    struct client_stats consumer_stats, producer_stats;
 
     engine *engine;
     store *store;               /* NULL: no adapters.url */
