@@ -46,6 +46,15 @@ static lm_status scan_caps(const char *text, size_t len, struct lm_err *err)
     return LM_OK;
 }
 
+/* Jansson ends with what it read last ("near 'some words'"), which may be a prompt's text: that
+ * belongs in no log. Line and column say as much; a key that is there twice is named. */
+static int before_excerpt(const json_error_t *je)
+{
+    const char *near = strstr(je->text, " near '");
+    return near && json_error_code(je) != json_error_duplicate_key ? (int)(near - je->text)
+                                                                   : (int)strlen(je->text);
+}
+
 lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
 {
     lm_status st = scan_caps(text, len, err);
@@ -57,8 +66,8 @@ lm_status json_parse_object(const char *text, size_t len, json_t **out, struct l
     if (!root) {
         if (json_error_code(&je) == json_error_out_of_memory)
             return lm_err_set(err, LM_NOMEM, "out of memory reading JSON of %zu bytes", len);
-        return lm_err_set(err, LM_FORMAT, "not valid JSON at line %d column %d: %s", je.line,
-                          je.column, je.text);
+        return lm_err_set(err, LM_FORMAT, "not valid JSON at line %d column %d: %.*s", je.line,
+                          je.column, before_excerpt(&je), je.text);
     }
     if (!json_is_object(root)) {
         json_decref(root);
