@@ -4,12 +4,12 @@
   work.py BOOTSTRAP GROUP RUN INTERVAL_MS
       RUN is the run's folder: `faults.log` (what befell whom, when) and a log of each worker
       process, `worker-NAME.N.log`, whose debug lines say when a prompt entered the engine and when
-      it was generated. A log line is one write(), so
-      SIGKILL takes none back: a generation is counted whether or not anything of it was sent.
+      it was generated. A line is one write(), so SIGKILL takes none back: a generation is counted
+      whether or not anything of it was sent.
 
-Two clocks don't matter here, for everything runs on one machine. The truth about progress is the
-group's own history: every offset and map that was ever committed, read from __consumer_offsets with
-read_committed; no segment of it grows old enough to be compacted in a run.
+All stamps are of one machine's clock. The truth about progress is the group's own history: every
+offset and map that was ever committed, read from __consumer_offsets with read_committed; no segment
+of it grows old enough to be compacted in a run.
 
 A process holds a partition from its line "assigned" until it dies, says "lost" or "revoked", or
 another process says "assigned", whichever is first: a process that was stopped, or cut off, learns
@@ -40,7 +40,7 @@ import time
 
 from confluent_kafka import KafkaError, TopicPartition
 
-from chaos import client, decode_map, say
+from chaos import client, decode_map, say, varint
 
 FOREVER = float("inf")
 CLOCK = 0.005           # stamps have milliseconds
@@ -66,12 +66,7 @@ def read_commit(key, value):
     version, offset = struct.unpack_from(">hq", value)
     at = 10 + (4 if version >= 3 else 0)        # the leader's epoch
     if version >= 4:                            # a compact string
-        n, shift = 0, 0
-        while True:
-            b = value[at]
-            at, n, shift = at + 1, n | (b & 127) << shift, shift + 7
-            if b < 128:
-                break
+        n, at = varint(value, at)
         n -= 1
     else:
         n, = struct.unpack_from(">h", value, at)
