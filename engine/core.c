@@ -50,9 +50,10 @@ static void log_pool(const struct core *c, const struct kn_props *props)
     size_t bytes = (size_t)c->memory.num_blocks * (size_t)c->memory.block_bytes *
                    (size_t)c->memory.n_layers;
     lm_log(LM_INFO, "engine",
-           "pool: %d blocks of %d tokens, %zu MiB (%s); %zu MiB were free on %s after weights of "
-           "%zu MiB and buffers, and %zu MiB are left in reserve",
-           c->memory.num_blocks, c->p.block_tokens, bytes >> 20,
+           "pool: %d blocks of %d tokens in %s, %zu MiB (%s); %zu MiB were free on %s after "
+           "weights of %zu MiB and buffers, and %zu MiB are left in reserve",
+           c->memory.num_blocks, c->p.block_tokens,
+           kn_dtype_name(c->p.kv == KN_KV_E4M3 ? KN_E4M3 : props->kv), bytes >> 20,
            c->p.pool_bytes ? "as configured" : "all that is left", props->mem_free >> 20,
            props->name, c->weights.bytes >> 20, c->reserve >> 20);
 }
@@ -62,7 +63,8 @@ static lm_status open_pool(struct core *c, struct lm_err *err)
     const struct model_config *m = c->p.model;
     struct kn_props props;
     kn_props(c->p.dev, &props);
-    size_t block = kn_kv_block_bytes(c->p.dev, c->p.block_tokens, m->kv_heads, m->head_dim);
+    size_t block = kn_kv_block_bytes(c->p.dev, c->p.kv, c->p.block_tokens, m->kv_heads,
+                                     m->head_dim);
     size_t bytes = choose_pool_bytes(&c->p, &props), per_id = block * (size_t)m->n_layers;
     size_t n = LM_MIN(bytes / per_id, MAX_POOL_BLOCKS);
     if (n < 1)
@@ -75,7 +77,8 @@ static lm_status open_pool(struct core *c, struct lm_err *err)
     if (st != LM_OK)
         return lm_err_prefix(err, "pool of %zu bytes (set a smaller pool size)", n * per_id);
     c->memory = (struct kn_pool){ .base = c->pool_memory, .num_blocks = (int32_t)n,
-                                  .n_layers = m->n_layers, .block_bytes = (int64_t)block };
+                                  .n_layers = m->n_layers, .block_bytes = (int64_t)block,
+                                  .kv = c->p.kv };
     c->reserve = props.mem_free > n * per_id ? props.mem_free - n * per_id : 0;
     log_pool(c, &props);
     return pool_init(&c->pool, (int32_t)n, err);

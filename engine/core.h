@@ -21,6 +21,7 @@ struct core_params {
     kn_device *dev;
     size_t pool_bytes;          /* 0: choose */
     int block_tokens, max_seqs, max_step_tokens, max_waiting, max_model_len;
+    enum kn_kv kv;
     struct engine_policy policy;
 };
 

@@ -113,6 +113,9 @@ static lm_status check_config(struct engine_config *c, struct lm_err *err)
     if (c->block_tokens > 1024 || (c->block_tokens & (c->block_tokens - 1)))
         return lm_err_set(err, LM_INVALID, "block_tokens is %d; it must be a power of two up to "
                                            "1024", c->block_tokens);
+    if ((unsigned)c->kv > ENGINE_KV_FP8)
+        return lm_err_set(err, LM_INVALID, "kv is %d; the KV cache is the device's own or FP8",
+                          (int)c->kv);
     if (c->max_seqs > 65536 || c->max_waiting > 1 << 24 || c->max_step_tokens > 1 << 20)
         return lm_err_set(err, LM_INVALID, "max_seqs %d, max_waiting %d or max_step_tokens %d is "
                                            "too large", c->max_seqs, c->max_waiting,
@@ -200,6 +203,7 @@ static lm_status open_core(engine *e, struct lm_err *err)
         .pool_bytes = c->pool_bytes, .block_tokens = c->block_tokens, .max_seqs = c->max_seqs,
         .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
         .max_model_len = c->max_model_len,
+        .kv = c->kv == ENGINE_KV_FP8 ? KN_KV_E4M3 : KN_KV_NATIVE,
     };
     engine_policy_default(&p.policy);
     if (c->policy)
@@ -330,6 +334,7 @@ void engine_info(const engine *e, struct engine_info *out)
     out->block_tokens = e->cfg.block_tokens;
     out->pool_blocks = core_pool_blocks(e->core);
     out->block_bytes = (size_t)core_block_bytes(e->core);
+    out->kv_dtype = kn_dtype_name(e->cfg.kv == ENGINE_KV_FP8 ? KN_E4M3 : e->props.kv);
     out->weight_bytes = core_weight_bytes(e->core);
     out->pool_reserve = core_pool_reserve(e->core);
 }

@@ -38,6 +38,10 @@ typedef struct engine_adapter engine_adapter;
 /* How a preempted sequence comes back: computed again, or copied to host memory and back. */
 enum engine_preempt { ENGINE_PREEMPT_CHEAPER, ENGINE_PREEMPT_RECOMPUTE, ENGINE_PREEMPT_SWAP };
 
+/* Numbers of the KV cache: the device's own (bf16 on a GPU, float32 on a CPU), or FP8 (E4M3, scale
+ * 1): half the bytes of bf16 a token, so twice the tokens in the pool and half the reads. */
+enum engine_kv { ENGINE_KV_AUTO, ENGINE_KV_FP8 };
+
 /* What the scheduler prefers. No policy changes what is answered, only when and at what cost;
  * docs/engine.md has the figures behind each default. */
 struct engine_policy {
@@ -74,6 +78,7 @@ struct engine_config {
     size_t pool_bytes;          /* KV cache and adapters together; 0: what the device has left after
                                  * weights and buffers, less a reserve (engine_info()) */
     int block_tokens;           /* tokens of KV a block; 0: 16 */
+    enum engine_kv kv;
     int max_seqs;               /* sequences in one step; 0: 256 */
     int max_step_tokens;        /* prefill + decode tokens in one step; 0: 2048 (cpu: 512) */
     int max_waiting;            /* submitted, not finished requests; 0: 1024 */
@@ -100,6 +105,7 @@ struct engine_info {
     int vocab_size, max_model_len, n_layers, hidden;
     int block_tokens, pool_blocks;
     size_t block_bytes;         /* of one layer */
+    const char *kv_dtype;       /* "bfloat16", "float32", "float8_e4m3" */
     size_t weight_bytes;
     size_t pool_reserve;        /* device memory left alone when the pool took the rest */
 };

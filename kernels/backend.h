@@ -68,7 +68,8 @@ struct kn_backend {
     lm_status (*gemm_tune)(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w,
                            int n_w);    /* NULL: no choice */
 
-    size_t (*kv_block_bytes)(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+    size_t (*kv_block_bytes)(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                             int head_dim);
     size_t (*sample_workspace)(kn_device *dev, int max_rows, int vocab);
 
 #define X(op, args) lm_status (*op)(kn_stream *s, const struct kn_##args *a);

@@ -16,12 +16,13 @@ static const struct kn_backend *const backends[] = {
 
 size_t kn_dtype_size(enum kn_dtype t)
 {
-    return t == KN_F32 ? 4 : 2;
+    return t == KN_F32 ? 4 : t == KN_E4M3 ? 1 : 2;
 }
 
 const char *kn_dtype_name(enum kn_dtype t)
 {
-    return t == KN_F32 ? "float32" : t == KN_F16 ? "float16" : "bfloat16";
+    static const char *const names[] = { "float32", "float16", "bfloat16", "float8_e4m3" };
+    return (unsigned)t < LM_COUNT(names) ? names[t] : "?";
 }
 
 static lm_status find_backend(const char *name, const struct kn_backend **out, struct lm_err *err)
@@ -263,9 +264,10 @@ lm_status kn_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *cons
 
 /* ---- operations ------------------------------------------------------------------------ */
 
-size_t kn_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)
+size_t kn_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                         int head_dim)
 {
-    return dev->be->kv_block_bytes(dev, block_tokens, kv_heads, head_dim);
+    return dev->be->kv_block_bytes(dev, kv, block_tokens, kv_heads, head_dim);
 }
 
 size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab)

@@ -32,7 +32,9 @@
 
 #include "kernels/base.h"
 
-enum kn_dtype { KN_F32, KN_F16, KN_BF16 };
+/* KN_E4M3 is OCP's 8-bit E4M3: 4 bits of exponent (bias 7), 3 of mantissa, subnormals, no infinity,
+ * NaN is 0x7f, the largest number 448. Whoever writes it rounds to nearest even and saturates. */
+enum kn_dtype { KN_F32, KN_F16, KN_BF16, KN_E4M3 };
 size_t kn_dtype_size(enum kn_dtype t);
 const char *kn_dtype_name(enum kn_dtype t);
 
@@ -46,7 +48,7 @@ struct kn_props {
     char name[96];              /* "cpu (avx512, 2 threads)" */
     char backend[16];           /* "cpu", "cuda", "sim" */
     enum kn_dtype act;          /* activations */
-    enum kn_dtype kv;           /* KV cache in the pool */
+    enum kn_dtype kv;           /* KV cache in the pool, unless it is KN_KV_E4M3 */
     enum kn_dtype lora;         /* adapter weights in the pool */
     size_t mem_total, mem_free; /* bytes; free is what it was when asked */
     int threads;                /* CPU only */
@@ -190,12 +192,21 @@ struct kn_lora_row {
     struct kn_lora_entry module[KN_MODULES];
 };
 
+/*
+ * How K and V lie in a pool. KN_KV_NATIVE: as props.kv. KN_KV_E4M3: a byte an element, the nearest
+ * KN_E4M3 to the number itself (scale 1), written by kn_op_rope_kv and widened again by
+ * kn_op_attention; scores, weights and sums are as with native blocks. NaN is written as NaN; a
+ * backend may read it as 480. Queries are not rounded.
+ */
+enum kn_kv { KN_KV_NATIVE, KN_KV_E4M3 };
+
 /* The unified pool as kernels see it: block b of layer l starts at
  * base + (l * num_blocks + b) * block_bytes. */
 struct kn_pool {
     void *base;
     int32_t num_blocks, n_layers;
     int64_t block_bytes;
+    enum kn_kv kv;
 };
 
 /* Consecutive tokens of one step that use one adapter. Tokens in no segment are base-only. */
@@ -279,7 +290,8 @@ struct kn_rope_kv {
 };
 
 /* Bytes of one KV block of one layer; its inner layout is the backend's own. */
-size_t kn_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+size_t kn_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                         int head_dim);
 
 /* Causal paged attention. Sequence s owns query rows q_start[s] .. q_start[s+1]-1, which are the
  * last of its kv_len[s] positions. With a window w, a query at position p sees p-w+1 .. p. */

@@ -37,6 +37,9 @@ static const struct config_property model_rows[] = {
     INT("threads", threads, "0", 0, 4096, "CPU backend: cores to use; 0: all."),
     BYTES("engine.pool_bytes", pool_bytes, "0", 0, 64 * TiB,
         "KV cache and resident adapters together; 0: what the device has left."),
+    CHOICE("engine.kv_dtype", kv_dtype, "auto", "auto|fp8",
+        "Numbers of the KV cache. `auto`: bfloat16 on a GPU, float32 on a CPU. `fp8`: E4M3, which "
+        "takes half the memory of bfloat16, for twice the tokens, at some loss of accuracy."),
     INT("engine.max_seqs", max_seqs, "0", 0, 65536,
         "Sequences in one step; 0: the engine's default (256)."),
     INT("engine.max_step_tokens", max_step_tokens, "0", 0, 1 << 20,

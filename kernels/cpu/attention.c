@@ -5,6 +5,7 @@
  * A KV block of one layer holds, for each kv head in turn,
  *     K  [head_dim][lanes]          transposed; lanes = block_tokens rounded up to 16
  *     V  [block_tokens][head_dim]
+ * as float32 or E4M3 (kn_pool.kv), of which 16 positions at a time are widened.
  * Transposed keys let one vector hold the scores of 16 positions. Lanes that were never written
  * may hold anything: their scores are overwritten with -inf before anyone looks, and their values
  * are never read.
@@ -44,6 +45,7 @@ struct tile {
     float q[TILE_ROWS * CPU_MAX_HEAD_DIM];      /* [rows][head_dim], scaled */
     float o[TILE_ROWS * CPU_MAX_HEAD_DIM];
     float s[TILE_ROWS][SPAN];
+    float wide[CPU_LANES * CPU_MAX_HEAD_DIM];   /* K or V of 16 positions, if stored as E4M3 */
     float max[TILE_ROWS], sum[TILE_ROWS];
     int first[TILE_ROWS], last[TILE_ROWS];      /* visible positions, last included */
 };
@@ -53,19 +55,52 @@ size_t cpu_split_floats(void)
     return SPLIT_FLOATS;
 }
 
-size_t cpu_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)
+size_t cpu_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                          int head_dim)
 {
     (void)dev;
-    size_t n = (size_t)cpu_kv_head_floats(block_tokens, head_dim) * (size_t)kv_heads *
-               sizeof(float);
+    size_t n = (size_t)cpu_kv_head_elems(block_tokens, head_dim) * (size_t)kv_heads *
+               (size_t)cpu_kv_elem(kv);
     return LM_DIV_UP(n, 64) * 64;
 }
 
-static const float *head_block(const struct tile *t, int block)
+static const char *head_block(const struct tile *t, int block)
 {
     const struct kn_attention *a = t->a;
-    return (const float *)cpu_pool_block(&a->pool, a->layer, t->table[block]) +
-           t->kv_head * cpu_kv_head_floats(a->block_tokens, a->head_dim);
+    return cpu_pool_block(&a->pool, a->layer, t->table[block]) +
+           t->kv_head * cpu_kv_head_elems(a->block_tokens, a->head_dim) * cpu_kv_elem(a->pool.kv);
+}
+
+/* s [rows][CPU_LANES] against the keys of one block from `lane` on. */
+static void score_lanes(struct tile *t, float *s, int block, int lane)
+{
+    const int hd = t->a->head_dim;
+    const int64_t lanes = cpu_kv_lanes(t->a->block_tokens);
+    const char *head = head_block(t, block);
+    if (t->a->pool.kv == KN_KV_E4M3) {
+        t->v->widen_e4m3(t->wide, (const uint8_t *)head + lane, lanes, hd, CPU_LANES);
+        t->v->scores(s, CPU_LANES, t->q, hd, t->rows, t->wide, CPU_LANES, hd);
+    } else {
+        t->v->scores(s, CPU_LANES, t->q, hd, t->rows, (const float *)head + lane, lanes, hd);
+    }
+}
+
+/* The output grows by the values of `keys` positions of one block from `key` on, whose weights are
+ * in column `at` of the span. */
+static void weigh_keys(struct tile *t, int block, int key, int keys, int at)
+{
+    const int hd = t->a->head_dim;
+    const int64_t v0 = (cpu_kv_lanes(t->a->block_tokens) + key) * hd;
+    const char *head = head_block(t, block);
+    if (t->a->pool.kv != KN_KV_E4M3) {
+        t->v->weigh(t->o, hd, t->s[0] + at, SPAN, t->rows, (const float *)head + v0, hd, keys);
+        return;
+    }
+    for (int k = 0; k < keys; k += CPU_LANES) {
+        int n = LM_MIN(CPU_LANES, keys - k);
+        t->v->widen_e4m3(t->wide, (const uint8_t *)head + v0 + (int64_t)k * hd, hd, n, hd);
+        t->v->weigh(t->o, hd, t->s[0] + at + k, SPAN, t->rows, t->wide, hd, n);
+    }
 }
 
 /* Row r's scores s[0..n) belong to positions pos0..; hide those it may not see, then turn them
@@ -97,16 +132,13 @@ static void soften_row(struct tile *t, int r, int pos0, int n)
 static void add_span(struct tile *t, int b0, int b1, int lane0, int keys_end)
 {
     const struct kn_attention *a = t->a;
-    const int bt = a->block_tokens, hd = a->head_dim;
-    const int64_t lanes = cpu_kv_lanes(bt);
-    const int pos0 = b0 * bt + lane0;
+    const int bt = a->block_tokens, pos0 = b0 * bt + lane0;
     int n = 0;
     for (int b = b0; b < b1; b++) {
-        const float *k = head_block(t, b) + lane0;
         int valid = LM_MIN(bt - lane0, SPAN);
         float lane_s[TILE_ROWS][CPU_LANES];
         for (int l = 0; l < valid; l += CPU_LANES) {
-            t->v->scores(lane_s[0], CPU_LANES, t->q, hd, t->rows, k + l, lanes, hd);
+            score_lanes(t, lane_s[0], b, lane0 + l);
             int take = LM_MIN(CPU_LANES, valid - l);
             for (int r = 0; r < t->rows; r++)
                 memcpy(t->s[r] + n + l, lane_s[r], (size_t)take * sizeof(float));
@@ -118,8 +150,7 @@ static void add_span(struct tile *t, int b0, int b1, int lane0, int keys_end)
         soften_row(t, r, pos0, n);
     for (int b = b0, at = 0; b < b1 && at < n; b++) {
         int valid = LM_MIN(LM_MIN(bt - lane0, SPAN), n - at);
-        const float *v = head_block(t, b) + lanes * hd + (int64_t)lane0 * hd;
-        t->v->weigh(t->o, hd, t->s[0] + at, SPAN, t->rows, v, hd, valid);
+        weigh_keys(t, b, lane0, valid, at);
         at += valid;
     }
 }
@@ -288,7 +319,7 @@ static const char *attn_fault(const struct kn_attention *a)
         a->block_tokens <= 0 || a->max_q < 0)
         return "bad head shape";
     if (!cpu_pool_valid(&a->pool, a->layer) ||
-        (int64_t)cpu_kv_block_bytes(NULL, a->block_tokens, a->kv_heads, a->head_dim) >
+        (int64_t)cpu_kv_block_bytes(NULL, a->pool.kv, a->block_tokens, a->kv_heads, a->head_dim) >
             a->pool.block_bytes)
         return "the pool's blocks are too small, or the layer is outside of it";
     const char *fault = NULL;

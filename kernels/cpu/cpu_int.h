@@ -65,6 +65,8 @@ struct cpu_vec {
     /* o[r] += sum_key p[r][key] v[key]. */
     void (*weigh)(float *o, int64_t ldo, const float *p, int64_t ldp, int rows, const float *v,
                   int hd, int keys);
+    /* out [rows][n] = in [rows][n], E4M3, rows ldi bytes apart. */
+    void (*widen_e4m3)(float *out, const uint8_t *in, int64_t ldi, int rows, int n);
 };
 
 extern const struct cpu_vec cpu_vec_generic, cpu_vec_avx2, cpu_vec_avx512;
@@ -143,6 +145,7 @@ float cpu_bf16_to_f32(uint16_t h);
 float cpu_f16_to_f32(uint16_t h);
 uint16_t cpu_f32_to_bf16(float f);      /* nearest, ties to even */
 uint16_t cpu_f32_to_f16(float f);
+uint8_t cpu_f32_to_e4m3(float f);       /* nearest, ties to even, beyond 448 it is 448 */
 
 /* Machine facts (sys.c): cores of the affinity mask and cgroup quota; bytes of memory. */
 int cpu_sys_threads(void);
@@ -154,15 +157,20 @@ void cpu_mat_row(const struct cpu_mat *m, int row, float *out);
 /* Element (row, col0 + i) += scale * add[i] for i < n, rounded once. */
 void cpu_mat_add(struct cpu_mat *m, int row, int col0, const float *add, float scale, int n);
 
-/* Bytes from one head to the next inside a KV block, and floats of its transposed K. */
+/* A KV block: lanes of its transposed K, elements from one head to the next, bytes of one. */
 static inline int64_t cpu_kv_lanes(int block_tokens)
 {
     return LM_DIV_UP(block_tokens, CPU_LANES) * CPU_LANES;
 }
 
-static inline int64_t cpu_kv_head_floats(int block_tokens, int head_dim)
+static inline int64_t cpu_kv_head_elems(int block_tokens, int head_dim)
 {
     return (cpu_kv_lanes(block_tokens) + block_tokens) * head_dim;
+}
+
+static inline int64_t cpu_kv_elem(enum kn_kv kv)
+{
+    return kv == KN_KV_E4M3 ? 1 : (int64_t)sizeof(float);
 }
 
 static inline char *cpu_pool_block(const struct kn_pool *p, int layer, int64_t block)
@@ -173,7 +181,8 @@ static inline char *cpu_pool_block(const struct kn_pool *p, int layer, int64_t b
 static inline bool cpu_pool_valid(const struct kn_pool *p, int layer)
 {
     return p->base && p->num_blocks > 0 && p->n_layers > 0 && p->block_bytes > 0 &&
-           p->block_bytes % 16 == 0 && layer >= 0 && layer < p->n_layers;
+           p->block_bytes % 16 == 0 && (unsigned)p->kv <= KN_KV_E4M3 && layer >= 0 &&
+           layer < p->n_layers;
 }
 
 size_t cpu_split_floats(void);
@@ -201,7 +210,8 @@ lm_status cpu_all_reduce_sum(kn_stream *s, kn_comm *c, void *buf, size_t n, enum
 lm_status cpu_all_gather(kn_stream *s, kn_comm *c, void *dst, const void *src, size_t n,
                          enum kn_dtype t);
 
-size_t cpu_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+size_t cpu_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                          int head_dim);
 size_t cpu_sample_workspace(kn_device *dev, int max_rows, int vocab);
 
 #define X(op, args) lm_status cpu_op_##op(kn_stream *s, const struct kn_##args *a);

@@ -69,6 +69,19 @@ uint16_t cpu_f32_to_f16(float f)
     return (uint16_t)(sign | ((mag - 0x38000000) >> 13));
 }
 
+uint8_t cpu_f32_to_e4m3(float f)
+{
+    uint32_t u = bits_of(f), sign = u >> 24 & 0x80, mag = u & 0x7fffffff;
+    if (mag > 0x7f800000)
+        return (uint8_t)(sign | 0x7f);
+    if (mag >= 0x43e00000)                      /* 448 */
+        return (uint8_t)(sign | 0x7e);
+    if (mag < 0x3c800000)                       /* subnormal: let the adder round to 2^-9 */
+        return (uint8_t)(sign | (bits_of(float_of(mag) + 0x1p14f) - bits_of(0x1p14f)));
+    mag += 0x7ffff + (mag >> 20 & 1);
+    return (uint8_t)(sign | ((mag - 0x3c000000) >> 20));
+}
+
 static float read_elem(const void *src, size_t i, enum kn_dtype t)
 {
     if (t == KN_F32)

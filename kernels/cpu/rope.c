@@ -28,17 +28,35 @@ static const float *token_freq(const struct kn_rope_kv *a, int i, float *own)
     return own;
 }
 
+static void write_head(float *head, int64_t lanes, int64_t in_block, int hd, const float *k,
+                       const float *v)
+{
+    for (int d = 0; d < hd; d++)
+        head[d * lanes + in_block] = k[d];
+    memcpy(head + lanes * hd + in_block * hd, v, (size_t)hd * sizeof(float));
+}
+
+static void write_head_e4m3(uint8_t *head, int64_t lanes, int64_t in_block, int hd, const float *k,
+                            const float *v)
+{
+    for (int d = 0; d < hd; d++)
+        head[d * lanes + in_block] = cpu_f32_to_e4m3(k[d]);
+    for (int d = 0; d < hd; d++)
+        head[(lanes + in_block) * hd + d] = cpu_f32_to_e4m3(v[d]);
+}
+
 static void write_kv(const struct kn_rope_kv *a, int64_t slot, const float *k, const float *v)
 {
     const int hd = a->head_dim;
     const int64_t lanes = cpu_kv_lanes(a->block_tokens);
     const int64_t in_block = slot % a->block_tokens;
-    float *head = (float *)cpu_pool_block(&a->pool, a->layer, slot / a->block_tokens);
-    for (int h = 0; h < a->kv_heads; h++) {
-        for (int d = 0; d < hd; d++)
-            head[d * lanes + in_block] = k[h * hd + d];
-        memcpy(head + lanes * hd + in_block * hd, v + h * hd, (size_t)hd * sizeof(float));
-        head += cpu_kv_head_floats(a->block_tokens, hd);
+    char *head = cpu_pool_block(&a->pool, a->layer, slot / a->block_tokens);
+    for (int h = 0; h < a->kv_heads; h++, k += hd, v += hd) {
+        if (a->pool.kv == KN_KV_E4M3)
+            write_head_e4m3((uint8_t *)head, lanes, in_block, hd, k, v);
+        else
+            write_head((float *)head, lanes, in_block, hd, k, v);
+        head += cpu_kv_head_elems(a->block_tokens, hd) * cpu_kv_elem(a->pool.kv);
     }
 }
 
@@ -82,7 +100,7 @@ static const char *rope_fault(const struct kn_rope_kv *a)
     if (a->n > 1 && a->ld < (int64_t)(a->q_heads + 2 * a->kv_heads) * a->head_dim)
         return "row stride is shorter than a row";
     if (!cpu_pool_valid(&a->pool, a->layer) ||
-        (int64_t)cpu_kv_block_bytes(NULL, a->block_tokens, a->kv_heads, a->head_dim) >
+        (int64_t)cpu_kv_block_bytes(NULL, a->pool.kv, a->block_tokens, a->kv_heads, a->head_dim) >
             a->pool.block_bytes)
         return "the pool's blocks are too small, or the layer is outside of it";
     if (a->dyn_len && (a->dyn_max <= 0 || a->head_dim <= 2))

@@ -40,6 +40,7 @@ typedef float vf_at __attribute__((vector_size(4 * VW), aligned(2), may_alias));
 typedef int32_t vi_at __attribute__((vector_size(4 * VW), aligned(2), may_alias));
 typedef float vh_at __attribute__((vector_size(2 * VW), aligned(2), may_alias));
 typedef uint16_t vu16_at __attribute__((vector_size(2 * VW), aligned(2), may_alias));
+typedef uint8_t vu8_at __attribute__((vector_size(VW), aligned(1), may_alias));
 
 INLINE vf load(const float *p)
 {
@@ -297,4 +298,5 @@ const struct cpu_vec VEC_TABLE = {
     .rank_update = rank_update,
     .scores = attn_scores,
     .weigh = attn_weigh,
+    .widen_e4m3 = attn_widen_e4m3,
 };

@@ -19,10 +19,12 @@
 #define MAX_SPLITS 64
 #define SPLIT_COST 0.05         /* a block's start and merge, in times of an unsplit block */
 
-extern "C" size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)
+extern "C" size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens,
+                                      int kv_heads, int head_dim)
 {
     (void)dev;
-    size_t n = (size_t)2 * (size_t)block_tokens * (size_t)kv_heads * (size_t)head_dim * 2;
+    size_t n = (size_t)2 * (size_t)block_tokens * (size_t)kv_heads * (size_t)head_dim *
+               (kv == KN_KV_E4M3 ? 1 : 2);
     return LM_DIV_UP(n, 64) * 64;
 }
 
@@ -51,8 +53,8 @@ static const char *fault_of(const struct kn_attention *a)
         a->block_tokens <= 0 || a->max_q < 0 || a->max_kv < a->max_q)
         return "bad head shape";
     if (!cuda_pool_valid(&a->pool, a->layer) ||
-        (int64_t)cuda_kv_block_bytes(NULL, a->block_tokens, a->kv_heads, a->head_dim) >
-            a->pool.block_bytes)
+        (int64_t)cuda_kv_block_bytes(NULL, a->pool.kv, a->block_tokens, a->kv_heads,
+                                     a->head_dim) > a->pool.block_bytes)
         return "the pool's blocks are too small, or the layer is outside of it";
     if ((int64_t)LM_DIV_UP(a->max_kv, a->block_tokens) > a->table_ld)
         return "max_kv is longer than a block table";

@@ -3,11 +3,16 @@
  * attn.cuh - what the kernels that touch KV blocks share.
  *
  * A KV block of one layer holds, for each kv head in turn, K [block_tokens][head_dim] and then
- * V [block_tokens][head_dim], both bf16. So the tokens of one block and head are one run of memory,
- * and a row is head_dim / 8 pieces of 16 bytes. block_tokens is a power of two.
+ * V [block_tokens][head_dim], both bf16, or E4M3 if kn_pool.kv says so: EB is the bytes of an
+ * element, 2 or 1. So the tokens of one block and head are one run of memory, and a row is
+ * head_dim * EB / 16 pieces of 16 bytes. block_tokens is a power of two.
  *
  * In shared memory a tile is [key][head_dim], its pieces permuted within a row (tile_at) so that
  * the eight rows that ldmatrix reads at once lie in eight different bank groups.
+ *
+ * E4M3 becomes bf16 (exact, prim.cuh) where it meets a product: decode widens fragments on their
+ * way from shared memory to registers, prefill whole tiles within shared memory, once for all of a
+ * block's rows.
  *
  * Slots that were never written may hold anything, NaN included: rows outside of a sequence's
  * visible range are not read but filled with zeros, and their scores are masked.
@@ -23,12 +28,12 @@
 #define LOG2_E 1.4426950408889634f
 
 /* Where piece `piece` of row `key` lies in a tile, in bytes. */
-template <int HD> __device__ static inline int tile_at(int key, int piece)
+template <int HD, int EB = 2> __device__ static inline int tile_at(int key, int piece)
 {
-    constexpr int P = HD / 8;
+    constexpr int P = HD * EB / 16;
     constexpr int SHIFT = P % 8 == 0 ? 0 : P % 4 == 0 ? 1 : 2;
-    constexpr int MASK = P % 8 == 0 ? 7 : P % 4 == 0 ? 3 : 1;
-    static_assert(HD % 16 == 0, "rows are pairs of pieces");
+    constexpr int MASK = P % 8 == 0 ? 7 : P % 4 == 0 ? 3 : P % 2 == 0 ? 1 : 0;
+    static_assert(HD % 16 == 0, "rows are whole pieces");
     return (key * P + (piece ^ ((key >> SHIFT) & MASK))) * 16;
 }
 
@@ -46,9 +51,10 @@ struct attn_launch {
 };
 
 /* Bytes from the start of a block to K of this head; V follows block_tokens rows later. */
+template <int EB>
 __device__ static inline int64_t kv_head_at(const struct kn_attention *a, int kv_head)
 {
-    return (int64_t)kv_head * 2 * a->block_tokens * a->head_dim * 2;
+    return (int64_t)kv_head * 2 * a->block_tokens * a->head_dim * EB;
 }
 
 /* One sequence's visible keys for query rows [first query position .. last]: the first position

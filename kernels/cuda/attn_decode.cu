@@ -12,22 +12,28 @@
  *
  * Why tensor cores at a single row: not for their flops but because scores need no horizontal sums
  * and bf16 no conversion; 15 of 16 rows idle cost nothing beside memory.
+ *
+ * E4M3 (EB 1): there is no ldmatrix for bytes, but which 16 dims of K a product takes together, and
+ * which output column is which dim of V, is ours to choose. A lane takes four neighbouring dims of
+ * a key in one word (and the query's to match), and of V four neighbouring dims of each of its four
+ * keys, whose bytes are regrouped by dim as they are widened. Tiles are half as large, so the ring
+ * has twice as many.
  */
 #include "kernels/cuda/attn.cuh"
 
 #define WARPS 4
 #define TILE 16                 /* keys */
 
-template <int HD> struct decode_shape {
-    static constexpr int STAGES = HD > 128 ? 2 : 3;
-    static constexpr int TILE_BYTES = TILE * HD * 2;
+template <int HD, int EB> struct decode_shape {
+    static constexpr int STAGES = (HD > 128 ? 2 : 3) * (2 / EB);
+    static constexpr int TILE_BYTES = TILE * HD * EB;
     static constexpr int RING = STAGES * 2 * TILE_BYTES;        /* K and V, a warp */
     static constexpr int OUT = TILE * HD * 4;                   /* a warp's output, over its ring */
     static constexpr int SMEM = WARPS * (RING > OUT ? RING : OUT);
 };
 
 /* What a warp knows of its share. */
-template <int HD> struct decode_warp {
+template <int HD, int EB> struct decode_warp {
     const struct attn_launch *p;
     const int32_t *table;
     const char *base;           /* pool block 0 of the layer, this head's K */
@@ -37,31 +43,35 @@ template <int HD> struct decode_warp {
     int id;                     /* lane k < 16: block of key k of the next tile to load */
 };
 
-template <int HD> __device__ static inline void fetch_ids(struct decode_warp<HD> *w, int i)
+template <int HD, int EB>
+__device__ static inline void fetch_ids(struct decode_warp<HD, EB> *w, int i)
 {
     int pos = w->pos0 + i * WARPS * TILE + (w->lane & 15);
     w->id = i < w->n_tiles && pos >= w->lo && pos < w->len ? block_of(w->p, w->table, pos) : 0;
 }
 
 /* Starts the copies of tile i, as one group; beyond the last an empty group keeps the count. */
-template <int HD> __device__ static inline void load_tile(struct decode_warp<HD> *w, int i)
+template <int HD, int EB>
+__device__ static inline void load_tile(struct decode_warp<HD, EB> *w, int i)
 {
-    constexpr int P = HD / 8;
-    typedef struct decode_shape<HD> S;
+    constexpr int P = HD * EB / 16, N = TILE * P;
+    typedef struct decode_shape<HD, EB> S;
     const struct kn_attention *a = &w->p->a;
     if (i < w->n_tiles) {
         unsigned char *k = w->ring + i % S::STAGES * 2 * S::TILE_BYTES;
         const int pos0 = w->pos0 + i * WARPS * TILE;
 #pragma unroll
-        for (int j = 0; j < TILE * P / 32; j++) {
+        for (int j = 0; j < (N + 31) / 32; j++) {
             int at = j * 32 + w->lane, key = at / P, piece = at % P, pos = pos0 + key;
             int64_t id = __shfl_sync(FULL_MASK, w->id, key);
+            if (N % 32 && at >= N)
+                break;
             const char *src = w->base + id * a->pool.block_bytes +
-                              (pos & (a->block_tokens - 1)) * (HD * 2) + piece * 16;
+                              (pos & (a->block_tokens - 1)) * (HD * EB) + piece * 16;
             bool valid = pos >= w->lo && pos < w->len;
-            int dst = tile_at<HD>(key, piece);
+            int dst = tile_at<HD, EB>(key, piece);
             cp_async16(k + dst, src, valid);
-            cp_async16(k + S::TILE_BYTES + dst, src + (int64_t)a->block_tokens * (HD * 2), valid);
+            cp_async16(k + S::TILE_BYTES + dst, src + (int64_t)a->block_tokens * (HD * EB), valid);
         }
         fetch_ids(w, i + 1);
     }
@@ -74,20 +84,39 @@ template <int HD> struct decode_acc {
     float m[2], l[2];           /* l: this lane's columns only, summed over the quad at the end */
 };
 
+/* The tile's keys as B operands, 16 dims: b[0] b[1] keys 0-7, b[2] b[3] keys 8-15. Rows 2t 2t+1 and
+ * 2t+8 2t+9 of a product are those dims in bf16, and 4t .. 4t+3 in E4M3. */
+template <int HD, int EB>
+__device__ static inline void key_fragments(uint32_t b[4], const unsigned char *k, int ks, int lane)
+{
+    if constexpr (EB == 2) {
+        const int row = (lane >> 4) * 8 + (lane & 7);
+        ldmatrix(b, k + tile_at<HD>(row, 2 * ks + (lane >> 3 & 1)));
+    } else {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const unsigned char *at = k + tile_at<HD, 1>(n * 8 + lane / 4, ks) + lane % 4 * 4;
+            const uint32_t u = *(const uint32_t *)at;
+            b[2 * n] = e4m3_pair(u, u, 0, 1);
+            b[2 * n + 1] = e4m3_pair(u, u, 2, 3);
+        }
+    }
+}
+
 /* s [16 rows, 16 keys] = q K^T, scaled to powers of two, masked to [lo, len). */
-template <int HD>
-__device__ static inline void tile_scores(const struct decode_warp<HD> *w, float s[2][4],
+template <int HD, int EB>
+__device__ static inline void tile_scores(const struct decode_warp<HD, EB> *w, float s[2][4],
                                           const uint32_t q[HD / 16][4], const unsigned char *k,
                                           int pos0)
 {
-    const int lane = w->lane, row = (lane >> 4) * 8 + (lane & 7);
+    const int lane = w->lane;
 #pragma unroll
     for (int n = 0; n < 2; n++)
         s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll
     for (int ks = 0; ks < HD / 16; ks++) {
         uint32_t b[4];
-        ldmatrix(b, k + tile_at<HD>(row, 2 * ks + (lane >> 3 & 1)));
+        key_fragments<HD, EB>(b, k, ks, lane);
         mma_bf16(s[0], q[ks], b);
         mma_bf16(s[1], q[ks], b + 2);
     }
@@ -147,28 +176,62 @@ __device__ static inline void add_values(struct decode_acc<HD> *acc, const uint3
     }
 }
 
+/* Dims of V that a lane takes of a key at once, and products of 8 columns that they serve: column c
+ * of product n = W j + i is dim 8 W j + W c + i. */
+template <int HD> struct value_width {
+    static constexpr int W = HD % 32 == 0 ? 4 : 2;
+};
+
 template <int HD>
-__device__ static inline void run_tiles(struct decode_warp<HD> *w, struct decode_acc<HD> *acc,
+__device__ static inline void add_values_e4m3(struct decode_acc<HD> *acc, const uint32_t p[4],
+                                              const unsigned char *v, int lane)
+{
+    constexpr int W = value_width<HD>::W;
+#pragma unroll
+    for (int j = 0; j < HD / 8 / W; j++) {
+        const int d = (8 * j + lane / 4) * W;
+        uint32_t u[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = lane % 4 * 2 + (i & 1) + (i >> 1) * 8;
+            const unsigned char *at = v + tile_at<HD, 1>(key, d / 16) + d % 16;
+            u[i] = W == 4 ? *(const uint32_t *)at : *(const uint16_t *)at;
+        }
+#pragma unroll
+        for (int i = 0; i < W; i++) {
+            const uint32_t b[2] = { e4m3_pair(u[0], u[1], i, 4 + i),
+                                    e4m3_pair(u[2], u[3], i, 4 + i) };
+            mma_bf16(acc->o[W * j + i], p, b);
+        }
+    }
+}
+
+template <int HD, int EB>
+__device__ static inline void run_tiles(struct decode_warp<HD, EB> *w, struct decode_acc<HD> *acc,
                                         const uint32_t q[HD / 16][4])
 {
-    typedef struct decode_shape<HD> S;
+    typedef struct decode_shape<HD, EB> S;
     for (int i = 0; i < w->n_tiles; i++) {
         const unsigned char *k = w->ring + i % S::STAGES * 2 * S::TILE_BYTES;
         float s[2][4];
         uint32_t p[4];
         cp_async_wait<S::STAGES - 1>();
         __syncwarp();
-        tile_scores<HD>(w, s, q, k, w->pos0 + i * WARPS * TILE);
+        tile_scores<HD, EB>(w, s, q, k, w->pos0 + i * WARPS * TILE);
         soften<HD>(acc, s, p);
-        add_values<HD>(acc, p, k + S::TILE_BYTES, w->lane);
+        if (EB == 2)
+            add_values<HD>(acc, p, k + S::TILE_BYTES, w->lane);
+        else
+            add_values_e4m3<HD>(acc, p, k + S::TILE_BYTES, w->lane);
         __syncwarp();
         load_tile(w, i + S::STAGES);
     }
     cp_async_wait<0>();
 }
 
-/* Rows 0 .. n-1 of the group's heads as the A operand; the rest are zero. */
-template <int HD>
+/* Rows 0 .. n-1 of the group's heads as the A operand, its dims in the order of key_fragments();
+ * the rest are zero. */
+template <int HD, int EB>
 __device__ static inline void load_query(uint32_t q[HD / 16][4], const uint16_t *head0, int n,
                                          int lane)
 {
@@ -177,7 +240,8 @@ __device__ static inline void load_query(uint32_t q[HD / 16][4], const uint16_t 
     for (int ks = 0; ks < HD / 16; ks++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = g + (i & 1) * 8, d = ks * 16 + (i >> 1) * 8 + t * 2;
+            int row = g + (i & 1) * 8;
+            int d = ks * 16 + (EB == 2 ? (i >> 1) * 8 + t * 2 : t * 4 + (i >> 1) * 2);
             q[ks][i] = row < n ? *(const uint32_t *)(head0 + row * HD + d) : 0;
         }
 }
@@ -242,7 +306,7 @@ __device__ static inline void merge_splits(const struct attn_launch *p,
 }
 
 /* Leaves the warp's output and sums where merge_warps() finds them. */
-template <int HD>
+template <int HD, int EB>
 __device__ static inline void leave_result(struct decode_acc<HD> *acc, float *o, float (*ml)[2],
                                            int rows, int lane)
 {
@@ -255,18 +319,23 @@ __device__ static inline void leave_result(struct decode_acc<HD> *acc, float *o,
             ml[row][0] = acc->m[r], ml[row][1] = l;
         if (row >= rows)
             continue;
+        constexpr int W = EB == 2 ? 1 : value_width<HD>::W;
 #pragma unroll
-        for (int d = 0; d < HD / 8; d++)
-            *(float2 *)(o + row * HD + d * 8 + t * 2) = make_float2(acc->o[d][2 * r],
-                                                                   acc->o[d][2 * r + 1]);
+        for (int d = 0; d < HD / 8; d++) {
+            float *at = o + row * HD + d / W * W * 8 + d % W;
+            if (EB == 2)
+                *(float2 *)(at + t * 2) = make_float2(acc->o[d][2 * r], acc->o[d][2 * r + 1]);
+            else
+                at[t * 2 * W] = acc->o[d][2 * r], at[(t * 2 + 1) * W] = acc->o[d][2 * r + 1];
+        }
     }
 }
 
-template <int HD>
+template <int HD, int EB>
 __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const __grid_constant__ struct attn_launch p)
 {
-    typedef struct decode_shape<HD> S;
+    typedef struct decode_shape<HD, EB> S;
     DYNAMIC_SMEM(smem);
     __shared__ float ml[WARPS][TILE][2];
     __shared__ int last;
@@ -276,7 +345,7 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const int kv_head = (int)blockIdx.y / p.row_tiles, row0 = (int)blockIdx.y % p.row_tiles * TILE;
     const int tok = a->q_start[seq], len = a->kv_len[seq];
     cuda_allow_next();
-    struct decode_warp<HD> w;
+    struct decode_warp<HD, EB> w;
     w.lo = first_visible(a, len - 1);
     const int start = w.lo & ~(TILE - 1), tiles = (len - start + TILE - 1) / TILE;
     struct decode_item it;
@@ -294,7 +363,7 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     w.lane = (int)threadIdx.x % 32;
     w.len = len;
     w.table = a->block_table + seq * a->table_ld;
-    w.base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at(a, kv_head);
+    w.base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at<EB>(a, kv_head);
     w.ring = smem + warp * S::RING;
     w.pos0 = start + (tile0 + warp) * TILE;
     w.n_tiles = max(0, (min(per, tiles - tile0) - warp + WARPS - 1) / WARPS);
@@ -309,18 +378,18 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const int head = kv_head * group + row0;
     it.out = (uint16_t *)a->out + ((int64_t)tok * a->q_heads + head) * HD;
     uint32_t q[HD / 16][4];
-    load_query<HD>(q, (const uint16_t *)a->qkv + tok * a->ld + head * HD, it.rows, w.lane);
+    load_query<HD, EB>(q, (const uint16_t *)a->qkv + tok * a->ld + head * HD, it.rows, w.lane);
     struct decode_acc<HD> acc;
 #pragma unroll
     for (int d = 0; d < HD / 8; d++)
         acc.o[d][0] = acc.o[d][1] = acc.o[d][2] = acc.o[d][3] = 0;
     acc.m[0] = acc.m[1] = -INFINITY;
     acc.l[0] = acc.l[1] = 0;
-    run_tiles<HD>(&w, &acc, q);
+    run_tiles<HD, EB>(&w, &acc, q);
 
     __syncthreads();            /* every ring is free: outputs go over them */
     float *o = (float *)smem;
-    leave_result<HD>(&acc, o + warp * TILE * HD, ml[warp], it.rows, w.lane);
+    leave_result<HD, EB>(&acc, o + warp * TILE * HD, ml[warp], it.rows, w.lane);
     __syncthreads();
     merge_warps<HD>(&p, &it, o, ml);
     if (it.splits == 1)
@@ -337,7 +406,7 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     merge_splits<HD>(&p, &it);
 }
 
-template <int HD>
+template <int HD, int EB>
 static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int max_tiles)
 {
     /* The most splits that any sequence of at most max_tiles tiles may have. */
@@ -346,8 +415,14 @@ static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int
         splits = LM_MAX(splits, decode_splits(t, p->want_splits, p->cap_splits));
     dim3 grid((unsigned)LM_MIN(splits, p->cap_splits),
               (unsigned)(p->a.kv_heads * p->row_tiles), (unsigned)p->a.n_seqs);
-    return cuda_launch(st, "attention (decode)", decode_kernel<HD>, grid, dim3(WARPS * 32),
-                       decode_shape<HD>::SMEM, *p);
+    return cuda_launch(st, "attention (decode)", decode_kernel<HD, EB>, grid,
+                       dim3(WARPS * 32), decode_shape<HD, EB>::SMEM, *p);
+}
+
+template <int HD, int EB> static cudaError_t allow(void)
+{
+    return cudaFuncSetAttribute(decode_kernel<HD, EB>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                decode_shape<HD, EB>::SMEM);
 }
 
 cudaError_t cuda_attn_decode_init(void)
@@ -355,8 +430,9 @@ cudaError_t cuda_attn_decode_init(void)
     cudaError_t e = cudaSuccess;
 #define X(hd)                                                                                  \
     if (e == cudaSuccess)                                                                      \
-        e = cudaFuncSetAttribute(decode_kernel<hd>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                 decode_shape<hd>::SMEM);
+        e = allow<hd, 2>();                                                                    \
+    if (e == cudaSuccess)                                                                      \
+        e = allow<hd, 1>();
     CUDA_HEAD_DIMS(X)
 #undef X
     return e;
@@ -367,7 +443,8 @@ lm_status cuda_attn_decode(struct cuda_stream *st, const struct attn_launch *p, 
     switch (p->a.head_dim) {
 #define X(hd)                                                                                  \
     case hd:                                                                                   \
-        return launch<hd>(st, p, max_tiles);
+        return p->a.pool.kv == KN_KV_E4M3 ? launch<hd, 1>(st, p, max_tiles)                    \
+                                          : launch<hd, 2>(st, p, max_tiles);
         CUDA_HEAD_DIMS(X)
 #undef X
     }

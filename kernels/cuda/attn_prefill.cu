@@ -10,14 +10,11 @@
  */
 #include "kernels/cuda/attn_prefill.cuh"
 
-template <int HD_> struct mma_shape {
-    static constexpr int HD = HD_, WARPS = 4, THREADS = WARPS * 32;
+template <int HD_, int EB_> struct mma_shape {
+    static constexpr int HD = HD_, EB = EB_, WARPS = 4, THREADS = WARPS * 32;
     static constexpr int MT = HD > 128 ? 1 : 2;         /* 16-row tiles a warp */
     static constexpr int ROWS = WARPS * 16 * MT;
     static constexpr int KEYS = HD > 128 ? 32 : 64;     /* a tile */
-    static constexpr int Q_BYTES = ROWS * HD * 2;
-    static constexpr int TILE_BYTES = KEYS * HD * 2;
-    static constexpr int SMEM = Q_BYTES + 4 * TILE_BYTES;       /* two tiles each of K and V */
     template <int N> __device__ static inline int at(int row, int piece)
     {
         return tile_at<HD>(row, piece);
@@ -90,34 +87,37 @@ template <class S>
 __device__ static inline void run_item(const struct attn_launch *p, const struct prefill_item *it,
                                        unsigned char *smem, int warp, int lane)
 {
-    unsigned char *q = smem, *k = smem + S::Q_BYTES, *v = k + 2 * S::TILE_BYTES;
+    typedef struct prefill_smem<S> M;
+    unsigned char *q = smem, *k = smem + M::QUERY, *v = k + M::BUFFERS * M::TILE;
+    unsigned char *k_copy = S::EB == 2 ? k : smem + M::STAGES;
+    unsigned char *v_copy = S::EB == 2 ? v : k_copy + M::STAGE;
     struct prefill_acc<S> acc;
     start_rows<S>(&p->a, it, &acc, warp, lane);
     const struct prefill_keys r = keys_of<S>(&p->a, it);
     load_query<S>(&p->a, it, q);
-    load_keys<S>(p, it, k, r.start, &r, false);
+    load_keys<S>(p, it, k_copy, r.start, &r, false);
     cp_async_commit();
-    load_keys<S>(p, it, v, r.start, &r, true);
+    load_keys<S>(p, it, v_copy, r.start, &r, true);
     cp_async_commit();
     for (int i = 0; i < r.n; i++) {
-        const int pos0 = r.start + i * S::KEYS, next = ((i + 1) & 1) * S::TILE_BYTES;
+        const int pos0 = r.start + i * S::KEYS, next = M::at(i + 1);
         float s[S::MT][S::KEYS / 8][4], keep[S::MT][2];
-        cp_async_wait<1>();
+        tile_landed<S, 1>(k + M::at(i), k_copy);
         __syncthreads();
         if (i + 1 < r.n)
-            load_keys<S>(p, it, k + next, pos0 + S::KEYS, &r, false);
+            load_keys<S>(p, it, k_copy + next, pos0 + S::KEYS, &r, false);
         cp_async_commit();
-        scores<S>(s, q, k + (i & 1) * S::TILE_BYTES, warp, lane);
+        scores<S>(s, q, k + M::at(i), warp, lane);
         if (needs_mask<S>(&r, pos0))
             mask<S>(&acc, s, pos0, lane);
         soften<S>(&acc, s, p->scale_log2, keep);
         rescale<S>(&acc, keep);
-        cp_async_wait<1>();
+        tile_landed<S, 1>(v + M::at(i), v_copy);
         __syncthreads();
         if (i + 1 < r.n)
-            load_keys<S>(p, it, v + next, pos0 + S::KEYS, &r, true);
+            load_keys<S>(p, it, v_copy + next, pos0 + S::KEYS, &r, true);
         cp_async_commit();
-        add_values<S>(&acc, s, v + (i & 1) * S::TILE_BYTES, lane);
+        add_values<S>(&acc, s, v + M::at(i), lane);
     }
     cp_async_wait<0>();
     write_rows<S>(&p->a, it, &acc, warp, lane);
@@ -145,13 +145,13 @@ __global__ static void __launch_bounds__(S::THREADS) prefill_kernel(
 template <class S> static lm_status launch(struct cuda_stream *st, const struct attn_launch *p)
 {
     return cuda_launch(st, "attention (prefill)", prefill_kernel<S>, prefill_grid<S>(st, p),
-                       dim3(S::THREADS), S::SMEM, *p);
+                       dim3(S::THREADS), prefill_smem<S>::BYTES, *p);
 }
 
 template <class S> static cudaError_t allow(void)
 {
     return cudaFuncSetAttribute(prefill_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                S::SMEM);
+                                prefill_smem<S>::BYTES);
 }
 
 cudaError_t cuda_attn_prefill_init(void)
@@ -159,7 +159,9 @@ cudaError_t cuda_attn_prefill_init(void)
     cudaError_t e = cudaSuccess;
 #define X(hd)                                                                                  \
     if (e == cudaSuccess)                                                                      \
-        e = allow<struct mma_shape<hd>>();
+        e = allow<struct mma_shape<hd, 2>>();                                                  \
+    if (e == cudaSuccess)                                                                      \
+        e = allow<struct mma_shape<hd, 1>>();
     CUDA_HEAD_DIMS(X)
 #undef X
     return e;
@@ -170,7 +172,8 @@ lm_status cuda_attn_prefill(struct cuda_stream *st, const struct attn_launch *p)
     switch (p->a.head_dim) {
 #define X(hd)                                                                                  \
     case hd:                                                                                   \
-        return launch<struct mma_shape<hd>>(st, p);
+        return p->a.pool.kv == KN_KV_E4M3 ? launch<struct mma_shape<hd, 1>>(st, p)             \
+                                          : launch<struct mma_shape<hd, 2>>(st, p);
         CUDA_HEAD_DIMS(X)
 #undef X
     }

@@ -9,8 +9,14 @@
  * n_seqs, and blocks find their items by scanning q_start (32 sequences a step). Items of one
  * sequence come last rows first: those have the most keys.
  *
- * A shape S says: HD, ROWS and THREADS of a block, MT 16-row tiles a warp, KEYS of a tile, and
- * at<rows>(row, piece), where 16 bytes of a tile of that many rows lie in shared memory.
+ * A shape S says: HD, EB (bytes of an element in the pool), ROWS and THREADS of a block, MT 16-row
+ * tiles a warp, KEYS of a tile, and at<rows>(row, piece), where 16 bytes of a tile of that many
+ * rows lie in shared memory.
+ *
+ * Tiles in shared memory are bf16. Those of a bf16 pool are copied to where they are used, into two
+ * buffers in turn. Those of an E4M3 pool land in a staging buffer; each thread widens what it has
+ * copied itself (so it waits for nobody) into the one tile, which nobody reads then: between the
+ * last read of a K tile and the next write lies the barrier of V, and the other way round.
  */
 #ifndef LORAMILL_KERNELS_ATTN_PREFILL_CUH
 #define LORAMILL_KERNELS_ATTN_PREFILL_CUH
@@ -120,26 +126,75 @@ __device__ static inline void load_query(const struct kn_attention *a,
     }
 }
 
+/* Shared memory, in bytes: the query, tiles of K, tiles of V, staging buffers for both. */
+template <class S> struct prefill_smem {
+    static constexpr int BUFFERS = S::EB == 2 ? 2 : 1;
+    static constexpr int QUERY = S::ROWS * S::HD * 2;
+    static constexpr int TILE = S::KEYS * S::HD * 2;
+    static constexpr int STAGE = S::EB == 2 ? 0 : S::KEYS * S::HD;
+    static constexpr int V = QUERY + BUFFERS * TILE, STAGES = V + BUFFERS * TILE;
+    static constexpr int BYTES = STAGES + 2 * STAGE;
+    /* From a tile's first buffer to where tile i is used, and from that or the staging buffer to
+     * where it is copied. */
+    __device__ static inline int at(int i) { return BUFFERS == 2 ? (i & 1) * TILE : 0; }
+};
+
 /* Keys [pos0, pos0 + KEYS) of K, or of V; zeros outside of what the item sees. */
 template <class S>
 __device__ static inline void load_keys(const struct attn_launch *p, const struct prefill_item *it,
                                         unsigned char *dst, int pos0,
                                         const struct prefill_keys *r, bool values)
 {
-    constexpr int P = S::HD / 8;
+    constexpr int P = S::HD * S::EB / 16, N = S::KEYS * P;
     const struct kn_attention *a = &p->a;
     const int32_t *table = a->block_table + it->seq * a->table_ld;
-    const char *base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at(a, it->kv_head) +
-                       (values ? (int64_t)a->block_tokens * (S::HD * 2) : 0);
+    const char *base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at<S::EB>(a, it->kv_head) +
+                       (values ? (int64_t)a->block_tokens * (S::HD * S::EB) : 0);
 #pragma unroll
-    for (int j = 0; j < S::KEYS * P / S::THREADS; j++) {
+    for (int j = 0; j < (N + S::THREADS - 1) / S::THREADS; j++) {
         int i = j * S::THREADS + (int)threadIdx.x, key = i / P, piece = i % P, pos = pos0 + key;
+        if (N % S::THREADS && i >= N)
+            break;
         bool valid = pos >= r->lo && pos < r->end;
         int64_t id = valid ? block_of(p, table, pos) : 0;
         const char *src = base + id * a->pool.block_bytes +
-                          (pos & (a->block_tokens - 1)) * (S::HD * 2) + piece * 16;
-        cp_async16(dst + S::template at<S::KEYS>(key, piece), src, valid);
+                          (pos & (a->block_tokens - 1)) * (S::HD * S::EB) + piece * 16;
+        cp_async16(dst + (S::EB == 2 ? S::template at<S::KEYS>(key, piece) : i * 16), src, valid);
     }
+}
+
+/* E4M3 only: what this thread has copied goes from the staging buffer into the tile. Of the two
+ * halves of its 16 numbers the second goes first in every other group of four threads, so that
+ * eight threads write to eight different bank groups. */
+template <class S>
+__device__ static inline void widen_keys(unsigned char *tile, const unsigned char *stage)
+{
+    constexpr int P = S::HD / 16, N = S::KEYS * P;
+#pragma unroll
+    for (int j = 0; j < (N + S::THREADS - 1) / S::THREADS; j++) {
+        const int i = j * S::THREADS + (int)threadIdx.x, key = i / P, piece = i % P;
+        const int turn = piece >> 2 & 1;
+        if (N % S::THREADS && i >= N)
+            break;
+        const uint4 u = *(const uint4 *)(stage + i * 16);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint32_t x = h ^ turn ? u.z : u.x, y = h ^ turn ? u.w : u.y;
+            *(uint4 *)(tile + S::template at<S::KEYS>(key, 2 * piece + (h ^ turn))) =
+                make_uint4(e4m3_pair(x, x, 0, 1), e4m3_pair(x, x, 2, 3), e4m3_pair(y, y, 0, 1),
+                           e4m3_pair(y, y, 2, 3));
+        }
+    }
+}
+
+/* This thread's copies of a tile have landed but for the LEFT newest groups; the tile is not ready
+ * before a barrier. */
+template <class S, int LEFT>
+__device__ static inline void tile_landed(unsigned char *tile, const unsigned char *stage)
+{
+    cp_async_wait<LEFT>();
+    if (S::EB == 1)
+        widen_keys<S>(tile, stage);
 }
 
 /* ---- softmax --------------------------------------------------------------------------- */

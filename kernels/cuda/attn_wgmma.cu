@@ -11,13 +11,10 @@
 #include "kernels/cuda/attn_prefill.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
-template <int HD_> struct wgmma_shape {
-    static constexpr int HD = HD_, WARPS = 8, THREADS = WARPS * 32, MT = 1;
+template <int HD_, int EB_> struct wgmma_shape {
+    static constexpr int HD = HD_, EB = EB_, WARPS = 8, THREADS = WARPS * 32, MT = 1;
     static constexpr int ROWS = WARPS * 16;
     static constexpr int KEYS = 128;
-    static constexpr int Q_BYTES = ROWS * HD * 2;
-    static constexpr int TILE_BYTES = KEYS * HD * 2;
-    static constexpr int SMEM = Q_BYTES + 4 * TILE_BYTES + 1024;        /* to align by hand */
     /* Panels of 64 dims, one after the other. */
     template <int N> __device__ static inline int at(int row, int piece)
     {
@@ -65,10 +62,12 @@ __device__ static inline void pack(uint32_t (&p)[NT / 2][4], const float (&s)[NT
         }
 }
 
-/* All but the newest LEFT groups of copies have landed, this thread's and everyone else's. */
-template <int LEFT> __device__ static inline void tile_ready(void)
+/* A tile whose copies are all but the newest LEFT groups is there, this thread's part and everyone
+ * else's. */
+template <class S, int LEFT>
+__device__ static inline void tile_ready(unsigned char *tile, const unsigned char *stage)
 {
-    cp_async_wait<LEFT>();
+    tile_landed<S, LEFT>(tile, stage);
     wgmma_writes_done();
     __syncthreads();
 }
@@ -78,24 +77,27 @@ __device__ static inline void run_item(const struct attn_launch *p, const struct
                                        unsigned char *smem)
 {
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-    unsigned char *q = smem, *k = smem + S::Q_BYTES, *v = k + 2 * S::TILE_BYTES;
+    typedef struct prefill_smem<S> M;
+    unsigned char *q = smem, *k = smem + M::QUERY, *v = k + M::BUFFERS * M::TILE;
+    unsigned char *k_copy = S::EB == 2 ? k : smem + M::STAGES;
+    unsigned char *v_copy = S::EB == 2 ? v : k_copy + M::STAGE;
     struct prefill_acc<S> acc;
     start_rows<S>(&p->a, it, &acc, warp, lane);
     const struct prefill_keys r = keys_of<S>(&p->a, it);
     load_query<S>(&p->a, it, q);
-    load_keys<S>(p, it, k, r.start, &r, false);
+    load_keys<S>(p, it, k_copy, r.start, &r, false);
     cp_async_commit();
-    load_keys<S>(p, it, v, r.start, &r, true);
+    load_keys<S>(p, it, v_copy, r.start, &r, true);
     cp_async_commit();
     q += warp / 4 * 64 * 128;
     for (int i = 0; i < r.n; i++) {
-        const int pos0 = r.start + i * S::KEYS, next = ((i + 1) & 1) * S::TILE_BYTES;
+        const int pos0 = r.start + i * S::KEYS, next = M::at(i + 1);
         float s[1][S::KEYS / 8][4], keep[1][2];
         uint32_t w[S::KEYS / 16][4];
-        tile_ready<1>();
-        start_scores<S>(s[0], q, k + (i & 1) * S::TILE_BYTES);
+        tile_ready<S, 1>(k + M::at(i), k_copy);
+        start_scores<S>(s[0], q, k + M::at(i));
         if (i + 1 < r.n)
-            load_keys<S>(p, it, k + next, pos0 + S::KEYS, &r, false);
+            load_keys<S>(p, it, k_copy + next, pos0 + S::KEYS, &r, false);
         cp_async_commit();
         wgmma_wait<0>();
         if (needs_mask<S>(&r, pos0))
@@ -103,10 +105,10 @@ __device__ static inline void run_item(const struct attn_launch *p, const struct
         soften<S>(&acc, s, p->scale_log2, keep);
         rescale<S>(&acc, keep);
         pack<S::KEYS / 8>(w, s[0]);
-        tile_ready<1>();
-        start_values<S>(acc.o[0], w, v + (i & 1) * S::TILE_BYTES);
+        tile_ready<S, 1>(v + M::at(i), v_copy);
+        start_values<S>(acc.o[0], w, v + M::at(i));
         if (i + 1 < r.n)
-            load_keys<S>(p, it, v + next, pos0 + S::KEYS, &r, true);
+            load_keys<S>(p, it, v_copy + next, pos0 + S::KEYS, &r, true);
         cp_async_commit();
         wgmma_wait<0>();
     }
@@ -136,10 +138,15 @@ __global__ static void __launch_bounds__(S::THREADS, 1) wgmma_kernel(
 #endif
 }
 
+template <class S> static constexpr int smem_bytes(void)
+{
+    return prefill_smem<S>::BYTES + 1024;       /* to align by hand */
+}
+
 template <class S> static lm_status launch(struct cuda_stream *st, const struct attn_launch *p)
 {
     return cuda_launch(st, "attention (wgmma)", wgmma_kernel<S>, prefill_grid<S>(st, p),
-                       dim3(S::THREADS), S::SMEM, *p);
+                       dim3(S::THREADS), smem_bytes<S>(), *p);
 }
 
 /* At head_dim 64 mma.sync is as fast (SPEED.md). */
@@ -148,14 +155,20 @@ bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch
     return st->dev->cc == 90 && p->a.head_dim == 128;
 }
 
+template <class S> static cudaError_t allow(void)
+{
+    return cudaFuncSetAttribute(wgmma_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                smem_bytes<S>());
+}
+
 cudaError_t cuda_attn_wgmma_init(void)
 {
-    return cudaFuncSetAttribute(wgmma_kernel<struct wgmma_shape<128>>,
-                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                wgmma_shape<128>::SMEM);
+    cudaError_t e = allow<struct wgmma_shape<128, 2>>();
+    return e == cudaSuccess ? allow<struct wgmma_shape<128, 1>>() : e;
 }
 
 lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p)
 {
-    return launch<struct wgmma_shape<128>>(st, p);
+    return p->a.pool.kv == KN_KV_E4M3 ? launch<struct wgmma_shape<128, 1>>(st, p)
+                                      : launch<struct wgmma_shape<128, 2>>(st, p);
 }

@@ -8,8 +8,8 @@
  * so that any sequence of them can be captured into a CUDA graph; what they need beyond their
  * arguments is in their stream, allocated with it.
  *
- * Dtypes: activations, KV cache, base weights and adapters are bf16; logits, norms' weights,
- * biases and LoRA intermediates float32; sums are float32 always.
+ * Dtypes: activations, KV cache, base weights and adapters are bf16 (the KV cache E4M3 if the pool
+ * says so); logits, norms' weights, biases and LoRA intermediates float32; sums are float32 always.
  *
  * Errors: a CUDA call that fails goes through cuda_failed(), which logs it once with its name and
  * marks the device; from then on every call on the device gives LM_DEVICE. What only the device can
@@ -125,7 +125,8 @@ enum cuda_fault {
 static inline bool cuda_pool_valid(const struct kn_pool *p, int layer)
 {
     return p->base && p->num_blocks > 0 && p->n_layers > 0 && p->block_bytes > 0 &&
-           p->block_bytes % 16 == 0 && layer >= 0 && layer < p->n_layers;
+           p->block_bytes % 16 == 0 && (unsigned)p->kv <= KN_KV_E4M3 && layer >= 0 &&
+           layer < p->n_layers;
 }
 
 /* ---- backend functions, one group a file ----------------------------------------------- */
@@ -178,7 +179,8 @@ cudaError_t cuda_attention_init(void);
 cudaError_t cuda_lora_init(void);
 
 /* attention.cu, sample.cu */
-size_t cuda_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim);
+size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                           int head_dim);
 size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
 
 /*

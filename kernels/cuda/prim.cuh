@@ -39,6 +39,14 @@ __device__ static inline uint32_t bf16_pack(float lo, float hi)
     return r;
 }
 
+/* Two products of bf16, rounded to nearest even; subnormal numbers count. */
+__device__ static inline uint32_t bf16_mul(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(0x80008000u));
+    return r;
+}
+
 __device__ static inline float exp2_fast(float x)
 {
     float r;
@@ -108,6 +116,44 @@ __device__ static inline float load_l2(const float *p)
 
 #define DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
+
+/* Two numbers of KN_E4M3 in bits 8-15 and 24-31 (whatever the others are) as a pair of bf16. With
+ * its bits moved to where bf16 has them, a number is 2^120 times too small. */
+__device__ static inline uint32_t e4m3_widen(uint32_t w)
+{
+    return bf16_mul((w >> 4 & 0x07f007f0u) | (w & 0x80008000u), 0x7b807b80u);
+}
+
+/* Bytes `i` and `j` of the eight in x (0-3) and y (4-7), widened. */
+__device__ static inline uint32_t e4m3_pair(uint32_t x, uint32_t y, int i, int j)
+{
+    return e4m3_widen(__byte_perm(x, y, (unsigned)(i << 4 | j << 12)));
+}
+
+__device__ static inline uint32_t e4m3_bits(float f)
+{
+    uint32_t u = __float_as_uint(f), sign = u >> 24 & 0x80, mag = u & 0x7fffffff;
+    if (mag > 0x7f800000)
+        return sign | 0x7f;
+    if (mag >= 0x43e00000)                      /* 448 */
+        return sign | 0x7e;
+    if (mag < 0x3c800000)                       /* subnormal: the adder rounds to 2^-9 */
+        return sign | (__float_as_uint(__uint_as_float(mag) + 16384.0f) -
+                       __float_as_uint(16384.0f));
+    return sign | (mag + 0x7ffff + (mag >> 20 & 1) - 0x3c000000) >> 20;
+}
+
+/* Two floats to the nearest numbers of KN_E4M3, saturating; `lo` comes first in memory. */
+__device__ static inline uint16_t e4m3_pack(float lo, float hi)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
+    return r;
+#else
+    return (uint16_t)(e4m3_bits(lo) | e4m3_bits(hi) << 8);
+#endif
+}
 
 __device__ static inline float quad_max(float x)
 {

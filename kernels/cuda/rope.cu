@@ -5,7 +5,8 @@
  * A block is one token, or some of its heads where tokens are few: its first threads take the
  * sines, then each warp takes a head in turn, two neighbouring pairs a lane. The angle is
  * pos * inv_freq in float32, as the models' own code computes it. Everything is float32 between the
- * bf16 read and the bf16 write.
+ * bf16 read and the bf16 write; K in E4M3 is rounded once, from float32. EB is the bytes of an
+ * element in the pool.
  */
 #include "kernels/cuda/attn.cuh"
 
@@ -47,13 +48,14 @@ __device__ static inline float head_scale(const struct kn_rope_kv *a, const uint
 }
 
 /* Rotates a head in place and, if kv is not NULL, writes it there too. */
+template <int EB>
 __device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *head,
                                           const float *norm, const float *c, const float *s,
-                                          uint16_t *kv, int lane)
+                                          char *kv, int lane)
 {
     const int half = a->head_dim / 2;
     uint32_t *lo = (uint32_t *)head, *hi = (uint32_t *)(head + half);
-    uint32_t *klo = (uint32_t *)kv, *khi = (uint32_t *)(kv + half);
+    char *khi = kv + half * EB;
     const float f = head_scale(a, lo, hi, norm, lane);
     for (int i = lane; i < half / 2; i += 32) {
         int d = 2 * i;
@@ -63,15 +65,30 @@ __device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *
             x0 *= norm[d], x1 *= norm[d + 1];
             y0 *= norm[half + d], y1 *= norm[half + d + 1];
         }
-        uint32_t u = bf16_pack(x0 * c[d] - y0 * s[d], x1 * c[d + 1] - y1 * s[d + 1]);
-        uint32_t v = bf16_pack(y0 * c[d] + x0 * s[d], y1 * c[d + 1] + x1 * s[d + 1]);
+        float u0 = x0 * c[d] - y0 * s[d], u1 = x1 * c[d + 1] - y1 * s[d + 1];
+        float v0 = y0 * c[d] + x0 * s[d], v1 = y1 * c[d + 1] + x1 * s[d + 1];
+        uint32_t u = bf16_pack(u0, u1), v = bf16_pack(v0, v1);
         lo[i] = u, hi[i] = v;
-        if (kv)
-            klo[i] = u, khi[i] = v;
+        if (!kv)
+            continue;
+        if constexpr (EB == 2)
+            ((uint32_t *)kv)[i] = u, ((uint32_t *)khi)[i] = v;
+        else
+            ((uint16_t *)kv)[i] = e4m3_pack(u0, u1), ((uint16_t *)khi)[i] = e4m3_pack(v0, v1);
     }
 }
 
+template <int EB>
+__device__ static inline void write_value(char *dst, const uint32_t *x, int i)
+{
+    if (EB == 2)
+        ((uint32_t *)dst)[i] = x[i];
+    else
+        ((uint16_t *)dst)[i] = e4m3_pack(bf16_lo(x[i]), bf16_hi(x[i]));
+}
+
 /* The token's K rows start here, one kv_head_at() apart; NULL when it writes nothing. */
+template <int EB>
 __device__ static inline char *token_rows(const struct rope_launch *p, int64_t slot)
 {
     const struct kn_rope_kv *a = &p->a;
@@ -83,9 +100,10 @@ __device__ static inline char *token_rows(const struct rope_launch *p, int64_t s
         return NULL;
     }
     return cuda_pool_block(&a->pool, a->layer, block) +
-           (slot & (a->block_tokens - 1)) * a->head_dim * 2;
+           (slot & (a->block_tokens - 1)) * a->head_dim * EB;
 }
 
+template <int EB>
 __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
     const __grid_constant__ struct rope_launch p)
 {
@@ -101,23 +119,22 @@ __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
         s[j] = sine * a->attention_factor;
     }
     __syncthreads();
-    char *rows = token_rows(&p, a->slot[tok]);
+    char *rows = token_rows<EB>(&p, a->slot[tok]);
     uint16_t *qkv = (uint16_t *)a->qkv + tok * a->ld;
-    const int64_t head_bytes = (int64_t)2 * a->block_tokens * hd * 2;
+    const int64_t head_bytes = (int64_t)2 * a->block_tokens * hd * EB;
     cuda_wait_prior();
     const int heads = a->q_heads + 2 * a->kv_heads, stride = WARPS * (int)gridDim.y;
     for (int h = (int)blockIdx.y * WARPS + warp; h < heads; h += stride) {
         uint16_t *x = qkv + h * hd;
         int kh = h - a->q_heads;
         if (kh < 0) {
-            rotate_head(a, x, a->q_norm, c, s, NULL, lane);
+            rotate_head<EB>(a, x, a->q_norm, c, s, NULL, lane);
         } else if (kh < a->kv_heads) {
-            rotate_head(a, x, a->k_norm, c, s, rows ? (uint16_t *)(rows + kh * head_bytes) : NULL,
-                        lane);
+            rotate_head<EB>(a, x, a->k_norm, c, s, rows ? rows + kh * head_bytes : NULL, lane);
         } else if (rows) {
-            uint32_t *dst = (uint32_t *)(rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2);
+            char *dst = rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2;
             for (int i = lane; i < half; i += 32)
-                dst[i] = ((const uint32_t *)x)[i];
+                write_value<EB>(dst, (const uint32_t *)x, i);
         }
     }
 }
@@ -132,8 +149,8 @@ static const char *fault_of(const struct kn_rope_kv *a)
     if (a->n > 1 && a->ld < (int64_t)(a->q_heads + 2 * a->kv_heads) * a->head_dim)
         return "row stride is shorter than a row";
     if (!cuda_pool_valid(&a->pool, a->layer) ||
-        (int64_t)cuda_kv_block_bytes(NULL, a->block_tokens, a->kv_heads, a->head_dim) >
-            a->pool.block_bytes)
+        (int64_t)cuda_kv_block_bytes(NULL, a->pool.kv, a->block_tokens, a->kv_heads,
+                                     a->head_dim) > a->pool.block_bytes)
         return "the pool's blocks are too small, or the layer is outside of it";
     if (a->dyn_len && (a->dyn_max <= 0 || a->head_dim <= 2))
         return "dynamic scaling without a limit";
@@ -159,5 +176,6 @@ extern "C" lm_status cuda_op_rope_kv(kn_stream *s, const struct kn_rope_kv *a)
         p.bt_shift++;
     int heads = a->q_heads + 2 * a->kv_heads;
     dim3 grid((unsigned)a->n, a->n > FEW ? 1 : (unsigned)LM_DIV_UP(heads, WARPS * HEADS));
-    return cuda_launch(st, "rope_kv", rope_kernel, grid, dim3(WARPS * 32), 0, p);
+    return cuda_launch(st, "rope_kv", a->pool.kv == KN_KV_E4M3 ? rope_kernel<1> : rope_kernel<2>,
+                       grid, dim3(WARPS * 32), 0, p);
 }

@@ -42,15 +42,16 @@ int64_t sim_gemm_ns(const struct sim_desc *d, double m, double n, double k, doub
     return ns(pow(pow(tm, d->gemm_norm) + pow(tc, d->gemm_norm), 1 / d->gemm_norm));
 }
 
-double sim_kv_token_bytes(const struct sim_desc *d, int kv_heads, int head_dim)
+double sim_kv_token_bytes(const struct sim_desc *d, enum kn_kv kv, int kv_heads, int head_dim)
 {
-    return 2.0 * kv_heads * head_dim * (double)kn_dtype_size(d->kv);
+    enum kn_dtype t = kv == KN_KV_E4M3 ? KN_E4M3 : d->kv;
+    return 2.0 * kv_heads * head_dim * (double)kn_dtype_size(t);
 }
 
 int64_t sim_attention_ns(const struct sim_desc *d, const struct kn_attention *a,
                          const struct sim_attention_load *l)
 {
-    double per_token = sim_kv_token_bytes(d, a->kv_heads, a->head_dim) / d->tp_world;
+    double per_token = sim_kv_token_bytes(d, a->pool.kv, a->kv_heads, a->head_dim) / d->tp_world;
     double read = (l->decode_kv + l->chunk_kv) * per_token;
     double flops = 4 * l->pairs * a->q_heads * a->head_dim / d->tp_world;
     return ns(fmax(read / (d->bandwidth_gbps * d->decode_share * 1e9),

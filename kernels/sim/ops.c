@@ -87,7 +87,7 @@ lm_status sim_op_rope_kv(kn_stream *st, const struct kn_rope_kv *a)
     if (a->n < 0 || (a->n && (!a->qkv || !a->pos || !a->slot)) || a->layer < 0 ||
         a->layer >= a->pool.n_layers)
         return sim_refuse("rope_kv", "bad argument");
-    double kv = sim_kv_token_bytes(&s->dev->d, a->kv_heads, a->head_dim) * a->n;
+    double kv = sim_kv_token_bytes(&s->dev->d, a->pool.kv, a->kv_heads, a->head_dim) * a->n;
     double qk = 2.0 * (a->q_heads + a->kv_heads) * a->head_dim * act_size(s->dev) * a->n;
     pthread_mutex_lock(&s->dev->mu);
     s->dev->count.kv_write_bytes += llround(kv);
@@ -144,7 +144,8 @@ lm_status sim_op_attention(kn_stream *st, const struct kn_attention *a)
     if (a->layer == 0)
         d->host_ns += llround(d->d.seq_us * 1000 * a->n_seqs);
     d->count.kv_read_bytes += llround((m->load.decode_kv + m->load.chunk_kv) *
-                                      sim_kv_token_bytes(&d->d, a->kv_heads, a->head_dim));
+                                      sim_kv_token_bytes(&d->d, a->pool.kv, a->kv_heads,
+                                                         a->head_dim));
     sim_enqueue(s, SIM_ATTENTION, sim_attention_ns(&d->d, a, &m->load));
     pthread_mutex_unlock(&d->mu);
     return LM_OK;

@@ -570,9 +570,10 @@ static lm_status sim_mat_restore(kn_stream *s, kn_mat *m, const void *src)
 
 /* ---- sizes ----------------------------------------------------------------------------- */
 
-static size_t sim_kv_block_bytes(kn_device *dev, int block_tokens, int kv_heads, int head_dim)
+static size_t sim_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,
+                                 int head_dim)
 {
-    double b = sim_kv_token_bytes(&dev_of(dev)->d, kv_heads, head_dim) * block_tokens;
+    double b = sim_kv_token_bytes(&dev_of(dev)->d, kv, kv_heads, head_dim) * block_tokens;
     return LM_DIV_UP((size_t)b, 16) * 16;
 }
 

@@ -64,7 +64,7 @@ struct sim_attention_load {
 };
 int64_t sim_attention_ns(const struct sim_desc *d, const struct kn_attention *a,
                          const struct sim_attention_load *l);
-double sim_kv_token_bytes(const struct sim_desc *d, int kv_heads, int head_dim);
+double sim_kv_token_bytes(const struct sim_desc *d, enum kn_kv kv, int kv_heads, int head_dim);
 
 struct sim_lora_load {
     double rank_sum, rank_tok;  /* summed over parts, each weighed by its width: element counts */

@@ -139,7 +139,8 @@ static void bench_attention(int seqs, int q, int len, int nq, int nk, int hd)
     enum { BT = 16 };
     int per = LM_DIV_UP(len, BT), width = (nq + 2 * nk) * hd, n = seqs * q;
     struct kn_pool pool = { .num_blocks = seqs * per, .n_layers = 1,
-                            .block_bytes = (int64_t)kn_kv_block_bytes(dev, BT, nk, hd) };
+                            .block_bytes = (int64_t)kn_kv_block_bytes(dev, KN_KV_NATIVE, BT,
+                                                                   nk, hd) };
     pool.base = floats((size_t)(pool.num_blocks * pool.block_bytes) / 4);
     int32_t *start = malloc((size_t)(seqs + 1) * 4), *lens = malloc((size_t)seqs * 4);
     int32_t *table = malloc((size_t)(seqs * per) * 4), *pos = malloc((size_t)n * 4);

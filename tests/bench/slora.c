@@ -378,7 +378,8 @@ static void open_world(struct world *w, const char *sim, const char *shape, cons
         die("opening", &err);
     w->host = host;
     w->device = device;
-    w->pool = (struct kn_pool){ w->pool_memory, w->cells, w->model.n_layers, 16 };
+    w->pool = (struct kn_pool){ w->pool_memory, w->cells, w->model.n_layers, 16,
+                                 KN_KV_NATIVE };
     w->item = lm_calloc((size_t)w->trace.n, sizeof *w->item);
     w->waiting = lm_calloc((size_t)w->trace.n, sizeof *w->waiting);
     w->resident = lm_calloc((size_t)w->trace.n_adapters + 1, 1);

@@ -181,6 +181,14 @@ static inline uint32_t __float_as_uint(float f)
     memcpy(&u, &f, sizeof u);
     return u;
 }
+static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s)
+{
+    uint64_t all = (uint64_t)y << 32 | x;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++)
+        r |= (uint32_t)(all >> (s >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return r;
+}
 static inline float __ldcg(const float *p) { return *p; }
 template <typename T> static inline T __ldg(const T *p) { return *p; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

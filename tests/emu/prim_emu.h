@@ -16,6 +16,11 @@ static inline uint32_t bf16_pack(float lo, float hi)
     return emu_bf16_bits(lo) | emu_bf16_bits(hi) << 16;
 }
 
+static inline uint32_t bf16_mul(uint32_t x, uint32_t y)
+{
+    return bf16_pack(bf16_lo(x) * bf16_lo(y), bf16_hi(x) * bf16_hi(y));
+}
+
 static inline float exp2_fast(float x)
 {
     return exp2f(x);

@@ -28,11 +28,12 @@ struct attn_run {
 };
 
 /* n sequences with kv positions each, of which the last n_q are queries. */
-static void run_open(struct gpu_check *c, struct attn_run *r, int n, int n_q, int kv, int q_heads,
-                     int kv_heads, int hd)
+static void run_open(struct gpu_check *c, struct attn_run *r, enum kn_kv type, int n, int n_q,
+                     int kv, int q_heads, int kv_heads, int hd)
 {
     const int bt = 16, ld = LM_DIV_UP(kv, bt), width = (q_heads + 2 * kv_heads) * hd;
-    size_t block = kn_kv_block_bytes(c->cuda, bt, kv_heads, hd), layer = block * (size_t)(n * ld);
+    size_t block = kn_kv_block_bytes(c->cuda, type, bt, kv_heads, hd);
+    size_t layer = block * (size_t)(n * ld);
     int32_t *table = malloc((size_t)(n * ld) * sizeof *table);
     int32_t *start = malloc((size_t)(n + 1) * sizeof *start), *len = malloc((size_t)n * 4);
     int32_t *pos = malloc((size_t)(n * n_q) * sizeof *pos);
@@ -54,7 +55,7 @@ static void run_open(struct gpu_check *c, struct attn_run *r, int n, int n_q, in
     r->layers = layer > ((size_t)256 << 20) ? 1 : (int)(((size_t)256 << 20) / layer) + 1;
     r->layers = LM_MIN(r->layers, 64);
     struct kn_pool pool = { .num_blocks = n * ld, .n_layers = r->layers,
-                            .block_bytes = (int64_t)block };
+                            .block_bytes = (int64_t)block, .kv = type };
     r->mem[0] = pool.base = dev_new(c, layer * (size_t)r->layers);
     r->mem[1] = dev_new(c, (size_t)n * (size_t)n_q * (size_t)width * 2);
     r->mem[2] = dev_new(c, (size_t)n * (size_t)n_q * (size_t)(q_heads * hd) * 2);
@@ -98,35 +99,38 @@ static lm_status one_rope(struct gpu_check *c, void *ctx, int i)
     return kn_op_rope_kv(c->gs, &r->r);
 }
 
-static void bench_decode(struct gpu_check *c, int n, int kv, int q_heads, int kv_heads, int hd)
+static void bench_decode(struct gpu_check *c, enum kn_kv type, int n, int kv, int q_heads,
+                         int kv_heads, int hd)
 {
     struct attn_run r;
     char name[96];
-    run_open(c, &r, n, 1, kv, q_heads, kv_heads, hd);
+    const bool fp8 = type == KN_KV_E4M3;
+    run_open(c, &r, type, n, 1, kv, q_heads, kv_heads, hd);
     double us = time_op(c, one_attention, &r, LM_MAX(10, r.layers));
-    double bytes = 4.0 * n * kv * kv_heads * hd;
-    snprintf(name, sizeof name, "attention decode, %d x kv %d, %d/%d heads of %d", n, kv, q_heads,
-             kv_heads, hd);
+    double bytes = (fp8 ? 2.0 : 4.0) * n * kv * kv_heads * hd;
+    snprintf(name, sizeof name, "attention decode%s, %d x kv %d, %d/%d heads of %d",
+             fp8 ? " in E4M3" : "", n, kv, q_heads, kv_heads, hd);
     figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.3f", bytes / 1e6,
            bytes / us / 1e3, bytes / us / 1e3 / c->gbps);
     double rope = time_op(c, one_rope, &r, 20);
-    snprintf(name, sizeof name, "rope_kv, %d tokens, %d/%d heads of %d", n, q_heads, kv_heads, hd);
+    snprintf(name, sizeof name, "rope_kv%s, %d tokens, %d/%d heads of %d", fp8 ? " in E4M3" : "", n,
+             q_heads, kv_heads, hd);
     figure(c, name, rope, "us", "\"gbps\": %.0f",
-           (2.0 * q_heads + 5.0 * kv_heads) * 2 * n * hd / rope / 1e3);
+           (2.0 * q_heads + (fp8 ? 4.0 : 5.0) * kv_heads) * 2 * n * hd / rope / 1e3);
     run_close(c, &r);
 }
 
-static void bench_prefill(struct gpu_check *c, int n, int n_q, int kv, int q_heads, int kv_heads,
-                          int hd)
+static void bench_prefill(struct gpu_check *c, enum kn_kv type, int n, int n_q, int kv, int q_heads,
+                          int kv_heads, int hd)
 {
     struct attn_run r;
     char name[96];
-    run_open(c, &r, n, n_q, kv, q_heads, kv_heads, hd);
+    run_open(c, &r, type, n, n_q, kv, q_heads, kv_heads, hd);
     double us = time_op(c, one_attention, &r, 4);
     double pairs = (double)n * n_q * (kv - n_q + (n_q + 1) / 2.0);
     double flops = 4.0 * pairs * q_heads * hd;
-    snprintf(name, sizeof name, "attention prefill, %d x %d of %d, %d/%d heads of %d", n, n_q, kv,
-             q_heads, kv_heads, hd);
+    snprintf(name, sizeof name, "attention prefill%s, %d x %d of %d, %d/%d heads of %d",
+             type == KN_KV_E4M3 ? " in E4M3" : "", n, n_q, kv, q_heads, kv_heads, hd);
     figure(c, name, us, "us", "\"tflops\": %.1f, \"share\": %.3f", flops / us / 1e6,
            flops / us / 1e6 / c->tflops);
     run_close(c, &r);
@@ -135,23 +139,29 @@ static void bench_prefill(struct gpu_check *c, int n, int n_q, int kv, int q_hea
 void bench_attention(struct gpu_check *c)
 {
     /* llama-2-7b, llama-3.1-8b, qwen2.5-7b and others; n x kv. */
-    bench_decode(c, 1, 512, 32, 32, 128);
-    bench_decode(c, 1, 8192, 32, 8, 128);
-    bench_decode(c, 8, 1024, 32, 8, 128);
-    bench_decode(c, 32, 512, 32, 8, 128);
-    bench_decode(c, 32, 1024, 32, 32, 128);
-    bench_decode(c, 256, 160, 32, 32, 128);
-    bench_decode(c, 256, 512, 32, 32, 128);
-    bench_decode(c, 256, 512, 32, 8, 128);
-    bench_decode(c, 64, 4096, 32, 8, 128);
-    bench_decode(c, 2, 65536, 32, 8, 128);
-    bench_decode(c, 128, 1024, 28, 4, 128);
-    bench_decode(c, 128, 1024, 32, 8, 64);
-    bench_prefill(c, 1, 2048, 2048, 32, 32, 128);
-    bench_prefill(c, 1, 2048, 2048, 32, 8, 128);
-    bench_prefill(c, 1, 8192, 8192, 32, 8, 128);
-    bench_prefill(c, 32, 256, 256, 32, 32, 128);
-    bench_prefill(c, 32, 256, 256, 32, 8, 128);
-    bench_prefill(c, 1, 2048, 16384, 32, 8, 128);
-    bench_prefill(c, 4, 2048, 2048, 32, 8, 64);
+    bench_decode(c, KN_KV_NATIVE, 1, 512, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 1, 8192, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 8, 1024, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 32, 512, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 32, 1024, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 160, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 512, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 512, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 64, 4096, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 2, 65536, 32, 8, 128);
+    bench_decode(c, KN_KV_NATIVE, 128, 1024, 28, 4, 128);
+    bench_decode(c, KN_KV_NATIVE, 128, 1024, 32, 8, 64);
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 32, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 8192, 8192, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 32, 128);
+    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 16384, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 4, 2048, 2048, 32, 8, 64);
+    bench_decode(c, KN_KV_E4M3, 256, 512, 32, 32, 128);
+    bench_decode(c, KN_KV_E4M3, 256, 512, 32, 8, 128);
+    bench_decode(c, KN_KV_E4M3, 32, 512, 32, 8, 128);
+    bench_decode(c, KN_KV_E4M3, 128, 1024, 32, 8, 64);
+    bench_prefill(c, KN_KV_E4M3, 1, 2048, 2048, 32, 8, 128);
+    bench_prefill(c, KN_KV_E4M3, 4, 2048, 2048, 32, 8, 64);
 }

@@ -28,6 +28,7 @@
 #define MEDIAN_LIMIT 5e-3
 #define LARGEST_RATIO 1.5       /* of transformers' largest bf16 error */
 #define AGREEMENT_LIMIT 0.99
+#define FP8_TO_BF16 16          /* E4M3 has four bits of mantissa fewer, see test_golden.c */
 #define MAX_CASES 512
 
 struct golden_case {
@@ -45,7 +46,7 @@ struct suite {
     int n;
     float *error;               /* of every scored token */
     int n_errors, room, agreed, greedy;
-    bool trained;
+    bool trained, fp8;          /* fp8: the KV cache in E4M3 */
     float *base;                /* of the base model's among them */
     int n_base, base_agreed, base_greedy;
 };
@@ -240,15 +241,21 @@ static void judge(struct suite *s)
     double agreement = s->greedy ? (double)s->agreed / s->greedy : 0;
     struct peer p = peer_of(s->name);
     char name[128];
-    if (s->trained) {
+    if (s->fp8) {
+        double off = at(s->base, s->n_base, 0.5);
+        check_that(s->c, off <= FP8_TO_BF16 * p.median,
+                   "%s, KV cache in E4M3: base, median error %.2g, transformers' in bf16 %.2g",
+                   s->name, off, p.median);
+    } else if (s->trained) {
         check_that(s->c, median <= MEDIAN_LIMIT, "%s: median log-probability error %.2g", s->name,
                    median);
         check_that(s->c, agreement >= AGREEMENT_LIMIT,
                    "%s: teacher-forced greedy agreement %.2f %%", s->name, 100 * agreement);
     }
-    if (p.largest > 0)
+    if (p.largest > 0 && !s->fp8)
         judge_base(s, &p);
-    snprintf(name, sizeof name, "golden %s: largest error", s->name);
+    snprintf(name, sizeof name, "golden %s%s: largest error", s->name,
+             s->fp8 ? ", KV cache in E4M3" : "");
     figure(s->c, name, largest, "nats", "\"median\": %.3g, \"agreement\": %.4f, \"base\": %.3g, "
            "\"base_median\": %.3g, \"peer_base\": %.3g, \"peer_median\": %.3g", median, agreement,
            at(s->base, s->n_base, 1), at(s->base, s->n_base, 0.5), p.largest, p.median);
@@ -273,7 +280,7 @@ static void link_files(const char *from, const char *to, const char *only)
 }
 
 static void run_suite(struct gpu_check *c, const char *name, const char *model,
-                      const char *adapters, const char *golden, bool trained)
+                      const char *adapters, const char *golden, bool trained, bool fp8)
 {
     struct suite *s = calloc(1, sizeof *s);
     struct lm_err err = { 0 };
@@ -281,12 +288,14 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
     s->c = c;
     s->name = name;
     s->trained = trained;
+    s->fp8 = fp8;
     if (!mkdtemp(dir) || !read_cases(s, golden))
         return;
     link_files(model, dir, NULL);
     link_files("tests/models/spm-tiny", dir, "tokenizer");
     struct engine_config cfg = { .model_dir = dir, .backend = c->cuda ? "cuda" : "cpu",
-                                 .max_waiting = MAX_CASES, .pool_bytes = (size_t)256 << 20 };
+                                 .max_waiting = MAX_CASES, .pool_bytes = (size_t)256 << 20,
+                                 .kv = fp8 ? ENGINE_KV_FP8 : ENGINE_KV_AUTO };
     if (engine_open(&cfg, &s->e, &err) != LM_OK) {
         check_that(c, false, "%s: %s", name, err.msg);
     } else {
@@ -315,7 +324,7 @@ void check_golden(struct gpu_check *c)
         snprintf(adapters, sizeof adapters, "tests/fixtures/families/%s/adapters", families[i]);
         snprintf(golden, sizeof golden, "tests/fixtures/families/%s/golden.safetensors",
                  families[i]);
-        run_suite(c, families[i], model, adapters, golden, false);
+        run_suite(c, families[i], model, adapters, golden, false, false);
     }
     if (pooled.tokens > 0)
         check_that(c, pooled.agreed >= pooled.peer_agreed,
@@ -326,6 +335,7 @@ void check_golden(struct gpu_check *c)
         snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
         snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);
         snprintf(golden, sizeof golden, "tests/golden/%s.safetensors", shipped[i]);
-        run_suite(c, shipped[i], model, adapters, golden, true);
+        run_suite(c, shipped[i], model, adapters, golden, true, false);
+        run_suite(c, shipped[i], model, adapters, golden, true, true);
     }
 }

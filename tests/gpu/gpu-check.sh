@@ -104,13 +104,14 @@ decode() {
     return $st
 }
 
-# trace SHAPE ADAPTERS RANKS: 1,000 requests at once, 256 running.
+# trace SHAPE ADAPTERS RANKS [KV]: 1,000 requests at once, 256 running.
 trace() {
     local file=$RESULTS/trace-$2-$3.csv
     python3 tests/gpu/make_trace.py "$2" "$3" > "$file" || return 1
-    bench 120 "trace $1, $2 adapters of rank $3" --shape "ops/shapes/$1.json" --trace "$file" \
+    bench 120 "trace $1, $2 adapters of rank $3${4:+, KV cache in $4}" \
+        --shape "ops/shapes/$1.json" --trace "$file" \
         --max-seqs 256 --max-step-tokens 4096 --no-prefix-cache --json \
-        --host-adapter-bytes 30000000000
+        --host-adapter-bytes 30000000000 --kv-dtype "${4:-auto}"
 }
 
 traces() {
@@ -122,6 +123,7 @@ traces() {
     trace llama-3.1-8b 0 8 || st=1
     trace llama-3.1-8b 32 8 || st=1
     trace llama-3.1-8b 100 8 || st=1
+    trace llama-2-7b 0 8 fp8 || st=1
     return $st
 }
 

@@ -2,7 +2,7 @@
 /*
  * Rotary embedding with the write of K and V, then paged attention, against a reference that keeps
  * its own plain K and V and knows nothing of blocks. The pool starts full of NaN, so a read of
- * anything that was not written shows.
+ * anything that was not written shows. With K and V in E4M3 the reference rounds what it keeps.
  */
 #include "tests/unit/test_kernels_util.h"
 
@@ -12,6 +12,8 @@ struct shape {
 };
 
 #define MAX_SEQS 40
+
+static enum kn_kv kv;           /* of the worlds that are opened */
 
 /* A growing set of sequences and what the reference remembers of them. */
 struct world {
@@ -34,8 +36,8 @@ static void world_open(struct world *w, struct env *e, struct shape h, int n_seq
     w->max_len = max_len;
     w->table_ld = LM_DIV_UP(max_len, h.bt) + 2;
     int blocks = n_seqs * w->table_ld + 5;
-    w->pool = (struct kn_pool){ .num_blocks = blocks, .n_layers = LAYERS };
-    w->pool.block_bytes = (int64_t)kn_kv_block_bytes(e->dev, h.bt, h.kv_heads, h.hd) + 64;
+    w->pool = (struct kn_pool){ .num_blocks = blocks, .n_layers = LAYERS, .kv = kv };
+    w->pool.block_bytes = (int64_t)kn_kv_block_bytes(e->dev, kv, h.bt, h.kv_heads, h.hd) + 64;
     size_t bytes = (size_t)(LAYERS * blocks * w->pool.block_bytes);
     w->pool.base = dev_alloc(e, bytes);
     memset(w->pool.base, 0xff, bytes);
@@ -69,6 +71,21 @@ static void world_close(struct world *w)
 }
 
 /* ---- references ------------------------------------------------------------------------ */
+
+/* The nearest number of the format, ties to the even one. */
+static double ref_e4m3(double x)
+{
+    int e;
+    (void)frexp(fabs(x), &e);
+    double unit = ldexp(1, LM_MAX(e - 1, -6) - 3);
+    return copysign(fmin(nearbyint(fabs(x) / unit) * unit, 448), x);
+}
+
+static void remember(const struct world *w, float *dst, const float *src)
+{
+    for (int i = 0; i < w->h.kv_heads * w->h.hd; i++)
+        dst[i] = kv == KN_KV_E4M3 ? (float)ref_e4m3((double)src[i]) : src[i];
+}
 
 static void ref_rotate(const struct world *w, double *x, const float *src, int pos,
                        const float *norm)
@@ -197,9 +214,8 @@ static void check_rope(struct world *w, const struct step *st)
                     near(h < nq ? "rope q" : "rope k", t, h * hd + d, got[h * hd + d], x[d], 4,
                          1e-6);
             }
-            memcpy(w->k[s] + pos * nk * hd, got + nq * hd, (size_t)(nk * hd) * sizeof(float));
-            memcpy(w->v[s] + pos * nk * hd, raw + (nq + nk) * hd,
-                   (size_t)(nk * hd) * sizeof(float));
+            remember(w, w->k[s] + pos * nk * hd, got + nq * hd);
+            remember(w, w->v[s] + pos * nk * hd, raw + (nq + nk) * hd);
         }
 }
 
@@ -309,6 +325,59 @@ static void long_decode(void **state)
     each_env(long_decode_env);
 }
 
+static void fp8(void **state)
+{
+    (void)state;
+    kv = KN_KV_E4M3;
+    each_env(shapes_env);
+    each_env(boundaries_env);
+    each_env(long_decode_env);
+    kv = KN_KV_NATIVE;
+}
+
+/* Every code of E4M3 both ways, what lies between two of them, and what is too large. */
+static void e4m3(void **state)
+{
+    (void)state;
+    for (int isa = 0; isa < CPU_ISA_COUNT; isa++) {
+        if (!cpu_isa_runs((enum cpu_isa)isa))
+            continue;
+        const struct cpu_vec *const all[] = { &cpu_vec_generic, &cpu_vec_avx2, &cpu_vec_avx512 };
+        uint8_t code[2 * 131];
+        float got[256];
+        for (int i = 0; i < 256; i++)
+            code[i % 128 + i / 128 * 131] = (uint8_t)i;
+        for (int n = 1; n <= 128; n++) {
+            all[isa]->widen_e4m3(got, code, 131, 2, n);
+            for (int r = 0; r < 2; r++)
+                for (int i = 0; i < n; i++) {
+                    int m = i % 8, e = i / 8;
+                    double want = e ? ldexp(8 + m, e - 10) : ldexp(m, -9);
+                    if (i == 127)
+                        assert_true(isnan(got[r * n + i]));
+                    else
+                        assert_true((double)got[r * n + i] == (r ? -want : want));
+                }
+        }
+    }
+    for (int i = 0; i < 126; i++) {
+        double a = i / 8 ? ldexp(8 + i % 8, i / 8 - 10) : ldexp(i % 8, -9);
+        double b = (i + 1) / 8 ? ldexp(8 + (i + 1) % 8, (i + 1) / 8 - 10) : ldexp(i + 1, -9);
+        float mid = (float)((a + b) / 2);
+        assert_int_equal(cpu_f32_to_e4m3((float)a), i);
+        assert_int_equal(cpu_f32_to_e4m3((float)-a), i | 0x80);
+        assert_int_equal(cpu_f32_to_e4m3(nextafterf(mid, 0)), i);
+        assert_int_equal(cpu_f32_to_e4m3(mid), i + (i & 1));
+        assert_int_equal(cpu_f32_to_e4m3(nextafterf(mid, 500)), i + 1);
+    }
+    static const float large[] = { 448, 449, 463.9f, 464, 480, 1e9f, INFINITY };
+    for (size_t i = 0; i < LM_COUNT(large); i++) {
+        assert_int_equal(cpu_f32_to_e4m3(large[i]), 0x7e);
+        assert_int_equal(cpu_f32_to_e4m3(-large[i]), 0xfe);
+    }
+    assert_int_equal(cpu_f32_to_e4m3(NAN) & 0x7f, 0x7f);
+}
+
 static void dynamic_ntk_env(struct env *e)
 {
     enum { HD = 32, N = 3 };
@@ -387,6 +456,8 @@ int main(void)
         cmocka_unit_test(shapes),
         cmocka_unit_test(boundaries),
         cmocka_unit_test(long_decode),
+        cmocka_unit_test(fp8),
+        cmocka_unit_test(e4m3),
         cmocka_unit_test(dynamic_ntk),
         cmocka_unit_test(refusals),
     };

@@ -389,6 +389,12 @@ static void test_attention_reads_lengths(void **state)
     a.window = 200;             /* the window hides what is further away */
     assert_int_equal(kn_op_attention(w.a, &a), LM_OK);
     assert_int_equal(counters(&w).kv_read_bytes, (1700 + 200 + 200 + 200) * 2000);
+    a.layer = 0, a.window = 0, a.pool.kv = KN_KV_E4M3;
+    uint64_t before = counters(&w).kv_read_bytes;
+    assert_int_equal(kn_op_attention(w.a, &a), LM_OK);
+    assert_int_equal(counters(&w).kv_read_bytes - before, 1700 * 1000);
+    assert_int_equal(kn_kv_block_bytes(w.dev, KN_KV_NATIVE, 16, 5, 100), 16 * 2000);
+    assert_int_equal(kn_kv_block_bytes(w.dev, KN_KV_E4M3, 16, 5, 100), 16 * 1000);
     a.layer = 2;
     assert_int_equal(kn_op_attention(w.a, &a), LM_INVALID);
     close_world(&w);

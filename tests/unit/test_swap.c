@@ -61,7 +61,7 @@ static void bed_open(int slots)
     CHECK(kn_stream_new(bed.dev, &bed.compute, err));
     CHECK(kn_event_new(bed.dev, &bed.step, err));
     CHECK(kn_alloc(bed.dev, (size_t)LAYERS * BLOCKS * BLOCK_BYTES, &base, err));
-    bed.pool = (struct kn_pool){ base, BLOCKS, LAYERS, BLOCK_BYTES };
+    bed.pool = (struct kn_pool){ base, BLOCKS, LAYERS, BLOCK_BYTES, KN_KV_NATIVE };
     CHECK(swap_init(&bed.swap, bed.dev, bed.copy, &bed.pool,
                     (size_t)slots * LAYERS * BLOCK_BYTES + 1, err));
     assert_int_equal(bed.swap.n_slots, slots);

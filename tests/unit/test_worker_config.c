@@ -87,6 +87,7 @@ static void test_defaults(void **state)
     assert_int_equal(cfg.engine_swap_bytes, p.swap_bytes);
     assert_int_equal(p.preempt, ENGINE_PREEMPT_CHEAPER);
     assert_string_equal(cfg.engine_preempt, "cheaper");
+    assert_string_equal(cfg.kv_dtype, "auto");
     minimal();
     assert_int_equal(config_check(&cfg, &err), LM_OK);
 }
