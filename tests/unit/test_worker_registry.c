@@ -301,7 +301,7 @@ static void schemas_are_asked_for_once(void **state)
     (void)state;
     registry *r = open_url(server.url, NULL, 1000);
     schema_cache *c = schema_cache_new(r);
-    const struct avro_plan *p = NULL, *again = NULL;
+    struct avro_plan *p = NULL, *again = NULL;
     struct lm_err err = { 0 };
     struct schema_key key = { .id = 7 };
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
@@ -339,7 +339,7 @@ static void strangers_do_not_push_out_friends(void **state)
     (void)state;
     registry *r = open_url(server.url, NULL, 1000);
     schema_cache *c = schema_cache_new(r);
-    const struct avro_plan *p = NULL;
+    struct avro_plan *p = NULL;
     struct lm_err err = { 0 };
     struct schema_key key = { .id = 1 };
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
