@@ -38,13 +38,12 @@
 #include <time.h>
 
 #include "worker/producer_int.h"
+#include "worker/watchdog.h"
 
 enum {
     CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
-                                 * heed it: send_offsets() waits for socket.timeout.ms */
+                                 * heed it: send_offsets() may take several times as long */
     IDLE_MS = 100,
-    SLEPT_MS = 3000,            /* so much later than it should be: this process was stopped */
-    SLEPT_MEMORY_MS = 60000,
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
@@ -61,7 +60,7 @@ struct tx {
     bool initialised;
     int failures;               /* in a row */
     int64_t since_us;           /* the oldest in `ready` */
-    int64_t not_before_us, next_idle_us, begun_us, beat_us, slept_us, rebuilt_us;
+    int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
 };
 
 /* ---- ready ------------------------------------------------------------------------------ */
@@ -140,15 +139,6 @@ static int call_ms(const struct tx *t)
     return (int)LM_MAX(0, LM_MIN(left, CALL_MS));
 }
 
-/* Since the last beat, no more than `allowed_ms` should have passed. */
-static void beat(struct tx *t, int64_t allowed_ms)
-{
-    int64_t now = lm_now_us();
-    if (t->beat_us && now - t->beat_us > (allowed_ms + SLEPT_MS) * 1000)
-        t->slept_us = now;
-    t->beat_us = now;
-}
-
 typedef rd_kafka_error_t *call(struct tx *t);
 
 static rd_kafka_error_t *init(struct tx *t)
@@ -176,9 +166,7 @@ static rd_kafka_error_t *abort_it(struct tx *t)
 static rd_kafka_error_t *persist(struct tx *t, call *make)
 {
     for (;;) {
-        beat(t, CALL_MS);
         rd_kafka_error_t *e = make(t);
-        beat(t, CALL_MS);
         if (!e || !rd_kafka_error_is_retriable(e) || !call_ms(t))
             return e;
         lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
@@ -244,7 +232,7 @@ static enum fate fatal_fate(struct tx *t, const char *text)
     rd_kafka_resp_err_t e = rd_kafka_fatal_error(t->p->rk, why, sizeof why);
     int64_t now = lm_now_us();
     bool overdue = now - t->begun_us >= t->p->transaction_timeout_ms * 1000;
-    bool slept = t->slept_us && now - t->slept_us < SLEPT_MEMORY_MS * 1000;
+    bool slept = watchdog_slept(t->w);
     if (!is_fenced(e) || (overdue && !slept)) {
         lm_log(LM_WARN, "producer", "transaction: %s; a new producer finds out", text);
         return UNKNOWN;
@@ -294,7 +282,6 @@ static bool produce(struct tx *t)
 static enum fate run(struct tx *t)
 {
     t->begun_us = lm_now_us();
-    beat(t, IDLE_MS);
     rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
     if (e)
         return undo(t, e);
@@ -319,9 +306,7 @@ static enum fate find_out(struct tx *t)
         return HOPELESS;
     }
     do {
-        beat(t, CALL_MS);
         st = consumer_holds(t->w->consumer, &t->stage, &holds);
-        beat(t, CALL_MS);
     } while (st && !last_call(t));
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
@@ -518,7 +503,6 @@ void *transaction_main(void *arg)
     while (going && !atomic_load(&p->end)) {
         bool started = atomic_load(&t.w->started);
         int64_t now = lm_now_us(), due = started ? until_due(&t, now) : IDLE_MS * 1000;
-        beat(&t, IDLE_MS);
         rd_kafka_poll(p->rk, 0);
         gather(&t, (int)LM_MAX(0, LM_MIN((due + 999) / 1000,
                                          job_list_wait_ms(&p->later, now, IDLE_MS))));

@@ -13,7 +13,7 @@
 #include "worker/journal.h"
 #include "worker/log.h"
 
-enum { TICK_MS = 100, CLOSING_LEAST_MS = 2000 };
+enum { TICK_MS = 100, CLOSING_LEAST_MS = 2000, SLEPT_MS = 3000, SLEPT_MEMORY_MS = 60000 };
 
 enum phase { NONE, STARTING, DRAINING, RELEASING, CLOSING };
 
@@ -68,9 +68,27 @@ _Noreturn static void end_hung(watchdog *d, const char *what, int64_t ms)
     _exit(1);
 }
 
+/* In this order: who finds the pulse fresh finds the sleep noted. */
+static void take_pulse(struct worker *w)
+{
+    int64_t now = lm_now_us(), before = atomic_load(&w->pulse_us);
+    if (before && now - before > (int64_t)SLEPT_MS * 1000)
+        atomic_store(&w->slept_us, now);
+    atomic_store(&w->pulse_us, now);
+}
+
+bool watchdog_slept(struct worker *w)
+{
+    int64_t now = lm_now_us(), pulse = atomic_load(&w->pulse_us);
+    int64_t slept = atomic_load(&w->slept_us);
+    return (pulse && now - pulse > (int64_t)SLEPT_MS * 1000) ||
+           (slept && now - slept < (int64_t)SLEPT_MEMORY_MS * 1000);
+}
+
 static void look(watchdog *d)
 {
     int64_t limit = d->w->cfg->hang_timeout_ms;
+    take_pulse(d->w);
     if (!limit || d->phase == STARTING || d->phase == CLOSING || !d->w->engine)
         return;
     if (engine_stuck_us(d) >= limit * 1000)

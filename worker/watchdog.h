@@ -25,7 +25,10 @@
  * and end the process with status 1. A process that ends in order removes its journal, whoever ends
  * it.
  *
- * Threads: the functions are the main thread's.
+ * It also knows whether this process was stopped (SIGSTOP, a frozen machine): the thread that looks
+ * every 100 ms then looked late. No other thread can tell, for they wait for brokers.
+ *
+ * Threads: the functions are the main thread's, except watchdog_slept().
  */
 #ifndef LORAMILL_WORKER_WATCHDOG_H
 #define LORAMILL_WORKER_WATCHDOG_H
@@ -56,5 +59,8 @@ void watchdog_closing(watchdog *d);             /* CLOSING: nothing looks at the
 
 /* Has the engine, or intake inside it, hung? Then this does not return. */
 void watchdog_look(watchdog *d);
+
+/* Was this process stopped for some seconds, within the last minute? Any thread. */
+bool watchdog_slept(struct worker *w);
 
 #endif

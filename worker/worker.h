@@ -70,6 +70,7 @@ struct worker {
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
     atomic_llong consumer_beat_us, outbox_beat_us, intake_beat_us;
+    atomic_llong pulse_us, slept_us;    /* watchdog_slept()'s */
 };
 
 /* Runs until a signal or a failure. Returns the process's exit status. */
