@@ -11,7 +11,7 @@
 #include "worker/consumer_int.h"
 
 
-enum { COMMIT_WAIT_MS = 5000 };
+enum { COMMIT_WAIT_MS = 5000, COMMIT_LEAST_MS = 500 };
 
 /* The group has moved on without us; the rebalance that follows says what is ours. */
 static bool is_stale_member(rd_kafka_resp_err_t e)
@@ -72,9 +72,15 @@ void commit_serve(consumer *c, int timeout_ms)
     rd_kafka_queue_poll_callback(c->commit_queue, timeout_ms);
 }
 
+/* When the worker ends, all commits together have COMMIT_WAIT_MS after the drain, and one that
+ * comes late, because this thread was held up, still a moment. */
 static void wait_for_commit(consumer *c)
 {
-    int64_t end = lm_now_us() + (int64_t)COMMIT_WAIT_MS * 1000;
+    int64_t now = lm_now_us(), from = now;
+    if (atomic_load(&c->w->cancelling))
+        from = LM_MIN(from, atomic_load(&c->w->drain_end_us));
+    int64_t end = LM_MAX(from + (int64_t)COMMIT_WAIT_MS * 1000,
+                         now + (int64_t)COMMIT_LEAST_MS * 1000);
     while (c->committing && lm_now_us() < end) {
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
         commit_serve(c, 100);
