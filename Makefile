@@ -76,9 +76,9 @@ SANWARN  := $(if $(SANITIZE),-Wno-format-truncation -Wno-maybe-uninitialized)
 # $(shell) does not see exported variables before GNU make 4.4.
 # Another librdkafka: RDKAFKA=its prefix, with a BUILD of its own.
 RDKAFKA ?= $(DEPS)/librdkafka
-PKG_CONFIG ?= PKG_CONFIG_PATH='$(RDKAFKA)/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
+PKG_CONFIG ?= PKG_CONFIG_PATH='$(RDKAFKA)/lib/pkgconfig:$(DEPS)/yyjson/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
 LIBS_LOW  := jansson libpcre2-8 openblas libcrypto
-LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd)
+LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd yyjson)
 
 CC      ?= gcc
 ifeq ($(origin CC),default)

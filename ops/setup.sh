@@ -26,6 +26,9 @@ LIBRDKAFKA_OLD="
 2.0.2 node-rdkafka@2.15.0 2766852839ffef5fcbc2cdedaa301a546e51928ef6f427709ddb4ed164b1afd5
 2.6.1 @confluentinc/kafka-javascript@1.0.0 d939368fe4c745a7447c8970acbe85457c58c12e8aebccb7d0ac4c783d0fb052
 2.12.1 @confluentinc/kafka-javascript@1.7.0 aad94f601f7457b99cc76ffcc123250f6fa92d7c2166dc65216a648a04590ca4"
+YYJSON_MIN=0.10
+YYJSON_PACKAGE=yyjson==4.0.6            # holds the two files of yyjson 0.10.0
+YYJSON_SHA256=fcd4dc15c1e39a30bf9fa85d56903029111506860fc3080ab0d81c6c6dacaa8c
 KAFKA=4.3.1
 KAFKA_OLD="2.8.2 3.9.2"
 APICURIO=2.6.13.Final
@@ -109,10 +112,41 @@ build_librdkafka() {            # PREFIX PACKAGE SHA256
 # What npm packages need to become a library.
 have_build_tools() { have npm npm; have g++ g++; have python3 python3; }
 
+yyjson_fine() {
+    PKG_CONFIG_PATH=$DEPS/yyjson/lib/pkgconfig:${PKG_CONFIG_PATH:-} \
+        pkg-config --atleast-version=$YYJSON_MIN yyjson
+}
+
+build_yyjson() {
+    local work=$DEPS/tmp/yyjson.$$ prefix=$DEPS/yyjson
+    rm -rf "$work"; mkdir -p "$work/stage/include" "$work/stage/lib/pkgconfig"; cd "$work"
+    python3 -m venv pip
+    pip/bin/pip download -q --disable-pip-version-check --no-deps --no-binary :all: "$YYJSON_PACKAGE"
+    echo "$YYJSON_SHA256  $(ls ./*.tar.gz)" | sha256sum -c -
+    tar xzf ./*.tar.gz --strip-components=1
+    gcc -O2 -fPIC -c yyjson/yyjson.c
+    ar rcs stage/lib/libyyjson.a yyjson.o
+    cp yyjson/yyjson.h stage/include/       # the licence stands atop
+    cat > stage/lib/pkgconfig/yyjson.pc <<P
+Name: yyjson
+Description: JSON
+Version: 0.10.0
+Cflags: -I$prefix/include
+Libs: -L$prefix/lib -lyyjson
+P
+    rm -rf "$prefix"; mv stage "$prefix"
+    rm -rf "$work"
+}
+
 part_build() {
     apt ca-certificates gcc libc6-dev make pkg-config libavro-dev libcurl4-openssl-dev \
         libjansson-dev libpcre2-dev libopenblas-dev libutf8proc-dev libmicrohttpd-dev \
         libxxhash-dev libssl-dev liblz4-dev libzstd-dev zlib1g-dev jq
+    if ! yyjson_fine; then
+        python3 -c 'import ensurepip' 2> /dev/null || apt python3-venv
+        say "yyjson: $YYJSON_MIN or newer is needed; building it below $DEPS"
+        quietly "yyjson" build_yyjson
+    fi
     rdkafka_fine && return
     have_build_tools
     say "librdkafka: the system has $(pkg-config --modversion rdkafka 2>/dev/null || echo none)," \

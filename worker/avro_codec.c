@@ -18,7 +18,7 @@
 #include <string.h>
 
 #include "worker/avro_path.h"
-#include "worker/json_field.h"
+#include "worker/json_tree.h"
 
 struct walk {
     struct avro_path path;

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "worker/json_completion.h"
+#include "worker/json_tree.h"
 
 static const char id_prefix[] = "batch_req_";
 
@@ -158,11 +158,11 @@ static lm_status write_all(const batch_output *o, const char *text, size_t len,
 
 lm_status batch_output_write(batch_output *o, json_t *line, struct lm_err *err)
 {
-    char *text = line ? completion_dump(line) : NULL;
+    size_t len = 0;
+    char *text = line ? json_print(line, &len) : NULL;
     json_decref(line);
     if (!text)
         return lm_err_set(err, LM_NOMEM, "no memory for a result line");
-    size_t len = strlen(text);
     text[len] = '\n';           /* in the place of the NUL: one write for the whole line */
     lm_status st = write_all(o, text, len + 1, err);
     free(text);

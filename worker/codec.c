@@ -23,6 +23,7 @@
 #include "worker/avro_codec.h"
 #include "worker/json_completion.h"
 #include "worker/json_prompt.h"
+#include "worker/json_tree.h"
 #include "worker/schema_cache.h"
 #include "worker/schema_text.h"
 
@@ -327,9 +328,8 @@ lm_status codec_encode_completion(codec *c, const struct completion *done, enum 
     json_t *root = completion_json(done);
     if (root && enc == ENCODING_AVRO) {
         st = encode_avro(c, root, out, len, err);
-    } else if (root && (text = completion_dump(root))) {
+    } else if (root && (text = json_print(root, len))) {
         *out = text;
-        *len = strlen(text);
     } else {
         st = lm_err_set(err, LM_NOMEM, "out of memory writing the reply to %s", done->prompt->id);
     }

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/json_field.h"
+#include "worker/json_tree.h"
 
 /* A log-probability of minus infinity has no JSON; vLLM sends this number, so clients know it. */
 #define LOGPROB_FLOOR (-9999.0)
@@ -238,9 +238,4 @@ json_t *completion_json(const struct completion *done)
         return NULL;
     }
     return o;
-}
-
-char *completion_dump(const json_t *root)
-{
-    return json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(9));
 }

@@ -23,8 +23,6 @@ json_t *completion_json(const struct completion *done);
  * characters (code points), not bytes; a piece that is not UTF-8 reads "bytes:\xe2\x80". */
 json_t *completion_logprobs_json(const struct engine_choice *choice);
 
-/* Compact text, malloc'ed; floats survive a round trip. */
-char *completion_dump(const json_t *root);
 
 /* A token's piece as a string value, in the form described above. */
 json_t *completion_piece_json(const char *piece, size_t len);

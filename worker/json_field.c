@@ -1,11 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * json_field.c - typed, strict reading of JSON objects; see json_field.h.
- *
- * jansson is safe on hostile text, but it builds the whole tree before we see it: a 16 MiB message
- * of "0,0,0,..." would become some 400 MB. So a one-pass scan counts brackets and commas outside
- * strings first and refuses what is too deep or has too many values; it needs no grammar, since
- * whatever it counts wrong is refused by jansson afterwards.
  */
 #include "worker/json_field.h"
 
@@ -13,89 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, SHOWN_BYTES = 48, HINT_DISTANCE = 2 };
-
-/* ---- parsing --------------------------------------------------------------------------- */
-
-static lm_status scan_caps(const char *text, size_t len, struct lm_err *err)
-{
-    size_t depth = 0, values = 1;
-    bool in_string = false;
-    for (size_t i = 0; i < len; i++) {
-        char c = text[i];
-        if (in_string) {
-            if (c == '\\')
-                i++;
-            else if (c == '"')
-                in_string = false;
-        } else if (c == '"') {
-            in_string = true;
-        } else if (c == '{' || c == '[') {
-            values++;
-            if (++depth > MAX_DEPTH)
-                return lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels",
-                                  MAX_DEPTH);
-        } else if (c == '}' || c == ']') {
-            depth -= depth > 0;
-        } else if (c == ',') {
-            values++;
-        }
-        if (values > MAX_VALUES)
-            return lm_err_set(err, LM_TOO_LARGE, "JSON has more than %d values", MAX_VALUES);
-    }
-    return LM_OK;
-}
-
-/* Jansson ends with what it read last ("near 'some words'"), which may be a prompt's text: that
- * belongs in no log. Line and column say as much; a key that is there twice is named. */
-static int before_excerpt(const json_error_t *je)
-{
-    const char *near = strstr(je->text, " near '");
-    return near && json_error_code(je) != json_error_duplicate_key ? (int)(near - je->text)
-                                                                   : (int)strlen(je->text);
-}
-
-lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
-{
-    lm_status st = scan_caps(text, len, err);
-    if (st)
-        return st;
-    json_error_t je;
-    json_t *root = json_loadb(text, len, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL |
-                              JSON_DECODE_ANY, &je);
-    if (!root) {
-        if (json_error_code(&je) == json_error_out_of_memory)
-            return lm_err_set(err, LM_NOMEM, "out of memory reading JSON of %zu bytes", len);
-        return lm_err_set(err, LM_FORMAT, "not valid JSON at line %d column %d: %.*s", je.line,
-                          je.column, before_excerpt(&je), je.text);
-    }
-    if (!json_is_object(root)) {
-        json_decref(root);
-        return lm_err_set(err, LM_FORMAT, "the message must be a JSON object {...}");
-    }
-    *out = root;
-    return LM_OK;
-}
-
-static bool is_ascii(const char *s, size_t n)
-{
-    uint64_t any = 0, word;
-    size_t i = 0;
-    for (; i + sizeof word <= n; i += sizeof word) {
-        memcpy(&word, s + i, sizeof word);
-        any |= word;
-    }
-    for (; i < n; i++)
-        any |= (unsigned char)s[i];
-    return !(any & 0x8080808080808080u);
-}
-
-/* jansson checks UTF-8 a byte at a time, which is a sixth of the worker's work on an Avro message;
- * most text has nothing to check. */
-json_t *json_text(const char *s, size_t n)
-{
-    return is_ascii(s, n) ? json_stringn_nocheck(s, n) : json_stringn(s, n);
-}
+enum { SHOWN_BYTES = 48, HINT_DISTANCE = 2 };
 
 json_t *json_given(const json_t *obj, const char *key)
 {

@@ -20,13 +20,6 @@ struct json_reader {
     struct lm_err *err;
 };
 
-/* Parses text under caps on depth and number of values (checked before jansson allocates), refuses
- * duplicate keys, trailing bytes and anything but an object on top. The caller json_decref()s. */
-lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err);
-
-/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. */
-json_t *json_text(const char *s, size_t n);
-
 /* The member, or NULL when it is absent or null. */
 json_t *json_given(const json_t *obj, const char *key);
 

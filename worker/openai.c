@@ -15,6 +15,7 @@
 
 #include "worker/json_completion.h"
 #include "worker/json_prompt.h"
+#include "worker/json_tree.h"
 
 enum { MAX_CUSTOM_ID = 512, MAX_MODEL = 512 };
 

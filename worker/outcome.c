@@ -22,7 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/json_field.h"
+#include "worker/json_tree.h"
 #include "worker/stream.h"
 
 enum { LOG_DEAD_LETTERS = 10 };

@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_json_tree.c - messages' JSON against jansson's own reader and writer, as the oracle,
+ * over random trees; and what only we refuse.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/json_tree.h"
+
+static uint64_t seed = 1;
+
+static uint32_t rnd(uint32_t n)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 33) % n;
+}
+
+static json_t *random_string(void)
+{
+    static const char *const parts[] = { "a", "\"", "\\", "/", "\n", "\x01", "\x7f", "\xc3\xbc",
+                                         "\xe2\x82\xac", "\xf0\x9f\x98\x80", "ascii text", "" };
+    char text[256] = "";
+    for (uint32_t i = 0, n = rnd(12); i < n; i++)
+        strncat(text, parts[rnd(LM_COUNT(parts))], sizeof text - strlen(text) - 1);
+    json_t *s = json_text(text, strlen(text));
+    assert_non_null(s);
+    return s;
+}
+
+/* No float of more digits than it prints with: floats_have_their_own_digits has those. */
+static json_t *random_real(void)
+{
+    switch (rnd(4)) {
+    case 0: return json_real(rnd(8000) / 8.0);
+    case 1: return json_real(rnd(1000000) / 1000.0);
+    case 2: return json_real(-ldexp(1.1 + rnd(1000) / 10000.0, (int)rnd(2000) - 1000));
+    default: return json_real((double)rnd(100));
+    }
+}
+
+static json_t *random_tree(int depth)
+{
+    json_t *t;
+    switch (rnd(depth > 0 ? 8 : 6)) {
+    case 0: return json_null();
+    case 1: return json_boolean(rnd(2));
+    case 2: return json_integer((json_int_t)((uint64_t)rnd(1u << 31) << 32 | rnd(1u << 31)) *
+                                (rnd(2) ? 1 : -1));
+    case 3: return random_real();
+    case 4: case 5: return random_string();
+    case 6:
+        t = json_array();
+        for (uint32_t i = 0, n = rnd(6); i < n; i++)
+            json_array_append_new(t, random_tree(depth - 1));
+        return t;
+    default:
+        t = json_object();
+        for (uint32_t i = 0, n = rnd(6); i < n; i++) {
+            json_t *key = random_string();
+            json_object_set_new(t, json_string_value(key), random_tree(depth - 1));
+            json_decref(key);
+        }
+        return t;
+    }
+}
+
+static void both_ways_agree_with_jansson(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 20000; i++) {
+        json_t *root = json_pack("{s:o}", "t", random_tree(4)), *back = NULL;
+        struct lm_err err = { 0 };
+        size_t len = 0;
+        char *text = json_print(root, &len);
+        assert_non_null(text);
+        assert_int_equal(strlen(text), len);
+        json_t *theirs = json_loadb(text, len, JSON_REJECT_DUPLICATES, NULL);
+        assert_true(json_equal(theirs, root));
+        json_decref(theirs);
+        free(text);
+        text = json_dumps(root, rnd(2) ? JSON_ENSURE_ASCII | JSON_INDENT(1) : JSON_ESCAPE_SLASH);
+        assert_int_equal(json_parse_object(text, strlen(text), &back, &err), LM_OK);
+        assert_true(json_equal(back, root));
+        json_decref(back);
+        json_decref(root);
+        free(text);
+    }
+}
+
+/* A text that is cut or has a wrong byte is read as jansson reads it, or refused as it refuses. Not
+ * with a NUL byte: behind a number, jansson 2.14 takes it for white space. */
+static void damaged_text_is_judged_as_jansson_does(void **state)
+{
+    (void)state;
+    enum { FLAGS = JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL };
+    int refused = 0;
+    for (int i = 0; i < 20000; i++) {
+        json_t *root = json_pack("{s:o}", "t", random_tree(3)), *ours = NULL;
+        char *text = json_dumps(root, JSON_COMPACT);
+        size_t len = strlen(text);
+        if (rnd(2))
+            len = rnd((uint32_t)len);
+        else
+            text[rnd((uint32_t)len)] = (char)(1 + rnd(255));
+        struct lm_err err = { 0 };
+        json_t *theirs = json_loadb(text, len, FLAGS, NULL);
+        lm_status st = json_parse_object(text, len, &ours, &err);
+        if (!json_is_object(theirs)) {
+            json_decref(theirs);
+            theirs = NULL;
+        }
+        if (!st != !!theirs || (theirs && !json_equal(ours, theirs)))
+            fail_msg("%.*s: %s", (int)len, text, err.msg);
+        refused += st != LM_OK;
+        json_decref(ours);
+        json_decref(theirs);
+        json_decref(root);
+        free(text);
+    }
+    assert_in_range(refused, 5000, 19999);
+}
+
+static void floats_have_their_own_digits(void **state)
+{
+    (void)state;
+    json_t *root = json_pack("{s:f, s:f, s:f, s:f}", "a", (double)-0.1f, "b", 0.1, "c", 12.345,
+                             "d", -9999.0);
+    size_t len = 0;
+    char *text = json_print(root, &len);
+    assert_string_equal(text, "{\"a\":-0.1,\"b\":0.1,\"c\":12.345,\"d\":-9999.0}");
+    free(text);
+    json_decref(root);
+}
+
+static void is_refused(const char *text, size_t len, lm_status code, const char *says)
+{
+    json_t *root = NULL;
+    struct lm_err err = { 0 };
+    lm_status st = json_parse_object(text, len, &root, &err);
+    if (st != code || !strstr(err.msg, says))
+        fail_msg("%.*s\n  expected %s\n  got %s", (int)len, text, says, err.msg);
+    assert_int_equal(json_parse_object(text, len, &root, NULL), code);
+}
+
+static void limits(void **state)
+{
+    (void)state;
+    static char deep[200], many[1200000];
+    memset(deep, '[', sizeof deep);
+    is_refused(deep, sizeof deep, LM_TOO_LARGE, "deeper than 32");
+    for (size_t i = 0; i < sizeof many; i++)
+        many[i] = i % 2 ? ',' : '0';
+    is_refused(many, sizeof many, LM_TOO_LARGE, "more than 524288 values");
+    is_refused("{\"p\":9223372036854775808}", 25, LM_FORMAT, "too big number");
+    is_refused("{\"p\":-9223372036854775809}", 26, LM_FORMAT, "too big number");
+    is_refused("{\n\"a\":\n  tru}", 13, LM_FORMAT, "line 3 column 3");
+    is_refused("{\"p\":1\0}", 8, LM_FORMAT, "column 7");
+    is_refused("{}\0", 3, LM_FORMAT, "after document");
+    is_refused("\xef\xbb\xbf{}", 5, LM_FORMAT, "byte order mark");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(both_ways_agree_with_jansson),
+        cmocka_unit_test(damaged_text_is_judged_as_jansson_does),
+        cmocka_unit_test(floats_have_their_own_digits),
+        cmocka_unit_test(limits),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
