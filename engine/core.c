@@ -126,8 +126,9 @@ static lm_status open_all(struct core *c, struct lm_err *err)
     const struct core_params *p = &c->p;
     const struct shard whole = { 0, 1 };
     lm_status st = p->model_dir
-                       ? weights_load(p->model_dir, p->model, p->dev, whole, &c->weights, err)
-                       : weights_fill(p->model, p->dev, whole, &c->weights, err);
+                       ? weights_load(p->model_dir, p->model, p->dev, whole, p->fp8_weights,
+                                      &c->weights, err)
+                       : weights_fill(p->model, p->dev, whole, p->fp8_weights, &c->weights, err);
     if (st == LM_OK)
         st = open_steps(c, err);
     if (st == LM_OK)

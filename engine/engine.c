@@ -113,6 +113,12 @@ static lm_status check_config(struct engine_config *c, struct lm_err *err)
     if (c->block_tokens > 1024 || (c->block_tokens & (c->block_tokens - 1)))
         return lm_err_set(err, LM_INVALID, "block_tokens is %d; it must be a power of two up to "
                                            "1024", c->block_tokens);
+    if ((unsigned)c->weights > ENGINE_WEIGHTS_FP8)
+        return lm_err_set(err, LM_INVALID, "weights is %d; they are kept as stored or in FP8",
+                          (int)c->weights);
+    if (c->weights == ENGINE_WEIGHTS_FP8 && c->policy && c->policy->merge)
+        return lm_err_set(err, LM_INVALID, "weights in FP8 can't take a merged adapter: it would "
+                                           "be rounded to FP8 with them");
     if ((unsigned)c->kv > ENGINE_KV_FP8)
         return lm_err_set(err, LM_INVALID, "kv is %d; the KV cache is the device's own or FP8",
                           (int)c->kv);
@@ -204,6 +210,7 @@ static lm_status open_core(engine *e, struct lm_err *err)
         .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
         .max_model_len = c->max_model_len,
         .kv = c->kv == ENGINE_KV_FP8 ? KN_KV_E4M3 : KN_KV_NATIVE,
+        .fp8_weights = c->weights == ENGINE_WEIGHTS_FP8,
     };
     engine_policy_default(&p.policy);
     if (c->policy)

@@ -42,6 +42,10 @@ enum engine_preempt { ENGINE_PREEMPT_CHEAPER, ENGINE_PREEMPT_RECOMPUTE, ENGINE_P
  * 1): half the bytes of bf16 a token, so twice the tokens in the pool and half the reads. */
 enum engine_kv { ENGINE_KV_AUTO, ENGINE_KV_FP8 };
 
+/* Numbers of the base weights: as stored, or the layers' matrices in FP8 (E4M3, a scale for each
+ * output channel, found at load); embeddings, head, norms, biases and adapters stay as they are. */
+enum engine_weights { ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_FP8 };
+
 /* What the scheduler prefers. No policy changes what is answered, only when and at what cost;
  * docs/engine.md has the figures behind each default. */
 struct engine_policy {
@@ -79,6 +83,7 @@ struct engine_config {
                                  * weights and buffers, less a reserve (engine_info()) */
     int block_tokens;           /* tokens of KV a block; 0: 16 */
     enum engine_kv kv;
+    enum engine_weights weights;        /* FP8 excludes policy->merge */
     int max_seqs;               /* sequences in one step; 0: 256 */
     int max_step_tokens;        /* prefill + decode tokens in one step; 0: 2048 (cpu: 512) */
     int max_waiting;            /* submitted, not finished requests; 0: 1024 */

@@ -25,6 +25,7 @@
 struct loader {
     const struct model_config *cfg;
     struct shard shard;
+    bool fp8;
     safetensors *st;            /* NULL: tensors are made up */
     struct st_tensor stand_in;  /* what want() answers then */
     uint64_t seed;
@@ -205,6 +206,7 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
 {
     const struct st_tensor *t[3];
     int world = l->shard.world, rank = l->shard.rank, rows = 0, cols = 0;
+    const size_t before = l->w->bytes;
     enum kn_dtype dtype = KN_F32;
     for (int i = 0; i < n_parts; i++) {
         lm_status st = want(l, layer, part[i].suffix, part[i].rows, part[i].cols, &t[i]);
@@ -214,7 +216,10 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
         cols = part[i].split_cols ? part[i].cols / world : part[i].cols;
         dtype = i == 0 || t[i]->dtype == dtype ? t[i]->dtype : KN_F32;
     }
-    lm_status st = kn_mat_new(l->w->dev, dtype, rows, cols, out, l->err);
+    const bool fp8 = l->fp8 && layer >= 0;
+    lm_status st = kn_mat_new(l->w->dev, fp8 ? KN_E4M3 : dtype, rows, cols, out, l->err);
+    if (st == LM_OK && fp8)
+        l->w->bytes = before + kn_mat_bytes(*out);
     if (st == LM_OK && !l->st)
         return kn_mat_fill(*out, ++l->seed, FILL_SCALE, l->err);
     int row0 = 0;
@@ -350,10 +355,10 @@ static lm_status load_all(struct loader *l)
 
 /* `dir` NULL: without files. */
 static lm_status make(const char *dir, const struct model_config *cfg, kn_device *dev,
-                      struct shard shard, struct weights *out, struct lm_err *err)
+                      struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
 {
     *out = (struct weights){ .dev = dev };
-    struct loader l = { .cfg = cfg, .shard = shard, .w = out, .err = err };
+    struct loader l = { .cfg = cfg, .shard = shard, .fp8 = fp8, .w = out, .err = err };
     lm_status st = check_shard(cfg, shard, err);
     if (st == LM_OK && dir)
         st = safetensors_open_model(dir, &l.st, err);
@@ -371,15 +376,15 @@ static lm_status make(const char *dir, const struct model_config *cfg, kn_device
 }
 
 lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
-                       struct shard shard, struct weights *out, struct lm_err *err)
+                       struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
 {
-    return make(dir, cfg, dev, shard, out, err);
+    return make(dir, cfg, dev, shard, fp8, out, err);
 }
 
-lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,
                        struct weights *out, struct lm_err *err)
 {
-    return make(NULL, cfg, dev, shard, out, err);
+    return make(NULL, cfg, dev, shard, fp8, out, err);
 }
 
 static void layer_release(kn_device *dev, struct layer_weights *w)

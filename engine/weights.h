@@ -35,15 +35,16 @@ struct weights {
     kn_mat *embed;              /* [vocab, hidden] */
     kn_mat *lm_head;            /* [vocab, hidden]; the same matrix when tied */
     float *final_norm;          /* [hidden] */
-    size_t bytes;               /* as stored */
+    size_t bytes;               /* as stored, E4M3 as kept */
 };
 
 /* Reads dir's safetensors. LM_MISMATCH names the tensor that is missing, of the wrong shape or
- * dtype, or not part of the architecture. On failure nothing is left behind. */
+ * dtype, or not part of the architecture. `fp8`: the layers' matrices are kept as KN_E4M3. On
+ * failure nothing is left behind. */
 lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
-                       struct shard shard, struct weights *out, struct lm_err *err);
+                       struct shard shard, bool fp8, struct weights *out, struct lm_err *err);
 /* The same shapes with random values (none at all on a simulated device): for measuring. */
-lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,
                        struct weights *out, struct lm_err *err);
 void weights_release(struct weights *w);
 

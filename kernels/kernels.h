@@ -134,7 +134,12 @@ lm_status kn_all_gather(kn_stream *s, kn_comm *c, void *dst, const void *src, si
 
 /* A weight [rows (out features), cols (in features)], stored as `t`. Filled in rectangles, so that
  * q, k and v become one matrix and a tensor-parallel shard takes its slice straight from the file:
- * the element (r, c) of the rectangle is src_host[r * src_ld + c]. kn_mat_upload blocks. */
+ * the element (r, c) of the rectangle is src_host[r * src_ld + c]. kn_mat_upload blocks.
+ *
+ * KN_E4M3: each row (output channel) has a float32 scale, its largest magnitude / 448 (1 for a row
+ * of zeros), found when it is uploaded; its elements are the nearest KN_E4M3 to w / scale. Uploads
+ * take whole rows, of another dtype, and only finite numbers. Rows of y are summed over the
+ * elements in float32 and then multiplied by the scale. kn_op_lora_merge does not take it. */
 lm_status kn_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                      struct lm_err *err);
 void kn_mat_free(kn_mat *m);

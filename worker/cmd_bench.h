@@ -25,6 +25,7 @@ struct bench_args {
     int dummy, rank;            /* stand-ins for adapters in the fixed figures */
     unsigned modules;           /* of stand-ins */
     enum engine_kv kv;
+    enum engine_weights weights;
     int pad_rank;               /* stand-ins of a trace have at least this rank */
     int max_seqs, max_step_tokens, block_tokens;
     size_t pool_bytes, host_adapter_bytes;

@@ -11,7 +11,9 @@
 
 #include "worker/cmd_bench.h"
 
-enum option_kind { TEXT, COUNT, AMOUNT, BYTES, ON, OFF, MODULES, PREEMPT, KV, FCFS, MILLIS, HELP };
+enum option_kind {
+    TEXT, COUNT, AMOUNT, BYTES, ON, OFF, MODULES, PREEMPT, KV, WEIGHTS, FCFS, MILLIS, HELP
+};
 
 struct bench_option {
     const char *name;
@@ -57,6 +59,7 @@ static const struct bench_option options[] = {
     { "max-step-tokens", COUNT, AT(max_step_tokens), "N", "tokens in a step" },
     { "block-tokens", COUNT, AT(block_tokens), "N", "tokens of KV cache in a block" },
     { "kv-dtype", KV, 0, "TYPE", "of the KV cache: auto or fp8" },
+    { "weights-dtype", WEIGHTS, 0, "TYPE", "of the layers' matrices: auto or fp8" },
     { "pool-bytes", BYTES, AT(pool_bytes), "N", "KV cache and adapters together" },
     { "preempt", PREEMPT, 0, "HOW", "cheaper, recompute or swap" },
     { "swap-bytes", BYTES, POLICY(swap_bytes), "N", "host memory for swapped KV" },
@@ -171,22 +174,30 @@ static bool parse_preempt(const char *text, enum engine_preempt *out)
     return false;
 }
 
-static bool parse_kv(const char *text, enum engine_kv *out)
+static bool parse_fp8(const char *text, bool *fp8)
 {
-    *out = !strcmp(text, "fp8") ? ENGINE_KV_FP8 : ENGINE_KV_AUTO;
-    return *out == ENGINE_KV_FP8 || !strcmp(text, "auto");
+    *fp8 = !strcmp(text, "fp8");
+    return *fp8 || !strcmp(text, "auto");
 }
 
 static bool take(struct bench_args *a, const struct bench_option *o, const char *text)
 {
     void *at = (char *)a + o->offset;
+    bool fp8, good;
     switch (o->kind) {
     case COUNT: return parse_count(text, at);
     case AMOUNT: return parse_amount(text, at);
     case BYTES: return parse_bytes(text, at);
     case MILLIS: return parse_millis(text, at);
     case MODULES: return parse_modules(text, &a->modules);
-    case KV: return parse_kv(text, &a->kv);
+    case KV:
+        good = parse_fp8(text, &fp8);
+        a->kv = fp8 ? ENGINE_KV_FP8 : ENGINE_KV_AUTO;
+        return good;
+    case WEIGHTS:
+        good = parse_fp8(text, &fp8);
+        a->weights = fp8 ? ENGINE_WEIGHTS_FP8 : ENGINE_WEIGHTS_AUTO;
+        return good;
     case PREEMPT: return parse_preempt(text, &a->policy.preempt);
     case ON: *(bool *)at = true; return true;
     case OFF: *(bool *)at = false; return true;

@@ -34,7 +34,7 @@ struct config {
     bool engine_group, engine_fair, engine_early_abort, engine_prefetch, engine_prefix_cache;
     bool engine_merge, engine_pipeline;
     int64_t engine_max_overtaken, engine_max_wait_ms, engine_swap_bytes;
-    char *engine_preempt, *kv_dtype;
+    char *engine_preempt, *kv_dtype, *weights_dtype;
     char *adapters_url, *adapters_cache_dir, *adapters_ca_file, *adapters_auth_header;
     int64_t adapters_max_bytes, adapters_concurrency, adapters_max_attempts;
     int64_t adapters_negative_ttl_ms;

@@ -28,6 +28,7 @@ struct cpu_gemm_panel {
     const float *x;
     const void *panel;
     const float *bias;          /* at the panel's first column, or NULL */
+    const float *scale;         /* [CPU_PANEL] what a row's sum is multiplied by, or NULL */
     int64_t ldx, ldy;
     int m, k, cols;             /* cols <= CPU_PANEL */
     bool accumulate;
@@ -41,7 +42,7 @@ struct cpu_vec {
     const char *name;
     enum cpu_isa isa;
 
-    void (*gemm[3])(const struct cpu_gemm_panel *g);    /* by enum kn_dtype of the weights */
+    void (*gemm[4])(const struct cpu_gemm_panel *g);    /* by enum kn_dtype of the weights */
 
     void (*add)(float *y, const float *x, int n);       /* y += x */
     float (*max)(const float *x, int n);                /* -inf when empty; NaN is skipped */
@@ -110,6 +111,7 @@ struct cpu_mat {
     uint8_t *data;              /* [panels][cols][CPU_PANEL] of the stored dtype */
     int panels;
     size_t panel_bytes;
+    float *scale;               /* E4M3: [panels * CPU_PANEL], behind the panels; else NULL */
 };
 
 /* ---- threads (pool.c) ------------------------------------------------------------------ */
@@ -145,6 +147,7 @@ float cpu_bf16_to_f32(uint16_t h);
 float cpu_f16_to_f32(uint16_t h);
 uint16_t cpu_f32_to_bf16(float f);      /* nearest, ties to even */
 uint16_t cpu_f32_to_f16(float f);
+float cpu_e4m3_to_f32(uint8_t b);
 uint8_t cpu_f32_to_e4m3(float f);       /* nearest, ties to even, beyond 448 it is 448 */
 
 /* Machine facts (sys.c): cores of the affinity mask and cgroup quota; bytes of memory. */

@@ -50,6 +50,7 @@ static void gemm_range(void *ctx, int slot, int begin, int end)
             .x = (const float *)a->x + m0 * a->ldx,
             .panel = j->w->data + (size_t)panel * j->w->panel_bytes,
             .bias = a->bias ? a->bias + n0 : NULL,
+            .scale = j->w->scale ? j->w->scale + n0 : NULL,
             .ldx = a->ldx, .ldy = a->ldy,
             .m = LM_MIN(j->block_rows, a->m - m0),
             .k = a->w->cols,
@@ -92,15 +93,28 @@ static void widen(float *restrict out, const uint8_t *restrict in, enum kn_dtype
     }
 }
 
+static void widen_scaled(float *restrict out, const uint8_t *restrict in, const struct cpu_vec *v,
+                         const float *restrict scale)
+{
+    v->widen_e4m3(out, in, CPU_PANEL, 1, CPU_PANEL);
+    for (int i = 0; i < CPU_PANEL; i++)
+        out[i] *= scale[i];
+}
+
 /* Columns [k0, k0 + depth) of panels [p0, p0 + panels) as [depth][panels * CPU_PANEL]. */
-static void widen_strip(float *out, const struct cpu_mat *w, int p0, int panels, int k0, int depth)
+static void widen_strip(float *out, const struct cpu_mat *w, const struct cpu_vec *v, int p0,
+                        int panels, int k0, int depth)
 {
     size_t column = CPU_PANEL * kn_dtype_size(w->base.dtype);
     for (int p = 0; p < panels; p++) {
         const uint8_t *in = w->data + (size_t)(p0 + p) * w->panel_bytes + (size_t)k0 * column;
-        for (int k = 0; k < depth; k++)
-            widen(out + ((size_t)k * (size_t)panels + (size_t)p) * CPU_PANEL,
-                  in + (size_t)k * column, w->base.dtype);
+        for (int k = 0; k < depth; k++) {
+            float *to = out + ((size_t)k * (size_t)panels + (size_t)p) * CPU_PANEL;
+            if (w->scale)
+                widen_scaled(to, in + (size_t)k * column, v, w->scale + (p0 + p) * CPU_PANEL);
+            else
+                widen(to, in + (size_t)k * column, w->base.dtype);
+        }
     }
 }
 
@@ -127,7 +141,7 @@ static void blas_range(void *ctx, int slot, int begin, int end)
         start_rows(a, n0, cols);
         for (int k0 = 0; k0 < a->w->cols; k0 += STRIP_DEPTH) {
             int depth = LM_MIN(STRIP_DEPTH, a->w->cols - k0);
-            widen_strip(strip, j->w, p0, panels, k0, depth);
+            widen_strip(strip, j->w, j->v, p0, panels, k0, depth);
             bool onto = k0 > 0 || a->accumulate || a->bias;
             cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, a->m, cols, depth, 1.0f,
                         (const float *)a->x + k0, (int)a->ldx, strip, panels * CPU_PANEL,

@@ -402,6 +402,8 @@ lm_status cpu_op_lora_merge(kn_stream *s, const struct kn_lora_merge *a)
     const char *fault = merge_fault(a);
     if (fault)
         return cpu_refuse("lora_merge", fault);
+    if (a->w->dtype == KN_E4M3)
+        return LM_UNSUPPORTED;
     struct merge_job j = {
         .m = a, .seg = { .n_tok = 1, .rank_max = INT32_MAX },
         .a = { .in = a->in, .pool = a->pool, .layer = a->layer, .n_parts = 1,

@@ -8,6 +8,7 @@
  * with zero rows.
  *
  *     float32, float16   row i of the panel at place i
+ *     E4M3               the same; a scale for each row lies behind all panels
  *     bfloat16           row i at place 2i, row 16 + i at place 2i + 1: a 32-bit lane holds both,
  *                        and a shift or a mask makes each a float32 (little-endian)
  *
@@ -16,6 +17,8 @@
  */
 #include "kernels/cpu/cpu_int.h"
 
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -69,6 +72,14 @@ uint16_t cpu_f32_to_f16(float f)
     return (uint16_t)(sign | ((mag - 0x38000000) >> 13));
 }
 
+float cpu_e4m3_to_f32(uint8_t b)
+{
+    uint32_t mag = b & 0x7f;
+    float f = mag == 0x7f ? float_of(0x7fc00000)
+              : mag < 8   ? (float)mag * 0x1p-9f : float_of((mag << 20) + 0x3c000000);
+    return b & 0x80 ? -f : f;
+}
+
 uint8_t cpu_f32_to_e4m3(float f)
 {
     uint32_t u = bits_of(f), sign = u >> 24 & 0x80, mag = u & 0x7fffffff;
@@ -86,6 +97,8 @@ static float read_elem(const void *src, size_t i, enum kn_dtype t)
 {
     if (t == KN_F32)
         return ((const float *)src)[i];
+    if (t == KN_E4M3)
+        return cpu_e4m3_to_f32(((const uint8_t *)src)[i]);
     uint16_t h = ((const uint16_t *)src)[i];
     return t == KN_F16 ? cpu_f16_to_f32(h) : cpu_bf16_to_f32(h);
 }
@@ -110,7 +123,7 @@ lm_status cpu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_ma
                       struct lm_err *err)
 {
     (void)dev;
-    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_BF16)
+    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_E4M3)
         return lm_err_set(err, LM_INVALID, "matrix of %d x %d, dtype %d: not a shape", rows, cols,
                           (int)t);
     struct cpu_mat *m = lm_calloc(1, sizeof *m);
@@ -119,13 +132,15 @@ lm_status cpu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_ma
     m->base = (struct kn_mat){ .be = &kn_backend_cpu, .dtype = t, .rows = rows, .cols = cols };
     m->panels = LM_DIV_UP(rows, CPU_PANEL);
     m->panel_bytes = (size_t)cols * CPU_PANEL * kn_dtype_size(t);
-    m->data = cpu_aligned_alloc((size_t)m->panels * m->panel_bytes);
+    m->data = cpu_aligned_alloc(cpu_mat_bytes(&m->base));
     if (!m->data) {
         free(m);
         return lm_err_set(err, LM_NOMEM, "cannot allocate a matrix of %d x %d %s", rows, cols,
                           kn_dtype_name(t));
     }
-    memset(m->data, 0, (size_t)m->panels * m->panel_bytes);
+    memset(m->data, 0, cpu_mat_bytes(&m->base));
+    if (t == KN_E4M3)
+        m->scale = (float *)(void *)(m->data + (size_t)m->panels * m->panel_bytes);
     *out = &m->base;
     return LM_OK;
 }
@@ -162,6 +177,37 @@ static void put_row_converted(struct cpu_mat *m, size_t at, const void *src, siz
     }
 }
 
+/* A whole row; false if it holds a number that is not finite. */
+static bool put_row_scaled(struct cpu_mat *m, int row, const void *src, size_t from,
+                           enum kn_dtype t)
+{
+    const size_t at = first_index(m, row), cols = (size_t)m->base.cols;
+    float most = 0;
+    for (size_t c = 0; c < cols; c++) {
+        float v = fabsf(read_elem(src, from + c, t));
+        if (!isfinite(v))
+            return false;
+        most = LM_MAX(most, v);
+    }
+    /* Of subnormal numbers the division would make too many. */
+    const float scale = most > 0 ? LM_MAX(most / 448, FLT_MIN) : 1;
+    for (size_t c = 0; c < cols; c++)
+        m->data[at + c * CPU_PANEL] = cpu_f32_to_e4m3(read_elem(src, from + c, t) / scale);
+    m->scale[row] = scale;
+    return true;
+}
+
+static lm_status upload_scaled(struct cpu_mat *m, int row0, int rows, const void *src,
+                               enum kn_dtype t, size_t ld, struct lm_err *err)
+{
+    for (int r = 0; r < rows; r++)
+        if (!put_row_scaled(m, row0 + r, src, (size_t)r * ld, t))
+            return lm_err_set(err, LM_INVALID, "row %d of a matrix of %d x %d holds a number that "
+                                               "is not finite", row0 + r, m->base.rows,
+                              m->base.cols);
+    return LM_OK;
+}
+
 lm_status cpu_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, const void *src,
                          enum kn_dtype src_t, size_t src_ld, struct lm_err *err)
 {
@@ -171,6 +217,11 @@ lm_status cpu_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, c
         return lm_err_set(err, LM_INVALID,
                           "upload of %d x %d at (%d, %d) does not fit a matrix of %d x %d", rows,
                           cols, row0, col0, base->rows, base->cols);
+    if (base->dtype == KN_E4M3 && (col0 || cols != base->cols))
+        return lm_err_set(err, LM_UNSUPPORTED, "a matrix in E4M3 is uploaded by whole rows: its "
+                                               "scales are theirs");
+    if (base->dtype == KN_E4M3)
+        return upload_scaled(m, row0, rows, src, src_t, src_ld, err);
     /* A strip of columns that stays in cache, so that a panel's lines are filled while hot. */
     for (int c0 = 0; c0 < cols; c0 += 512)
         for (int r = 0; r < rows; r++) {
@@ -190,6 +241,8 @@ void cpu_mat_row(const struct cpu_mat *m, int row, float *out)
     size_t at = first_index(m, row);
     for (int c = 0; c < m->base.cols; c++)
         out[c] = read_elem(m->data, at + (size_t)c * CPU_PANEL, m->base.dtype);
+    for (int c = 0; m->scale && c < m->base.cols; c++)
+        out[c] *= m->scale[row];
 }
 
 void cpu_mat_add(struct cpu_mat *m, int row, int col0, const float *add, float scale, int n)
@@ -227,7 +280,10 @@ lm_status cpu_mat_fill(kn_mat *base, uint64_t seed, float scale, struct lm_err *
             uint64_t z = mix64(seed + ((uint64_t)r << 32 | (uint32_t)c) * 0x9e3779b97f4a7c15u);
             row[c] = ((float)(z >> 40) * 0x1p-23f - 1.0f) * scale;
         }
-        put_row_converted(m, first_index(m, r), row, 0, base->cols, KN_F32);
+        if (m->scale)
+            put_row_scaled(m, r, row, 0, KN_F32);
+        else
+            put_row_converted(m, first_index(m, r), row, 0, base->cols, KN_F32);
     }
     free(row);
     return LM_OK;
@@ -236,7 +292,8 @@ lm_status cpu_mat_fill(kn_mat *base, uint64_t seed, float scale, struct lm_err *
 size_t cpu_mat_bytes(const kn_mat *base)
 {
     const struct cpu_mat *m = (const struct cpu_mat *)base;
-    return (size_t)m->panels * m->panel_bytes;
+    size_t scales = base->dtype == KN_E4M3 ? (size_t)m->panels * CPU_PANEL * sizeof(float) : 0;
+    return (size_t)m->panels * m->panel_bytes + scales;
 }
 
 lm_status cpu_mat_save(kn_stream *s, void *dst, const kn_mat *base)

@@ -93,16 +93,6 @@ INLINE void weigh_rows(float *o, int64_t ldo, const float *p, int64_t ldp, int r
                 o[r * ldo + d] += p[r * ldp + j] * v[(int64_t)j * hd + d];
 }
 
-/* The exponent's bias is 7 there and 127 here; of a subnormal (m * 2^-9) the implicit one of
- * 2^-6 (1 + m / 8) is taken away again. */
-INLINE vf widen_bytes(const uint8_t *p)
-{
-    vi u = __builtin_convertvector(*(const vu8_at *)p, vi), mag = u & 0x7f;
-    vf normal = (vf)((mag << 20) + 0x3c000000), small = (vf)((mag << 20) + 0x3c800000) - 0x1p-6f;
-    vi r = (vi)pick(mag < 8, small, normal) | ((mag == 0x7f) & 0x7fc00000);
-    return (vf)(r | (u & 0x80) << 24);
-}
-
 static void attn_widen_e4m3(float *out, const uint8_t *in, int64_t ldi, int rows, int n)
 {
     for (int r = 0; r < rows; r++, in += ldi, out += n) {

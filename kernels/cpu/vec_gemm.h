@@ -57,17 +57,36 @@ INLINE void widen_f32(vf w[NV], const void *row)
         w[i] = load((const float *)row + i * VW);
 }
 
+/* The exponent's bias is 7 there and 127 here; of a subnormal (m * 2^-9) the implicit one of
+ * 2^-6 (1 + m / 8) is taken away again. */
+INLINE vf widen_bytes(const uint8_t *p)
+{
+    vi u = __builtin_convertvector(*(const vu8_at *)p, vi), mag = u & 0x7f;
+    vf normal = (vf)((mag << 20) + 0x3c000000), small = (vf)((mag << 20) + 0x3c800000) - 0x1p-6f;
+    vi r = (vi)pick(mag < 8, small, normal) | ((mag == 0x7f) & 0x7fc00000);
+    return (vf)(r | (u & 0x80) << 24);
+}
+
+INLINE void widen_e4m3(vf w[NV], const void *row)
+{
+    UNROLL
+    for (int i = 0; i < NV; i++)
+        w[i] = widen_bytes((const uint8_t *)row + i * VW);
+}
+
 INLINE void widen(vf w[NV], const void *row, enum kn_dtype t)
 {
     if (t == KN_BF16)
         widen_bf16(w, row);
     else if (t == KN_F16)
         widen_f16(w, row);
+    else if (t == KN_E4M3)
+        widen_e4m3(w, row);
     else
         widen_f32(w, row);
 }
 
-/* Writes one row of the tile: + bias, + y when accumulating. */
+/* Writes one row of the tile: times scale, + bias, + y when accumulating. */
 INLINE void store_row(const struct cpu_gemm_panel *g, float *y, const vf acc[NV])
 {
     UNROLL
@@ -75,6 +94,8 @@ INLINE void store_row(const struct cpu_gemm_panel *g, float *y, const vf acc[NV]
         int left = g->cols - v * VW;
         if (left >= VW) {
             vf r = acc[v];
+            if (g->scale)
+                r *= load(g->scale + v * VW);
             if (g->bias)
                 r += load(g->bias + v * VW);
             if (g->accumulate)
@@ -82,6 +103,8 @@ INLINE void store_row(const struct cpu_gemm_panel *g, float *y, const vf acc[NV]
             store(y + v * VW, r);
         } else if (left > 0) {
             vf r = acc[v];
+            if (g->scale)
+                r *= load(g->scale + v * VW);       /* padded */
             if (g->bias)
                 r += load_n(g->bias + v * VW, left);
             if (g->accumulate)
@@ -93,7 +116,7 @@ INLINE void store_row(const struct cpu_gemm_panel *g, float *y, const vf acc[NV]
 
 INLINE void gemm_tile(const struct cpu_gemm_panel *g, int m0, int mr, int split, enum kn_dtype t)
 {
-    const size_t row_bytes = CPU_PANEL * (t == KN_F32 ? 4 : 2);
+    const size_t row_bytes = CPU_PANEL * (t == KN_F32 ? 4 : t == KN_E4M3 ? 1 : 2);
     const float *x = g->x + m0 * g->ldx;
     const char *p = g->panel;
     const int64_t ldx = g->ldx;
@@ -186,7 +209,7 @@ INLINE void gemm_strips(const struct cpu_gemm_panel *g, enum kn_dtype t)
     for (int k0 = 0; k0 < g->k; k0 += STRIP) {
         struct cpu_gemm_panel strip = *g;
         strip.k = LM_MIN(STRIP, g->k - k0);
-        for (int k = 0; k < strip.k; k++, p += CPU_PANEL * 2) {
+        for (int k = 0; k < strip.k; k++, p += CPU_PANEL * (t == KN_E4M3 ? 1 : 2)) {
             vf w[NV];
             widen(w, p, t);
             UNROLL
@@ -222,4 +245,9 @@ static void gemm_f16(const struct cpu_gemm_panel *g)
 static void gemm_bf16(const struct cpu_gemm_panel *g)
 {
     gemm_panel(g, KN_BF16);
+}
+
+static void gemm_e4m3(const struct cpu_gemm_panel *g)
+{
+    gemm_panel(g, KN_E4M3);
 }

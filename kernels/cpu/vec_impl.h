@@ -286,7 +286,8 @@ static void row_rotate(float *x, const float *c, const float *s, int half)
 const struct cpu_vec VEC_TABLE = {
     .name = VEC_NAME,
     .isa = VEC_ISA,
-    .gemm = { [KN_F32] = gemm_f32, [KN_F16] = gemm_f16, [KN_BF16] = gemm_bf16 },
+    .gemm = { [KN_F32] = gemm_f32, [KN_F16] = gemm_f16, [KN_BF16] = gemm_bf16,
+              [KN_E4M3] = gemm_e4m3 },
     .add = row_add,
     .max = row_max,
     .exp_sum = row_exp_sum,

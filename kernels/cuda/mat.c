@@ -164,6 +164,9 @@ static void convert_row(uint16_t *out, const void *src, size_t from, size_t n, e
 lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                        struct lm_err *err)
 {
+    if (t == KN_E4M3)
+        return lm_err_set(err, LM_UNSUPPORTED, "the CUDA backend has no weights in FP8 yet; leave "
+                                               "engine.weights_dtype at auto");
     if (rows <= 0 || cols <= 0 || (unsigned)t > KN_BF16)
         return lm_err_set(err, LM_INVALID, "matrix of %d x %d, dtype %d: not a shape", rows, cols,
                           (int)t);

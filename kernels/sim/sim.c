@@ -500,7 +500,7 @@ static lm_status sim_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols
                              struct lm_err *err)
 {
     struct sim_device *d = dev_of(dev);
-    if (rows < 1 || cols < 1 || (unsigned)t > KN_BF16)
+    if (rows < 1 || cols < 1 || (unsigned)t > KN_E4M3)
         return lm_err_set(err, LM_INVALID, "a matrix of %d x %d", rows, cols);
     struct sim_mat *m = lm_calloc(1, sizeof *m);
     if (!m)

@@ -444,6 +444,17 @@ static void refuses_bad_openings(void **state)
     cfg = fixture_config(SPM_TINY);
     cfg.block_tokens = 12;
     assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    cfg = fixture_config(SPM_TINY);
+    cfg.kv = (enum engine_kv)2;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    struct engine_policy merge;
+    engine_policy_default(&merge);
+    merge.merge = true;
+    cfg = fixture_config(SPM_TINY);
+    cfg.weights = ENGINE_WEIGHTS_FP8;
+    cfg.policy = &merge;
+    assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+    assert_non_null(strstr(err.msg, "merged"));
 }
 
 static void refuse_policy(const struct engine_policy *p, const char *words)

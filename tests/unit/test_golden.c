@@ -13,6 +13,7 @@
  *   warm        the same once more on prefixes that are in the cache
  *   fp8         with the KV cache in E4M3: the reference's tokens given, log-probabilities near its
  *               own; then mixed, preempted and warm as near to what each got alone
+ *   weights     as fp8, but it is the weights that are in E4M3
  *
  * How near, in E4M3: its numbers have four bits of mantissa fewer than bf16's, so to first order it
  * errs by at most 16 times what rounding K and V to bf16 does, and that is part of what
@@ -395,15 +396,14 @@ static struct peer peer_of(const char *name)
     return p;
 }
 
-static void judge_fp8(const struct suite *s, const char *what, struct errors *e,
+static void judge_fp8(const struct suite *s, const char *fp8, const char *what, struct errors *e,
                       const struct peer *bf16)
 {
     assert_true(e->n > 0);
     qsort(e->at, (size_t)e->n, sizeof *e->at, by_size);
     double median = e->at[e->n / 2], largest = e->at[e->n - 1];
-    print_message("# KV cache in E4M3, %s, %s: median error %.2g, largest %.2g, agreement "
-                  "%.1f %%\n",
-                  s->name, what, median, largest, 100.0 * e->agreed / e->tokens);
+    print_message("# %s in E4M3, %s, %s: median error %.2g, largest %.2g, agreement %.1f %%\n",
+                  fp8, s->name, what, median, largest, 100.0 * e->agreed / e->tokens);
     if (bf16 && (largest > FP8_TO_BF16 * bf16->largest || median > FP8_TO_BF16 * bf16->median))
         fail_msg("%s: more than %d times bf16's %.2g in the median, %.2g at most", s->name,
                  FP8_TO_BF16, bf16->median, bf16->largest);
@@ -463,7 +463,7 @@ static void run_fp8_together(struct suite *s, struct engine_config cfg, size_t p
     }
     unload_adapters(s);
     engine_close(e);
-    judge_fp8(s, "in company", &err, NULL);
+    judge_fp8(s, "KV cache", "in company", &err, NULL);
     assert_true(err.at[err.n / 2] <= COMPANY_TOLERANCE && err.at[err.n - 1] <= largest);
     assert_true(same >= s->n * STEPS / 2);      /* damaged blocks would agree nowhere */
 }
@@ -480,6 +480,34 @@ static size_t small_pool(const struct suite *s, const struct engine_info *info)
     }
     size_t kv = (size_t)LM_DIV_UP(longest, info->block_tokens);
     return (adapter + kv + kv * 3 / 4) * row;
+}
+
+/* The layers' weights in E4M3: to first order each product errs by 16 times what rounding its input
+ * to bf16 does, which every bf16 run does too. */
+static void run_fp8_weights(struct suite *s, struct engine_config cfg)
+{
+    static struct errors base, all;
+    struct engine_info info, plain;
+    memset(&base, 0, sizeof base);
+    memset(&all, 0, sizeof all);
+    engine *e = fixture_engine(&cfg);
+    engine_info(e, &plain);
+    engine_close(e);
+    cfg.weights = ENGINE_WEIGHTS_FP8;
+    e = fixture_engine(&cfg);
+    engine_info(e, &info);
+    assert_true(info.weight_bytes < plain.weight_bytes);
+    load_adapters(s, e);
+    for (int i = 0; i < s->n; i++) {
+        score_given(&s->c[i], e, &all);
+        if (!s->c[i].adapter)
+            score_given(&s->c[i], e, &base);
+    }
+    unload_adapters(s);
+    engine_close(e);
+    struct peer bf16 = peer_of(s->name);
+    judge_fp8(s, "weights", "base", &base, &bf16);
+    judge_fp8(s, "weights", "all", &all, NULL);
 }
 
 static void run_fp8(struct suite *s, struct engine_config cfg)
@@ -505,8 +533,8 @@ static void run_fp8(struct suite *s, struct engine_config cfg)
     unload_adapters(s);
     engine_close(e);
     struct peer bf16 = peer_of(s->name);
-    judge_fp8(s, "base", &base, &bf16);
-    judge_fp8(s, "all", &all, NULL);
+    judge_fp8(s, "KV cache", "base", &base, &bf16);
+    judge_fp8(s, "KV cache", "all", &all, NULL);
     run_fp8_together(s, cfg, pool, alone, all.at[all.n - 1]);
     for (int i = 0; i < s->n; i++)
         engine_result_free(alone[i]);
@@ -529,6 +557,7 @@ static void run_suite(struct suite *s)
     }
     core_force_pipeline(false);
     run_fp8(s, cfg);
+    run_fp8_weights(s, cfg);
     for (int i = 0; i < s->n; i++)
         engine_result_free(s->c[i].alone);
     safetensors_close(s->st);

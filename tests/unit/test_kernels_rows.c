@@ -92,9 +92,39 @@ static void copies_and_cells(void **state)
 
 static double round_to(float v, enum kn_dtype t)
 {
-    if (t == KN_F32)
+    if (t == KN_F32 || t == KN_E4M3)
         return v;
     return t == KN_F16 ? cpu_f16_to_f32(cpu_f32_to_f16(v)) : cpu_bf16_to_f32(cpu_f32_to_bf16(v));
+}
+
+/* What E4M3 keeps of a row: the number nearest to w / scale, times scale. */
+static void round_row(float *w, int k)
+{
+    float most = 0;
+    for (int i = 0; i < k; i++)
+        most = fmaxf(most, fabsf(w[i]));
+    float scale = most > 0 ? most / 448 : 1;
+    for (int i = 0; i < k; i++) {
+        int e;
+        double x = (double)(w[i] / scale);
+        (void)frexp(fabs(x), &e);
+        double unit = ldexp(1, LM_MAX(e - 1, -6) - 3);
+        w[i] = (float)(copysign(fmin(nearbyint(fabs(x) / unit) * unit, 448), x) * (double)scale);
+    }
+}
+
+/* In rectangles, as a shard does it: the upper part, then the lower in two halves. */
+static void upload_parts(kn_mat *mat, const float *w, int n, int k)
+{
+    int n1 = n / 2, k1 = k / 3;
+    if (mat->dtype == KN_E4M3)
+        k1 = k;
+    assert_int_equal(kn_mat_upload(mat, 0, 0, n1, k, w, KN_F32, (size_t)k, NULL), LM_OK);
+    assert_int_equal(kn_mat_upload(mat, n1, 0, n - n1, k1, w + n1 * k, KN_F32, (size_t)k, NULL),
+                     LM_OK);
+    if (k1 < k)
+        assert_int_equal(kn_mat_upload(mat, n1, k1, n - n1, k - k1, w + n1 * k + k1, KN_F32,
+                                       (size_t)k, NULL), LM_OK);
 }
 
 static void gemm_case(struct env *e, enum kn_dtype t, int m, int n, int k, bool bias, bool acc)
@@ -106,13 +136,9 @@ static void gemm_case(struct env *e, enum kn_dtype t, int m, int n, int k, bool 
     memcpy(y0, y, (size_t)(m * ldy) * sizeof *y0);
     kn_mat *mat;
     assert_int_equal(kn_mat_new(e->dev, t, n, k, &mat, NULL), LM_OK);
-    /* In rectangles, as a shard does it: the upper part, then the lower in two halves. */
-    int n1 = n / 2, k1 = k / 3;
-    assert_int_equal(kn_mat_upload(mat, 0, 0, n1, k, w, KN_F32, (size_t)k, NULL), LM_OK);
-    assert_int_equal(kn_mat_upload(mat, n1, 0, n - n1, k1, w + n1 * k, KN_F32, (size_t)k, NULL),
-                     LM_OK);
-    assert_int_equal(kn_mat_upload(mat, n1, k1, n - n1, k - k1, w + n1 * k + k1, KN_F32,
-                                   (size_t)k, NULL), LM_OK);
+    upload_parts(mat, w, n, k);
+    for (int j = 0; t == KN_E4M3 && j < n; j++)
+        round_row(w + j * k, k);
     struct kn_gemm a = { .y = y, .x = x, .w = mat, .bias = bias ? b : NULL, .m = m, .ldx = ldx,
                          .ldy = ldy, .accumulate = acc };
     assert_int_equal(kn_op_gemm(e->s, &a), LM_OK);
@@ -141,9 +167,10 @@ static void gemm_env(struct env *e)
 {
     static const int ms[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 33, 133 };
     for (size_t i = 0; i < LM_COUNT(ms); i++) {
-        enum kn_dtype t = (enum kn_dtype)(i % 3);
+        enum kn_dtype t = (enum kn_dtype)(i % 4);
         gemm_case(e, t, ms[i], rnd_int(1, 100), rnd_int(1, 70), i % 2, i % 5 == 0);
-        gemm_case(e, (enum kn_dtype)((i + 1) % 3), ms[i], 64, 96, false, false);
+        gemm_case(e, (enum kn_dtype)((i + 1) % 4), ms[i], 64, 96, false, false);
+        gemm_case(e, KN_E4M3, ms[i], rnd_int(1, 100), rnd_int(1, 300), i % 3, i % 4 == 0);
     }
     gemm_case(e, KN_BF16, 1, 500, 700, true, true);
     gemm_case(e, KN_F16, 2, 333, 257, false, false);
@@ -153,6 +180,7 @@ static void gemm_env(struct env *e)
     gemm_case(e, KN_BF16, 130, 300, 1030, true, true);
     gemm_case(e, KN_F16, 128, 545, 513, false, true);
     gemm_case(e, KN_F32, 131, 33, 1025, true, false);
+    gemm_case(e, KN_E4M3, 129, 290, 1031, true, true);
 }
 
 static void gemm(void **state)
@@ -216,6 +244,13 @@ static void mat_refusals(void **state)
     assert_int_equal(kn_op_embed(e.s, &em), LM_INVALID);
     ids[1] = -1;
     assert_int_equal(kn_op_embed(e.s, &em), LM_INVALID);
+    kn_mat_free(m);
+    assert_int_equal(kn_mat_new(e.dev, KN_E4M3, 8, 8, &m, &err), LM_OK);
+    assert_int_equal(kn_mat_upload(m, 0, 0, 8, 4, src, KN_F32, 8, &err), LM_UNSUPPORTED);
+    src[9] = INFINITY;
+    assert_int_equal(kn_mat_upload(m, 0, 0, 8, 8, src, KN_F32, 8, &err), LM_INVALID);
+    assert_non_null(strstr(err.msg, "row 1"));
+    assert_int_equal(kn_mat_upload(m, 0, 0, 8, 8, src, KN_E4M3, 8, &err), LM_INVALID);
     kn_mat_free(m);
     env_close(&e);
 }

@@ -118,7 +118,7 @@ static void options_are_checked(void **state)
         "--shape x --model y", "", "--shape x --tokens 0", "--shape x --modules q,x",
         "--shape x --split-pool 100", "--shape x --preempt never", "--shape x --pool-bytes 4Q",
         "--shape x extra", "--shape x --nothing", "--shape x --load-format real",
-        "--shape x --kv-dtype fp4",
+        "--shape x --kv-dtype fp4", "--shape x --weights-dtype int8",
     };
     for (size_t i = 0; i < LM_COUNT(bad); i++) {
         char line[128];
@@ -128,8 +128,9 @@ static void options_are_checked(void **state)
     }
     struct bench_args a =
         arguments("--modules q,down --pool-bytes 2G --fcfs --slo-ttft 6 --no-early-abort "
-                  "--kv-dtype fp8");
+                  "--kv-dtype fp8 --weights-dtype fp8");
     assert_int_equal(a.kv, ENGINE_KV_FP8);
+    assert_int_equal(a.weights, ENGINE_WEIGHTS_FP8);
     assert_int_equal(a.modules, 0x41);
     assert_true(a.pool_bytes == (size_t)2 << 30 && !a.policy.group && !a.policy.fair);
     assert_true(a.slo_s == 6 && !a.abort_late && a.policy.prefetch);
