@@ -45,7 +45,8 @@ from chaos import client, decode_map, say, varint
 FOREVER = float("inf")
 CLOCK = 0.005           # stamps have milliseconds
 RECOVERY = 10           # seconds: kafka.socket.timeout.ms of the workers
-STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z (\w+) +\[[^]]*\] \w+: (.*)")
+STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z (\w+ +\[[^]]*\] \w+): (.*)")
+FAILS = re.compile(r"ERROR .* worker$")
 WORK = re.compile(r"prompts \[(\d+)\] @(\d+) (runs|is generated)$")
 OWNS = re.compile(r"(assigned|revoked|lost) prompts \[(\d+)\]")
 
@@ -116,12 +117,13 @@ class Tenure:
 class Process:
     def __init__(self, path):
         self.name = os.path.basename(path)[len("worker-"):-len(".log")]
-        self.tenures, self.end, self.cause = [], FOREVER, None
+        self.tenures, self.end, self.failing = [], FOREVER, False
         held = {}
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 if m := STAMP.match(line):
                     when = calendar.timegm(time.strptime(m[1], "%Y-%m-%dT%H:%M:%S")) + int(m[2]) / 1000
+                    self.failing = self.failing or bool(FAILS.match(m[3]))
                     self.take(when, m[4], held)
 
     def take(self, when, text, held):
@@ -137,10 +139,10 @@ class Process:
                 held[p] = Tenure(self, p, when)
                 self.tenures.append(held[p])
             elif p in held and held[p].end == FOREVER:
-                held[p].end, held[p].cause = when, m[1]
+                held[p].end, held[p].cause = when, "failed" if self.failing else m[1]
 
     def ended(self, when, cause):
-        self.end, self.cause = when, cause
+        self.end = when
         for t in self.tenures:
             if t.end == FOREVER:
                 t.end, t.cause = when, cause
