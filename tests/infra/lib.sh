@@ -233,7 +233,7 @@ kafka_start() {
             -t "$cid" -c "$d/server.properties" ${KAFKA_FORMAT:-} > "$d/format.out" 2>&1 || { cat "$d/format.out"; return 1; }
         kafka_node "$i"
     done
-    wait_until 60 kafka_ready "$n"
+    wait_until 180 kafka_ready "$n"
 }
 
 kafka_node() {          # ID: (re)starts one node; its pid is in n$ID/pid
