@@ -206,9 +206,11 @@ lm_status json_params_read(const struct json_reader *r, const json_t *obj,
     if (!obj)
         return LM_OK;
     lm_status st = check_names(r, obj);
-    for (size_t i = 0; !st && i < LM_COUNT(rows); i++) {
-        const json_t *v = json_given(obj, rows[i].name);
-        if (v)
+    size_t left = json_object_size(obj);        /* most have a few of them */
+    for (size_t i = 0; !st && left > 0 && i < LM_COUNT(rows); i++) {
+        const json_t *v = json_object_get(obj, rows[i].name);
+        left -= v != NULL;
+        if (v && !json_is_null(v))
             st = read_row(r, &rows[i], v, out);
     }
     const json_t *seed = json_given(obj, "seed"), *stop = json_given(obj, "stop");

@@ -3,10 +3,12 @@
  * json_tree.c - text and trees; see json_tree.h.
  *
  * A parser builds its values before we see them: a 16 MiB message of "0,0,0,..." would become some
- * hundreds of MB. So a one-pass scan counts brackets and commas outside strings first and refuses
- * what is too deep or has too many values; it needs no grammar, since whatever it counts wrong is
- * refused by yyjson afterwards. What yyjson accepts the scan has counted right, so the recursion
- * here is bounded.
+ * hundreds of MB. So a text that is long enough for too many values is scanned first: one pass
+ * counts brackets and commas outside strings. It needs no grammar, since whatever it counts wrong
+ * is refused by yyjson afterwards.
+ *
+ * yyjson works in a piece of our stack where that suffices: its blocks are too large for the
+ * allocator's quick lists.
  */
 #include "worker/json_tree.h"
 
@@ -14,7 +16,7 @@
 #include <string.h>
 #include <yyjson.h>
 
-enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024 };
+enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, STACK_BYTES = 32 * 1024 };
 
 /* ---- strings ----------------------------------------------------------------------------- */
 
@@ -40,9 +42,9 @@ json_t *json_text(const char *s, size_t n)
 
 /* ---- text to tree ------------------------------------------------------------------------ */
 
-static lm_status scan_caps(const char *text, size_t len, struct lm_err *err)
+static lm_status count_values(const char *text, size_t len, struct lm_err *err)
 {
-    size_t depth = 0, values = 1;
+    size_t values = 1;
     bool in_string = false;
     for (size_t i = 0; i < len; i++) {
         char c = text[i];
@@ -53,14 +55,7 @@ static lm_status scan_caps(const char *text, size_t len, struct lm_err *err)
                 in_string = false;
         } else if (c == '"') {
             in_string = true;
-        } else if (c == '{' || c == '[') {
-            values++;
-            if (++depth > MAX_DEPTH)
-                return lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels",
-                                  MAX_DEPTH);
-        } else if (c == '}' || c == ']') {
-            depth -= depth > 0;
-        } else if (c == ',') {
+        } else if (c == '{' || c == '[' || c == ',') {
             values++;
         }
         if (values > MAX_VALUES)
@@ -81,9 +76,9 @@ static json_t *refuse(struct lm_err *err, const char *what, const char *shown)
     return NULL;
 }
 
-static json_t *tree_of(yyjson_val *v, struct lm_err *err);
+static json_t *tree_of(yyjson_val *v, int depth, struct lm_err *err);
 
-static json_t *object_of(yyjson_val *v, struct lm_err *err)
+static json_t *object_of(yyjson_val *v, int depth, struct lm_err *err)
 {
     json_t *o = json_object();
     size_t i, n;
@@ -98,7 +93,7 @@ static json_t *object_of(yyjson_val *v, struct lm_err *err)
             refuse(err, "NUL byte in object key", key);
         else if (json_object_getn(o, key, len))
             refuse(err, "duplicate object key", key);
-        else if ((member = tree_of(value, err)) &&
+        else if ((member = tree_of(value, depth + 1, err)) &&
                  json_object_setn_new_nocheck(o, key, len, member) != 0)
             member = no_memory(err);
         if (!member) {
@@ -109,13 +104,13 @@ static json_t *object_of(yyjson_val *v, struct lm_err *err)
     return o ? o : no_memory(err);
 }
 
-static json_t *array_of(yyjson_val *v, struct lm_err *err)
+static json_t *array_of(yyjson_val *v, int depth, struct lm_err *err)
 {
     json_t *a = json_array();
     size_t i, n;
     yyjson_val *value;
     yyjson_arr_foreach(v, i, n, value) {
-        json_t *item = a ? tree_of(value, err) : no_memory(err);
+        json_t *item = a ? tree_of(value, depth + 1, err) : no_memory(err);
         if (item && json_array_append_new(a, item) != 0)
             item = no_memory(err);
         if (!item) {
@@ -135,12 +130,16 @@ static json_t *number_of(yyjson_val *v, struct lm_err *err)
     return j ? j : no_memory(err);
 }
 
-static json_t *tree_of(yyjson_val *v, struct lm_err *err)
+static json_t *tree_of(yyjson_val *v, int depth, struct lm_err *err)
 {
     json_t *s;
+    if (depth > MAX_DEPTH && yyjson_is_ctn(v)) {
+        lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels", MAX_DEPTH);
+        return NULL;
+    }
     switch (yyjson_get_type(v)) {
-    case YYJSON_TYPE_OBJ: return object_of(v, err);
-    case YYJSON_TYPE_ARR: return array_of(v, err);
+    case YYJSON_TYPE_OBJ: return object_of(v, depth, err);
+    case YYJSON_TYPE_ARR: return array_of(v, depth, err);
     case YYJSON_TYPE_NULL: return json_null();
     case YYJSON_TYPE_BOOL: return json_boolean(yyjson_get_bool(v));
     case YYJSON_TYPE_STR:
@@ -163,20 +162,24 @@ static lm_status grammar_error(const char *text, size_t len, const yyjson_read_e
 
 lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
 {
+    char stack[STACK_BYTES];
+    bool small = yyjson_read_max_memory_usage(len, YYJSON_READ_BIGNUM_AS_RAW) <= sizeof stack;
+    yyjson_alc alc;
     struct lm_err own;
     yyjson_read_err e;
-    lm_status st = scan_caps(text, len, err);
+    lm_status st = len / 2 < MAX_VALUES ? LM_OK : count_values(text, len, err);
     if (st)
         return st;
-    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len,
-                                       YYJSON_READ_BIGNUM_AS_RAW, NULL, &e);
+    yyjson_alc_pool_init(&alc, stack, sizeof stack);
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len, YYJSON_READ_BIGNUM_AS_RAW,
+                                       small ? &alc : NULL, &e);
     if (!doc)
         return grammar_error(text, len, &e, err);
     if (!err)
         err = &own;
     yyjson_val *root = yyjson_doc_get_root(doc);
     if (yyjson_is_obj(root))
-        st = (*out = object_of(root, err)) ? LM_OK : err->code;
+        st = (*out = object_of(root, 1, err)) ? LM_OK : err->code;
     else
         st = lm_err_set(err, LM_FORMAT, "the message must be a JSON object {...}");
     yyjson_doc_free(doc);
@@ -228,11 +231,20 @@ static yyjson_mut_val *value_of(yyjson_mut_doc *d, const json_t *j)
     }
 }
 
-char *json_print(const json_t *root, size_t *len)
+static char *print(const json_t *root, const yyjson_alc *alc, size_t *len)
 {
-    yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
+    yyjson_mut_doc *d = yyjson_mut_doc_new(alc);
     yyjson_mut_val *v = d ? value_of(d, root) : NULL;
     char *text = v ? yyjson_mut_val_write_opts(v, YYJSON_WRITE_NOFLAG, NULL, len, NULL) : NULL;
     yyjson_mut_doc_free(d);
     return text;
+}
+
+char *json_print(const json_t *root, size_t *len)
+{
+    char stack[STACK_BYTES];
+    yyjson_alc alc;
+    yyjson_alc_pool_init(&alc, stack, sizeof stack);
+    char *text = print(root, &alc, len);
+    return text ? text : print(root, NULL, len);
 }

@@ -14,10 +14,10 @@
 #include <jansson.h>
 #include "kernels/base.h"
 
-/* RFC 8259, and stricter: at most 32 deep and 524,288 values (looked at before anything is made of
- * them), no key twice, no U+0000 in a key, integers within int64, finite numbers, nothing behind
- * the end, an object on top. U+0000 in a string is allowed. The caller json_decref()s. Errors:
- * LM_FORMAT, with line and column where the grammar is at fault, or LM_TOO_LARGE. */
+/* RFC 8259, and stricter: at most 32 deep and 524,288 values, no key twice, no U+0000 in a key,
+ * integers within int64, finite numbers, nothing behind the end, an object on top. U+0000 in a
+ * string is allowed. The caller json_decref()s. Errors: LM_FORMAT, with line and column where the
+ * grammar is at fault, or LM_TOO_LARGE. */
 lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err);
 
 /* Without white space; *len without the NUL. Numbers have the fewest digits that read back as the

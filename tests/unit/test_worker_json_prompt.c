@@ -371,8 +371,10 @@ static void refuse_repeated(const char *head, const char *unit, size_t n, const 
 static void caps_hold(void **state)
 {
     (void)state;
-    refuse_repeated("", "[", 10000000, "", LM_TOO_LARGE, "nested deeper than 32 levels");
-    refuse_repeated("{\"a\":", "{\"a\":", 40, "1", LM_TOO_LARGE, "nested deeper than 32 levels");
+    refuse_repeated("", "[", 10000000, "", LM_TOO_LARGE, "more than 524288 values");
+    refuse_repeated("", "[", 1000000, "", LM_FORMAT, "unexpected end of data");
+    refuse_repeated("{\"a\":", "{\"a\":", 32, "1}}}}}}}}}}}}}}}}}}}}}}}}}}}}}}}}}", LM_TOO_LARGE,
+                    "nested deeper than 32 levels");
     refuse_repeated("{\"id\": \"1\", \"prompt_token_ids\": [0", ",0", 7000000, "]}", LM_TOO_LARGE,
                     "more than 524288 values");
     refuse_repeated("{\"id\": \"", "a", 513, "\", \"prompt\": \"x\"}", LM_TOO_LARGE,

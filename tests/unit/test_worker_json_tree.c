@@ -153,9 +153,19 @@ static void is_refused(const char *text, size_t len, lm_status code, const char 
 static void limits(void **state)
 {
     (void)state;
-    static char deep[200], many[1200000];
+    static char deep[200000], many[1200000];
+    for (int n = 32; n <= 33; n++) {            /* {"":[[...0...]]}, n deep */
+        json_t *root = NULL;
+        struct lm_err err = { 0 };
+        int len = snprintf(deep, sizeof deep, "{\"\":%.*s0%.*s}", n - 1,
+                           "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", n - 1,
+                           "]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]");
+        assert_int_equal(json_parse_object(deep, (size_t)len, &root, &err),
+                         n == 32 ? LM_OK : LM_TOO_LARGE);
+        json_decref(root);
+    }
     memset(deep, '[', sizeof deep);
-    is_refused(deep, sizeof deep, LM_TOO_LARGE, "deeper than 32");
+    is_refused(deep, sizeof deep, LM_FORMAT, "not valid JSON");
     for (size_t i = 0; i < sizeof many; i++)
         many[i] = i % 2 ? ',' : '0';
     is_refused(many, sizeof many, LM_TOO_LARGE, "more than 524288 values");
