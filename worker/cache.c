@@ -15,6 +15,7 @@
 #include <ftw.h>
 #include <limits.h>
 #include <openssl/evp.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +35,7 @@ struct cache {
     char *source;               /* DIR/SOURCE */
     char *own;                  /* DIR/tmp/PID.RANDOM */
     int own_fd;                 /* its lock */
+    pthread_mutex_t again;      /* one thread makes it anew */
     int claims_fd;
     atomic_uint next;           /* N */
 };
@@ -255,12 +257,37 @@ void cache_unclaim(cache *c, const char *id)
 
 /* ---- opening a folder to fill ----------------------------------------------------------- */
 
+/* Somebody has emptied the cache, a cleaner of temporary files perhaps: makes its folders anew. The
+ * claims stay with the file that is gone: other processes that start now may fetch what we do. */
+static lm_status make_again(cache *c, struct lm_err *err)
+{
+    pthread_mutex_lock(&c->again);
+    lm_status st = make_folders(c->dir, err);
+    int lock = st == LM_OK ? lock_cache(c) : -1;
+    if (st == LM_OK)
+        st = make_folders(c->own, err);
+    if (st == LM_OK)
+        st = make_folder(c->source, err);
+    int fd = st == LM_OK ? open(c->own, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) {
+        close(c->own_fd);
+        c->own_fd = fd;
+    } else if (fd >= 0) {
+        close(fd);              /* another thread was here first, and holds it */
+    }
+    if (lock >= 0)
+        close(lock);
+    pthread_mutex_unlock(&c->again);
+    return st;
+}
+
 lm_status cache_tmp(cache *c, char **path, struct lm_err *err)
 {
     *path = format("%s/%u", c->own, c->next++);
     if (!*path)
         return lm_err_set(err, LM_NOMEM, "adapter cache: no memory");
-    if (mkdir(*path, 0777) == 0)
+    if (mkdir(*path, 0777) == 0 ||
+        (errno == ENOENT && make_again(c, err) == LM_OK && mkdir(*path, 0777) == 0))
         return LM_OK;
     lm_err_set(err, LM_IO, "adapter cache %s: %s", *path, strerror(errno));
     free(*path);
@@ -290,6 +317,7 @@ lm_status cache_open(const char *dir, const char *source, cache **out, struct lm
     *out = NULL;
     if (c) {
         c->own_fd = c->claims_fd = -1;
+        pthread_mutex_init(&c->again, NULL);
         c->dir = lm_strdup(dir ? dir : "");
     }
     if (!c || !c->dir) {
@@ -327,6 +355,7 @@ void cache_close(cache *c)
         close(c->own_fd);
     if (c->claims_fd >= 0)
         close(c->claims_fd);
+    pthread_mutex_destroy(&c->again);
     free(c->own);
     free(c->source);
     free(c->dir);

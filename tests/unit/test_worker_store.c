@@ -309,6 +309,20 @@ static void test_disk_hit_without_server(void **state)
     assert_int_equal(f->site->total, 2);
 }
 
+/* Somebody removes the cache's folders while the worker runs. */
+static void test_emptied_cache_is_made_again(void **state)
+{
+    struct fix *f = *state;
+    char command[128];
+    expect_blob(f, "good", &weights);
+    snprintf(command, sizeof command, "rm -rf %s", f->dir);
+    assert_int_equal(system(command), 0);
+    host_reset();
+    expect_blob(f, "good", &weights);
+    snprintf(command, sizeof command, "test -n \"$(ls %s/tmp)\"", f->dir);
+    assert_int_equal(system(command), 0);
+}
+
 static void test_single_flight(void **state)
 {
     struct fix *f = *state;
@@ -883,6 +897,7 @@ int main(int argc, char **argv)
         return child_main(argv[1], argv[2], argv[3]);
     const struct CMUnitTest tests[] = {
         TEST(test_fetch_install_load), TEST(test_memory_hit), TEST(test_disk_hit_without_server),
+        TEST(test_emptied_cache_is_made_again),
         TEST(test_single_flight), TEST(test_nested_ids_are_apart),
         TEST(test_other_requests_go_on), TEST(test_local_folder), TEST(test_query_in_template),
         TEST(test_not_found_is_remembered), TEST(test_final_codes), TEST(test_bad_ids_ask_nobody),
