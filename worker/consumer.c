@@ -308,7 +308,8 @@ static void drain_all(consumer *c)
 }
 
 /* Leaves the group. rd_kafka_consumer_close() would wait for ever for a commit that a silent broker
- * doesn't answer, so the close is driven from here, within a budget. */
+ * doesn't answer, so the close is driven from here, within a budget. A partition that came a moment
+ * ago may still bring messages: rd_kafka_queue_poll_callback() would abort the process on one. */
 static void close_consumer(consumer *c)
 {
     rd_kafka_queue_t *q = rd_kafka_queue_new(c->rk);
@@ -317,7 +318,9 @@ static void close_consumer(consumer *c)
     if (error)
         lm_log(LM_WARN, "consumer", "close: %s", rd_kafka_error_string(error));
     while (!error && !rd_kafka_consumer_closed(c->rk) && lm_now_us() < end) {
-        rd_kafka_queue_poll_callback(q, DRAIN_POLL_MS);
+        rd_kafka_message_t *m = rd_kafka_consume_queue(q, DRAIN_POLL_MS);
+        if (m)
+            rd_kafka_message_destroy(m);
         commit_serve(c, 0);
     }
     if (!error && !rd_kafka_consumer_closed(c->rk))
