@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -94,6 +96,52 @@ static void bad_schemas_are_refused(void **state)
             fail_msg("%s\n  expected %s: %s\n  got %s: %s", refused[i].schema,
                      lm_status_wire(refused[i].code), refused[i].says, lm_status_wire(st), err.msg);
         assert_null(p);
+    }
+}
+
+/* Avro C has one error text for the process, and counts its references without atomics. Each thread
+ * has a schema that is refused by a name of its own, and data of its own that are read then. */
+static void *refuse_own_name(void *arg)
+{
+    int me = *(int *)arg;
+    char schema[256], name[32];
+    struct avro_plan *good = NULL, *p;
+    struct lm_err err = { 0 };
+    const char *fine = FIELD("\"int\"");
+    const unsigned char data[] = { (unsigned char)(me * 2) };
+    snprintf(name, sizeof name, "nobody_%d_", me);
+    snprintf(schema, sizeof schema, FIELD("\"%s\""), name);
+    if (avro_plan_new(fine, strlen(fine), &good, &err))
+        return (void *)(uintptr_t)"the good schema is refused";
+    const char *wrong = NULL;
+    for (int i = 0; !wrong && i < 3000; i++) {
+        json_t *tree = NULL;
+        lm_status st = avro_plan_new(schema, strlen(schema), &p, &err);
+        if (st != LM_FORMAT || !strstr(err.msg, name))
+            wrong = "another thread's error";
+        else if (avro_decode(good, data, sizeof data, &tree, &err) ||
+                 json_integer_value(json_object_get(tree, "f")) != me)
+            wrong = "another thread's data";
+        json_decref(tree);
+    }
+    avro_plan_free(good);
+    return (void *)(uintptr_t)wrong;
+}
+
+static void threads_share_no_error(void **state)
+{
+    (void)state;
+    pthread_t t[4];
+    int me[4];
+    for (int i = 0; i < 4; i++) {
+        me[i] = i;
+        assert_int_equal(pthread_create(&t[i], NULL, refuse_own_name, &me[i]), 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        void *wrong;
+        pthread_join(t[i], &wrong);
+        if (wrong)
+            fail_msg("thread %d: %s", i, (const char *)wrong);
     }
 }
 
@@ -616,6 +664,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(bad_schemas_are_refused),
+        cmocka_unit_test(threads_share_no_error),
         cmocka_unit_test(large_schemas_are_refused),
         cmocka_unit_test(lying_data_are_refused),
         cmocka_unit_test(blocks_with_sizes_are_read),
