@@ -14,6 +14,17 @@
  * the offset waits, as for any reply. Only a store that finds the object too large itself (413)
  * makes a dead letter.
  *
+ * The object is there before its reply is produced, and a transaction that is aborted sends the
+ * same reply again without another upload. What can be left over is an object that no reply names:
+ * of a process that died in between, as the prompt's next run has other timings in its completion.
+ *
+ * A finished reply whose partition is being revoked is still tried, once: the revocation waits for
+ * it as for others (revoke.drain_ms). When the worker ends, an upload under way is broken off, so
+ * that a store that hangs can't hold up the shutdown.
+ *
+ * With replies.claim_s3_region each PUT is signed (AWS Signature Version 4, by libcurl); the name
+ * of the object is the hash of the body that is signed with it.
+ *
  * One thread with one connection: such replies are rare, and their order does not matter.
  */
 #include "worker/worker.h"
@@ -112,18 +123,41 @@ static void set_transfer(claims *c, const char *url, struct body *b, struct curl
         curl_easy_setopt(c->curl, CURLOPT_CAINFO, cfg->adapters_ca_file);
 }
 
-static lm_status put(claims *c, const char *url, const struct job *j, const char *type,
+static void sign(claims *c)
+{
+    const struct config *cfg = c->w->cfg;
+    char how[128];
+    snprintf(how, sizeof how, "aws:amz:%s:s3", cfg->claim_s3_region);
+    curl_easy_setopt(c->curl, CURLOPT_AWS_SIGV4, how);
+    curl_easy_setopt(c->curl, CURLOPT_USERNAME, cfg->claim_s3_key);
+    curl_easy_setopt(c->curl, CURLOPT_PASSWORD, cfg->claim_s3_secret);
+}
+
+static struct curl_slist *put_headers(const struct config *cfg, const struct completion_claim *o)
+{
+    char line[128];
+    struct curl_slist *l = NULL;
+    snprintf(line, sizeof line, "Content-Type: %s", o->content_type);
+    l = curl_slist_append(l, line);
+    if (*cfg->claim_auth_header)
+        l = curl_slist_append(l, cfg->claim_auth_header);
+    /* libcurl signs what is in this list, also a header that is there to be left out. */
+    if (!*cfg->claim_s3_region)
+        return curl_slist_append(l, "Expect:");
+    snprintf(line, sizeof line, "x-amz-content-sha256: %s", o->sha256);
+    return curl_slist_append(l, line);
+}
+
+static lm_status put(claims *c, const struct job *j, const struct completion_claim *o,
                      struct lm_err *err)
 {
-    char content[64];
+    const char *url = o->url;
     long status = 0;
     struct body b = { j->out.value, j->out.len };
-    snprintf(content, sizeof content, "Content-Type: %s", type);
-    struct curl_slist *headers = curl_slist_append(NULL, content);
-    headers = curl_slist_append(headers, "Expect:");
-    if (*c->w->cfg->claim_auth_header)
-        headers = curl_slist_append(headers, c->w->cfg->claim_auth_header);
+    struct curl_slist *headers = put_headers(c->w->cfg, o);
     set_transfer(c, url, &b, headers);
+    if (*c->w->cfg->claim_s3_region)
+        sign(c);
     CURLcode e = curl_easy_perform(c->curl);
     curl_easy_getinfo(c->curl, CURLINFO_RESPONSE_CODE, &status);
     curl_slist_free_all(headers);
@@ -142,6 +176,10 @@ static lm_status put(claims *c, const char *url, const struct job *j, const char
 static void try_later(claims *c, struct job *j, const char *why)
 {
     const struct config *cfg = c->w->cfg;
+    if (atomic_load(&c->w->ending) || lease_revoked(j->lease)) {
+        worker_end_job(c->w, j, OUTCOME_DROPPED);   /* it runs again, here or elsewhere */
+        return;
+    }
     metric_add(&c->w->metrics.retries, 1);
     lm_log(j->waits ? LM_DEBUG : LM_WARN, "claim", "%s [%d] @%" PRId64 ": %s; trying again, its "
            "offset waits", j->lease->topic, (int)j->lease->partition, j->record.offset, why);
@@ -160,7 +198,8 @@ static void upload(claims *c, struct job *j)
         snprintf(content, sizeof content, "%.*s", (int)type->len, (const char *)type->value);
     hex_digest(j->out.value, j->out.len, digest);
     object_url(c->w->cfg->claim_url, digest, url, sizeof url);
-    lm_status st = put(c, url, j, content, &err);
+    const struct completion_claim claim = { url, digest, content, (int64_t)j->out.len };
+    lm_status st = put(c, j, &claim, &err);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {
         try_later(c, j, err.msg);
         return;
@@ -169,7 +208,6 @@ static void upload(claims *c, struct job *j)
         worker_dead_letter(c->w, j, &err, "CLAIM");
         return;
     }
-    const struct completion_claim claim = { url, digest, content, (int64_t)j->out.len };
     metric_add(&c->w->metrics.claims, 1);
     metric_add(&c->w->metrics.claim_bytes, j->out.len);
     if (worker_claimed(c->w, j, &claim))
@@ -180,7 +218,7 @@ static void serve(claims *c, struct job *j)
 {
     for (struct job *next; j; j = next) {
         next = j->next;
-        if (atomic_load(&c->w->ending) || lease_revoked(j->lease))
+        if (atomic_load(&c->w->ending))
             worker_end_job(c->w, j, OUTCOME_DROPPED);
         else
             upload(c, j);

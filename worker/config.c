@@ -18,7 +18,7 @@
 #include <string.h>
 #include <strings.h>
 
-enum { LINE_MAX_BYTES = 64 * 1024, NAME_MAX_BYTES = 128 };
+enum { LINE_MAX_BYTES = 64 * 1024, NAME_MAX_BYTES = 128, MAX_CLAIM_URL = 1900, MAX_REGION = 64 };
 
 /* ---- fields ---------------------------------------------------------------------------- */
 
@@ -509,6 +509,22 @@ static lm_status pattern_matches(const char *pattern, const char *topic, bool *y
     return LM_OK;
 }
 
+bool config_reads_topic(const struct config *c, const char *topic)
+{
+    char *copy = lm_strdup(c->topics_prompts), *save = NULL;
+    bool yes = false;
+    for (char *t = copy ? strtok_r(copy, ",", &save) : NULL; t && !yes;
+         t = strtok_r(NULL, ",", &save)) {
+        t = trim(t);
+        if (*t != '^')
+            yes = !strcmp(t, topic);
+        else if (pattern_matches(t, topic, &yes, NULL))
+            yes = false;
+    }
+    free(copy);
+    return yes;
+}
+
 static lm_status check_no_loop(const char *name, const char *key, const char *topic,
                                struct lm_err *err)
 {
@@ -573,6 +589,27 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
+static lm_status check_claims(const struct config *c, struct lm_err *err)
+{
+    if (strcmp(c->replies_too_large, "claim"))
+        return LM_OK;
+    if (!strstr(c->claim_url, "{object}"))
+        return lm_err_set(err, LM_INVALID, "replies.too_large=claim needs replies.claim_url with "
+                          "{object} in it, as https://store/replies/{object}");
+    if (strncmp(c->claim_url, "http://", 7) && strncmp(c->claim_url, "https://", 8))
+        return lm_err_set(err, LM_INVALID, "replies.claim_url=%s: must begin with http:// or "
+                          "https://", c->claim_url);
+    if (strlen(c->claim_url) > MAX_CLAIM_URL)
+        return lm_err_set(err, LM_TOO_LARGE, "replies.claim_url has more than %d bytes",
+                          MAX_CLAIM_URL);
+    if (!*c->claim_s3_region != !*c->claim_s3_key || !*c->claim_s3_key != !*c->claim_s3_secret)
+        return lm_err_set(err, LM_INVALID, "replies.claim_s3_region, replies.claim_s3_key and "
+                          "replies.claim_s3_secret go together");
+    if (strlen(c->claim_s3_region) > MAX_REGION)
+        return lm_err_set(err, LM_INVALID, "replies.claim_s3_region is no region");
+    return LM_OK;
+}
+
 static lm_status check_trouble(const struct config *c, struct lm_err *err)
 {
     if (c->poison_max_attempts == 1)
@@ -583,15 +620,7 @@ static lm_status check_trouble(const struct config *c, struct lm_err *err)
         if (st)
             return st;
     }
-    if (strcmp(c->replies_too_large, "claim"))
-        return LM_OK;
-    if (!strstr(c->claim_url, "{object}"))
-        return lm_err_set(err, LM_INVALID, "replies.too_large=claim needs replies.claim_url with "
-                          "{object} in it, as https://store/replies/{object}");
-    if (strncmp(c->claim_url, "http://", 7) && strncmp(c->claim_url, "https://", 8))
-        return lm_err_set(err, LM_INVALID, "replies.claim_url=%s: must begin with http:// or "
-                          "https://", c->claim_url);
-    return LM_OK;
+    return check_claims(c, err);
 }
 
 lm_status config_check(const struct config *c, struct lm_err *err)

@@ -43,6 +43,7 @@ struct config {
     char *replies_encoding;
     bool errors_reply;
     char *topics_control, *replies_too_large, *claim_url, *claim_auth_header;
+    char *claim_s3_region, *claim_s3_key, *claim_s3_secret;
     char *journal_dir;
     int64_t blocked_warn_ms, poison_max_attempts, hang_timeout_ms;
     int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
@@ -77,6 +78,8 @@ lm_status config_read_again(const struct config *c, struct config *out, struct l
 
 bool config_exactly_once(const struct config *c);
 /* From topics.priorities; 0 for a topic that it does not name. */
+/* Is it one of topics.prompts, by name or by pattern? */
+bool config_reads_topic(const struct config *c, const char *topic);
 int config_topic_priority(const struct config *c, const char *topic);
 
 /* The last value given for a passthrough property in that scope, or NULL. */

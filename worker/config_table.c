@@ -143,6 +143,12 @@ static const struct config_property topic_rows[] = {
         "replies.too_large=claim. http or https."),
     STR("replies.claim_auth_header", claim_auth_header, "", CONFIG_SECRET,
         "A whole header, such as `Authorization: Bearer ...`, sent with every PUT."),
+    STR("replies.claim_s3_region", claim_s3_region, "", 0,
+        "Signs every PUT for this region of an S3 store, with replies.claim_s3_key and "
+        "replies.claim_s3_secret. The token of temporary keys can be given in "
+        "replies.claim_auth_header, as `x-amz-security-token: ...`."),
+    STR("replies.claim_s3_key", claim_s3_key, "", 0, "Access key id."),
+    STR("replies.claim_s3_secret", claim_s3_secret, "", CONFIG_SECRET, "Secret access key."),
     BYTES("replies.claim_above", claim_above, "900K", 1024, 1 << 30,
         "With claim: replies larger than this go to the object store at once; smaller ones only "
         "when the broker refuses them."),

@@ -109,6 +109,34 @@ worker claim replies.too_large=claim "replies.claim_url=$STORE/{object}" replies
 case_ claims claim
 check "an object for the claim" [ "$(ls "$RUN/objects" | wc -l)" = 1 ]
 stop
+
+mkdir "$RUN/s3"; echo 503 > "$RUN/s3/.mode"; : > "$RUN/s3/.log"
+S3=$(free_ports 1); topic_create tiny 1 max.message.bytes=2000; topic_create claimable 1
+spawn "$RUN/s3.log" "$PYTHON" tests/infra/s3_store.py "$RUN/s3" "$S3" AKIDTEST 'secret/+key'
+claimer() {     # NAME SECRET [KEY=VALUE]...
+    worker "$1" engine.mode=echo delivery.mode=exactly-once group.id=claims topics.prompts=claimable \
+        topics.replies_allowed=tiny replies.too_large=claim "replies.claim_url=http://127.0.0.1:$S3/{object}" \
+        replies.claim_above=4000 replies.claim_s3_region=eu-test replies.claim_s3_key=AKIDTEST \
+        "replies.claim_s3_secret=$2" drain.timeout_ms=1000 "${@:3}"
+}
+run=$(head -c 3 /dev/urandom | od -An -tx1 | tr -d ' \n')
+claimer claim-a 'secret/+key' transaction.interval_ms=300
+case_ claims_once away "$RUN/s3" "$run"
+aborted=$(metric transaction_aborts_total)
+check "there were aborted transactions ($aborted)" [ "${aborted:-0}" -gt 0 ]
+case_ claims_once hang "$RUN/s3" "$run"
+SECONDS=0; stop
+check "a store that hangs does not hold up the shutdown ($SECONDS s)" [ "$SECONDS" -lt 10 ]
+echo ok > "$RUN/s3/.mode"
+claimer claim-b 'another key'
+check "a wrong secret is refused, waited for and said" wait_until 10 grep -q 'HTTP 403; trying again, its offset waits' "$RUN/worker-claim-b.log"
+stop
+claimer claim-c 'secret/+key' transaction.interval_ms=30000
+case_ claims_once kill "$RUN/s3" "$run"
+kill -9 -- "-$W"; wait "$W" 2> /dev/null
+claimer claim-d 'secret/+key'
+case_ claims_once after "$RUN/s3" "$run"
+stop
 fi
 
 if part poison; then

@@ -5,6 +5,7 @@ Each case produces its prompts, reads the outcomes, prints TAP lines and exits 1
 Topics: prompts, replies, asked (allowed as a reply topic), dead, control.
 """
 import json
+import os
 import sys
 import time
 import uuid
@@ -261,6 +262,76 @@ def claims(kind):
           and "claim" not in body(got[f"{run}-1".encode()]))
 
 
+def claims_once(step, folder, run):
+    """The same in exactly-once mode, with an S3 store that is away, refuses, and comes back."""
+    def mode(text):
+        open(folder + "/.mode", "w", encoding="utf-8").write(text)
+
+    def objects():
+        return {n for n in os.listdir(folder) if n[0] != "." and not n.endswith(".new")}
+
+    def puts(status):       # (when, object)
+        rows = [line.split() for line in open(folder + "/.log", encoding="utf-8")]
+        return [(int(r[0]), r[2]) for r in rows if r[1] == status]
+
+    params = {"max_tokens": 5000}
+
+    def prompt(name):
+        return {"id": f"{run}-{name}", "prompt": os.urandom(2500).hex(), "params": params}
+
+    r = Reader("replies", "tiny", "dead")
+    if step == "away":
+        send([(prompt(i), [], "one") for i in range(3)], "claimable")
+        for status in ("503", "403"):
+            mode(status)
+            r.until(lambda s: puts(status) and len(puts(status)) >= 3, 30)
+        early = r.until(lambda s: False, 0.5)
+        check("no outcome while the store is away or refuses", not early and not objects()
+              and puts("503") and puts("403"), (len(early), objects()))
+        mode("ok")
+        r.until(lambda s: len(s) >= 3)
+        # "tiny" is smaller than claim_above and larger than its topic takes: the broker refuses it,
+        # which aborts the transaction that the others are in.
+        send([(prompt("3"), [], "one"), (prompt("4"), [], "one"),
+              ({"id": f"{run}-tiny", "prompt": os.urandom(1100).hex(), "params": params,
+                "reply_topic": "tiny"}, [], "one")], "claimable")
+        r.until(lambda s: len(s) >= 6)
+        got = r.until(lambda s: len(s) > 6, 1.5)
+        docs = {body(m)["id"][7:]: (m, body(m)) for m in got if m.topic() != "dead"}
+        check("each is answered, once", len(got) == 6 and set(docs) == {"0", "1", "2", "3", "4", "tiny"},
+              [(m.topic(), m.value()[:80]) for m in got])
+        durable = dict((name, t) for t, name in reversed(puts("200")))
+        names = {d["claim"]["sha256"] for _, d in docs.values()}
+        check("its object was there before its reply", all(
+            durable.get(d["claim"]["sha256"], 1 << 60) <= m.timestamp()[1] for m, d in docs.values()))
+        check("an aborted transaction uploads nothing again", sorted(n for _, n in puts("200"))
+              == sorted(names) == sorted(objects()), (puts("200"), names))
+    elif step == "kill":
+        send([(prompt("killed"), [], "one")], "claimable")
+        there, end = False, time.time() + 30
+        while not there and time.time() < end:
+            there = any(f"{run}-killed" in open(f"{folder}/{n}", encoding="utf-8").read()
+                        for n in objects())
+            time.sleep(0.02)
+        check("the object is there, its reply is not committed", there and not r.until(
+            lambda s: False, 0.5))
+    elif step == "hang":
+        mode("hang")
+        send([(prompt("hung"), [], "one")], "claimable")
+        time.sleep(1.5)
+    elif step == "after":
+        for tp in r.c.assignment():
+            r.c.seek(TopicPartition(tp.topic, tp.partition, 0))
+        mine = lambda s: [body(m) for m in s if m.topic() != "dead" and body(m)["id"][:6] == run]
+        got = mine(r.until(lambda s: len(mine(s)) == 8))
+        got = mine(r.until(lambda s: len(mine(s)) > 8, 1.5))
+        check("what was killed or hung is answered once", sorted(d["id"][7:] for d in got)
+              == ["0", "1", "2", "3", "4", "hung", "killed", "tiny"], [d["id"] for d in got])
+        check("each reply's object is there", {d["claim"]["sha256"] for d in got} <= objects())
+        check("nothing is a dead letter", not [m for m in r.seen if m.topic() == "dead"
+                                               and run.encode() in (m.value() or b"")])
+
+
 def poison(log):
     """Prompts that kill or hang the engine end as dead letters, their neighbours as replies."""
     r = Reader("replies", "dead")
@@ -309,7 +380,6 @@ def blocking(port):
 
 def outage(pid_store, pid_registry, seconds, adapters):
     """Store and registry stand still for a while: everything waits, nothing is dead-lettered."""
-    import os
     import signal
     ids = adapters.split(",")
     r = Reader("replies", "dead")

@@ -192,6 +192,22 @@ static void test_check_refusals(void **state)
     }
 }
 
+static void test_claim_checks(void **state)
+{
+    (void)state;
+    char longest[2100] = "replies.claim_url=http://x/{object}/";
+    memset(longest + strlen(longest), 'x', 1950);
+    good("replies.too_large=claim");
+    bad_check("replies.claim_url=ftp://x/{object}", "must begin with http:// or https://");
+    bad_check(longest, "replies.claim_url has more than 1900 bytes");
+    bad_check("replies.claim_url=http://x/", "needs replies.claim_url with {object}");
+    good("replies.claim_url=http://x/{object}");
+    bad_check("replies.claim_s3_region=eu-1", "replies.claim_s3_secret go together");
+    bad_check("replies.claim_s3_key=k", "replies.claim_s3_secret go together");
+    good("replies.claim_s3_secret=s");
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
+}
+
 static void test_passthrough(void **state)
 {
     (void)state;
@@ -434,6 +450,7 @@ int main(void)
         cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
+        TEST(test_checks), TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_librdkafka_refusals), TEST(test_secrets),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid),
