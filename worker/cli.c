@@ -5,11 +5,13 @@
 #include "worker/cli.h"
 
 #include <errno.h>
+#include <jansson.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <utf8proc.h>
 
 /* ---- settings --------------------------------------------------------------------------- */
 
@@ -70,6 +72,77 @@ lm_status cli_parse_since(const char *option, const char *text, int64_t *out, st
         }
     return lm_err_set(err, LM_INVALID, "%s %s: use 90s, 10m, 2h, 1d or epoch milliseconds",
                       option, text);
+}
+
+/* ---- other people's text ---------------------------------------------------------------- */
+
+static bool is_control(utf8proc_int32_t c)
+{
+    return c < 0x20 || (c >= 0x7f && c < 0xa0);
+}
+
+/* The length of the character at `s`, 0 where it is none or a control character. */
+static size_t printable(const unsigned char *s, size_t len)
+{
+    utf8proc_int32_t c;
+    utf8proc_ssize_t n = utf8proc_iterate(s, (utf8proc_ssize_t)len, &c);
+    return n <= 0 || is_control(c) ? 0 : (size_t)n;
+}
+
+void cli_print_text(const char *s, size_t len)
+{
+    const unsigned char *at = (const unsigned char *)s, *end = at + len;
+    while (at < end) {
+        size_t n = printable(at, (size_t)(end - at));
+        if (n)
+            fwrite(at, 1, n, stdout);
+        else
+            printf("\\x%02x", *at);
+        at += LM_MAX(n, (size_t)1);
+    }
+}
+
+void cli_copy_text(char *to, size_t size, const char *from)
+{
+    const unsigned char *at = (const unsigned char *)(from ? from : "");
+    const unsigned char *end = at + strlen((const char *)at);
+    size_t used = 0;
+    while (at < end) {
+        size_t n = printable(at, (size_t)(end - at)), take = LM_MAX(n, (size_t)1);
+        if (used + take >= size)
+            break;
+        memcpy(to + used, n ? (const char *)at : "?", take);
+        used += take;
+        at += take;
+    }
+    to[used] = '\0';
+}
+
+bool cli_is_text(const void *s, size_t len)
+{
+    const unsigned char *at = s, *end = at + len;
+    while (at < end) {
+        size_t n = *at == '\n' || *at == '\t' ? 1 : printable(at, (size_t)(end - at));
+        if (!n)
+            return false;
+        at += n;
+    }
+    return true;
+}
+
+void cli_print_json(const json_t *o, size_t flags)
+{
+    char *text = o ? json_dumps(o, flags) : NULL;
+    for (const unsigned char *c = (const unsigned char *)text; c && *c; c++) {
+        if (*c == 0x7f)
+            fputs("\\u007f", stdout);
+        else if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0)
+            printf("\\u00%02x", *++c);
+        else
+            putchar(*c);
+    }
+    putchar('\n');
+    free(text);
 }
 
 /* ---- signals ---------------------------------------------------------------------------- */

@@ -38,6 +38,20 @@ lm_status cli_parse_number(const char *option, const char *text, int64_t min, in
  * milliseconds. */
 lm_status cli_parse_since(const char *option, const char *text, int64_t *out, struct lm_err *err);
 
+/* ---- other people's text ------------------------------------------------------------------ */
+
+struct json_t;
+
+/* Bytes from a message or a broker, in one line: control characters, C1 and U+007F among them, and
+ * what is not UTF-8 as \xNN, so that they can't drive a terminal or fake a line. */
+void cli_print_text(const char *s, size_t len);
+/* The same into a buffer, with a '?' for each such byte, cut between characters. NULL is "". */
+void cli_copy_text(char *to, size_t size, const char *from);
+/* Is it UTF-8 without control characters but tab and newline? */
+bool cli_is_text(const void *s, size_t len);
+/* To standard output, with json_dumps() flags; C1 and U+007F escaped. */
+void cli_print_json(const struct json_t *o, size_t flags);
+
 /* ---- signals ---------------------------------------------------------------------------- */
 
 /* SIGINT and SIGTERM raise a flag (a second one kills as usual), SIGPIPE is ignored. */
@@ -69,6 +83,8 @@ uint64_t cli_lines_count(const char *path);
 struct cli_kafka {
     rd_kafka_t *rk;
     char why[256];              /* the client's last complaint, for messages */
+    bool one_by_one;            /* set before opening: each record in a batch of its own, so that
+                                 * one that is too large takes no other with it */
     void (*delivered)(void *user, const rd_kafka_message_t *m);
     void *user;
 };

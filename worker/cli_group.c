@@ -46,9 +46,9 @@ static void add_member(struct group *g, const rd_kafka_MemberDescription_t *m)
     struct group_member *to = &g->members[g->n_members++];
     *to = (struct group_member){ 0 };
     const char *host = rd_kafka_MemberDescription_host(m);
-    snprintf(to->client, sizeof to->client, "%s", rd_kafka_MemberDescription_client_id(m));
-    snprintf(to->consumer, sizeof to->consumer, "%s", rd_kafka_MemberDescription_consumer_id(m));
-    snprintf(to->host, sizeof to->host, "%s", host && *host == '/' ? host + 1 : host ? host : "");
+    cli_copy_text(to->client, sizeof to->client, rd_kafka_MemberDescription_client_id(m));
+    cli_copy_text(to->consumer, sizeof to->consumer, rd_kafka_MemberDescription_consumer_id(m));
+    cli_copy_text(to->host, sizeof to->host, host && *host == '/' ? host + 1 : host);
     const rd_kafka_topic_partition_list_t *l =
         rd_kafka_MemberAssignment_partitions(rd_kafka_MemberDescription_assignment(m));
     for (int i = 0; l && i < l->cnt; i++)

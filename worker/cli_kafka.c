@@ -114,6 +114,8 @@ lm_status cli_kafka_open(struct cli_kafka *k, const struct config *c, rd_kafka_t
     lm_status st = set_defaults(conf, type, err);
     if (st == LM_OK)
         st = set_passthrough(conf, c, type, err);
+    if (st == LM_OK && k->one_by_one && type == RD_KAFKA_PRODUCER)
+        st = set(conf, "batch.num.messages", "1", err);
     if (st == LM_OK && !has_brokers(conf))
         st = lm_err_set(err, LM_INVALID, "kafka.bootstrap.servers is not set: name a broker, as "
                         "kafka.bootstrap.servers=host:9092");

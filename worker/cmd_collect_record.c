@@ -148,9 +148,11 @@ void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d)
     else
         snprintf(d->source, sizeof d->source, "%s/%d/%lld", rd_kafka_topic_name(m->rkt),
                  m->partition, (long long)m->offset);
-    d->prompt = m->payload ? json_loadb(m->payload, m->len, JSON_DECODE_ANY, NULL) : NULL;
+    d->prompt = m->payload ? json_loadb(m->payload, m->len, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL)
+                           : NULL;
     const json_t *id = json_object_get(d->prompt, "id");
-    if (json_is_string(id) && json_string_length(id) > 0)
+    if (json_is_string(id) && json_string_length(id) > 0 &&
+        strlen(json_string_value(id)) == json_string_length(id))
         d->id = json_string_value(id);
 }
 

@@ -10,7 +10,11 @@
  * that a second failure counts on and still says where the prompt first was; what says why it
  * failed is left out. Without --yes it only says what it would send. The topic itself is never
  * changed: a letter that was sent back stays, so a filter with --since or --until keeps a second
- * retry apart.
+ * retry apart, and what could not be sent is named by its place.
+ *
+ * Where a letter came from is what its headers say, and those may be the prompt's sender's own. So
+ * it goes back by itself only to a topic of topics.prompts; anywhere else needs --to. For the same
+ * reason nothing of a letter reaches the terminal but through cli_print_text() and its like.
  */
 #include <getopt.h>
 #include <inttypes.h>
@@ -25,7 +29,7 @@
 
 enum verb { VERB_LIST, VERB_SHOW, VERB_RETRY };
 
-enum { FLUSH_MS = 60000 };
+enum { FLUSH_MS = 60000, BROKER_MS = 15000 };
 
 struct place { int64_t partition, offset; };
 
@@ -41,7 +45,8 @@ struct dlq {
 
     struct cli_kafka kafka, producer;
     codec *codec;
-    uint64_t seen, picked, sent, failed, unfit;
+    char exists[256];                           /* the last topic that was found to be there */
+    uint64_t seen, hits, picked, handed, sent, failed, unfit;
 };
 
 static const char help[] =
@@ -119,10 +124,15 @@ static bool wanted(const struct dlq *q, const struct letter *l)
         return false;
     if (q->id && (!id || strcmp(q->id, id)))
         return false;
-    return q->until_ms < 0 || l->ms < q->until_ms;
+    return (q->until_ms < 0 || l->ms < q->until_ms) && l->ms >= q->since_ms;
 }
 
 /* ---- list and show ---------------------------------------------------------------------- */
+
+static void print_text(const char *s)
+{
+    cli_print_text(s ? s : "-", s ? strlen(s) : 1);
+}
 
 static void print_line(const struct letter *l)
 {
@@ -131,36 +141,39 @@ static void print_line(const struct letter *l)
     struct tm tm;
     if (l->ms > 0 && gmtime_r(&s, &tm))
         strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
-    const char *adapter = field(l, "adapter"), *id = field(l, "id");
-    printf("%d:%" PRId64 "\t%s\t%s\t%" PRId64 "\t%s\t%s\t%s\n", (int)l->m->partition,
-           l->m->offset, when, l->d.code, l->d.attempt < 0 ? 1 : l->d.attempt,
-           adapter ? adapter : "-", id ? id : "-", l->d.message);
+    printf("%d:%" PRId64 "\t%s\t", (int)l->m->partition, l->m->offset, when);
+    print_text(l->d.code);
+    printf("\t%" PRId64 "\t", l->d.attempt < 0 ? 1 : l->d.attempt);
+    print_text(field(l, "adapter"));
+    putchar('\t');
+    print_text(field(l, "id"));
+    putchar('\t');
+    print_text(l->d.message);
+    putchar('\n');
 }
 
 static void print_json(const struct letter *l)
 {
     char *line = dead_letter_line(&l->d, l->m);
-    json_t *o = line ? json_loads(line, 0, NULL) : NULL;
+    json_t *o = line ? json_loads(line, JSON_ALLOW_NUL, NULL) : NULL;
     const char *adapter = field(l, "adapter");
     free(line);
     json_object_set_new(o, "at", json_pack("{s:i, s:I}", "partition", (int)l->m->partition,
                                            "offset", (json_int_t)l->m->offset));
     json_object_set_new(o, "time_ms", json_integer(l->ms));
     json_object_set_new(o, "adapter", adapter ? json_string(adapter) : json_null());
-    if (o)
-        json_dumpf(o, stdout, JSON_COMPACT);
-    putchar('\n');
+    cli_print_json(o, JSON_COMPACT);
     json_decref(o);
 }
 
-static bool is_text(const unsigned char *s, size_t n)
+/* Lines after the first are indented, so that none looks like another field. */
+static void print_lines(const char *s, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        if ((s[i] < 0x20 && s[i] != '\n' && s[i] != '\t') || s[i] == 0x7f)
-            return false;
-    json_t *t = json_stringn((const char *)s, n);
-    json_decref(t);
-    return t;
+    for (size_t i = 0; i < n; i++) {
+        putchar(s[i]);
+        if (s[i] == '\n')
+            fputs("         ", stdout);
+    }
 }
 
 /* Text as it is, anything else as hex: headers and values are anyone's bytes. */
@@ -168,8 +181,8 @@ static void print_bytes(const void *at, size_t n)
 {
     if (!at) {
         fputs("(none)", stdout);
-    } else if (is_text(at, n)) {
-        fwrite(at, 1, n, stdout);
+    } else if (cli_is_text(at, n)) {
+        print_lines(at, n);
     } else {
         fputs("0x", stdout);
         for (size_t i = 0; i < n; i++)
@@ -184,20 +197,28 @@ static void show(const struct letter *l)
     const char *name;
     const void *value;
     size_t n;
-    printf("place    %d:%" PRId64 "\ncause    %s\nreason   %s\nprompt   %s\nkey      ",
-           (int)l->m->partition, l->m->offset, l->d.code, l->d.message, l->d.source);
+    const char *const lines[][2] = { { "cause    ", l->d.code }, { "reason   ", l->d.message },
+                                     { "prompt   ", l->d.source } };
+    printf("place    %d:%" PRId64 "\n", (int)l->m->partition, l->m->offset);
+    for (size_t i = 0; i < LM_COUNT(lines); i++) {
+        fputs(lines[i][0], stdout);
+        print_text(lines[i][1]);
+        putchar('\n');
+    }
+    fputs("key      ", stdout);
     print_bytes(l->m->key, l->m->key_len);
     if (!rd_kafka_message_headers(l->m, &h))
         for (size_t i = 0; !rd_kafka_header_get_all(h, i, &name, &value, &n); i++) {
-            printf("header   %s: ", name);
+            fputs("header   ", stdout);
+            print_text(name);
+            fputs(": ", stdout);
             print_bytes(value, n);
         }
     fputs("value    ", stdout);
     print_bytes(l->m->payload, l->m->len);
-    if (l->prompt && !is_text(l->m->payload, l->m->len)) {
+    if (l->prompt && !cli_is_text(l->m->payload, l->m->len)) {
         fputs("decoded  ", stdout);
-        json_dumpf(l->prompt, stdout, JSON_INDENT(1));
-        putchar('\n');
+        cli_print_json(l->prompt, JSON_INDENT(1));
     }
     putchar('\n');
 }
@@ -232,42 +253,75 @@ static void send_back(struct dlq *q, const struct letter *l, const char *topic)
 {
     rd_kafka_resp_err_t e;
     const rd_kafka_message_t *m = l->m;
+    struct place *from = lm_malloc(sizeof *from);       /* the report's; NULL: it can't say which */
+    if (from)
+        *from = (struct place){ m->partition, m->offset };
     do {
         rd_kafka_headers_t *h = own_headers(m);
         e = rd_kafka_producev(q->producer.rk, RD_KAFKA_V_TOPIC(topic),
                               RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
                               RD_KAFKA_V_KEY(m->key, m->key_len),
                               RD_KAFKA_V_VALUE(m->payload, m->len), RD_KAFKA_V_HEADERS(h),
-                              RD_KAFKA_V_END);
+                              RD_KAFKA_V_OPAQUE(from), RD_KAFKA_V_END);
         if (e)
             rd_kafka_headers_destroy(h);
         rd_kafka_poll(q->producer.rk, e ? 100 : 0);
     } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !cli_interrupted());
+    q->handed += !e;
     if (e) {
+        free(from);
         fprintf(stderr, "loramill dlq: %d:%" PRId64 ": %s\n", (int)m->partition, m->offset,
                 rd_kafka_err2str(e));
         q->failed++;
     }
 }
 
-static void retry(struct dlq *q, const struct letter *l)
+/* Asked of the producer: the consumer is in the middle of its topic. Without this a broker that
+ * makes topics as they are named would make one. */
+static bool topic_exists(struct dlq *q, const char *topic)
+{
+    struct lm_err err;
+    int n;
+    if (!strcmp(q->exists, topic))
+        return true;
+    if (cli_kafka_partitions(&q->producer, topic, BROKER_MS, &n, &err))
+        return false;
+    snprintf(q->exists, sizeof q->exists, "%s", topic);
+    return true;
+}
+
+/* Why a letter can't be sent to `topic`; NULL: it can. */
+static const char *obstacle(struct dlq *q, const struct letter *l, const char *topic)
 {
     rd_kafka_headers_t *h;
     const void *value;
     size_t n;
-    const char *topic = q->to ? q->to : l->d.topic;
-    const char *why = !*topic ? "its headers don't say where it came from; use --to" :
-        !rd_kafka_message_headers(l->m, &h) &&
-        !rd_kafka_header_get_last(h, "loramill-omitted", &value, &n) ?
-        "its value was too large to keep; the prompt is where `show` says" : NULL;
+    if (!*topic)
+        return "its headers don't say where it came from; use --to";
+    if (!q->to && !config_reads_topic(&q->config, topic))
+        return "it says that it came from a topic that is not in topics.prompts; use --to";
+    if (!rd_kafka_message_headers(l->m, &h) &&
+        !rd_kafka_header_get_last(h, "loramill-omitted", &value, &n))
+        return "its value was too large to keep; the prompt is where `show` says";
+    if (q->yes && !topic_exists(q, topic))
+        return "its topic does not exist, or no broker answers";
+    return NULL;
+}
+
+static void retry(struct dlq *q, const struct letter *l)
+{
+    const char *topic = q->to ? q->to : l->d.topic, *why = obstacle(q, l, topic);
     if (why) {
         fprintf(stderr, "loramill dlq: %d:%" PRId64 " can't be sent back: %s\n",
                 (int)l->m->partition, l->m->offset, why);
         q->unfit++;
         return;
     }
-    printf("%d:%" PRId64 " -> %s\t%s\t%s\n", (int)l->m->partition, l->m->offset, topic,
-           l->d.code, field(l, "id") ? field(l, "id") : "-");
+    printf("%d:%" PRId64 " -> %s\t", (int)l->m->partition, l->m->offset, topic);
+    print_text(l->d.code);
+    putchar('\t');
+    print_text(field(l, "id"));
+    putchar('\n');
     if (q->yes)
         send_back(q, l, topic);
 }
@@ -275,10 +329,13 @@ static void retry(struct dlq *q, const struct letter *l)
 static void on_delivered(void *user, const rd_kafka_message_t *m)
 {
     struct dlq *q = user;
-    if (m->err)
-        fprintf(stderr, "loramill dlq: to %s: %s\n", rd_kafka_topic_name(m->rkt),
+    struct place *from = m->_private;
+    if (m->err && from)
+        fprintf(stderr, "loramill dlq: %" PRId64 ":%" PRId64 " was not sent to %s: %s\n",
+                from->partition, from->offset, rd_kafka_topic_name(m->rkt),
                 rd_kafka_err2str(m->err));
     *(m->err ? &q->failed : &q->sent) += 1;
+    free(from);
 }
 
 /* ---- the whole -------------------------------------------------------------------------- */
@@ -290,6 +347,7 @@ static bool take(void *user, const rd_kafka_message_t *m)
     q->seen++;
     if (!at_place(q, m))
         return true;
+    q->hits++;
     letter_read(q, m, &l);
     if (wanted(q, &l)) {
         q->picked++;
@@ -303,7 +361,8 @@ static bool take(void *user, const rd_kafka_message_t *m)
             print_line(&l);
     }
     letter_release(&l);
-    return q->limit < 0 || q->picked < (uint64_t)q->limit;
+    return (q->limit < 0 || q->picked < (uint64_t)q->limit) && !ferror(stdout) &&
+           (!q->n_places || q->hits < (uint64_t)q->n_places);
 }
 
 static lm_status open_all(struct dlq *q, struct lm_err *err)
@@ -317,17 +376,17 @@ static lm_status open_all(struct dlq *q, struct lm_err *err)
         st = cli_kafka_open(&q->kafka, &q->config, RD_KAFKA_CONSUMER, err);
     q->producer.delivered = on_delivered;
     q->producer.user = q;
+    q->producer.one_by_one = true;
     if (st == LM_OK && q->verb == VERB_RETRY && q->yes)
         st = cli_kafka_open(&q->producer, &q->config, RD_KAFKA_PRODUCER, err);
-    return st;
+    int n;
+    return st == LM_OK && q->to ? cli_kafka_partitions(&q->kafka, q->to, BROKER_MS, &n, err) : st;
 }
 
-static int conclude(struct dlq *q)
+/* What has been done, also when it ended early. */
+static void sum_up(const struct dlq *q)
 {
-    if (q->verb == VERB_SHOW && q->picked < (uint64_t)q->n_places) {
-        fprintf(stderr, "loramill dlq: %" PRIu64 " of %d are there\n", q->picked, q->n_places);
-        return CLI_FAILED;
-    }
+    uint64_t open = q->handed - q->sent - q->failed;
     if (q->verb == VERB_LIST)
         fprintf(stderr, "dlq: %" PRIu64 " of %" PRIu64 " dead letters\n", q->picked, q->seen);
     if (q->verb == VERB_RETRY && q->yes)
@@ -335,7 +394,16 @@ static int conclude(struct dlq *q)
                 q->failed + q->unfit);
     else if (q->verb == VERB_RETRY)
         fprintf(stderr, "dlq: nothing was sent; --yes sends %" PRIu64 "\n", q->picked - q->unfit);
-    return q->failed + q->unfit ? CLI_FAILED : CLI_OK;
+    if (open)
+        fprintf(stderr, "loramill dlq: %" PRIu64 " may have been sent: no answer\n", open);
+}
+
+static int conclude(const struct dlq *q)
+{
+    bool missing = q->n_places && q->limit < 0 && q->hits < (uint64_t)q->n_places;
+    if (missing)
+        fprintf(stderr, "loramill dlq: %" PRIu64 " of %d are there\n", q->hits, q->n_places);
+    return missing || q->failed + q->unfit || q->handed != q->sent ? CLI_FAILED : CLI_OK;
 }
 
 static int run(struct dlq *q)
@@ -348,6 +416,7 @@ static int run(struct dlq *q)
         rd_kafka_flush(q->producer.rk, FLUSH_MS);
     if (st == LM_OK && (fflush(stdout) || cli_interrupted()))
         st = lm_err_set(&err, LM_IO, cli_interrupted() ? "interrupted" : "standard output");
+    sum_up(q);
     if (st == LM_OK)
         return conclude(q);
     fprintf(stderr, "loramill dlq: %s\n", err.msg);
@@ -364,6 +433,9 @@ static lm_status parse_place(struct dlq *q, const char *text, struct lm_err *err
     if (!good || *end || p.partition < 0)
         return lm_err_set(err, LM_INVALID, "'%s' is no place: PARTITION:OFFSET, as list shows it",
                           text);
+    for (int i = 0; i < q->n_places; i++)
+        if (q->places[i].partition == p.partition && q->places[i].offset == p.offset)
+            return LM_OK;
     struct place *grown = lm_reallocarray(q->places, (size_t)q->n_places + 1, sizeof *grown);
     if (!grown)
         return lm_err_set(err, LM_NOMEM, "no memory");
@@ -395,6 +467,8 @@ static lm_status check(const struct dlq *q, struct lm_err *err)
         return lm_err_set(err, LM_INVALID, "list takes filters; show takes places");
     if (q->verb != VERB_RETRY && (q->yes || q->to))
         return lm_err_set(err, LM_INVALID, "--yes and --to are retry's");
+    if (q->verb != VERB_LIST && q->json)
+        return lm_err_set(err, LM_INVALID, "--json is list's");
     return LM_OK;
 }
 

@@ -58,20 +58,27 @@ static lm_status find_targets(struct reset *r, const struct group *g, int64_t *t
         if (st != LM_OK)
             return st;
     }
+    size_t chosen = 0;
     for (size_t i = 0; i < g->n_parts; i++) {
         const struct group_part *p = &g->parts[i];
+        if (r->partition >= 0 && p->partition != r->partition) {
+            target[i] = -1;
+            continue;
+        }
+        chosen++;
+        if (p->high < 0)
+            return lm_err_set(err, LM_NET, "%s [%d]: its leader does not answer, so its offsets "
+                              "are not known", p->topic, (int)p->partition);
         if (!strcmp(r->to, "earliest"))
             target[i] = p->low;
         else if (!strcmp(r->to, "latest"))
             target[i] = p->high;
         else if (!by_time)
             target[i] = strtoll(r->to, NULL, 10);
-        if (p->high >= 0)
-            target[i] = LM_MIN(LM_MAX(target[i], p->low), p->high);
-        if (r->partition >= 0 && p->partition != r->partition)
-            target[i] = -1;
+        target[i] = LM_MIN(LM_MAX(target[i], p->low), p->high);
     }
-    return LM_OK;
+    return chosen ? LM_OK : lm_err_set(err, LM_NOT_FOUND, "no topic has a partition %" PRId64,
+                                       r->partition);
 }
 
 static void show(const struct group *g, const int64_t *target)

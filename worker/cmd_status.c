@@ -215,9 +215,7 @@ static void print_json(const struct status *s)
     json_t *o = json_pack("{s:s, s:s, s:I, s:o, s:o}", "group", s->config.group_id, "state",
                           g->state, "lag", (json_int_t)total_lag(g), "partitions", parts,
                           "workers", workers);
-    if (o)
-        json_dumpf(o, stdout, JSON_INDENT(1));
-    putchar('\n');
+    cli_print_json(o, JSON_INDENT(1));
     json_decref(o);
 }
 

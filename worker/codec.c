@@ -273,7 +273,7 @@ lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struc
     if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
         return decode_avro_tree(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out,
                                 err);
-    *out = json_loadb(value, len, 0, &je);
+    *out = json_loadb(value, len, JSON_ALLOW_NUL, &je);
     return *out ? LM_OK : lm_err_set(err, LM_FORMAT, "not JSON: %s", je.text);
 }
 

@@ -103,6 +103,44 @@ value > "$RUN/elsewhere"
 check "byte for byte, without the reasons" [ "$(jq -r '.value' "$RUN/elsewhere")" = '{"id": "lost", "prompt": "x", "adapter": "nobody"}' ]
 check "headers: the prompt's own, attempt and origin" quiet jq -e '(.headers | keys) as $k | ($k | index("content-type")) and ($k | index("loramill-attempt")) and ($k | index("kafka_dlt-original-topic")) and ([$k[] | select(test("exception|__connect|error"))] == [])' "$RUN/elsewhere"
 
+# Letters that somebody made to harm: a terminal's escape sequences, lines that are none, an origin
+# that is not ours, bytes of any kind; and one that is too large for where it is sent.
+topic_create payments 1; topic_create small 1 max.message.bytes=3000; topic_create dead2 1
+"$PYTHON" - "$BOOTSTRAP" <<'P' || die "letters are there"
+import sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+def letter(value, topic=b"prompts", key=b"k", *more):
+    p.produce("dead2", value, key, headers=[("kafka_dlt-original-topic", topic),
+              ("kafka_dlt-exception-fqcn", b"loramill.invalid"), ("kafka_dlt-exception-message", "\x1b[2J\x9b1m".encode()), *more])
+letter(b'{"id": "a\\u001b[2J\\u009b1mb", "adapter": "x\\ty\\nz", "prompt": "p"}')
+letter('{"id": "c1", "prompt": "\x9b31m"}'.encode())
+letter(b"\xff\x00", b"prompts", b"\x00\x01", ("x\x1bname", b"1\nvalue    fake"), ("null", None))
+letter(None)
+letter(b'{"id": "steal", "prompt": "p"}', b"payments")
+letter(b'{"id": "large", "prompt": "%s"}' % (b"x" * 6000))
+letter(b'{"id": "nul", "prompt": "a\\u0000b"}')
+assert not p.flush(20)
+P
+dlq2() { dlq "$@" --set topics.dead_letters=dead2; }
+calm() { LC_ALL=C grep -qP '[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]' "$RUN/out" && return 1; [ "$(wc -l < "$RUN/out")" = "$1" ]; }
+dlq2 list; check "nothing of a letter drives the terminal, and a letter is a line" calm 7
+dlq2 show 0:0 0:1 0:2 0:3; check "show: the same" calm "$(wc -l < "$RUN/out")"
+check "show: no line but its own begins with a field's name" [ "$(grep -c '^value ' "$RUN/out")" = 4 ]
+dlq2 list --json; check "as JSON: each is an object" [ "$(jq -s 'map(select(.at.offset >= 0)) | length' "$RUN/out")" = 7 ]
+check "the same" calm 7
+dlq2 list --id nul; check "by id, where the prompt holds U+0000" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq2 retry 0:4 --yes; check "a letter goes to topics.prompts or where --to says, nowhere else (got $?)" \
+    grep -q "0:4 can't be sent back: it says that it came from a topic that is not in topics.prompts" "$RUN/err"
+check "nothing came there" [ -z "$("$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump payments)" ]
+dlq2 retry 0:5 0:6 --to small --yes; st=$?
+check "of a retry that fails in part each failed place is named: $(tr '\n' ' ' < "$RUN/err")" \
+    quiet grep -Pzo '0:5 was not sent to small: .*\n.*1 sent back, 1 not' "$RUN/err"
+check "and the status says so (got $st)" [ $st -eq 1 ]
+dlq2 retry 0:6 0:6 0:99 --to small --yes; check "a place where nothing is: status 1 (got $?)" grep -q '1 of 2 are there' "$RUN/err"
+dlq2 retry 0:6 --to not-there --yes; st=$?; check "to a topic that is not there: status 1 (got $st)" [ $st -eq 1 ]
+
+reset --to earliest --partition 99; check "a partition that is not there" grep -q 'no topic has a partition 99' "$RUN/err"
 reset --to earliest --yes
 check "a group with workers is not moved (got $?)" grep -q 'end its workers first' "$RUN/err"
 stop
