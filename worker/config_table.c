@@ -43,8 +43,7 @@ static const struct config_property model_rows[] = {
     CHOICE("engine.weights_dtype", weights_dtype, "auto", "auto|fp8",
         "Numbers of the base weights. `auto`: as the checkpoint stores them (bfloat16 on a GPU). "
         "`fp8`: the layers' matrices are rounded to E4M3 when they are loaded, with a scale for "
-        "each output channel: half the memory, at some loss of accuracy. On a CPU only so far, and "
-        "not with engine.merge."),
+        "each output channel: half the memory, at some loss of accuracy. Not with engine.merge."),
     INT("engine.max_seqs", max_seqs, "0", 0, 65536,
         "Sequences in one step; 0: the engine's default (256)."),
     INT("engine.max_step_tokens", max_step_tokens, "0", 0, 1 << 20,

@@ -42,6 +42,7 @@ extern "C" {
 /* Its first bytes are counters of blocks that have arrived: zero between operations. */
 #define CUDA_COUNTER_BYTES ((size_t)1 << 20)
 #define CUDA_GEMM_WS_BYTES ((size_t)32 << 20)   /* a stream's, for cuBLASLt */
+#define CUDA_WIDE_BYTES ((size_t)64 << 20)      /* a stream's, for FP8 weights as bf16 */
 
 struct cuda_staging;            /* pinned buffers for uploads (mat.c) */
 struct cuda_plans;              /* cuBLASLt's choices, by shape (gemm.c) */
@@ -59,6 +60,7 @@ struct cuda_device {
     int32_t *fault_host;        /* mapped: what a kernel reported, 0 = nothing */
     int32_t *fault;             /* the same word, as kernels see it */
     int failed;                 /* atomic: a CUDA call failed; nothing here can be trusted */
+    int fp8_weights;            /* atomic: streams made from now on need room to widen them */
 };
 
 struct cuda_stream {
@@ -67,6 +69,7 @@ struct cuda_stream {
     cudaStream_t s;
     void *scratch;              /* CUDA_SCRATCH_BYTES; in-order streams need no lock for it */
     void *gemm_ws;              /* CUDA_GEMM_WS_BYTES */
+    void *wide;                 /* CUDA_WIDE_BYTES, or NULL: the device had no FP8 weights */
     struct cuda_plans *plans;
     struct cuda_graphs *graphs;
 };
@@ -78,11 +81,13 @@ struct cuda_event {
 };
 
 /* bf16 [rows][cols], row-major: W^T of y = x W^T as cuBLAS wants it. Rows are 16-byte aligned when
- * cols is a multiple of 8, which every model's are. */
+ * cols is a multiple of 8, which every model's are. KN_E4M3: bytes, cols a multiple of 16, and the
+ * rows' scales behind them. */
 struct cuda_mat {
     struct kn_mat base;
     struct cuda_device *dev;
     void *data;
+    float *scale;               /* KN_E4M3: [rows], device memory within data; else NULL */
 };
 
 static inline struct cuda_device *cuda_device_of(kn_device *d)
@@ -169,7 +174,12 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
 /* gemm_few.cu: what gemm.c keeps from cuBLAS */
 bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);
 lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
-/* y (float32) = bias, or += bias when accumulating, in every row. */
+/* gemm_fp8.cu: the same for weights in FP8, and rows of those as bf16 */
+bool cuda_gemm_few8_fits(const struct kn_gemm *a);
+lm_status cuda_gemm_few8(struct cuda_stream *st, const struct kn_gemm *a);
+lm_status cuda_widen_rows(struct cuda_stream *st, const struct cuda_mat *w, int row0, int rows,
+                          void *out);
+/* gemm_few.cu: y (float32) = bias, or += bias when accumulating, in every row. */
 lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
 /* y (bf16) = product [m, n] (+ bias) (+ y if accumulate), rounded once. */
 lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a, const float *product);

@@ -318,6 +318,7 @@ static void cuda_stream_free(kn_stream *s)
     }
     cudaFree(st->scratch);
     cudaFree(st->gemm_ws);
+    cudaFree(st->wide);
     cuda_plans_free(st->plans);
     cuda_graphs_free(st->graphs);
     free(st);
@@ -343,6 +344,8 @@ static lm_status cuda_stream_new(kn_device *dev, kn_stream **out, struct lm_err 
         rc = cuda_alloc(dev, CUDA_SCRATCH_BYTES, &st->scratch, err);
     if (rc == LM_OK)
         rc = cuda_alloc(dev, CUDA_GEMM_WS_BYTES, &st->gemm_ws, err);
+    if (rc == LM_OK && __atomic_load_n(&d->fp8_weights, __ATOMIC_RELAXED))
+        rc = cuda_alloc(dev, CUDA_WIDE_BYTES, &st->wide, err);
     if (rc == LM_OK)
         rc = check_err(d, "clearing a stream's scratch",
                        cudaMemsetAsync(st->scratch, 0, CUDA_SCRATCH_BYTES, st->s), err);

@@ -237,6 +237,43 @@ static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm 
     return rc;
 }
 
+/* Strides are the caller's word no more. */
+static lm_status product(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    if (!a->bias && !a->accumulate)
+        return multiply(st, a, false);
+    if (a->y_f32) {             /* float32 adds up as it is */
+        lm_status rc = a->bias ? cuda_bias_rows(st, a) : LM_OK;
+        return rc == LM_OK ? multiply(st, a, true) : rc;
+    }
+    return multiply_then_add(st, a);
+}
+
+/* Weights in FP8: our own kernel for few rows of x, else slices of them as bf16. */
+static lm_status product_fp8(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    if (cuda_gemm_few8_fits(a))
+        return cuda_gemm_few8(st, a);
+    const struct cuda_mat *w = cuda_mat_of(a->w);
+    const int fit = (int)(CUDA_WIDE_BYTES / 2 / (size_t)a->w->cols) / 128 * 128;
+    if (!st->wide)
+        return cuda_refuse("gemm", "the stream was made before the device had weights in FP8");
+    lm_status rc = fit > 0 ? LM_OK : LM_UNSUPPORTED;
+    for (int n0 = 0; n0 < a->w->rows && rc == LM_OK; n0 += fit) {
+        struct cuda_mat part = { .base = *a->w, .dev = w->dev, .data = st->wide };
+        struct kn_gemm g = *a;
+        part.base.dtype = KN_BF16;
+        part.base.rows = LM_MIN(fit, a->w->rows - n0);
+        g.w = &part.base;
+        g.y = (char *)a->y + (size_t)n0 * (a->y_f32 ? sizeof(float) : sizeof(uint16_t));
+        g.bias = a->bias ? a->bias + n0 : NULL;
+        rc = cuda_widen_rows(st, w, n0, part.base.rows, st->wide);
+        if (rc == LM_OK)
+            rc = product(st, &g);
+    }
+    return rc;
+}
+
 lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 {
     struct cuda_stream *st = cuda_stream_of(s);
@@ -249,15 +286,9 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
     struct kn_gemm own = *a;
     own.ldx = LM_MAX(a->ldx, a->w->cols);       /* one row may say what it likes */
     own.ldy = LM_MAX(a->ldy, a->w->rows);
-    if (cuda_gemm_few_fits(st, &own))
-        return cuda_gemm_few(st, &own);
-    if (!own.bias && !own.accumulate)
-        return multiply(st, &own, false);
-    if (own.y_f32) {            /* float32 adds up as it is */
-        lm_status rc = own.bias ? cuda_bias_rows(st, &own) : LM_OK;
-        return rc == LM_OK ? multiply(st, &own, true) : rc;
-    }
-    return multiply_then_add(st, &own);
+    if (own.w->dtype == KN_E4M3)
+        return product_fp8(st, &own);
+    return cuda_gemm_few_fits(st, &own) ? cuda_gemm_few(st, &own) : product(st, &own);
 }
 
 /* ---- tuning ---------------------------------------------------------------------------- */
@@ -319,6 +350,8 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
     struct cuda_device *d = t.st->dev;
     if (a->m <= 0 || n_w <= 0 || a->bias || a->accumulate || !a->x || !a->y)
         return cuda_refuse("gemm_tune", "nothing to measure, or a bias");
+    if (w[0]->dtype == KN_E4M3)
+        return LM_OK;
     cudaError_t e = cudaEventCreate(&t.from);
     if (e == cudaSuccess)
         e = cudaEventCreate(&t.to);

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mat.c - base weights on the device: bf16, row-major.
+ * mat.c - base weights on the device: bf16, row-major; or E4M3 with a scale for each row.
  *
  * Whatever dtype a checkpoint stores, the device keeps bf16, the activations' dtype, rounded once
- * to nearest even on the way (as a bf16 run of any framework does). kn_mat.dtype says so.
+ * to nearest even on the way (as a bf16 run of any framework does). kn_mat.dtype says so. KN_E4M3
+ * is asked for by name: rows are scaled and rounded here, on the uploading thread.
  *
  * An upload copies rows into pinned buffers, converting if it must, and sends each off while the
  * next is being filled: source pages of a mapped file are touched once, by the CPU. Lanes let
@@ -12,6 +13,8 @@
  */
 #include "kernels/cuda/cuda_int.h"
 
+#include <float.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -159,23 +162,66 @@ static void convert_row(uint16_t *out, const void *src, size_t from, size_t n, e
     }
 }
 
+static float read_elem(const void *src, size_t i, enum kn_dtype t)
+{
+    if (t == KN_F32)
+        return ((const float *)src)[i];
+    uint16_t h = ((const uint16_t *)src)[i];
+    return t == KN_F16 ? from_f16(h) : float_of((uint32_t)h << 16);
+}
+
+/* Of a number that is at most 448. */
+static uint8_t to_e4m3(float f)
+{
+    uint32_t u = bits_of(f), sign = u >> 24 & 0x80, mag = u & 0x7fffffff;
+    if (mag >= 0x43e00000)
+        return (uint8_t)(sign | 0x7e);
+    if (mag < 0x3c800000)                       /* subnormal: the adder rounds to 2^-9 */
+        return (uint8_t)(sign | (bits_of(float_of(mag) + 0x1p14f) - bits_of(0x1p14f)));
+    return (uint8_t)(sign | ((mag + 0x7ffff + (mag >> 20 & 1) - 0x3c000000) >> 20));
+}
+
+/* A whole row, and its scale; false if it holds a number that is not finite. */
+static bool scale_row(uint8_t *out, float *scale, const void *src, size_t from, size_t n,
+                      enum kn_dtype t)
+{
+    float most = 0;
+    for (size_t i = 0; i < n; i++) {
+        float v = fabsf(read_elem(src, from + i, t));
+        if (!isfinite(v))
+            return false;
+        most = LM_MAX(most, v);
+    }
+    *scale = most > 0 ? LM_MAX(most / 448, FLT_MIN) : 1;
+    for (size_t i = 0; i < n; i++)
+        out[i] = to_e4m3(read_elem(src, from + i, t) / *scale);
+    return true;
+}
+
 /* ---- life ------------------------------------------------------------------------------ */
+
+static size_t scales_at(const kn_mat *m)
+{
+    return LM_DIV_UP((size_t)m->rows * (size_t)m->cols, 256) * 256;
+}
 
 lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                        struct lm_err *err)
 {
-    if (t == KN_E4M3)
-        return lm_err_set(err, LM_UNSUPPORTED, "the CUDA backend has no weights in FP8 yet; leave "
-                                               "engine.weights_dtype at auto");
-    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_BF16)
+    if (t == KN_E4M3 && cols % 16)
+        return lm_err_set(err, LM_UNSUPPORTED, "a matrix of %d x %d in FP8: the CUDA backend needs "
+                                               "a multiple of 16 columns", rows, cols);
+    if (rows <= 0 || cols <= 0 || (unsigned)t > KN_E4M3)
         return lm_err_set(err, LM_INVALID, "matrix of %d x %d, dtype %d: not a shape", rows, cols,
                           (int)t);
     struct cuda_mat *m = lm_calloc(1, sizeof *m);
     if (!m)
         return lm_err_set(err, LM_NOMEM, "out of memory for a matrix");
-    m->base = (struct kn_mat){ .be = &kn_backend_cuda, .dtype = KN_BF16, .rows = rows,
-                               .cols = cols };
+    m->base = (struct kn_mat){ .be = &kn_backend_cuda, .rows = rows, .cols = cols,
+                               .dtype = t == KN_E4M3 ? KN_E4M3 : KN_BF16 };
     m->dev = cuda_device_of(dev);
+    if (t == KN_E4M3)
+        __atomic_store_n(&m->dev->fp8_weights, 1, __ATOMIC_RELAXED);
     lm_status st = kn_alloc(dev, cuda_mat_bytes(&m->base), &m->data, err);
     if (st == LM_OK && cuda_check(m->dev, "clearing a matrix",
                                   cudaMemset(m->data, 0, cuda_mat_bytes(&m->base))) != LM_OK)
@@ -185,6 +231,8 @@ lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_m
         free(m);
         return st;
     }
+    if (t == KN_E4M3)
+        m->scale = (float *)((char *)m->data + scales_at(&m->base));
     *out = &m->base;
     return LM_OK;
 }
@@ -197,6 +245,8 @@ void cuda_mat_free(kn_mat *m)
 
 size_t cuda_mat_bytes(const kn_mat *m)
 {
+    if (m->dtype == KN_E4M3)
+        return scales_at(m) + (size_t)m->rows * sizeof(float);
     return (size_t)m->rows * (size_t)m->cols * sizeof(uint16_t);
 }
 
@@ -242,6 +292,37 @@ static cudaError_t send_all(struct cuda_mat *m, struct lane *l, const struct rec
     return e == cudaSuccess ? waited : e;
 }
 
+/* Whole rows in E4M3: a buffer holds some, and their scales at its end. *bad: the row that cannot
+ * be, else -1. */
+static cudaError_t send_scaled(struct cuda_mat *m, struct lane *l, const struct rect *r, int *bad)
+{
+    const size_t cols = (size_t)m->base.cols;
+    const int fit = (int)LM_MIN(BUFFER_BYTES / (cols + sizeof(float)), (size_t)INT32_MAX);
+    cudaError_t e = fit > 0 ? cudaSuccess : cudaErrorInvalidValue;
+    *bad = -1;
+    for (int r0 = 0, which = 0; r0 < r->rows && e == cudaSuccess && *bad < 0;
+         r0 += fit, which ^= 1) {
+        const int n = LM_MIN(fit, r->rows - r0), row0 = r->row0 + r0;
+        uint8_t *out = l->buffer[which];
+        float *scale = (float *)(void *)(out + BUFFER_BYTES) - fit;
+        e = cudaEventSynchronize(l->sent[which]);
+        for (int i = 0; i < n && e == cudaSuccess && *bad < 0; i++)
+            if (!scale_row(out + (size_t)i * cols, scale + i, r->src, (size_t)(r0 + i) * r->ld,
+                           cols, r->t))
+                *bad = row0 + i;
+        if (e == cudaSuccess)
+            e = cudaMemcpyAsync((uint8_t *)m->data + (size_t)row0 * cols, out, (size_t)n * cols,
+                                cudaMemcpyHostToDevice, l->s);
+        if (e == cudaSuccess)
+            e = cudaMemcpyAsync(m->scale + row0, scale, (size_t)n * sizeof *scale,
+                                cudaMemcpyHostToDevice, l->s);
+        if (e == cudaSuccess)
+            e = cudaEventRecord(l->sent[which], l->s);
+    }
+    cudaError_t waited = cudaStreamSynchronize(l->s);
+    return e == cudaSuccess ? waited : e;
+}
+
 lm_status cuda_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, const void *src,
                           enum kn_dtype src_t, size_t src_ld, struct lm_err *err)
 {
@@ -251,15 +332,23 @@ lm_status cuda_mat_upload(kn_mat *base, int row0, int col0, int rows, int cols, 
         return lm_err_set(err, LM_INVALID,
                           "upload of %d x %d at (%d, %d) does not fit a matrix of %d x %d", rows,
                           cols, row0, col0, base->rows, base->cols);
+    if (m->scale && (col0 || cols != base->cols))
+        return lm_err_set(err, LM_UNSUPPORTED, "a matrix in E4M3 is uploaded by whole rows: its "
+                                               "scales are theirs");
     if (!rows || !cols)
         return LM_OK;
     cudaSetDevice(m->dev->index);
     struct rect r = { row0, col0, rows, cols, src, src_t, src_ld };
     struct lane *l;
     lm_status st = lane_take(m->dev, &l);
+    int bad = -1;
     if (st == LM_OK)
-        st = cuda_check(m->dev, "uploading a matrix", send_all(m, l, &r));
+        st = cuda_check(m->dev, "uploading a matrix",
+                        m->scale ? send_scaled(m, l, &r, &bad) : send_all(m, l, &r));
     lane_give(m->dev, l);
+    if (st == LM_OK && bad >= 0)
+        return lm_err_set(err, LM_INVALID, "row %d of a matrix of %d x %d holds a number that is "
+                                           "not finite", bad, base->rows, base->cols);
     return st == LM_OK ? LM_OK
                        : lm_err_set(err, st, "uploading a matrix of %d x %d to device %d failed",
                                     rows, cols, m->dev->index);

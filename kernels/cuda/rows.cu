@@ -7,7 +7,7 @@
  * lengths and addresses allow, else element by element (VEC 8 and 1). A row belongs to one block
  * and sums in an order that depends on its length only, so neighbours change nothing.
  */
-#include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/prim.cuh"
 
 #define NORM_VECS 4             /* vectors a thread keeps in registers */
 #define NORM_MAX_HIDDEN (1024 * 8 * NORM_VECS)
@@ -57,6 +57,8 @@ static lm_status launch_copy(struct cuda_stream *st, const char *op, void *out, 
 
 extern "C" lm_status cuda_op_embed(kn_stream *s, const struct kn_embed *a)
 {
+    if (a->table && a->table->dtype == KN_E4M3)
+        return LM_UNSUPPORTED;
     if (a->n < 0 || !a->table || a->table->cols != a->hidden || (a->n && (!a->out || !a->ids)))
         return cuda_refuse("embed", "null pointer, or hidden differs from the table's columns");
     if (a->n == 0)
@@ -217,16 +219,32 @@ extern "C" lm_status cuda_op_feed(kn_stream *s, const struct kn_feed *a)
 #ifndef KN_EMU                  /* a plain launch, which host C++ has no syntax for */
 
 /* Element (r, c) is a function of the seed and its place alone: the same on every backend. */
+__device__ static inline float fill_value(int64_t i, int cols, uint64_t seed)
+{
+    uint64_t r = (uint64_t)(i / cols), c = (uint64_t)(i % cols);
+    uint64_t z = seed + (r << 32 | c) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (float)(z >> 40) * 0x1p-23f - 1.0f;
+}
+
 __global__ static void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step)
+        out[i] = __float2bfloat16(fill_value(i, cols, seed) * scale);
+}
+
+/* E4M3: every row's scale is that of the largest number there can be. */
+__global__ static void fill_e4m3(uint8_t *out, float *scales, int64_t n, int cols, uint64_t seed,
+                                 float scale)
+{
+    int64_t step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
-        uint64_t r = (uint64_t)(i / cols), c = (uint64_t)(i % cols);
-        uint64_t z = seed + (r << 32 | c) * 0x9e3779b97f4a7c15u;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        z ^= z >> 31;
-        out[i] = __float2bfloat16(((float)(z >> 40) * 0x1p-23f - 1.0f) * scale);
+        out[i] = (uint8_t)e4m3_bits(fill_value(i, cols, seed) * 448);
+        if (i % cols == 0)
+            scales[i / cols] = scale / 448;
     }
 }
 
@@ -235,8 +253,12 @@ extern "C" lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct
     struct cuda_device *d = cuda_mat_of(m)->dev;
     cudaSetDevice(d->index);
     int64_t n = (int64_t)m->rows * m->cols;
-    fill<<<(unsigned)LM_MIN((n + 255) / 256, 65536), 256>>>((bf16 *)cuda_mat_of(m)->data, n,
-                                                            m->cols, seed, scale);
+    const struct cuda_mat *w = cuda_mat_of(m);
+    const unsigned grid = (unsigned)LM_MIN((n + 255) / 256, 65536);
+    if (w->scale)
+        fill_e4m3<<<grid, 256>>>((uint8_t *)w->data, w->scale, n, m->cols, seed, scale);
+    else
+        fill<<<grid, 256>>>((bf16 *)w->data, n, m->cols, seed, scale);
     cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess)
         e = cudaDeviceSynchronize();

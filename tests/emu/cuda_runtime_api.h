@@ -40,6 +40,9 @@
 #define cuda_lora_shrink_few emu_lora_shrink_few
 #define cuda_lora_expand_few emu_lora_expand_few
 #define cuda_attn_decode emu_attn_decode
+#define cuda_gemm_few8 emu_gemm_few8
+#define cuda_gemm_few8_fits emu_gemm_few8_fits
+#define cuda_widen_rows emu_widen_rows
 #define cuda_attn_prefill emu_attn_prefill
 #define cuda_attn_wgmma emu_attn_wgmma
 #define cuda_attn_wgmma_fits emu_attn_wgmma_fits

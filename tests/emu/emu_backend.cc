@@ -5,7 +5,7 @@
  */
 #include "tests/emu/emu_backend.h"
 
-#include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/prim.cuh"
 
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +56,80 @@ static lm_status emu_stream_sync(kn_stream *, struct lm_err *)
     return fault_word ? LM_DEVICE : LM_OK;
 }
 
+/* ---- weights in E4M3: the CUDA backend's layout and kernels; others are the CPU's -------- */
+
+static lm_status emu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
+                             struct lm_err *err)
+{
+    if (t != KN_E4M3)
+        return kn_backend_cpu.mat_new(dev, t, rows, cols, out, err);
+    struct cuda_mat *m = (struct cuda_mat *)calloc(1, sizeof *m);
+    m->base = { &backend, t, rows, cols };
+    m->dev = cuda_device_of(dev);
+    m->data = aligned_alloc(256, LM_DIV_UP((size_t)rows * (size_t)cols, 256) * 256);
+    m->scale = (float *)calloc((size_t)rows, sizeof(float));
+    *out = &m->base;
+    return LM_OK;
+}
+
+static void emu_mat_free(kn_mat *base)
+{
+    struct cuda_mat *m = (struct cuda_mat *)base;
+    free(m->data);
+    free(m->scale);
+    free(m);
+}
+
+/* Whole rows of float32 only. */
+static lm_status emu_mat_upload(kn_mat *base, int row0, int, int rows, int cols, const void *src,
+                                enum kn_dtype, size_t ld, struct lm_err *)
+{
+    struct cuda_mat *m = (struct cuda_mat *)base;
+    for (int r = 0; r < rows; r++) {
+        const float *row = (const float *)src + (size_t)r * ld;
+        float most = 0;
+        for (int c = 0; c < cols; c++)
+            most = fmaxf(most, fabsf(row[c]));
+        m->scale[row0 + r] = most > 0 ? most / 448 : 1;
+        for (int c = 0; c < cols; c++)
+            ((uint8_t *)m->data)[(size_t)(row0 + r) * (size_t)cols + (size_t)c] =
+                (uint8_t)e4m3_bits(row[c] / m->scale[row0 + r]);
+    }
+    return LM_OK;
+}
+
+/* What cuBLASLt does with the widened rows, a slice of 48 at a time. */
+static void multiply_widened(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    const struct cuda_mat *w = cuda_mat_of(a->w);
+    const int k = w->base.cols;
+    uint16_t *wide = (uint16_t *)aligned_alloc(256, (size_t)48 * (size_t)k * 2 + 256);
+    for (int n0 = 0; n0 < w->base.rows; n0 += 48) {
+        const int n = min(48, w->base.rows - n0);
+        cuda_widen_rows(st, w, n0, n, wide);
+        for (int i = 0; i < a->m; i++)
+            for (int j = 0; j < n; j++) {
+                uint16_t *y = (uint16_t *)a->y + i * a->ldy + n0 + j;
+                float v = a->bias ? a->bias[n0 + j] : 0;
+                for (int l = 0; l < k; l++)
+                    v += bf16_lo(((const uint16_t *)a->x)[i * a->ldx + l]) *
+                         bf16_lo(wide[j * k + l]);
+                *y = (uint16_t)bf16_pack(v + (a->accumulate ? bf16_lo(*y) : 0), 0);
+            }
+    }
+    free(wide);
+}
+
+static lm_status emu_gemm(kn_stream *s, const struct kn_gemm *a)
+{
+    if (a->w->dtype != KN_E4M3)
+        return kn_backend_cpu.gemm(s, a);
+    if (cuda_gemm_few8_fits(a))
+        return cuda_gemm_few8(cuda_stream_of(s), a);
+    multiply_widened(cuda_stream_of(s), a);
+    return LM_OK;
+}
+
 extern "C" int emu_take_fault(void)
 {
     int fault = fault_word;
@@ -75,6 +149,10 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.kv_block_bytes = cuda_kv_block_bytes;
     backend.sample_workspace = cuda_sample_workspace;
     backend.sample = cuda_op_sample;
+    backend.mat_new = emu_mat_new;
+    backend.mat_free = emu_mat_free;
+    backend.mat_upload = emu_mat_upload;
+    backend.gemm = emu_gemm;
     backend.rmsnorm = cuda_op_rmsnorm;
     backend.silu_mul = cuda_op_silu_mul;
     backend.gather_rows = cuda_op_gather_rows;

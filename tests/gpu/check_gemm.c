@@ -7,6 +7,8 @@
  */
 #include "check.h"
 
+#include "tests/twin/twin.h"
+
 struct gemm_case {
     int m, n, k;
     bool bias, accumulate, f32;
@@ -97,6 +99,10 @@ void check_gemm(struct gpu_check *c)
         kn_mat_free(g);
         kn_mat_free(h);
     }
+    struct twin t;
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gemm in E4M3: streams"))
+        check_that(c, twin_gemm_fp8(&t), "gemm in E4M3 equals its CPU twin");
+    twin_close(&t);
 }
 
 /* ---- speed ----------------------------------------------------------------------------- */
@@ -113,6 +119,29 @@ static lm_status one_gemm(struct gpu_check *c, void *ctx, int i)
     struct gemm_run *r = ctx;
     r->a.w = r->w[i % COPIES];
     return kn_op_gemm(c->gs, &r->a);
+}
+
+/* Weights in E4M3, which few rows of x read as they are. */
+static void bench_fp8(struct gpu_check *c, void *y, const void *x, int n, int k)
+{
+    static const int ms[] = { 1, 8, 16, 32 };
+    struct gemm_run r = { 0 };
+    struct lm_err err;
+    for (int i = 0; i < COPIES; i++) {
+        must(kn_mat_new(c->cuda, KN_E4M3, n, k, &r.w[i], &err), "mat_new");
+        must(kn_mat_fill(r.w[i], 1 + (uint64_t)i, 1, &err), "mat_fill");
+    }
+    for (size_t i = 0; i < LM_COUNT(ms); i++) {
+        char name[64];
+        r.a = (struct kn_gemm){ .y = y, .x = x, .m = ms[i], .ldx = k, .ldy = n };
+        double us = time_op(c, one_gemm, &r, 3 * COPIES);
+        double bytes = (double)n * k + 2.0 * ms[i] * (n + k);
+        snprintf(name, sizeof name, "gemm in E4M3 m=%d, %d x %d", ms[i], n, k);
+        figure(c, name, us, "us", "\"gbps\": %.0f, \"share\": %.2f", bytes / us / 1e3,
+               bytes / us / 1e3 / c->gbps);
+    }
+    for (int i = 0; i < COPIES; i++)
+        kn_mat_free(r.w[i]);
 }
 
 void bench_gemm(struct gpu_check *c)
@@ -145,6 +174,9 @@ void bench_gemm(struct gpu_check *c)
         for (int i = 0; i < COPIES; i++)
             kn_mat_free(r.w[i]);
     }
+    bench_fp8(c, y, x, 4096, 4096);
+    bench_fp8(c, y, x, 22016, 4096);
+    bench_fp8(c, y, x, 4096, 11008);
     dev_free(c, x);
     dev_free(c, y);
 }

@@ -99,6 +99,10 @@ decode() {
         bench 60 "decode llama-2-7b, batch $b" --shape ops/shapes/llama-2-7b.json \
             --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
     done
+    for b in 1 32; do
+        bench 60 "decode llama-2-7b, batch $b, weights in fp8" --shape ops/shapes/llama-2-7b.json \
+            --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 --weights-dtype fp8 || st=1
+    done
     bench 60 "decode llama-3.1-8b, batch 32, 32 adapters" --shape ops/shapes/llama-3.1-8b.json \
         --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 --repeat 2 || st=1
     return $st

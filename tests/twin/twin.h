@@ -69,6 +69,7 @@ bool twin_attention(struct twin *c);
 bool twin_lora(struct twin *c);
 bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
+bool twin_gemm_fp8(struct twin *c);
 
 #ifdef __cplusplus
 }

@@ -59,6 +59,12 @@ static void rows(void **state)
     run(twin_rows, 80);
 }
 
+static void gemm_fp8(void **state)
+{
+    (void)state;
+    run(twin_gemm_fp8, 80);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -67,6 +73,7 @@ int main(void)
         cmocka_unit_test(lora),
         cmocka_unit_test(sample),
         cmocka_unit_test(rows),
+        cmocka_unit_test(gemm_fp8),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
 }
