@@ -311,7 +311,7 @@ chaos:
 chaos-long:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
 	$(Q)$(MAKE) $(jobs) --no-print-directory all
-	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=110 SECONDS_OF_FAULTS=900 KILLS=200 \
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=110 SECONDS_OF_FAULTS=930 KILLS=200 \
 	    PAUSE=1 WAIT=900 tests/chaos/run
 
 lint:
