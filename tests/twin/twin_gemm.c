@@ -63,8 +63,10 @@ static void compare(struct twin *c, const struct gemm_case *g)
         for (int l = 0; l < g->k; l++)
             d.w[j * g->k + l] *= j == 5 ? 0.0f : ldexpf(1.3f, j % 9 - 6);
     float *got = run_side(c, &c->gpu, g, &d), *want = run_side(c, &c->cpu, g, &d);
+    /* Of a large product, one element in some: their tolerances take as long as they do. */
+    const int every = (int64_t)g->m * g->n * g->k > 100000000 ? 61 : 1;
     for (int i = 0; i < g->m; i++)
-        for (int j = 0; j < d.ldy; j++) {
+        for (int j = i % every; j < d.ldy; j += every) {
             float w = want[i * d.ldy + j];
             double mag = 0;
             for (int l = 0; l < g->k && j < g->n; l++)
