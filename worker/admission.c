@@ -11,8 +11,8 @@
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,
  * however long the queue of the others is; intake and engine then take it first.
  *
- * A partition also pauses by itself while its offset map is near its limit (see ledger.h), and for
- * good while it is being taken away.
+ * A partition also pauses by itself while its offset map is near its limit (see ledger.h), while
+ * many of its prompts wait for suspects (isolation.c), and for good while it is being taken away.
  *
  * A pause throws the client's prefetched records away, so before pausing the loop waits a moment
  * for the load to fall by itself, and only changes are told to the client. Pause state survives
@@ -76,7 +76,8 @@ static bool update_crowded(consumer *c)
     c->next_crowded_us = now + CROWDED_LOOK_US;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        bool crowded = ledger_crowded(c->ledger, a->ref, a->crowded);
+        bool crowded = ledger_crowded(c->ledger, a->ref, a->crowded) ||
+                       isolation_crowded(a, a->crowded);
         changed |= crowded != a->crowded;
         a->crowded = crowded;
     }

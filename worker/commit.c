@@ -10,6 +10,7 @@
  */
 #include "worker/consumer_int.h"
 
+#include <string.h>
 
 enum { COMMIT_WAIT_MS = 5000, COMMIT_LEAST_MS = 500 };
 
@@ -28,7 +29,9 @@ static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
            rd_kafka_err2str(e));
     if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE && c->map_limit) {
         c->map_limit /= 2;
-        ledger_set_map_limit(c->ledger, c->map_limit);
+        if (c->map_limit < QUARANTINE_TEXT_MAX * 2)
+            isolation_end(c);
+        ledger_set_map_limit(c->ledger, isolation_map_room(c, c->map_limit));
         lm_log(LM_WARN, "consumer", "the broker's offset.metadata.max.bytes is small: offset maps "
                "have at most %zu bytes from now on", c->map_limit);
     }
@@ -55,6 +58,7 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
     rd_kafka_resp_err_t worst = e;
     for (size_t i = 0; i < c->n_pending; i++) {
         rd_kafka_resp_err_t own = e ? e : verdict(c, &c->pending[i], l);
+        isolation_answered(c, c->pending[i].ref, !own);
         if (own)
             worst = own;
         else
@@ -91,7 +95,7 @@ static void wait_for_commit(consumer *c)
 }
 
 /* Where the consumer stands in an idle partition: past trailing transaction markers. */
-void commit_note_position(consumer *c, const struct assigned *a)
+static void note_position(consumer *c, const struct assigned *a)
 {
     struct ledger_info info;
     /* Of a partition that is being taken away records are read and ignored. */
@@ -104,6 +108,13 @@ void commit_note_position(consumer *c, const struct assigned *a)
     rd_kafka_topic_partition_list_destroy(l);
 }
 
+bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_commit *due)
+{
+    note_position(c, a);
+    return ledger_due(c->ledger, a->ref, staged, due) ||
+           (due->offset >= 0 && isolation_wants(c, a));
+}
+
 static bool grow_pending(consumer *c)
 {
     struct ledger_commit *p = lm_reallocarray(c->pending, LM_MAX(c->n_parts, 1), sizeof *p);
@@ -112,17 +123,24 @@ static bool grow_pending(consumer *c)
     return p;
 }
 
-/* The commit of one partition, with its map. */
-bool commit_add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
+/* The commit of one partition: its metadata is MAP, MARK, or "MAP,MARK". */
+bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l)
 {
-    char map[OFFSET_MAP_MAX + 1];
+    char text[OFFSET_MAP_MAX + QUARANTINE_TEXT_MAX + 2], mark[QUARANTINE_TEXT_MAX + 1];
     bool whole;
     rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(l, a->lease->topic,
                                                                      a->partition);
     p->offset = due->offset;
-    p->metadata_size = ledger_map(c->ledger, due, staged, map, &whole);
-    p->metadata = p->metadata_size ? lm_strdup(map) : NULL;     /* freed with the list */
+    size_t len = ledger_map(c->ledger, due, staged, text, &whole);
+    size_t more = isolation_text(c, a, due, mark);
+    if (more) {
+        if (len)
+            text[len++] = METADATA_SEPARATOR;
+        memcpy(text + len, mark, more + 1);
+    }
+    p->metadata_size = len + more;
+    p->metadata = p->metadata_size ? lm_strdup(text) : NULL;    /* freed with the list */
     if (!p->metadata)
         p->metadata_size = 0;
     return whole;
@@ -136,16 +154,15 @@ void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
     c->n_pending = 0;
     for (size_t i = 0; i < c->n_parts; i++) {
-        const struct assigned *a = &c->parts[i];
-        if (!consumer_selected(only, a))
-            continue;
-        commit_note_position(c, a);
-        if (ledger_due(c->ledger, a->ref, false, &c->pending[c->n_pending]))
+        struct assigned *a = &c->parts[i];
+        if (consumer_selected(only, a) && commit_due(c, a, false, &c->pending[c->n_pending]))
             commit_add_offset(c, a, &c->pending[c->n_pending++], false, l);
     }
     if (c->n_pending) {
         rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);
         c->committing = !e;
+        for (size_t i = 0; e && i < c->n_pending; i++)
+            isolation_answered(c, c->pending[i].ref, false);
         if (e)
             commit_refused(c, e);
     }

@@ -202,7 +202,8 @@ static const struct config_property flow_rows[] = {
         "How often finished offsets are committed; what a crash can repeat."),
     INT("commit.map_max_bytes", commit_map_max_bytes, "4096", 0, 4096,
         "Most bytes of the map of finished offsets that travels in a commit's metadata, so that a "
-        "crash or a rebalance repeats unfinished prompts only. Not above the broker's "
+        "crash or a rebalance repeats unfinished prompts only, with the mark that counts poison "
+        "prompts (112 bytes of it; below 224 there is none). Not above the broker's "
         "offset.metadata.max.bytes. 0: no map."),
     INT("drain.timeout_ms", drain_timeout_ms, "30000", 0, DAY_MS,
         "At SIGTERM, how long running prompts may still take. What is unfinished then is handed "
@@ -214,13 +215,14 @@ static const struct config_property flow_rows[] = {
         "Times the engine may fail a prompt for a reason that can heal before it is a dead "
         "letter. Outages of broker, registry or adapter store are waited out, without a limit."),
     INT("poison.max_attempts", poison_max_attempts, "3", 0, 100,
-        "A prompt with which workers die (crash, or hang) is a dead letter after about so many "
-        "tries; from the last but one on it runs alone, so that its neighbours are not blamed. 0: "
-        "off. At least 2 else."),
+        "A prompt with which workers die (crash, or hang) is a dead letter after at most one try "
+        "more than this, by whatever workers of the group; from the last but one on it runs "
+        "alone, so that its neighbours are not blamed. The count travels in the commit metadata. "
+        "0: off. At least 2 else."),
     STR("journal.dir", journal_dir, "", 0,
-        "Where workers note what is in the engine, for those who come after a crash; workers that "
-        "share it share what they know. Empty: $XDG_STATE_HOME/loramill/journal, or "
-        "~/.local/state/loramill/journal."),
+        "Where workers note what is in the engine, for those who come after a crash on the same "
+        "host; it tells more than the commit metadata: which prompts, and what killed them. "
+        "Empty: $XDG_STATE_HOME/loramill/journal, or ~/.local/state/loramill/journal."),
     INT("engine.hang_timeout_ms", hang_timeout_ms, "300000", 0, DAY_MS,
         "An engine that runs prompts and makes no step for so long has hung: the process ends, "
         "with status 1. 0: never."),

@@ -49,6 +49,16 @@ static void finish_job(consumer *c, struct job *j)
     job_unref(j);
 }
 
+lm_status consumer_admit(consumer *c, struct job *j)
+{
+    bool go = true;
+    if (c->order && key_order_enter(c->order, j, &go))
+        return LM_NOMEM;        /* ends the worker */
+    if (go)
+        send_to_intake(c, j);
+    return LM_OK;
+}
+
 void consumer_take_finished(consumer *c, int timeout_ms)
 {
     for (struct job *j = job_queue_take(&c->w->done, timeout_ms), *next; j; j = next) {
@@ -133,6 +143,7 @@ static lm_status make_job(struct assigned *a, const rd_kafka_message_t *m, struc
  * but commit nothing. */
 static lm_status begin_epoch(consumer *c, struct assigned *a)
 {
+    isolation_drop(c, a);
     lm_status st = ledger_rewind(c->ledger, &a->ref);
     struct lease *l = st ? NULL : lease_new(a->lease->topic, a->partition, a->ref);
     if (!l)
@@ -182,12 +193,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     if (j->record.timestamp_ms >= 0)
         histogram_observe(&c->w->metrics.record_age,
                           (lm_wall_ms() - j->record.timestamp_ms) * 1000);
-    bool go = true;
-    if (c->order && key_order_enter(c->order, j, &go))
-        return LM_NOMEM;        /* ends the worker */
-    if (go)
-        send_to_intake(c, j);
-    return LM_OK;
+    return isolation_hold(c, a, j) ? LM_OK : consumer_admit(c, j);
 }
 
 /* Fenced by another group.instance.id of ours, mostly. The one cause that is the configuration's is
@@ -271,7 +277,8 @@ static void housekeeping(consumer *c)
     rebalance_serve(c);
     admission_control(c);
     commit_serve(c, 0);
-    if (now >= c->next_commit_us) {
+    isolation_serve(c);
+    if (now >= c->next_commit_us || c->iso.wanted) {
         c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
         commit_start(c, NULL);
     }
@@ -295,12 +302,14 @@ static void poll_once(consumer *c, int timeout_ms)
 /* Polls on while what runs finishes, so that the group keeps us. */
 static void drain_all(consumer *c)
 {
+    isolation_before_leaving(c);
     admission_apply(c);
     while (rebalance_active(c, NULL, false) && lm_now_us() < atomic_load(&c->w->drain_end_us) &&
            !atomic_load(&c->w->cancelling)) {
         housekeeping(c);
         poll_once(c, DRAIN_POLL_MS);
     }
+    isolation_leave(c, NULL);   /* a last transaction, perhaps */
     worker_cancel(c->w);
     rebalance_hand_back(c, NULL);
     rebalance_serve(c);
@@ -335,7 +344,7 @@ static void *consumer_main(void *arg)
     consumer *c = arg;
     while (!atomic_load(&c->w->stopping)) {
         housekeeping(c);
-        poll_once(c, POLL_MS);
+        poll_once(c, c->iso.busy ? DRAIN_POLL_MS : POLL_MS);
     }
     drain_all(c);
     consumer_take_finished(c, 0);
@@ -391,7 +400,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     bool ordered = !strcmp(w->cfg->delivery_order, "key");
     key_order *order = ordered ? key_order_new() : NULL;
     if (!c || (ordered && !order) ||
-        !(c->ledger = ledger_new(on_ledger_drop, NULL, map_limit))) {
+        !(c->ledger = ledger_new(on_ledger_drop, NULL, 0))) {
         rd_kafka_conf_destroy(conf);
         key_order_free(order);
         free(c);
@@ -399,6 +408,8 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     }
     c->w = w;
     c->map_limit = map_limit;
+    isolation_init(c, map_limit);
+    ledger_set_map_limit(c->ledger, isolation_map_room(c, map_limit));
     rd_kafka_conf_set_opaque(conf, c);
     rd_kafka_conf_set_rebalance_cb(conf, rebalance_cb);
     rd_kafka_conf_set_error_cb(conf, on_error);
@@ -455,6 +466,7 @@ void consumer_free(consumer *c)
     rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
     key_order_free(c->order);
     ledger_free(c->ledger);
+    job_unref(c->iso.job);
     free(c->parts);
     free(c->pending);
     free(c);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, records),
- * admission.c (pausing), rebalance.c (assignment, draining), commit.c (offsets) and staging.c
- * (offsets in transactions). Nobody else includes it.
+ * admission.c (pausing), rebalance.c (assignment, draining), commit.c (offsets), staging.c (offsets
+ * in transactions) and isolation.c (suspects). Nobody else includes it.
  *
  * Everything here belongs to the consumer thread.
  */
@@ -12,9 +12,10 @@
 #include "worker/group_protocol.h"
 #include "worker/kafka_conf.h"
 #include "worker/key_order.h"
+#include "worker/quarantine.h"
 #include "worker/transaction.h"
 
-enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2 };
+enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2, METADATA_SEPARATOR = ',' };
 
 struct assigned {
     struct lease *lease;
@@ -23,6 +24,31 @@ struct assigned {
     bool paused;                /* as the client was told */
     bool crowded;               /* its offset map is near its limit */
     int64_t blocked_offset, blocked_said_us;    /* blocking.c */
+    /* isolation.c */
+    struct quarantine q;
+    bool leaving;               /* handed back in order: its mark becomes idle */
+    bool uncapped;              /* suspects may lie beyond the log's end */
+    struct job *held, **held_tail;      /* delivered, beyond the fence */
+    size_t n_held;
+};
+
+/* See isolation.c. */
+enum isolation_turn { TURN_OPEN, TURN_CLOSING, TURN_MARKING, TURN_RUNNING, TURN_OPENING };
+
+struct isolation {
+    int max;                    /* poison.max_attempts; 0: nothing is held, no marks */
+    uint32_t self;
+    bool active;                /* something is held, or suspected */
+    bool busy;                  /* the loop's turns are to be short */
+    bool wanted;                /* a commit, for its marks */
+    int64_t retry_us;
+    enum isolation_turn turn;
+    struct job *job;            /* has the turn; a reference */
+    struct ledger_ref ref;
+    int64_t offset, closed_us, since_us, next_us;
+    uint64_t steps;             /* of the engine, when a hand-back began */
+    int64_t leave_us, leave_end_us;
+    bool leave_begun;
 };
 
 /* A request of the producer thread; see staging.c. */
@@ -49,6 +75,7 @@ struct consumer {
     size_t map_limit;           /* of the offset map; 0: none */
     struct assigned *parts;
     size_t n_parts, last_hit;
+    struct isolation iso;
     key_order *order;           /* NULL: prompts of a key need no order */
     bool full[CONSUMER_RANKS], stopped;         /* admission.c */
     int64_t next_crowded_us;
@@ -69,6 +96,8 @@ struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition
 /* Is the partition in `only`? NULL: every one is. */
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a);
 void consumer_take_finished(consumer *c, int timeout_ms);
+/* Delivered, and allowed to start: to intake, or behind the others of its key. */
+lm_status consumer_admit(consumer *c, struct job *j);
 
 /* admission.c */
 void admission_control(consumer *c);    /* every turn of the loop */
@@ -81,10 +110,34 @@ void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one
 void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only);
 void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only);      /* and waits */
 
-void commit_note_position(consumer *c, const struct assigned *a);
-/* Adds a partition's commit with its map; false: the map had to be cut. */
-bool commit_add_offset(consumer *c, const struct assigned *a, const struct ledger_commit *due,
+/* Is there an offset, a map or a mark of this partition to commit? */
+bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_commit *due);
+/* Adds a partition's commit with its map and its mark; false: the map had to be cut. */
+bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l);
+
+/* isolation.c */
+void isolation_init(consumer *c, size_t map_limit);
+size_t isolation_map_room(const consumer *c, size_t map_limit);
+void isolation_end(consumer *c);        /* marks have no room */
+/* A partition comes with this mark; false: the text is none of ours. */
+bool isolation_adopt(consumer *c, struct assigned *a, const char *text, size_t len, int64_t base);
+/* May it not go on yet? Then it is kept here. */
+bool isolation_hold(consumer *c, struct assigned *a, struct job *j);
+bool isolation_crowded(const struct assigned *a, bool already);
+void isolation_serve(consumer *c);      /* every turn of the loop */
+/* Must the partition's mark be committed now? */
+bool isolation_wants(consumer *c, struct assigned *a);
+/* The mark for that commit, NUL-terminated; returns its length. */
+size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
+                      char out[QUARANTINE_TEXT_MAX + 1]);
+void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted);
+/* Partitions are handed back in order: first when it begins, then before their last commit. */
+void isolation_before_leaving(consumer *c);
+void isolation_leave(consumer *c, const rd_kafka_topic_partition_list_t *only);
+/* The same without waiting; true: done, or it has taken long enough. */
+bool isolation_left(consumer *c, const rd_kafka_topic_partition_list_t *only);
+void isolation_drop(consumer *c, struct assigned *a);   /* before the partition's epoch ends */
 
 /* staging.c */
 void staging_init(struct staging *g);

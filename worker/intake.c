@@ -20,7 +20,8 @@
  * answered from here, without the engine.
  *
  * Poison. Before the engine sees a prompt, the journal (journal.h) is asked whether workers died
- * with it: then it runs alone, with everything else waiting in `busy`, or is a dead letter.
+ * with it: then it runs alone, with everything else waiting in `busy`, or is a dead letter. What
+ * the pool knows of it (quarantine.h) comes with the job, as does its turn to run alone.
  *
  * The backlog counter says how many jobs are here; the consumer pauses by it.
  */
@@ -34,7 +35,7 @@
 #include "worker/journal.h"
 #include "worker/stream.h"
 
-enum { IDLE_MS = 100, BUSY_MS = 20 };
+enum { IDLE_MS = 100, BUSY_MS = 20, PARK_US = 20000 };
 
 struct intake {
     struct worker *w;
@@ -142,18 +143,37 @@ static void submitted(intake *in, struct job *j, engine_handle h)
 static enum journal_verdict judge(intake *in, struct job *j)
 {
     struct lm_err why;
-    int deaths;
     struct worker *w = in->w;
-    if (!w->journal)
+    struct journal_count n = { 0 };
+    int max = (int)w->cfg->poison_max_attempts;
+    if (!max)
         return JOURNAL_FINE;
-    if (!j->journal_key)
+    if (w->journal && !j->journal_key)
         j->journal_key = journal_key(w->journal, j);
-    enum journal_verdict v = journal_judge(w->journal, j->journal_key, &deaths);
+    if (w->journal)
+        n = journal_counts(w->journal, j->journal_key);
+    n.deaths = LM_MAX(n.deaths, j->pool_deaths);
+    n.evidence = LM_MAX(n.evidence, j->pool_alone);
+    enum journal_verdict v = journal_verdict(n, max);
     if (v == JOURNAL_POISON) {
-        lm_err_set(&why, LM_POISON, "%d workers died of this prompt", deaths);
+        lm_err_set(&why, LM_POISON, "%d workers died of this prompt", n.deaths);
         refuse(in, j, &why, "ENGINE");
     }
     return v;
+}
+
+/* A suspect waits for its turn, and while one has it everybody else waits (isolation.c). Fetching
+ * an adapter is no danger to the engine. */
+static bool must_wait(const struct worker *w, struct job *j)
+{
+    bool turn = j->suspect && atomic_load(&j->alone_now);
+    return !turn && (atomic_load(&w->closed) ||
+                     (j->suspect && atomic_load(&j->stage) != JOB_FETCHING));
+}
+
+static void park(intake *in, struct job *j)
+{
+    job_list_add(&in->later, j, lm_now_us() + PARK_US);
 }
 
 /* Room in the engine, for one that must be alone there, or beside one that must be? */
@@ -198,6 +218,11 @@ static lm_status submit(intake *in, struct job *j)
     enum journal_verdict v = judge(in, j);
     if (v == JOURNAL_POISON)
         return LM_OK;
+    if (must_wait(w, j)) {
+        job_set_stage(j, JOB_READY);
+        park(in, j);
+        return LM_OK;
+    }
     if (!engine_open_to(w, v)) {
         job_set_stage(j, JOB_READY);
         return LM_BUSY;
@@ -250,12 +275,18 @@ static void keep_busy(intake *in, struct job *j)
 
 static void submit_or_keep(intake *in, struct job *j)
 {
-    if (in->busy || submit(in, j) == LM_BUSY)
+    if (j->suspect) {           /* not behind those who wait for it */
+        if (submit(in, j) == LM_BUSY)
+            park(in, j);
+    } else if (in->busy || submit(in, j) == LM_BUSY) {
         keep_busy(in, j);
+    }
 }
 
 static void submit_busy(intake *in)
 {
+    if (atomic_load(&in->w->closed))
+        return;
     while (in->busy) {
         struct job *j = in->busy, *next = j->next;
         atomic_store(&in->w->engine_full, true);
@@ -414,6 +445,10 @@ static void step(intake *in, struct job *j)
         end_early(in, j, ENGINE_CANCELLED);
         return;
     }
+    if (must_wait(in->w, j)) {
+        park(in, j);
+        return;
+    }
     switch (atomic_load(&j->stage)) {
     case JOB_QUEUED:
         if (j->prompt)
@@ -492,6 +527,7 @@ static void *intake_main(void *arg)
     while (!atomic_load(&w->ending)) {
         int64_t now = lm_now_us();
         atomic_store(&w->intake_beat_us, now);
+        atomic_store(&w->intake_rests, atomic_load(&w->closed));
         if (w->journal)
             journal_refresh(w->journal, now);
         int wait = in->busy ? BUSY_MS : job_list_wait_ms(&in->later, now, IDLE_MS);

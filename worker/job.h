@@ -112,6 +112,11 @@ struct job {
     int journaled;              /* its slot in the journal, plus 1; 0: none */
     bool claimed;               /* its reply is in the object store */
     atomic_bool cancelled;      /* by an order from topics.control */
+    /* isolation.c: worker deaths that the group knows of, and of them those while it was alone */
+    int pool_deaths, pool_alone;
+    bool suspect;               /* must run alone; set before it goes to intake */
+    bool held;                  /* the consumer thread has it, until its turn */
+    atomic_bool alone_now;      /* its turn: nothing else is in the engine */
     bool entered;               /* in cancels.h's table, with same_bucket; under its lock */
     struct job *same_bucket;
     int attempts;               /* failures that can heal, by the engine */

@@ -217,10 +217,9 @@ uint64_t journal_key(const journal *j, const struct job *job)
     return h ? h : 1;
 }
 
-enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths)
+struct journal_count journal_counts(journal *j, uint64_t key)
 {
-    int n = 0;
-    uint32_t evidence = 0;
+    struct journal_count n = { 0 };
     pthread_mutex_lock(&j->lock);
     size_t lo = 0, hi = j->n_deaths;
     while (lo < hi) {
@@ -231,15 +230,26 @@ enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths)
             hi = mid;
     }
     for (; lo < j->n_deaths && j->deaths[lo].key == key; lo++) {
-        n++;
-        evidence += j->deaths[lo].evidence;
+        n.deaths++;
+        n.evidence += (int)j->deaths[lo].evidence;
     }
     pthread_mutex_unlock(&j->lock);
-    if (deaths)
-        *deaths = n;
-    if (n >= j->max_attempts && evidence >= 2)
+    return n;
+}
+
+enum journal_verdict journal_verdict(struct journal_count n, int max_attempts)
+{
+    if (n.deaths >= max_attempts && n.evidence >= 2)
         return JOURNAL_POISON;
-    return n > 0 && n >= j->max_attempts - 1 ? JOURNAL_ALONE : JOURNAL_FINE;
+    return n.deaths > 0 && n.deaths >= max_attempts - 1 ? JOURNAL_ALONE : JOURNAL_FINE;
+}
+
+enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths)
+{
+    struct journal_count n = journal_counts(j, key);
+    if (deaths)
+        *deaths = n.deaths;
+    return journal_verdict(n, j->max_attempts);
 }
 
 int journal_enter(journal *j, uint64_t key, bool alone)

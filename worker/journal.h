@@ -28,8 +28,9 @@
  *   deaths >= max and evidence >= 2    poison: a dead letter
  *
  * So a poison prompt costs at most max + 1 processes a journal folder; and nothing is dead-lettered
- * for having been in bad company, or for one unlucky SIGKILL. Workers of several hosts share what
- * they know only if they share the folder; else the bound counts for each host.
+ * for having been in bad company, or for one unlucky SIGKILL. Hosts that share no folder count
+ * together too, through the group's commit metadata (quarantine.h): of both counts the higher one
+ * holds, and the journal adds what only it knows, by whose hand a worker died.
  *
  * Decoding is journaled too: one prompt at a time is decoded, so it is always alone.
  *
@@ -66,6 +67,11 @@ uint64_t journal_key(const journal *j, const struct job *job);
 
 /* What to do with this prompt; *deaths (may be NULL) is in how many it was involved. */
 enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths);
+
+/* What is known of a prompt, by this journal or by the group (quarantine.h). */
+struct journal_count { int deaths, evidence; };
+struct journal_count journal_counts(journal *j, uint64_t key);
+enum journal_verdict journal_verdict(struct journal_count n, int max_attempts);
 
 /* Before the engine sees it. Returns a slot for journal_leave(), or -1 when all are taken. */
 int journal_enter(journal *j, uint64_t key, bool alone);

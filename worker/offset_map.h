@@ -13,6 +13,8 @@
  *   bits       varint distance of the first bit from base, then 8 offsets a byte, lowest first
  *   checksum   XXH32 of all before, 4 bytes little-endian
  *
+ * In a commit's metadata a comma and a mark (quarantine.h) may follow it.
+ *
  * Varints are LEB128, unsigned. ASCII only, because brokers and clients hand metadata on as a
  * string. "lm1" is the version: a reader that does not know it ignores the map, which costs repeats
  * and loses nothing.

@@ -110,6 +110,12 @@ void producer_send(producer *p, struct job *j)
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
+void producer_want_offsets(producer *p)
+{
+    if (!atomic_exchange(&p->want_offsets, true))
+        job_queue_wake(&p->again);
+}
+
 /* ---- failures --------------------------------------------------------------------------- */
 
 static bool is_dead_letter(const struct job *j)

@@ -25,6 +25,7 @@ struct producer {
     struct job_list later;
     atomic_bool end;
     atomic_bool over;           /* its thread has ended */
+    atomic_bool want_offsets;   /* a transaction now, if only for offsets */
     bool exactly_once;
     struct unanswered unanswered;       /* exactly-once */
     int64_t complained_us;

@@ -28,6 +28,7 @@ enum { COMMITTED_FIRST_MS = 500, COMMITTED_MOST_MS = 10000, COMMITTED_BUDGET_MS 
 
 void rebalance_remove(consumer *c, struct assigned *a)
 {
+    isolation_drop(c, a);
     ledger_revoke(c->ledger, a->ref);
     lease_unref(a->lease);
     *a = c->parts[--c->n_parts];
@@ -36,22 +37,35 @@ void rebalance_remove(consumer *c, struct assigned *a)
 
 /* What an earlier owner finished beyond the committed offset. Without it prompts run again, nothing
  * is lost; so a map that can't be believed is ignored, with a word. */
-static void restore_map(consumer *c, const struct assigned *a,
+static void restore_map(consumer *c, const struct assigned *a, const char *text, size_t len,
                         const rd_kafka_topic_partition_t *from)
 {
     struct offset_range *ranges;
     struct lm_err err;
     size_t n;
-    if (!c->map_limit || from->offset < 0 || !from->metadata_size)
-        return;
-    size_t len = strnlen(from->metadata, from->metadata_size);  /* some tools send a NUL along */
-    lm_status st = offset_map_decode(from->metadata, len, from->offset, &ranges, &n, &err);
+    lm_status st = offset_map_decode(text, len, from->offset, &ranges, &n, &err);
     if (!st && (st = ledger_restore(c->ledger, a->ref, ranges, n)))
         lm_err_set(&err, st, "out of memory");
     if (st)
         lm_log(LM_WARN, "consumer", "%s [%d]: commit metadata is ignored: %s", from->topic,
                (int)from->partition, err.msg);
     free(ranges);
+}
+
+/* The metadata is MAP, MARK, or "MAP,MARK"; see offset_map.h and quarantine.h. */
+static void restore(consumer *c, struct assigned *a, const rd_kafka_topic_partition_t *from)
+{
+    const char *text = from->metadata, *mark = NULL;
+    size_t len = c->map_limit && from->offset >= 0 && from->metadata_size ?
+        strnlen(text, from->metadata_size) : 0;         /* some tools send a NUL along */
+    if (len)
+        mark = memchr(text, METADATA_SEPARATOR, len);
+    mark = mark ? mark + 1 : text;
+    size_t mark_len = len ? (size_t)(text + len - mark) : 0;
+    bool marked = isolation_adopt(c, a, mark, mark_len, from->offset);
+    size_t map_len = mark > text ? (size_t)(mark - 1 - text) : marked ? 0 : len;
+    if (map_len)
+        restore_map(c, a, text, map_len, from);
 }
 
 static lm_status add_part(consumer *c, const rd_kafka_topic_partition_t *from)
@@ -71,7 +85,7 @@ static lm_status add_part(consumer *c, const rd_kafka_topic_partition_t *from)
         return LM_NOMEM;
     }
     a.lease->priority = config_topic_priority(c->w->cfg, from->topic);
-    restore_map(c, &a, from);
+    restore(c, &a, from);
     c->parts[c->n_parts++] = a;
     return LM_OK;
 }
@@ -167,6 +181,7 @@ static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
 
 static void revoke_leases(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)
 {
+    isolation_before_leaving(c);
     for (int i = 0; i < parts->cnt; i++) {
         struct assigned *a = consumer_find(c, parts->elems[i].topic, parts->elems[i].partition);
         if (a)
@@ -190,6 +205,8 @@ static void end_epochs(consumer *c, const rd_kafka_topic_partition_list_t *parts
 static void let_go(consumer *c, const rd_kafka_topic_partition_list_t *parts, int64_t start_us,
                    bool lost)
 {
+    if (!lost)
+        isolation_leave(c, parts);
     rebalance_hand_back(c, parts);
     consumer_take_finished(c, 0);
     if (!lost)
@@ -267,7 +284,8 @@ static void begin_revocation(consumer *c, const rd_kafka_topic_partition_list_t 
 void rebalance_serve(consumer *c)
 {
     if (c->revoking && (rd_kafka_assignment_lost(c->rk) ||
-                        drained(c, c->revoking, c->revoke_start_us)))
+                        (drained(c, c->revoking, c->revoke_start_us) &&
+                         isolation_left(c, c->revoking))))
         finish_revocation(c);
 }
 

@@ -49,18 +49,17 @@ static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a)
     return true;
 }
 
-static void stage_offset(consumer *c, struct stage *s, const struct assigned *a)
+static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 {
     struct ledger_commit due;
     char map[OFFSET_MAP_MAX + 1];
     bool whole = false;
-    commit_note_position(c, a);
     while (ledger_due(c->ledger, a->ref, true, &due)) {
         ledger_map(c->ledger, &due, true, map, &whole);
         if (whole || !unstage_last(c, s, a))
             break;
     }
-    if (!ledger_due(c->ledger, a->ref, true, &due))
+    if (!commit_due(c, a, true, &due))
         return;
     commit_add_offset(c, a, &due, true, s->offsets);
     s->commits[s->n_commits++] = due;
@@ -78,8 +77,11 @@ static void serve_stage(consumer *c, struct stage *s)
 
 static void serve_settle(consumer *c, struct stage *s, bool committed)
 {
-    for (size_t i = 0; committed && i < s->n_commits; i++)
-        ledger_committed(c->ledger, &s->commits[i]);
+    for (size_t i = 0; i < s->n_commits; i++) {
+        isolation_answered(c, s->commits[i].ref, committed);
+        if (committed)
+            ledger_committed(c->ledger, &s->commits[i]);
+    }
     for (size_t i = 0; !committed && i < s->n; i++)
         if (s->verdicts[i] == STAGE_IN && !s->jobs[i]->parent)
             ledger_stage(c->ledger, s->jobs[i]->lease->ref, s->jobs[i]->record.offset, false);

@@ -8,7 +8,8 @@
  *   stage --> begin --> produce --> offsets and maps --> commit --> settle
  *
  * and with nothing to send, one for offsets alone, every commit.interval_ms, when there is
- * something new to commit. How a transaction may end:
+ * something new to commit, or when the consumer thread needs one (isolation.c). How a transaction
+ * may end:
  *
  *   committed    the jobs end
  *   aborted      confirmed by the broker: a record was refused, or the group has moved on. The
@@ -419,6 +420,7 @@ static bool anything_in(const struct stage *s)
 
 static void transact(struct tx *t)
 {
+    atomic_store(&t->p->want_offsets, false);
     take_ready(t);
     for (size_t i = 0; i < t->stage.n; i++)
         t->stage.verdicts[i] = STAGE_GONE;
@@ -460,6 +462,8 @@ static int64_t until_due(const struct tx *t, int64_t now)
     if (t->ready)
         at = t->n_ready >= (size_t)cfg->transaction_max_messages ? now :
              t->since_us + cfg->transaction_interval_ms * 1000;
+    if (atomic_load(&t->p->want_offsets))
+        at = LM_MIN(at, now);
     return LM_MAX(at, t->not_before_us) - now;
 }
 

@@ -66,6 +66,8 @@ struct worker {
     atomic_bool look_for_cancelled;     /* intake: sweep what waits */
     atomic_int in_engine;       /* prompts that the engine has */
     atomic_bool alone;          /* one of them, which must be alone there */
+    atomic_bool closed;         /* a suspect is to run alone: intake starts nothing else */
+    atomic_bool intake_rests;   /* since `closed` intake has ended what it had begun */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
@@ -140,6 +142,7 @@ void outbox_free(outbox *o);
 lm_status producer_new(struct worker *w, producer **out, struct lm_err *err);
 /* Takes the job with its `out` filled. Any thread; never blocks. */
 void producer_send(producer *p, struct job *j);
+void producer_want_offsets(producer *p);        /* exactly-once: a transaction soon */
 /* Drops what is unacknowledged, ends its thread. False: it is inside a call to silent brokers, and
  * everything that it uses must stay. */
 bool producer_stop(producer *p);

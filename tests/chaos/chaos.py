@@ -258,7 +258,7 @@ class Oracle:
         last = collections.defaultdict(lambda: -1)
         for p, o in self.journal.where:
             last[p] = max(last[p], o)
-        return all(p.offset > last[p.partition] and not (p.metadata or "").strip("\0")
+        return all(p.offset > last[p.partition] and not (p.metadata or "").startswith("lm1:")
                    for p in committed)
 
 

@@ -166,6 +166,7 @@ transaction.state.log.num.partitions=4
 transaction.state.log.replication.factor=$rf
 transaction.state.log.min.isr=$isr
 group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=2000
 group.consumer.session.timeout.ms=6000
 group.consumer.min.session.timeout.ms=6000
 group.consumer.heartbeat.interval.ms=500

@@ -1,0 +1,530 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * isolation.c - the consumer thread's half of finding a poison prompt; quarantine.h has the
+ * protocol, journal.h the half that one host does alone.
+ *
+ * Holding. A record at or beyond its partition's fence is delivered (it has its entry in the
+ * ledger) but goes no further: it waits in the partition's `held` list until a commit with a higher
+ * fence is acknowledged. In normal work that happens to the first records after an assignment, for
+ * the time of one commit.
+ *
+ * Turns. A suspect must run alone: of the whole process, not of its partition. At most one has the
+ * turn:
+ *
+ *   OPEN      work as usual. A suspect that could run gets the turn
+ *   CLOSING   intake starts nothing any more (w->closed); what is in the engine finishes
+ *   MARKING   one commit: this suspect is alone, every other partition's owner is idle, so that
+ *             the next death is about nobody else
+ *   RUNNING   the suspect goes to intake. The turn ends with it, or when it has to wait for
+ *             something that can't be had now (its adapter, the registry): it comes back when it
+ *             can run
+ *   OPENING   a commit says that the other partitions are at work again; then the engine is open
+ *             for at least as long as it was closed
+ *
+ * In order. Before a partition is handed back, its idle mark is committed: nobody has died. Not
+ * when the device has failed, nor when the engine makes no step: then what is in it stays suspect.
+ *
+ * Threads: the consumer thread's. w->closed and w->intake_rests are the handshake with intake.
+ */
+#include "worker/consumer_int.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+enum {
+    PARTIAL_WAIT_US = 50000,    /* for what a suspect needs before the engine */
+    RETRY_US = 200000,          /* after a commit that failed */
+    STAGED_WAIT_US = 3000000,   /* exactly-once: for the transaction with the idle marks */
+    LAST_WAIT_US = 2000000,     /* the same when the worker ends */
+    STEP_WAIT_US = 1000000,     /* a step takes less, or the engine hangs */
+    HELD_MAX = 1024,            /* of a quarantined partition: then it pauses */
+    MAP_MIN = 2 * QUARANTINE_TEXT_MAX,
+};
+
+/* ---- life ------------------------------------------------------------------------------- */
+
+void isolation_init(consumer *c, size_t map_limit)
+{
+    const int64_t seed[] = { getpid(), lm_wall_ms(), lm_now_us() };
+    c->iso.max = map_limit >= MAP_MIN ? (int)c->w->cfg->poison_max_attempts : 0;
+    c->iso.self = XXH32(seed, sizeof seed, 0);
+    if (c->w->cfg->poison_max_attempts && !c->iso.max)
+        lm_log(LM_INFO, "consumer", "without room in the commit metadata (commit.map_max_bytes, "
+               "librdkafka 2.2) poison prompts are counted by each host for itself");
+}
+
+/* Bytes that the maps may have. */
+size_t isolation_map_room(const consumer *c, size_t map_limit)
+{
+    return c->iso.max && map_limit >= MAP_MIN ? map_limit - QUARANTINE_TEXT_MAX - 1 : map_limit;
+}
+
+static void say_death(const struct assigned *a)
+{
+    const struct quarantine *q = &a->q;
+    static const char *const how[] = { "", "a few at a time", "one by one, alone in the engine" };
+    lm_log(LM_WARN, "consumer", "%s [%d]: its owner went without handing it back (%d such in a "
+           "row); what is unfinished below %" PRId64 " runs %s", a->lease->topic, (int)a->partition,
+           q->deaths, q->until, how[quarantine_level(q)]);
+}
+
+bool isolation_adopt(consumer *c, struct assigned *a, const char *text, size_t len, int64_t base)
+{
+    struct quarantine_mark m;
+    quarantine_init(&a->q, c->iso.max, c->iso.self);
+    lm_status st = quarantine_parse(text, len, base, &m);
+    if (st && st != LM_NOT_FOUND)
+        lm_log(LM_WARN, "consumer", "%s [%d]: the mark in the commit metadata is ignored: %s",
+               a->lease->topic, (int)a->partition,
+               st == LM_MISMATCH ? "the group was moved" : "it is damaged");
+    if (quarantine_adopt(&a->q, st ? NULL : &m, base))
+        say_death(a);
+    a->uncapped = a->q.deaths > 0;
+    c->iso.active |= a->uncapped;
+    return st != LM_NOT_FOUND;
+}
+
+/* ---- holding ---------------------------------------------------------------------------- */
+
+static void hold(struct assigned *a, struct job *j)
+{
+    j->next = NULL;
+    if (!a->held)
+        a->held_tail = &a->held;
+    *a->held_tail = j;
+    a->held_tail = &j->next;
+    a->n_held++;
+}
+
+/* What the log does not reach nobody has started. */
+static void cap_suspects(consumer *c, struct assigned *a, int64_t offset)
+{
+    int64_t low, high;
+    a->uncapped = false;
+    if (!rd_kafka_get_watermark_offsets(c->rk, a->lease->topic, a->partition, &low, &high) &&
+        high > offset)
+        a->q.until = LM_MIN(a->q.until, high);
+}
+
+bool isolation_hold(consumer *c, struct assigned *a, struct job *j)
+{
+    int64_t offset = j->record.offset;
+    if (a->uncapped)
+        cap_suspects(c, a, offset);
+    if (a->q.deaths && offset < a->q.until) {
+        j->pool_deaths = a->q.deaths;
+        j->pool_alone = offset == a->q.suspect ? a->q.alone : 0;
+        if (quarantine_condemns(&a->q, offset))
+            return false;       /* intake refuses it, unseen */
+        if (quarantine_suspects(&a->q, offset))
+            return j->suspect = j->held = true;
+    }
+    if (!a->held && quarantine_may_start(&a->q, offset))
+        return false;
+    hold(a, j);
+    c->iso.active = true;
+    if (a->n_held == HELD_MAX)
+        c->next_crowded_us = 0; /* admission.c looks at once */
+    return true;
+}
+
+bool isolation_crowded(const struct assigned *a, bool already)
+{
+    return a->q.deaths && a->n_held >= (already ? HELD_MAX / 2 : HELD_MAX);
+}
+
+static void release(consumer *c, struct assigned *a)
+{
+    while (a->held && quarantine_may_start(&a->q, a->held->record.offset)) {
+        struct job *j = a->held;
+        a->held = j->next;
+        a->n_held--;
+        if (consumer_admit(c, j))
+            worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+    }
+}
+
+static void end_held(void *ctx, int64_t offset, void *user)
+{
+    consumer *c = ctx;
+    struct job *j = user;
+    (void)offset;
+    if (!j->held)
+        return;
+    j->held = false;
+    worker_end_job(c->w, j, OUTCOME_DROPPED);
+}
+
+void isolation_drop(consumer *c, struct assigned *a)
+{
+    ledger_each(c->ledger, a->ref, end_held, c);
+    for (struct job *j = a->held, *next; j; j = next) {
+        next = j->next;
+        worker_end_job(c->w, j, OUTCOME_DROPPED);
+    }
+    a->held = NULL;
+    a->n_held = 0;
+    if (c->iso.job && c->iso.ref.slot == a->ref.slot && c->iso.ref.epoch == a->ref.epoch)
+        c->iso.turn = TURN_OPENING;
+    quarantine_init(&a->q, c->iso.max, c->iso.self);
+    a->uncapped = false;
+}
+
+/* ---- marks ------------------------------------------------------------------------------ */
+
+static bool has_turn(const consumer *c, const struct assigned *a)
+{
+    return c->iso.job && c->iso.ref.slot == a->ref.slot && c->iso.ref.epoch == a->ref.epoch;
+}
+
+static bool turn_marked(const consumer *c)
+{
+    return c->iso.turn == TURN_MARKING || c->iso.turn == TURN_RUNNING;
+}
+
+static bool wants_idle(const consumer *c, const struct assigned *a)
+{
+    return a->leaving || (turn_marked(c) && !has_turn(c, a));
+}
+
+static bool wants_solo(const consumer *c, const struct assigned *a)
+{
+    return !a->leaving && turn_marked(c) && has_turn(c, a);
+}
+
+struct risk { size_t n; };
+
+/* What may kill the engine now, or soon without asking: not what waits for a store. */
+static void count_risk(void *ctx, int64_t offset, void *user)
+{
+    struct risk *r = ctx;
+    const struct job *j = user;
+    (void)offset;
+    enum job_stage s = atomic_load(&j->stage);
+    r->n += !j->suspect && (s == JOB_QUEUED || s == JOB_READY || s == JOB_RUNNING);
+}
+
+/* Up to where a quarantined partition may go on. */
+static int64_t window_fence(consumer *c, const struct assigned *a)
+{
+    struct risk r = { 0 };
+    int64_t fence = quarantine_fence(&a->q);
+    if (!a->held)
+        return fence;
+    ledger_each(c->ledger, a->ref, count_risk, &r);
+    r.n -= LM_MIN(r.n, a->n_held);
+    for (const struct job *j = a->held; j && r.n < QUARANTINE_WINDOW; j = j->next, r.n++)
+        fence = LM_MAX(fence, j->record.offset + 1);
+    return fence;
+}
+
+static int64_t next_fence(consumer *c, struct assigned *a, const struct ledger_info *info)
+{
+    if (wants_idle(c, a))
+        return quarantine_fence(&a->q);
+    if (quarantine_level(&a->q) == QUARANTINE_FREE)
+        return quarantine_reserve(&a->q, info->last_delivered);
+    int64_t fence = window_fence(c, a);
+    return wants_solo(c, a) ? LM_MAX(fence, c->iso.offset + 1) : fence;
+}
+
+bool isolation_wants(consumer *c, struct assigned *a)
+{
+    struct ledger_info info;
+    const struct quarantine *q = &a->q;
+    if (!c->iso.max || q->asking)
+        return false;
+    if (a->leaving)
+        return !q->acked.idle;
+    if (lease_revoked(a->lease) || atomic_load(&c->w->stopping) || lm_now_us() < c->iso.retry_us ||
+        !ledger_get(c->ledger, a->ref, &info))
+        return false;
+    if (wants_idle(c, a))
+        return !q->acked.idle;
+    if (wants_solo(c, a))
+        return !q->acked.solo || q->acked.idle || q->acked.suspect != c->iso.offset;
+    if (q->acked.solo)
+        return true;
+    if (q->acked.idle && c->iso.turn == TURN_OPENING && info.in_flight > a->n_held &&
+        quarantine_fence(q) >= 0)
+        return true;
+    if (!a->held)
+        return false;
+    return q->acked.idle || quarantine_level(q) == QUARANTINE_FREE ||
+           window_fence(c, a) > quarantine_fence(q);
+}
+
+size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
+                      char out[QUARANTINE_TEXT_MAX + 1])
+{
+    struct ledger_info info;
+    out[0] = 0;
+    if (!c->iso.max || due->offset < 0 || !ledger_get(c->ledger, a->ref, &info))
+        return 0;
+    /* Nothing was started yet: who takes over next is told what we were. */
+    bool idle = wants_idle(c, a) || (a->q.acked.fence < 0 && !info.in_flight);
+    quarantine_ask(&a->q, next_fence(c, a, &info), idle, wants_solo(c, a));
+    return quarantine_text(&a->q.asked, due->offset, out);
+}
+
+void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted)
+{
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        if (a->ref.slot == ref.slot && a->ref.epoch == ref.epoch)
+            quarantine_answer(&a->q, accepted);
+    }
+    if (!accepted)
+        c->iso.retry_us = lm_now_us() + RETRY_US;
+}
+
+static void set_free(void *ctx, int64_t offset, void *user)
+{
+    consumer *c = ctx;
+    struct job *j = user;
+    (void)offset;
+    atomic_store(&j->alone_now, true);
+    if (j->held && consumer_admit(c, j))
+        worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+    j->held = false;
+}
+
+/* The broker leaves no room for marks: nothing is held any more. */
+void isolation_end(consumer *c)
+{
+    c->iso.max = 0;
+    for (size_t i = 0; i < c->n_parts; i++) {
+        quarantine_init(&c->parts[i].q, 0, c->iso.self);
+        release(c, &c->parts[i]);
+        ledger_each(c->ledger, c->parts[i].ref, set_free, c);
+    }
+    atomic_store(&c->w->closed, false);
+    job_unref(c->iso.job);
+    c->iso.job = NULL;
+    c->iso.turn = TURN_OPEN;
+}
+
+/* ---- turns ------------------------------------------------------------------------------ */
+
+struct choice { const struct quarantine *q; struct job *job; };
+
+static void choose(void *ctx, int64_t offset, void *user)
+{
+    struct choice *x = ctx;
+    struct job *j = user;
+    enum job_stage s = atomic_load(&j->stage);
+    bool able = j->suspect && (s == JOB_QUEUED || s == JOB_READY);
+    if (able && (!x->job || offset == x->q->suspect))
+        x->job = j;
+}
+
+static bool begin_turn(consumer *c)
+{
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        struct choice x = { &a->q, NULL };
+        if (quarantine_level(&a->q) != QUARANTINE_SOLO || lease_revoked(a->lease))
+            continue;
+        ledger_each(c->ledger, a->ref, choose, &x);
+        if (!x.job)
+            continue;
+        c->iso.job = job_ref(x.job);
+        c->iso.ref = a->ref;
+        c->iso.offset = x.job->record.offset;
+        quarantine_single_out(&a->q, c->iso.offset);
+        lm_log(LM_INFO, "consumer", "%s [%d] @%" PRId64 " runs alone: %d workers went while it "
+               "ran", a->lease->topic, (int)a->partition, c->iso.offset, a->q.deaths);
+        return true;
+    }
+    return false;
+}
+
+/* Has every partition the mark that this turn asks for? */
+static bool all_marked(consumer *c)
+{
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (c->parts[i].q.asking || isolation_wants(c, &c->parts[i]))
+            return false;
+    return lm_now_us() >= c->iso.retry_us;
+}
+
+static void start_suspect(consumer *c)
+{
+    struct job *j = c->iso.job;
+    atomic_store(&j->alone_now, true);
+    if (!j->held) {
+        job_queue_wake(&c->w->to_intake);
+        return;
+    }
+    j->held = false;
+    if (consumer_admit(c, j))
+        worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+}
+
+/* Over, or waiting for what can't be had now? Once it has been told to wait it is asked again: it
+ * may have entered the engine meanwhile. */
+static bool turn_over(consumer *c, int64_t now)
+{
+    struct job *j = c->iso.job;
+    enum job_stage s = atomic_load(&j->stage);
+    if (s == JOB_ENDED || s == JOB_DROPPED)
+        return true;
+    if (s == JOB_RUNNING || s == JOB_ANSWERING)
+        return false;
+    if (!atomic_load(&j->alone_now))
+        return !atomic_load(&c->w->in_engine);
+    if (now - c->iso.since_us > PARTIAL_WAIT_US)
+        atomic_store(&j->alone_now, false);
+    return false;
+}
+
+static void close_engine(consumer *c, int64_t now)
+{
+    atomic_store(&c->w->intake_rests, false);
+    atomic_store(&c->w->closed, true);
+    job_queue_wake(&c->w->to_intake);
+    c->iso.turn = TURN_CLOSING;
+    c->iso.closed_us = now;
+}
+
+static void open_engine(consumer *c, int64_t now)
+{
+    atomic_store(&c->w->closed, false);
+    job_queue_wake(&c->w->to_intake);
+    job_unref(c->iso.job);
+    c->iso.job = NULL;
+    c->iso.turn = TURN_OPEN;
+    c->iso.next_us = now + LM_MIN(now - c->iso.closed_us, now - c->iso.since_us);
+}
+
+static void take_turns(consumer *c, int64_t now)
+{
+    switch (c->iso.turn) {
+    case TURN_OPEN:
+        if (now >= c->iso.next_us && !atomic_load(&c->w->stopping) && begin_turn(c))
+            close_engine(c, now);
+        break;
+    case TURN_CLOSING:
+        if (atomic_load(&c->w->intake_rests) && !atomic_load(&c->w->in_engine))
+            c->iso.turn = TURN_MARKING;
+        break;
+    case TURN_MARKING:
+        if (all_marked(c)) {
+            c->iso.turn = TURN_RUNNING;
+            c->iso.since_us = now;
+            start_suspect(c);
+        }
+        break;
+    case TURN_RUNNING:
+        if (turn_over(c, now))
+            c->iso.turn = TURN_OPENING;
+        break;
+    case TURN_OPENING:
+        if (all_marked(c))
+            open_engine(c, now);
+    }
+}
+
+static void serve_part(consumer *c, struct assigned *a)
+{
+    struct ledger_info info;
+    if (a->q.deaths && ledger_get(c->ledger, a->ref, &info))
+        quarantine_progress(&a->q, info.watermark);
+    if (a->held && !lease_revoked(a->lease))
+        release(c, a);
+    c->iso.active |= a->held || a->q.deaths;
+    c->iso.busy |= a->held || quarantine_level(&a->q) == QUARANTINE_SOLO;
+    c->iso.wanted |= isolation_wants(c, a);
+}
+
+void isolation_serve(consumer *c)
+{
+    c->iso.wanted = false;
+    c->iso.busy = c->iso.turn != TURN_OPEN;
+    if (!c->iso.max || (!c->iso.active && !c->iso.busy))
+        return;                 /* as nearly always */
+    c->iso.active = false;
+    take_turns(c, lm_now_us());
+    for (size_t i = 0; i < c->n_parts; i++)
+        serve_part(c, &c->parts[i]);
+    if (c->iso.wanted && c->exactly_once)
+        producer_want_offsets(c->w->producer);
+}
+
+/* ---- in order --------------------------------------------------------------------------- */
+
+static uint64_t engine_steps(const consumer *c, bool *busy)
+{
+    struct engine_stats s;
+    engine_stats(c->w->engine, &s);
+    *busy = s.running > 0;
+    return s.steps;
+}
+
+void isolation_before_leaving(consumer *c)
+{
+    bool busy;
+    c->iso.leave_us = lm_now_us();
+    c->iso.leave_begun = false;
+    if (c->iso.max)
+        c->iso.steps = engine_steps(c, &busy);
+}
+
+/* Does the engine hold on to something of these partitions and make no step? */
+static bool seems_hung(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    bool busy;
+    while (rebalance_active(c, only, false) && engine_steps(c, &busy) == c->iso.steps && busy) {
+        if (lm_now_us() - c->iso.leave_us > STEP_WAIT_US)
+            return true;
+        consumer_take_finished(c, DRAIN_POLL_MS);
+        staging_serve(c);
+    }
+    return false;
+}
+
+static void begin_leaving(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    int64_t now = lm_now_us(), end = now + STAGED_WAIT_US;
+    c->iso.leave_begun = true;
+    if (atomic_load(&c->w->stopping))   /* the drain's end is the clock of all */
+        end = LM_MIN(end, LM_MAX(now, atomic_load(&c->w->drain_end_us)) + LAST_WAIT_US);
+    c->iso.leave_end_us = end;
+    bool hung = seems_hung(c, only);    /* then what is in it stays suspect */
+    for (size_t i = 0; !hung && i < c->n_parts; i++)
+        if (consumer_selected(only, &c->parts[i]))
+            c->parts[i].leaving = true;
+}
+
+bool isolation_left(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    if (!c->iso.max || c->staging.closed || atomic_load(&c->w->failed) == LM_DEVICE)
+        return true;
+    if (!c->iso.leave_begun)
+        begin_leaving(c, only);
+    if (!c->exactly_once || lm_now_us() >= c->iso.leave_end_us)
+        return true;            /* at-least-once: the last commit says it */
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        if (a->leaving && consumer_selected(only, a) &&
+            (a->q.asking || isolation_wants(c, a))) {
+            producer_want_offsets(c->w->producer);
+            return false;
+        }
+    }
+    return true;
+}
+
+void isolation_leave(consumer *c, const rd_kafka_topic_partition_list_t *only)
+{
+    while (!isolation_left(c, only)) {
+        atomic_store(&c->w->consumer_beat_us, lm_now_us());
+        consumer_take_finished(c, DRAIN_POLL_MS);
+        staging_serve(c);
+    }
+}
