@@ -47,8 +47,8 @@ for mode in $MODES; do
 done
 for c in "${CASES[@]}"; do wait "$c" || FAILED=1; done
 
-# What ends in order adds to no count: a rolling restart, one host of each pool at a time. (A mark of
-# a dead owner whose partition has had no prompt since is read again, and counts the same again.)
+# What ends in order adds to no count: a rolling restart, one host of each pool at a time. (A dead
+# owner's mark whose partition has had no prompt since is read again, and counts the same again.)
 went() { cat "$RUN"/*-?.log | grep -c '([2-9] such in a row)'; }
 restarted() { [ "$(starts)" -ge $((s + 2)) ]; }
 before=$(went)

@@ -85,6 +85,12 @@ check "the log names it" grep -qE 'prompts \[[01]\] @[0-9]+ is unfinished for [0
 stop
 fi
 
+if part head; then
+worker head engine.mode=echo "adapters.url=http://127.0.0.1:$(free_ports 1)/{adapter}" "adapters.cache_dir=$RUN/cache-head"
+case_ head trouble
+stop
+fi
+
 if part outage; then
 registry_start || die "the registry started"
 R=$(tail -1 "$RUN/pids")

@@ -353,6 +353,52 @@ def poison(log):
           4 <= starts - 1 <= 2 * 4)
 
 
+def pool_outcomes(mode, r, prompts, seconds):
+    def outcomes(records):
+        got = {}
+        for m in records:
+            i = (header(m, "loramill-request-id") or body(m)["id"].encode()).decode()
+            got.setdefault(i, []).append(m)
+        return got
+
+    got = outcomes(r.until(lambda s: len(outcomes(s)) >= len(prompts), seconds))
+    check(f"{mode}: every prompt has its outcome", set(got) == {p["id"] for p in prompts},
+          len(got))
+    mixed = [i for i, x in got.items() if len({m.topic() for m in x}) > 1]
+    check(f"{mode}: and of one kind", not mixed, mixed)
+    if mode == "exactly-once":
+        twice = [i for i, x in got.items() if len(x) > 1]
+        check(f"{mode}: and only one", not twice, twice)
+    return got
+
+
+def pool(mode, *logs):
+    """One poison prompt, several hosts that share no journal: it ends, the pool lives on."""
+    r = Reader(f"replies-{mode}", f"dead-{mode}")
+    run = uuid.uuid4().hex[:6]
+    prompts = [{"id": f"{run}-{i}", "prompt": f"good {i}"} for i in range(120)]
+    prompts[40:40] = [{"id": f"{run}-kill", "prompt": "POISON-KILL"}]
+    send([(p, [], "same") for p in prompts], f"prompts-{mode}")
+    others = [{"id": f"{run}-o{i}", "prompt": f"good {i}"} for i in range(60)]
+    send([(p, [], f"key {i}") for i, p in enumerate(others)], f"prompts-{mode}")
+    got = pool_outcomes(mode, r, prompts + others, 120)
+    dead = {i: [header(m, "loramill-error-code") for m in x] for i, x in got.items()
+            if x[0].topic() == f"dead-{mode}"}
+    check(f"{mode}: only the poison is dead-lettered, as poison", dead == {f"{run}-kill": [b"poison"]},
+          dead)
+    deaths = sum(open(log).read().count("reading prompts") for log in logs) - len(logs)
+    check(f"{mode}: it took {deaths} deaths, at most 4", 2 <= deaths <= 4)
+
+
+def pool_after(mode):
+    """More prompts for a pool that was restarted in order."""
+    r = Reader(f"replies-{mode}", f"dead-{mode}")
+    prompts = [{"id": uuid.uuid4().hex, "prompt": "good"} for _ in range(60)]
+    send([(p, [], p["id"]) for p in prompts], f"prompts-{mode}")
+    got = pool_outcomes(mode, r, prompts, 60)
+    check(f"{mode}: all are answered", all(x[0].topic() == f"replies-{mode}" for x in got.values()))
+
+
 def blocking(port):
     """A slow prompt at the head of a partition: named, measured, and nobody waits for it."""
     import urllib.request
@@ -376,6 +422,52 @@ def blocking(port):
     left = [x for x in page.splitlines() if x.startswith("loramill_partition_blocked_seconds{")
             and not x.endswith(" 0.000")]
     check("and nothing when it has ended", not left, left)
+
+
+def head(group):
+    """A prompt that can't be served at the head of a partition, and 10,000 good ones behind it. The
+    other partition has 10,000 and no such head: the same worker at the same time, so that the two
+    latencies can be compared on any machine."""
+    n, rate = 10000, 1500
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
+    start = time.time()
+    bad = {"id": f"{run}-bad", "prompt": "x", "adapter": "away"}
+    p.produce("prompts", partition=0, value=json.dumps(bad).encode())
+    for i in range(n):
+        for part in (0, 1):
+            p.produce("prompts", partition=part, key=str(part),
+                      value=json.dumps({"id": f"{run}-{part}-{i}", "prompt": "good",
+                                        "metadata": {"at": str(time.time())}}).encode())
+        if i % 25 == 24:
+            p.poll(0)
+            time.sleep(max(0, start + i / rate - time.time()))
+    p.flush(30)
+    mine = lambda s: [m for m in s if (header(m, "loramill-request-id") or b"").startswith(run.encode())]
+    got = mine(r.until(lambda s: len(s) >= 2 * n, 60))
+    check(f"the {2 * n} others are answered while it waits ({time.time() - start:.1f} s)",
+          len(got) == 2 * n and f"{run}-bad" not in {body(m)["id"] for m in got}, len(got))
+    late = [[], []]
+    for m in got:
+        d = body(m)
+        late[int(d["id"].split("-")[1])].append(m.timestamp()[1] - 1000 * float(d["metadata"]["at"]))
+    mid, top = [[sorted(x)[int(q * len(x))] for x in late] for q in (0.5, 0.99)]
+    check(f"behind it they are as fast: median {mid[0]:.0f} ms, p99 {top[0]:.0f} ms; without it "
+          f"{mid[1]:.0f} ms, {top[1]:.0f} ms", mid[0] < 1.5 * mid[1] + 20 and top[0] < 1.5 * top[1] + 50)
+    c = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "log_level": 3})
+    where = [TopicPartition("prompts", part) for part in (0, 1)]
+    ends = [c.get_watermark_offsets(tp, timeout=10)[1] for tp in where]
+    lag = lambda: [e - tp.offset for e, tp in zip(ends, c.committed(where, timeout=10))]
+    held = lag()
+    send([({"cancel": f"{run}-bad"}, [])], "control")
+    got = mine(r.until(lambda s: len(s) > 2 * n, 30))
+    check("it ends when it is cancelled", [body(m)["choices"][0]["finish_reason"] for m in got
+                                           if body(m)["id"] == f"{run}-bad"] == ["cancelled"])
+    end = time.time() + 10
+    while lag() != [0, 0] and time.time() < end:
+        time.sleep(0.1)
+    check(f"the lag that it held up ({held[0]}) is gone then", held[0] > n and lag() == [0, 0], lag())
 
 
 def outage(pid_store, pid_registry, seconds, adapters):
