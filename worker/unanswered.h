@@ -6,8 +6,9 @@
  * sends it again, up to a point, and tells nobody. A transaction can so end well while the first
  * copy of its EndTxn lies in some queue; and as the first version of the transaction protocol has
  * one epoch for many transactions, that copy, arriving late, would end a later one in its middle.
- * (Jepsen found that in Kafka and Bufstream.) What fences it is a new epoch, which is to say a new
- * producer.
+ * (Jepsen found that in Kafka and Bufstream. Here it cost replies: the later transaction's records
+ * were refused, its offsets committed; tests/integration/test_commits.sh.) What fences it is a new
+ * epoch, which is to say a new producer.
  *
  * So an interceptor notes when a request of a transaction gets no answer. One is enough: the next
  * transaction begins with a new producer (transaction.c).

@@ -1,0 +1,80 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# delivery.mode=exactly-once when the ends of transactions go astray: a commit whose answer is lost, one
+# that comes to the broker when it has long been sent again, and a worker that is stopped in the middle of
+# one while its twin takes its transactional.id. A read_committed reader sees each id once.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin commits
+PROXIED=1 kafka_start 1 || die "the broker started"
+topic_create astray 2; topic_create astray-replies 1; topic_create dead 1
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+cat > "$RUN/worker.properties" <<P
+engine.mode=echo
+delivery.mode=exactly-once
+transaction.interval_ms=20
+topics.prompts=astray
+topics.replies=astray-replies
+topics.dead_letters=dead
+group.id=astray
+worker.name=astray
+commit.interval_ms=300
+http.port=0
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+kafka.producer.socket.timeout.ms=2000
+P
+
+# The end of a transaction (EndTxn is 26) goes astray in a proxy: its answer is lost; then it is held
+# up for 6 s, while the client gives it up after 2 s, sends it again, and goes on with later ones.
+ended() { case $(ps -o stat= -p "$1") in ''|Z*) return 0 ;; *) return 1 ;; esac; }
+echo pass > "$RUN/proxy.mode"
+spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
+start_worker() {    # LOG [PROPERTY]
+    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" ${2:+--set "$2"}; W=$!
+}
+load() {            # COUNT: a hundred a second
+    "$PYTHON" - "$BOOTSTRAP" "$1" <<'P'
+import json, sys, time
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1], "linger.ms": 0})
+for i in range(int(sys.argv[2])):
+    p.produce("astray", json.dumps({"id": f"p-{i}", "prompt": "x"}), key=str(i))
+    p.poll(0)
+    time.sleep(0.01)
+assert not p.flush(20)
+P
+}
+has() { grep -q "$1" "$RUN/$2.log"; }
+start_worker astray "kafka.bootstrap.servers=$PROXY_BOOTSTRAP"
+wait_until 20 has 'assigned astray' worker-astray
+load 1500 & L=$!
+sleep 2; echo "lose 26 astray" > "$RUN/proxy.mode"
+wait_until 20 has 'gone to the broker' proxy || not_ok "a commit's answer was lost"
+sleep 1; : > "$RUN/proxy.log"; echo "late 26 astray 6000" > "$RUN/proxy.mode"
+wait_until 20 has 'gone to the broker' proxy || not_ok "a commit came late"
+wait "$L"
+check "commits that go astray: all is answered" d wait astray-replies 1500 60
+check "a new producer fenced the copies" has 'a new producer fences what may come late' worker-astray
+check "the worker lives" kill -0 "$W"
+d verify astray-replies 0 1500 0 > "$RUN/verify.log" || FAILED=1
+cat "$RUN/verify.log"
+
+# Stopped in the middle of a commit: its EndTxn is on its way when the twin begins.
+: > "$RUN/proxy.log"; echo "hang-at 26 astray" > "$RUN/proxy.mode"
+d produce astray 1500 500
+wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
+kill -STOP "$W"; OLD=$W
+start_worker astray-twin; TWIN=$W
+check "stopped in a commit: the twin answers all" d wait astray-replies 2000 60
+echo pass > "$RUN/proxy.mode"; sleep 1; kill -CONT "$OLD"
+check "the old one ends when it wakes" wait_until 40 ended "$OLD"
+wait "$OLD"; st=$?
+check "with status 1 (got $st)" [ $st -eq 1 ]
+check "fenced" has "another worker has this one's transactional.id" worker-astray
+d produce astray 2000 200
+check "the twin goes on" d wait astray-replies 2200 30
+d verify astray-replies 0 2200 0 > "$RUN/verify.log" || FAILED=1
+cat "$RUN/verify.log"
+kill -TERM "$TWIN"; wait "$TWIN"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]

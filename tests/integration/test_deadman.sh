@@ -1,0 +1,71 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# max.poll.interval.ms is a dead-man switch and no limit of generations: prompts that take ten times as
+# long cause no rebalance. A worker that is stopped for longer than its session loses its partitions to
+# another; when it wakes it commits nothing that is not its own any more, and goes on.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin deadman
+kafka_start 1 || die "the broker started"
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+read -r NOBODY HTTP <<< "$(free_ports 2)"       # nobody listens: prompts that name an adapter wait
+topic_create long 2; topic_create fast 2; topic_create replies 1; topic_create dead 1
+cat > "$RUN/worker.properties" <<P
+engine.mode=echo
+adapters.url=http://127.0.0.1:$NOBODY/{adapter}
+adapters.cache_dir=$RUN/cache
+topics.replies=replies
+topics.dead_letters=dead
+retry.backoff_max_ms=500
+http.address=127.0.0.1
+poison.max_attempts=0
+kafka.bootstrap.servers=$BOOTSTRAP
+P
+worker() {      # NAME PROPERTY...; $W is its pid
+    local name=$1 set=() s; shift
+    for s in "worker.name=$name" "$@"; do set+=(--set "$s"); done
+    spawn "$RUN/$name.log" "$LORAMILL" worker -c "$RUN/worker.properties" "${set[@]}"
+    W=$!
+}
+metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" '$1 == m { print int($2) }'; }
+has() { grep -q "$1" "$RUN/$2.log"; }
+
+# Under KIP-848 the interval may be shorter than the session. These prompts take 15 s.
+worker long topics.prompts=long group.id=long "http.port=$HTTP" drain.timeout_ms=0 \
+    kafka.consumer.group.protocol=consumer kafka.max.poll.interval.ms=1500 revoke.drain_ms=500
+LONG=$W
+d produce long 0 20 acme 1
+wait_until 20 has 'assigned long' long
+before=$(metric 'rebalances_total{event="assign"}') start=$SECONDS
+
+# Meanwhile: stopped with work that it has finished and not committed.
+common=(topics.prompts=fast group.id=fast http.port=0 kafka.session.timeout.ms=6000
+        kafka.heartbeat.interval.ms=500)
+worker old "${common[@]}" commit.interval_ms=60000; OLD=$W
+wait_until 20 has 'assigned fast' old
+d produce fast 1000 2000
+check "the first worker answers" d wait replies 2000 30
+kill -STOP "$OLD"
+worker new "${common[@]}" commit.interval_ms=200; NEW=$W
+check "its partitions move when it is stopped" wait_until 30 has 'assigned fast \[1\]' new
+d produce fast 3000 500
+check "and the other one answers on" d wait replies 2500 30
+stands() { for p in 0 1; do d committed fast fast $p; done | awk '{ n += $1 } END { print n }'; }
+at_end() { [ "$(stands)" = 2500 ]; }
+check "and commits to the end" wait_until 20 at_end
+kill -CONT "$OLD"
+stays() { local t; for t in $(seq 8); do at_end || return 1; sleep 0.3; done; }
+check "the one that wakes sets nothing back" stays
+check "it has noticed" wait_until 20 has 'lost fast\|commit refused\|revoked fast' old
+check "and lives" kill -0 "$OLD"
+kill -TERM "$NEW"; wait "$NEW"; check "the other ends with status 0 (got $?)" [ $? -eq 0 ]
+d produce fast 3500 100
+check "and the first one takes its partitions again" d wait replies 2600 30
+d verify replies 1000 2600 -1 || FAILED=1
+kill -TERM "$OLD"; wait "$OLD"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
+
+[ $((SECONDS - start)) -ge 15 ] || sleep $((15 - SECONDS + start))
+check "prompts that take ten times max.poll.interval.ms cause no rebalance ($before)" \
+    [ "$(metric 'rebalances_total{event="assign"}')" = "$before" ]
+check "and are still at work ($(metric in_flight_records))" [ "$(metric in_flight_records)" = 20 ]
+kill -TERM "$LONG"; wait "$LONG"; check "status 0 (got $?)" [ $? -eq 0 ]
