@@ -1,0 +1,138 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# SIGTERM when nothing answers. Workers whose brokers fall silent for ever at one request, in each
+# phase of a transaction and of the group, are told to end, all at once: they do inside the budget,
+# with status 0, and when the brokers are back their successors answer what is left, nothing twice.
+# Then engines that hang while their worker ends: status 1, and the next worker knows the suspects.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin shutdown
+PROXIED=1 kafka_start 1 || die "the broker started"
+echo pass > "$RUN/proxy.mode"
+spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+topic_create replies 1; topic_create replies-alo 1; topic_create dead 1
+cat > "$RUN/worker.properties" <<W
+engine.mode=echo
+topics.replies=replies
+topics.dead_letters=dead
+delivery.mode=exactly-once
+commit.interval_ms=200
+drain.timeout_ms=1000
+http.port=0
+journal.dir=$RUN/journal
+kafka.bootstrap.servers=$PROXY_BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+W
+PROGRAM=("$LORAMILL" worker)
+# worker NAME LOG [PROPERTY]...; $W is its pid
+worker() {
+    local name=$1 log=$RUN/$2.log set=() s; shift 2
+    for s in "worker.name=$name" "group.id=$name" "topics.prompts=$name" "$@"; do set+=(--set "$s"); done
+    spawn "$log" "${PROGRAM[@]}" -c "$RUN/worker.properties" "${set[@]}"
+    W=$!
+}
+
+# PHASE:KEY of the request that is answered no more
+PHASES=(assign:9 init:22 produce:0 add-offsets:25 offsets:28 end:26 leave:13 alo-produce:0 alo-commit:8)
+# s: the drain's 1, 6 to leave the group, 5 until librdkafka is left alone, and the load's; with
+# at-least-once 5 for the last commit.
+budget() { case $1 in alo-*) echo 20 ;; *) echo 14 ;; esac; }
+declare -A PID
+more() { case $1 in alo-*) echo delivery.mode=at-least-once topics.replies=replies-alo ;; esac; }
+rules() { local p; for p in "${PHASES[@]}"; do echo "hang-at ${p#*:} ${p%:*}"; done; }
+for p in "${PHASES[@]}"; do topic_create "${p%:*}" 1; done
+# A phase that is passed at work needs a worker at work first, and prompts then.
+sent=0 alo=100000
+for p in "${PHASES[@]}"; do
+    name=${p%:*}
+    [ "$name" = assign ] || [ "$name" = init ] && continue
+    worker "$name" "first-$name" $(more "$name"); PID[$name]=$W
+done
+assigned() { [ "$(grep -l 'assigned ' "$RUN"/first-*.log | wc -l)" = $((${#PHASES[@]} - 2)) ]; }
+check "workers are at work" wait_until 60 assigned
+sleep 1                         # init_transactions() is over
+rules > "$RUN/proxy.new"; mv "$RUN/proxy.new" "$RUN/proxy.mode"; sleep 0.5
+# A hundred prompts for each, at one moment.
+jobs=()
+for p in "${PHASES[@]}"; do
+    name=${p%:*}
+    case $name in
+    alo-*) jobs+=("$name:$alo"); alo=$((alo + 100)) ;;
+    *) jobs+=("$name:$sent"); sent=$((sent + 100)) ;;
+    esac
+done
+worker assign first-assign; PID[assign]=$W
+worker init first-init; PID[init]=$W
+"$PYTHON" - "$BOOTSTRAP" "${jobs[@]}" <<'Q' || die "prompts sent"
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for topic, first in (job.split(":") for job in sys.argv[2:]):
+    for i in range(int(first), int(first) + 100):
+        p.produce(topic, json.dumps({"id": f"p-{i}", "prompt": f"number {i}"}))
+assert not p.flush(20)
+Q
+came() { grep -q "request $1 of $2 has come" "$RUN/proxy.log"; }
+for p in "${PHASES[@]}"; do
+    [ "$p" = leave:13 ] || wait_until 20 came "${p#*:}" "${p%:*}" || not_ok "the request of $p came"
+done
+start=$SECONDS
+for name in "${!PID[@]}"; do kill -TERM "${PID[$name]}"; done
+for p in "${PHASES[@]}"; do
+    name=${p%:*}
+    wait "${PID[$name]}"; st=$?
+    check "silent brokers, $name: status 0 (got $st) after $((SECONDS - start)) s" \
+        [ $st -eq 0 -a $((SECONDS - start)) -le "$(budget "$name")" ]
+done
+came 13 leave || not_ok "the worker wanted to leave the group"
+echo pass > "$RUN/proxy.mode"
+for p in "${PHASES[@]}"; do
+    name=${p%:*}
+    worker "$name" "second-$name" $(more "$name"); PID[$name]=$W
+done
+check "the next workers answer what is left" d wait replies "$sent" 60
+check "and the others" d wait replies-alo $((alo - 100000)) 60
+d verify replies,dead 0 "$sent" 0 || FAILED=1
+d verify replies-alo 100000 $((alo - 100000)) -1 || FAILED=1
+for name in "${!PID[@]}"; do kill -TERM "${PID[$name]}"; done
+good=0
+for name in "${!PID[@]}"; do wait "${PID[$name]}" && good=$((good + 1)); done
+check "they end with status 0 ($good)" [ $good = ${#PHASES[@]} ]
+
+# Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
+declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
+hang() {        # NAME PROPERTY...
+    local name=$1; shift
+    topic_create "$name" 1
+    worker "$name" "$name" log.level=debug "$@"
+    HUNG[$name]=$W
+    "$PYTHON" - "$BOOTSTRAP" "$name" <<'Q'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+p.produce(sys.argv[2], json.dumps({"id": "h", "prompt": "POISON-HANG"}))
+assert not p.flush(20)
+Q
+}
+PROGRAM=("$BUILD/tests/integration/poison_worker")
+hang hung-in-drain engine.hang_timeout_ms=6000 drain.timeout_ms=60000
+hang hung-at-end engine.hang_timeout_ms=60000 drain.timeout_ms=500
+for name in "${!HUNG[@]}"; do
+    wait_until 30 grep -q ' runs$' "$RUN/$name.log" || not_ok "$name: its prompt runs"
+done
+start=$SECONDS
+kill -TERM "${HUNG[@]}"
+for name in hung-in-drain hung-at-end; do
+    wait "${HUNG[$name]}"; st=$?
+    check "$name: status 1 (got $st) after $((SECONDS - start)) s" \
+        [ $st -eq 1 -a $((SECONDS - start)) -le "${MOST[$name]}" ]
+    check "$name: the log says so" grep -q 'the engine hangs for' "$RUN/$name.log"
+done
+PROGRAM=("$LORAMILL" worker)
+topic_create nothing 1
+worker nothing after
+suspects() { [ "$(cat "$RUN"/*.log | grep -c 'died with 1 prompts in the engine (hung)')" = 2 ]; }
+check "the next worker knows the suspects" wait_until 20 suspects
+kill -TERM "$W"; wait "$W"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
