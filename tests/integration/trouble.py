@@ -50,10 +50,11 @@ class Reader:
 
 
 def send(records, topic="prompts"):
-    """records: (value, headers) or (value, headers, key)"""
+    """records: (value, headers) or (value, headers, key); a value that is not bytes goes as JSON"""
     p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
     for value, headers, *key in records:
-        value = value if isinstance(value, bytes) else json.dumps(value).encode()
+        if value is not None and not isinstance(value, bytes):
+            value = json.dumps(value).encode()
         p.produce(topic, value=value, headers=headers, key=key[0] if key else None)
     p.flush(30)
 

@@ -1,0 +1,51 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Messages made to harm, one kind after the other, and then by the thousand: each is a dead letter as it
+# came, the process lives and its memory stays as it was. And what the world may see of the others:
+# documented metrics whose number does not grow with adapters, traces linked, no prompt's text anywhere.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin hostile
+kafka_start 1 || die "the broker started"
+topic_create prompts 1; topic_create replies 1; topic_create dead 1
+mkdir -p "$RUN/registry" "$RUN/store"
+h() { "$PYTHON" tests/integration/hostile.py "$BOOTSTRAP" "$@"; }
+h write_registry "$RUN/registry" || die "schemas written"
+nginx_run registry "$RUN/registry" "$(free_ports 1)" 'default_type application/json; error_page 404 /not-found;' ||
+    die "the registry started"
+REGISTRY=$STORE
+nginx_run store "$RUN/store" "$(free_ports 1)" ''
+PORT=$(free_ports 1)
+cat > "$RUN/worker.properties" <<P
+engine.mode=echo
+adapters.url=$STORE/{adapter}
+adapters.cache_dir=$RUN/cache
+registry.url=$REGISTRY
+replies.encoding=json
+topics.dead_letters=dead
+group.id=hostile
+errors.reply=true
+commit.interval_ms=200
+http.port=$PORT
+log.level=debug
+journal.dir=$RUN/journal
+kafka.bootstrap.servers=$BOOTSTRAP
+P
+spawn "$RUN/worker.log" "$LORAMILL" worker -c "$RUN/worker.properties"; W=$!
+wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "the worker is ready"
+h poison "$W" || FAILED=1
+h metrics "$PORT" || FAILED=1
+before=$(curl -s "http://127.0.0.1:$PORT/metrics" | wc -l)
+h adapters 10000 || FAILED=1
+after=$(curl -s "http://127.0.0.1:$PORT/metrics" | wc -l)
+check "10,000 adapters add no line to /metrics ($before, then $after)" [ "$before" -eq "$after" ]
+h metrics "$PORT" || FAILED=1
+MARKER=Zx7Private$RANDOM$RANDOM
+h private "$MARKER" || FAILED=1
+curl -s "http://127.0.0.1:$PORT/metrics" > "$RUN/metrics"
+unseen() { ! grep -q "$MARKER" "$RUN/worker.log" "$RUN/metrics"; }
+check "no prompt's text in log or metrics, at level debug" unseen
+grep -a "$MARKER" "$RUN/worker.log" "$RUN/metrics" | head -5
+lag_is_zero() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag hostile prompts | awk '{ exit $2 != $4 }'; }
+check "lag is zero" wait_until 20 lag_is_zero
+kill -TERM "$W"; wait "$W"; check "the worker ends with status 0 (got $?)" [ $? -eq 0 ]
