@@ -126,7 +126,9 @@ L2=$W
 revoked() { grep -q 'revoked long' "$RUN/worker-long1.log"; }
 check "the second worker makes the first give partitions up" wait_until 40 revoked
 check "all is answered" d wait longreplies 400 180
-d verify longreplies 0 400 0 || FAILED=1
+# Without the offset map, what was finished behind a prompt that had not started runs again: of the 8
+# that the intake holds.
+d verify longreplies 0 400 $([ "$OFFSET_MAP" = 1 ] && echo 0 || echo 8) || FAILED=1
 not_cut() { ! grep -q 'unfinished prompts are handed back' "$RUN/worker-long1.log"; }
 check "no running prompt was cut off" not_cut
 stop "$L1" "the first worker"
