@@ -99,7 +99,7 @@ N=$(tail -1 "$RUN/pids")
 ids=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -6 | sed 's|^\./||; s|/adapter_config.json||' | paste -sd,)
 worker outage "adapters.url=$STORE/{adapter}" "adapters.cache_dir=$RUN/cache-outage" "registry.url=$REGISTRY"
 before=$(metric 'rebalances_total{event="assign"}')
-case_ outage "$N" "$R" 20 "$ids"
+case_ outage "$N" "$R" "${OUTAGE:-20}" "$ids"
 check "without a rebalance" [ "$before" = "$(metric 'rebalances_total{event="assign"}')" ]
 check "the waiting was counted as retries ($(metric retries_total))" [ "$(metric retries_total)" -gt 0 ]
 stop
