@@ -7,10 +7,12 @@
  *   a prompt with POISON-KILL    the process dies of SIGSEGV a moment after it was submitted, with
  *                                whatever else is in the engine
  *   a prompt with POISON-HANG    the engine runs it, makes no step any more, and can't be closed
+ *   a prompt with FAIL-n         the engine is out of memory for it, n (0 to 99) times
  */
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -36,10 +38,21 @@ static void *kill_soon(void *arg)
     return NULL;
 }
 
+/* One prompt for each n. */
+static bool fails(const char *prompt)
+{
+    static int failed[100];     /* the intake thread's */
+    const char *at = prompt ? strstr(prompt, "FAIL-") : NULL;
+    long n = at ? strtol(at + 5, NULL, 10) : 0;
+    return n > 0 && n < 100 && failed[n]++ < n;
+}
+
 lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err)
 {
     pthread_t t;
+    if (fails(r->prompt))
+        return lm_err_set(err, LM_NOMEM, "no room for this prompt");
     bool kills = r->prompt && strstr(r->prompt, "POISON-KILL");
     bool hangs = r->prompt && strstr(r->prompt, "POISON-HANG");
     if (!kills && !hangs && !atomic_load(&hung))

@@ -1,0 +1,161 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What a partition can bear. A map of finished offsets that grows to its limit, and one that is damaged;
+# records deleted that were not read yet; partitions that go and come back while they are paused; workers
+# that come and go all the time; order by key while prompts wait and heal; prompts that the engine fails
+# again and again.
+. "$(dirname "$0")/../infra/lib.sh"
+infra_begin partitions
+kafka_start 1 || die "the broker started"
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+p() { "$PYTHON" tests/integration/partitions.py "$BOOTSTRAP" "$@"; }
+STORE_PORT=$(free_ports 1) HTTP=$(free_ports 1)
+ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+topic_create replies 2; topic_create dead 1
+cat > "$RUN/base.properties" <<P
+engine.mode=echo
+adapters.url=http://127.0.0.1:$STORE_PORT/{adapter}
+adapters.cache_dir=$RUN/cache
+topics.replies=replies
+topics.dead_letters=dead
+commit.interval_ms=200
+retry.backoff_ms=50
+retry.backoff_max_ms=200
+poison.max_attempts=0
+http.address=127.0.0.1
+kafka.bootstrap.servers=$BOOTSTRAP
+kafka.session.timeout.ms=6000
+kafka.heartbeat.interval.ms=500
+P
+PROGRAM=("$LORAMILL" worker)
+# worker NAME TOPIC [KEY=VALUE]...; the topic is the group too; $W is its pid
+worker() {
+    local name=$1 topic=$2 set=(); shift 2
+    for s in "worker.name=$name" "topics.prompts=$topic" "group.id=$topic" http.port=0 "$@"; do set+=(--set "$s"); done
+    spawn "$RUN/worker-$name.log" "${PROGRAM[@]}" -c "$RUN/base.properties" "${set[@]}"
+    W=$!
+    wait_until 30 grep -qE "assigned $topic" "$RUN/worker-$name.log" || die "worker $name has partitions"
+}
+stop() { kill -TERM "$1"; wait "$1"; check "$2 ends with status 0 (got $?)" [ $? -eq 0 ]; }
+metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" 'index($1, m) == 1 { print int($2) }' | head -1; }
+lag_is_zero() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag "$1" "$1" | awk '{ n++; if ($2 != $4) bad = 1 } END { exit bad || !n }'; }
+# The store: prompts that name an adapter wait until it is there.
+store_up() {
+    [ -d "$RUN/nginx" ] || nginx_start tests/models/storefront-adapters > /dev/null
+    sed "s/listen 127.0.0.1:[0-9]*/listen 127.0.0.1:$STORE_PORT/" "$RUN/nginx/nginx.conf" > "$RUN/nginx/at.conf"
+    spawn "$RUN/nginx/at.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/at.conf" -e "$RUN/nginx/error.log"; S=$!
+}
+store_down() { kill -TERM "$S"; wait "$S" 2> /dev/null; rm -rf "$RUN/cache"; }
+
+# 1. The map: every second prompt waits, so each offset costs a bit. At three quarters of 4,096 bytes
+# reading stops; nothing is refused by the broker, and a crash repeats nothing that the map holds.
+topic_create map 1
+d produce map 0 40000 "$ADAPTER" 2
+worker map map "http.port=$HTTP" in_flight.max_messages=100000 intake.max_messages=100000
+braked() { [ "$(metric partition_offset_metadata_bytes)" -ge 3072 ] && a=$(metric consumed_records_total) && sleep 1 && [ "$a" -eq "$(metric consumed_records_total)" ]; }
+check "a map near its limit stops reading" wait_until 60 braked
+read_on=$(metric consumed_records_total) bytes=$(metric partition_offset_metadata_bytes)
+check "$read_on of 40000 are read, the map has $bytes bytes" [ "$read_on" -lt 40000 -a "$bytes" -le 4096 ]
+check "no commit was refused" [ "$(metric commit_failures_total)" -eq 0 ]
+read -r offset map <<< "$(d committed map map 0)"
+check "the broker holds the map (${#map} bytes)" [ "${#map}" -ge 3072 -a "${#map}" -le 4096 ]
+kill -9 -- "-$W"; wait "$W" 2> /dev/null
+store_up
+worker map2 map "http.port=$HTTP" in_flight.max_messages=100000 intake.max_messages=100000
+check "the next worker answers the rest" d wait replies 40000 90
+d verify replies 0 40000 0 || FAILED=1
+check "and the lag is zero" wait_until 20 lag_is_zero map
+stop "$W" "it"
+# What the limit is at the broker; then a damaged map, which is ignored and said so.
+check "4,096 bytes are taken" p big limit map 4096
+big_refused() { ! p big limit map 4097; }
+check "4,097 are refused" big_refused
+d commit map map 0 39000 "${map:0:100}$([ "${map:100:1}" = A ] && echo B || echo A)${map:101}"
+worker damaged map
+d produce map 40000 1
+check "a damaged map does no harm" d wait replies 40001 30
+check "and is named" grep -q 'offset map is damaged' "$RUN/worker-damaged.log"
+check "the prompts behind the offset ran again" wait_until 20 lag_is_zero map
+stop "$W" "it"
+# Back and forth with the tool: what lies behind the group's offset runs again, no more and no less.
+repeats() { d verify replies 0 40001 -1 | sed -n 's/.* \([0-9]*\) repeats.*/\1/p'; }
+n=$(repeats)
+printf '%s\n' topics.prompts=map group.id=map engine.mode=echo "kafka.bootstrap.servers=$BOOTSTRAP" > "$RUN/reset.properties"
+for to in 39901 40001 39951; do
+    "$LORAMILL" reset -c "$RUN/reset.properties" --to $to --partition 0 --yes > "$RUN/reset.out" || not_ok "reset to $to"
+    worker "reset$to" map
+    n=$((n + 40001 - to))
+    is_n() { [ "$(repeats)" -eq $n ]; }
+    check "reset to $to: what lies behind it runs again" wait_until 20 is_n
+    stop "$W" "it"
+done
+store_down
+
+# 2. Records deleted before they were read: reading goes on at what is left.
+topic_create gone 1; topic_create gone-replies 1
+d produce gone 0 3000 "$ADAPTER" 1
+worker gone gone topics.replies=gone-replies intake.max_messages=20
+p delete gone 2500
+store_up
+check "what is left is read" d wait gone-replies 520 60
+check "and nothing lags behind" wait_until 20 lag_is_zero gone
+stop "$W" "it"; store_down
+
+# 3. Partitions are paused (intake is full), go to another worker and come back: they flow.
+topic_create paused 2; topic_create paused-replies 1
+d produce paused 0 2000 "$ADAPTER" 1
+worker p1 paused topics.replies=paused-replies intake.max_messages=50 "http.port=$HTTP" revoke.drain_ms=500; A=$W
+is_paused() { [ "$(metric intake_paused)" = 1 ]; }
+check "intake is paused" wait_until 20 is_paused
+worker p2 paused topics.replies=paused-replies intake.max_messages=50 drain.timeout_ms=500
+stop "$W" "the worker that came"
+back() { [ "$(metric partitions_assigned)" = 2 ]; }
+check "the partitions are back" wait_until 20 back
+store_up
+check "they flow" d wait paused-replies 2000 60
+stop "$A" "the worker that stayed"; store_down
+
+# 4. Workers come and go, generations take about a second: all is answered once, and what a worker keeps
+# is never cut off.
+topic_create loop 6; topic_create loop-replies 1
+LONG=(engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 revoke.drain_ms=20000
+      topics.replies=loop-replies engine.max_seqs=4 engine.max_waiting=8 intake.max_messages=8)
+"$PYTHON" - "$BOOTSTRAP" <<'P'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(240):
+    p.produce("loop", json.dumps({"id": f"p-{i}", "prompt": "Dear customer", "params": {
+        "max_tokens": 150, "ignore_eos": True, "temperature": 0}}), partition=i % 6)
+assert not p.flush(20)
+P
+worker l1 loop "${LONG[@]}"; A=$W
+for i in 1 2 3; do
+    worker "l2-$i" loop "${LONG[@]}"; sleep 1
+    stop "$W" "guest $i"
+done
+check "all is answered" d wait loop-replies 240 120
+d verify loop-replies 0 240 0 || FAILED=1
+not_cut() { [ "$(grep -c 'revoked loop' "$RUN/worker-l1.log")" -ge 3 ] && ! grep -q 'handed back' "$RUN/worker-l1.log"; }
+check "three revocations cut nothing off" not_cut
+stop "$A" "the worker that stayed"
+
+# 5. Order by key, at-least-once, while prompts of every key wait for the store and heal.
+topic_create keyed 2; topic_create ordered 1
+d produce keyed 0 1500 "$ADAPTER" 7
+worker keyed keyed topics.replies=ordered delivery.order=key
+sleep 2; store_up
+check "keyed prompts are answered" d wait ordered 1500 60
+d order ordered 1500 || FAILED=1
+stop "$W" "it"; store_down
+
+# 6. The engine fails: limits of attempts and of time.
+topic_create prompts 1; topic_create asked 1
+PROGRAM=("$BUILD/tests/integration/poison_worker")
+worker attempts prompts retry.max_attempts=5
+p attempts 5 30000 || FAILED=1
+stop "$W" "it"
+worker deadline prompts retry.max_attempts=1000 retry.deadline_ms=2000
+p deadline 1000 2000 || FAILED=1
+stop "$W" "it"
