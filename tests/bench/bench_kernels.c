@@ -227,7 +227,10 @@ static void bench_lora(int segs, int tok, int rank, int in, int out, int cell)
     struct kn_lora a = { .h = floats((size_t)n * (size_t)rank), .x = floats((size_t)n * (size_t)in),
                          .y = floats((size_t)n * (size_t)out), .ldx = in, .ldy = out, .in = in,
                          .pool = pool, .n_parts = 1, .part = { { KN_Q, 0, out } } };
-    a.batch = (struct kn_lora_batch){ seg, ids, segs, n, tok, rank, (int64_t)n * rank };
+    a.batch = (struct kn_lora_batch){ .segs = seg, .block_ids = ids, .n_segs = segs, .n_tok = n,
+                                      .max_seg_tok = tok, .max_rank = rank,
+                                      .h_rows = (int64_t)n * rank };
+    a.batch.load[KN_Q] = (struct kn_lora_load){ .rank_sum = segs * rank, .rank_tok = n * rank };
     double s = best_us(run_shrink, &a), e = best_us(run_expand, &a);
     double fs = 2e-3 * n * rank * in, fe = 2e-3 * n * rank * out;
     printf("lora %3d adapters x %3d tok, rank %2d, %d -> %d: shrink %8.1f us %6.1f GFLOP/s, "
