@@ -195,9 +195,8 @@ class Journal:
 class Oracle:
     def __init__(self, bootstrap, group, journal):
         self.c = client(bootstrap, "oracle")
-        self.group = client(bootstrap, group)
-        # Its ends are those of all that is written, open transactions included.
-        self.raw = client(bootstrap, "oracle", **{"isolation.level": "read_uncommitted"})
+        self.name = group
+        self.ask_anew(bootstrap)
         self.journal = Journal(journal)
         self.got = collections.defaultdict(list)        # id: topics
         self.samples, self.bad = 0, []
@@ -210,6 +209,13 @@ class Oracle:
         self.parts = [TopicPartition(t, p, 0) for t in ("replies", "dead") for p in md[t].partitions]
         self.prompts = [TopicPartition("prompts", p) for p in md["prompts"].partitions]
         self.c.assign(self.parts)
+
+    def ask_anew(self, bootstrap):
+        """Clients that only ask keep to a leader or coordinator that has gone for a long time."""
+        self.bootstrap = bootstrap
+        self.group = client(bootstrap, self.name)
+        # Its ends are those of all that is written, open transactions included.
+        self.raw = client(bootstrap, "oracle", **{"isolation.level": "read_uncommitted"})
 
     def take(self, timeout):
         messages = [m for m in self.c.consume(2000, timeout=timeout) if not m.error()]
@@ -224,6 +230,7 @@ class Oracle:
             ends = {(p.topic, p.partition): self.raw.get_watermark_offsets(p, timeout=5)[1]
                     for p in self.parts}
         except Exception:
+            self.ask_anew(self.bootstrap)
             return False
         stop = time.time() + seconds
         while time.time() < stop:
@@ -239,6 +246,7 @@ class Oracle:
             committed = self.group.committed(self.prompts, timeout=5)
             held = {p.partition: (p.offset, p.metadata) for p in committed}
         except Exception:                       # or what follows the metadata (see map_payload) is no text
+            self.ask_anew(self.bootstrap)
             return None
         if not self.read_to_end(25):
             return None
