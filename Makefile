@@ -314,7 +314,7 @@ chaos-long:
 	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' ENGINE=echo COUNT=100000 RATE=110 SECONDS_OF_FAULTS=930 KILLS=200 \
 	    PAUSE=1 WAIT=900 tests/chaos/run
 
-# A million messages in each mode, an outage of minutes. Results are kept in docs/soak.md.
+# A million messages in each mode, outages of minutes: half an hour. Results are kept in docs/soak.md.
 soak:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
 	$(Q)$(MAKE) $(jobs) --no-print-directory all
@@ -349,7 +349,7 @@ help:
 	@echo 'make            build $(BIN)'
 	@echo 'make demo       run the main job on this machine, with a small model (installs what it needs)'
 	@echo 'make chaos      brokers, workers, store, registry and network fail at random: 10 minutes'
-	@echo 'make soak       PARTS="memory outage": a million messages, minutes of outage'
+	@echo 'make soak       PARTS="memory outage brokers": a million messages, minutes of outage'
 	@echo 'make test       prove it: unit, golden, fuzz corpora, real broker, registry and store'
 	@echo 'make test-matrix  the delivery tests over librdkafka 2.0 to 2.15, Kafka 2.8 to 4.3, both group protocols'
 	@echo 'make unit       the tests that need no service'

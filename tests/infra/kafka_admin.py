@@ -7,6 +7,8 @@
   create TOPIC PARTITIONS [K=V]...  make a topic (fine when it is there)
   delete TOPIC                      delete a topic
   dump TOPIC                        one JSON line a record: key, value, headers (hex where binary)
+  leaders TOPIC                     print the brokers that lead its partitions
+  elect                             make every partition's preferred broker its leader again
   scram USER PASSWORD               set a user's SCRAM-SHA-512 password
   acl grant|revoke USER OPERATION TOPIC    make or delete an ACL
   lag GROUP TOPIC                   print committed offset and end offset of each partition
@@ -14,7 +16,8 @@
 import json
 import sys
 
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, TopicPartition
+from confluent_kafka import (Consumer, ConsumerGroupTopicPartitions, ElectionType, KafkaError,
+                             TopicPartition)
 from confluent_kafka.admin import (AclBinding, AclBindingFilter, AclOperation, AclPermissionType,
                                    AdminClient, NewTopic, ResourcePatternType, ResourceType,
                                    ScramCredentialInfo, ScramMechanism,
@@ -107,6 +110,19 @@ def lag(bootstrap, group, topic):
     return 0
 
 
+def leaders(bootstrap, topic):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    parts = admin.list_topics(topic, timeout=5).topics[topic].partitions
+    print(*(p.leader for _, p in sorted(parts.items())))
+    return 0
+
+
+def elect(bootstrap):
+    admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
+    admin.elect_leaders(ElectionType.PREFERRED, None).result(20)
+    return 0
+
+
 def scram(bootstrap, user, password):
     admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
     want = UserScramCredentialUpsertion(user, ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096),
@@ -127,5 +143,5 @@ def acl(bootstrap, what, user, operation, topic):
 
 
 if __name__ == "__main__":
-    commands = (brokers, in_sync, coordinators, create, delete, dump, lag, scram, acl)
+    commands = (brokers, in_sync, coordinators, leaders, elect, create, delete, dump, lag, scram, acl)
     sys.exit({f.__name__: f for f in commands}[sys.argv[2]](sys.argv[1], *sys.argv[3:]))

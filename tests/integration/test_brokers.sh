@@ -1,0 +1,83 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What brokers do to a worker, one thing after the other, three nodes, a worker of each delivery mode: the
+# group's and the transactions' coordinator is killed, a partition's leader is moved, the network hangs,
+# all brokers are away. Every time all prompts that were sent before and during it are answered, nothing
+# is a dead letter, /livez stays 200, and the workers of the start are those of the end.
+#
+#   DOWN=20        seconds without any broker       (make soak: 300)
+#   PARTITION=8    seconds without a network        (make soak: 30)
+. "$(dirname "$0")/../infra/lib.sh"
+: "${DOWN:=20}" "${PARTITION:=8}"
+infra_begin brokers
+PROXIED=1 kafka_start 3 || die "three brokers started"
+LIBS=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
+echo pass > "$RUN/proxy.mode"
+spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
+MODES="at-least-once exactly-once"
+topic_create dead 1
+declare -A W PORT
+read -r "PORT[at-least-once]" "PORT[exactly-once]" <<< "$(free_ports 2)"
+for mode in $MODES; do
+    topic_create "$mode" 3; topic_create "$mode-replies" 3
+    printf '%s\n' engine.mode=echo "topics.prompts=$mode" "topics.replies=$mode-replies" \
+        topics.dead_letters=dead "group.id=$mode" "worker.name=$mode" "delivery.mode=$mode" \
+        "http.port=${PORT[$mode]}" "journal.dir=$RUN/journal" commit.interval_ms=300 \
+        retry.backoff_max_ms=1000 "kafka.bootstrap.servers=$PROXY_BOOTSTRAP" \
+        kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500 \
+        kafka.reconnect.backoff.max.ms=1000 kafka.socket.timeout.ms=6000 > "$RUN/$mode.properties"
+    spawn "$RUN/worker-$mode.log" "$LORAMILL" worker -c "$RUN/$mode.properties"; W[$mode]=$!
+done
+N=0 MORE=500
+# Prompts for both workers.
+send() { local m; for m in $MODES; do d produce "$m" $N $MORE || FAILED=1; done; N=$((N + MORE)); }
+livez() { curl -sf -o /dev/null "http://127.0.0.1:${PORT[$1]}/livez"; }
+alive() { local m; for m in $MODES; do check "$m: /livez is 200 while $1" livez "$m"; done; }
+answered() {
+    local m
+    for m in $MODES; do check "$m: all is answered: $1" d wait "$m-replies" $N 120; done
+}
+all_brokers() { admin in_sync 3; }
+broker_pid() { cat "$RUN/kafka/n$1/pid"; }
+again() { kafka_node "$1" "$LIBS"; check "broker $1 is back" wait_until 60 all_brokers; }
+kill_broker() { kill -9 -- "-$(broker_pid "$1")"; }
+
+send; answered "nothing has happened yet"
+for mode in $MODES; do
+    read -r c t <<< "$(admin coordinators "$mode" exactly-once-exactly-once)"
+    [ $mode = exactly-once ] && c=$t
+    kill_broker "$c"
+    send; answered "the coordinator of $mode, broker $c, was killed"
+    again "$c"
+done
+# What the killed brokers led is led by others; each gets it back, with nobody dying.
+leaders() { admin leaders exactly-once-replies; admin leaders at-least-once-replies; admin leaders exactly-once; }
+before=$(leaders)
+send; admin elect
+moved() { [ "$(leaders)" != "$before" ]; }
+check "leaders are moved" wait_until 30 moved
+send; answered "leaders were moved"
+
+echo hang > "$RUN/proxy.mode"
+send; sleep "$PARTITION"; alive "the network hangs for $PARTITION s"
+echo cut > "$RUN/proxy.mode"; sleep 2; echo pass > "$RUN/proxy.mode"
+answered "the network was away"
+
+send
+for b in 1 2 3; do kill_broker $b; done
+sleep "$DOWN"; alive "all brokers are away for $DOWN s"
+for b in 1 2 3; do kafka_node $b "$LIBS"; done
+check "all brokers are back" wait_until 90 all_brokers
+send; answered "all brokers were away"
+
+for mode in $MODES; do
+    d verify "$mode-replies" 0 $N $([ $mode = exactly-once ] && echo 0 || echo -1) || FAILED=1
+    zero() { admin lag "$mode" "$mode" | awk '{ n++; if ($2 != $4) bad = 1 } END { exit bad || n != 3 }'; }
+    check "$mode: the lag is zero" wait_until 30 zero
+    kill -TERM "${W[$mode]}"; wait "${W[$mode]}"
+    check "$mode: the worker of the start ends with status 0 (got $?)" [ $? -eq 0 ]
+done
+check "nothing became a dead letter" d count dead p- 0
