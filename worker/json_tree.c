@@ -160,6 +160,20 @@ static lm_status grammar_error(const char *text, size_t len, const yyjson_read_e
                       e->msg);
 }
 
+/* The stack suffices for every text that is JSON. One that opens brackets only needs more before
+ * yyjson finds it wrong, and must not look like memory that ran out: that is not its sender's. */
+static yyjson_doc *read_doc(const char *text, size_t len, const yyjson_alc *stack, bool small,
+                            yyjson_read_err *e)
+{
+    char *in = (char *)(uintptr_t)text;
+    yyjson_doc *doc = NULL;
+    if (small)
+        doc = yyjson_read_opts(in, len, YYJSON_READ_BIGNUM_AS_RAW, stack, e);
+    if (!small || (!doc && e->code == YYJSON_READ_ERROR_MEMORY_ALLOCATION))
+        doc = yyjson_read_opts(in, len, YYJSON_READ_BIGNUM_AS_RAW, NULL, e);
+    return doc;
+}
+
 lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
 {
     char stack[STACK_BYTES];
@@ -171,8 +185,7 @@ lm_status json_parse_object(const char *text, size_t len, json_t **out, struct l
     if (st)
         return st;
     yyjson_alc_pool_init(&alc, stack, sizeof stack);
-    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len, YYJSON_READ_BIGNUM_AS_RAW,
-                                       small ? &alc : NULL, &e);
+    yyjson_doc *doc = read_doc(text, len, &alc, small, &e);
     if (!doc)
         return grammar_error(text, len, &e, err);
     if (!err)

@@ -166,6 +166,11 @@ static void limits(void **state)
     }
     memset(deep, '[', sizeof deep);
     is_refused(deep, sizeof deep, LM_FORMAT, "not valid JSON");
+    memcpy(deep, "{\"a\":", 5);
+    for (size_t len = 6; len < 4096; len++) {   /* where reading works on the stack, too */
+        is_refused(deep, len, LM_FORMAT, "not valid JSON");
+        is_refused(deep + 5, len, LM_FORMAT, "not valid JSON");
+    }
     for (size_t i = 0; i < sizeof many; i++)
         many[i] = i % 2 ? ',' : '0';
     is_refused(many, sizeof many, LM_TOO_LARGE, "more than 524288 values");
