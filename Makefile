@@ -269,8 +269,11 @@ gpu-check:
 	$(Q)PART='$(or $(PART),smoke)' RESULTS='$(or $(RESULTS),build)' tests/gpu/gpu-check.sh
 
 .SECONDARY:
--include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC)) \
-    $(TWIN_OBJ) $(EMU_OBJ))
+# What is linked into programs without being one of theirs.
+MORE_SRC := tests/integration/poison_worker.c tests/unit/one_thread.c tests/fuzz/replay.c \
+    $(wildcard tests/bench/*.c)
+-include $(patsubst %.o,%.d,$(call obj,$(LIB_SRC) worker/main.c $(UNIT_SRC) $(FUZZ_SRC) $(GPU_SRC) \
+    $(MORE_SRC)) $(TWIN_OBJ) $(EMU_OBJ))
 
 # Programs of the test tiers; `make test` installs what is missing, builds, and runs them all.
 programs: $(if $(filter 1,$(WORKER)),$(BIN) $(POISON)) $(UNITS) $(REPLAYS)

@@ -121,7 +121,7 @@ build_yyjson() {
     local work=$DEPS/tmp/yyjson.$$ prefix=$DEPS/yyjson
     rm -rf "$work"; mkdir -p "$work/stage/include" "$work/stage/lib/pkgconfig"; cd "$work"
     python3 -m venv pip
-    pip/bin/pip download -q --disable-pip-version-check --no-deps --no-binary :all: "$YYJSON_PACKAGE"
+    pip/bin/pip download -q --disable-pip-version-check --no-deps --no-binary yyjson "$YYJSON_PACKAGE"
     echo "$YYJSON_SHA256  $(ls ./*.tar.gz)" | sha256sum -c -
     tar xzf ./*.tar.gz --strip-components=1
     gcc -O2 -fPIC -c yyjson/yyjson.c
@@ -201,6 +201,7 @@ venv() {
 
 part_test() {
     apt libcmocka-dev nginx-light curl kcat clang-14 libclang-rt-14-dev
+    have g++ g++
     have java openjdk-17-jre-headless
     have mvn maven
     have python3 python3
@@ -215,6 +216,8 @@ part_test() {
 
 part_matrix() {
     local version package sha prefix
+    have java openjdk-17-jre-headless
+    have mvn maven
     while read -r version package sha; do
         prefix=$DEPS/librdkafka-$version
         [ -n "$version" ] && ! built "$prefix" "$package" || continue
