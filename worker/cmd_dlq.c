@@ -317,7 +317,9 @@ static void retry(struct dlq *q, const struct letter *l)
         q->unfit++;
         return;
     }
-    printf("%d:%" PRId64 " -> %s\t", (int)l->m->partition, l->m->offset, topic);
+    printf("%d:%" PRId64 " -> ", (int)l->m->partition, l->m->offset);
+    print_text(topic);          /* a pattern of topics.prompts may fit what is no topic's name */
+    putchar('\t');
     print_text(l->d.code);
     putchar('\t');
     print_text(field(l, "id"));
