@@ -244,13 +244,16 @@ static yyjson_mut_val *value_of(yyjson_mut_doc *d, const json_t *j)
     }
 }
 
+/* yyjson makes room for six bytes a character, and replies wait for their brokers in what we
+ * return: the rest goes back. */
 static char *print(const json_t *root, const yyjson_alc *alc, size_t *len)
 {
     yyjson_mut_doc *d = yyjson_mut_doc_new(alc);
     yyjson_mut_val *v = d ? value_of(d, root) : NULL;
     char *text = v ? yyjson_mut_val_write_opts(v, YYJSON_WRITE_NOFLAG, NULL, len, NULL) : NULL;
     yyjson_mut_doc_free(d);
-    return text;
+    char *fitting = text ? realloc(text, *len + 1) : NULL;
+    return fitting ? fitting : text;
 }
 
 char *json_print(const json_t *root, size_t *len)

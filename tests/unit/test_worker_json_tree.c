@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include <malloc.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -140,6 +141,26 @@ static void floats_have_their_own_digits(void **state)
     json_decref(root);
 }
 
+/* A reply may wait for its broker for long, among many. */
+static void a_text_holds_no_more_memory_than_it_has(void **state)
+{
+    (void)state;
+    static char prose[1000001];
+    for (size_t n = 100; n < sizeof prose; n *= 10) {
+        memset(prose, 'a', n);
+        json_t *root = json_pack("{s:s}", "text", prose);
+        size_t len = 0;
+        char *text = json_print(root, &len);
+        assert_non_null(text);
+        assert_int_equal(strlen(text), len);
+        assert_in_range(malloc_usable_size(text), len + 1, len + 8192);
+        if (len < 2000)
+            assert_in_range(malloc_usable_size(text), len + 1, len + 64);
+        free(text);
+        json_decref(root);
+    }
+}
+
 static void is_refused(const char *text, size_t len, lm_status code, const char *says)
 {
     json_t *root = NULL;
@@ -188,6 +209,7 @@ int main(void)
         cmocka_unit_test(both_ways_agree_with_jansson),
         cmocka_unit_test(damaged_text_is_judged_as_jansson_does),
         cmocka_unit_test(floats_have_their_own_digits),
+        cmocka_unit_test(a_text_holds_no_more_memory_than_it_has),
         cmocka_unit_test(limits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
