@@ -56,7 +56,7 @@ bool batch_output_has(const batch_output *o, uint64_t line)
 /* The line number of one of our lines, or 0. */
 static uint64_t line_number(const char *text, size_t len)
 {
-    json_t *root = json_loadb(text, len, 0, NULL);
+    json_t *root = json_loadb(text, len, JSON_ALLOW_NUL, NULL);
     const char *id = json_string_value(json_object_get(root, "id"));
     uint64_t n = 0;
     if (id && !strncmp(id, id_prefix, sizeof id_prefix - 1))

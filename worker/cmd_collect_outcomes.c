@@ -57,7 +57,7 @@ static struct key key_make(char tag, const void *bytes, size_t len)
 /* The key of a prompt as it was sent: its id where it has one. */
 static struct key key_of_prompt(const void *value, size_t len)
 {
-    json_t *root = value ? json_loadb(value, len, 0, NULL) : NULL;
+    json_t *root = value ? json_loadb(value, len, JSON_ALLOW_NUL, NULL) : NULL;
     const json_t *id = json_object_get(root, "id");
     struct key k;
     if (json_is_string(id) && json_string_length(id) > 0)

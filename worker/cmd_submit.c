@@ -93,10 +93,10 @@ static char *key_of(const struct submit *s)
 {
     if (!*s->key)
         return NULL;
-    json_t *root = json_loadb(s->lines.text, s->lines.len, 0, NULL);
+    json_t *root = json_loadb(s->lines.text, s->lines.len, JSON_ALLOW_NUL, NULL);
     const json_t *field = descend(root, s->key);
     char *key = NULL;
-    if (json_is_string(field))
+    if (json_is_string(field) && !memchr(json_string_value(field), 0, json_string_length(field)))
         key = lm_strndup(json_string_value(field), json_string_length(field));
     else if (json_is_integer(field) && asprintf(&key, "%" JSON_INTEGER_FORMAT,
                                                 json_integer_value(field)) < 0)

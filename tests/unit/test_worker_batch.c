@@ -223,7 +223,8 @@ static void test_resume_cuts_a_torn_line(void **state)
 {
     (void)state;
     char *p = path_of("torn");
-    put(p, "{\"id\":\"batch_req_000002\"}\n{\"id\":\"batch_req_000900\"}\n{\"id\":\"batch_re");
+    put(p, "{\"id\":\"batch_req_000002\",\"text\":\"\\u0000\"}\n"
+           "{\"id\":\"batch_req_000900\"}\n{\"id\":\"batch_re");
     batch_output *o;
     struct lm_err err = { 0 };
     assert_int_equal(batch_output_open(p, true, &o, &err), LM_OK);
@@ -236,7 +237,8 @@ static void test_resume_cuts_a_torn_line(void **state)
     batch_id(id, 1);
     assert_int_equal(batch_output_write(o, json_pack("{s:s}", "id", id), &err), LM_OK);
     assert_int_equal(batch_output_close(o, &err), LM_OK);
-    assert_string_equal(get(p), "{\"id\":\"batch_req_000002\"}\n{\"id\":\"batch_req_000900\"}\n"
+    assert_string_equal(get(p), "{\"id\":\"batch_req_000002\",\"text\":\"\\u0000\"}\n"
+                                "{\"id\":\"batch_req_000900\"}\n"
                                 "{\"id\":\"batch_req_000001\"}\n");
 }
 

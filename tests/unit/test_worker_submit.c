@@ -604,6 +604,19 @@ static void test_outcomes_of_a_job(void **state)
     outcomes_free(j);
 }
 
+/* A prompt's text may have U+0000, its id and its reply's are the same all the same. */
+static void test_outcomes_of_text_with_nul(void **state)
+{
+    (void)state;
+    static const char line[] = "{\"id\":\"a\",\"prompt\":\"\\u0000\"}";
+    outcomes *j = outcomes_new();
+    assert_int_equal(outcomes_await_line(j, line, sizeof line - 1), LM_OK);
+    assert_int_equal(outcomes_dead_letter(j, line, sizeof line - 1, "t/0/1"), OUTCOME_NEW);
+    assert_int_equal(outcomes_reply(j, "a", 1), OUTCOME_HEALED);
+    assert_true(outcomes_complete(j));
+    outcomes_free(j);
+}
+
 static void test_outcomes_by_count(void **state)
 {
     (void)state;
@@ -636,7 +649,7 @@ int main(void)
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
         TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
-        cmocka_unit_test(test_outcomes_by_count),
+        cmocka_unit_test(test_outcomes_of_text_with_nul), cmocka_unit_test(test_outcomes_by_count),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     dev_broker_free(broker);
