@@ -173,6 +173,31 @@ static bool same_commit(const rd_kafka_topic_partition_t *a, const rd_kafka_topi
            (!a->metadata_size || !memcmp(a->metadata, b->metadata, a->metadata_size));
 }
 
+static bool finishes_one_of(const struct stage *s, const rd_kafka_topic_partition_t *p)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        const struct job *j = s->verdicts[i] == STAGE_IN ? s->jobs[i] : NULL;
+        if (j && !j->parent && j->lease->partition == p->partition &&
+            !strcmp(j->lease->topic, p->topic))
+            return true;
+    }
+    return false;
+}
+
+bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group)
+{
+    bool held[2] = { false, false }, telling = false;
+    for (int i = 0; i < s->offsets->cnt; i++) {
+        const rd_kafka_topic_partition_t *sent = &s->offsets->elems[i];
+        const rd_kafka_topic_partition_t *got = rd_kafka_topic_partition_list_find(
+            group, sent->topic, sent->partition);
+        bool tells = finishes_one_of(s, sent);
+        telling |= tells;
+        held[tells] |= got && same_commit(got, sent);
+    }
+    return held[telling];
+}
+
 lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds)
 {
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(s->offsets->cnt);
@@ -180,13 +205,10 @@ lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds)
         rd_kafka_topic_partition_list_add(l, s->offsets->elems[i].topic,
                                           s->offsets->elems[i].partition);
     rd_kafka_resp_err_t e = l->cnt ? rd_kafka_committed(c->rk, l, COMMITTED_MS) : 0;
-    *holds = false;
-    for (int i = 0; !e && i < s->offsets->cnt; i++) {
-        const rd_kafka_topic_partition_t *sent = &s->offsets->elems[i];
-        const rd_kafka_topic_partition_t *got = rd_kafka_topic_partition_list_find(
-            l, sent->topic, sent->partition);
-        *holds |= got && same_commit(got, sent);
-    }
+    for (int i = 0; !e && i < l->cnt; i++)      /* the transaction's end is on its way there */
+        if (l->elems[i].err == RD_KAFKA_RESP_ERR_UNSTABLE_OFFSET_COMMIT)
+            e = l->elems[i].err;
+    *holds = !e && stage_held(s, l);
     rd_kafka_topic_partition_list_destroy(l);
     return e ? LM_NET : LM_OK;
 }

@@ -163,6 +163,11 @@ static rd_kafka_error_t *abort_it(struct tx *t)
     return rd_kafka_abort_transaction(t->p->rk, call_ms(t));
 }
 
+static void ask_again_soon(void)
+{
+    nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);
+}
+
 /* Until there is an answer, or the worker's end leaves no time for one. */
 static rd_kafka_error_t *persist(struct tx *t, call *make)
 {
@@ -172,7 +177,7 @@ static rd_kafka_error_t *persist(struct tx *t, call *make)
             return e;
         lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
         rd_kafka_error_destroy(e);
-        nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);
+        ask_again_soon();
     }
 }
 
@@ -306,9 +311,8 @@ static enum fate find_out(struct tx *t)
         lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers");
         return HOPELESS;
     }
-    do {
-        st = consumer_holds(t->w->consumer, &t->stage, &holds);
-    } while (st && !last_call(t));
+    while ((st = consumer_holds(t->w->consumer, &t->stage, &holds)) && !last_call(t))
+        ask_again_soon();
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
     return st ? HOPELESS : holds ? COMMITTED : ABORTED;
@@ -505,13 +509,13 @@ void *transaction_main(void *arg)
     struct tx t = { .p = p, .w = p->w };
     bool going = begin(&t);
     while (going && !atomic_load(&p->end)) {
-        bool started = atomic_load(&t.w->started);
-        int64_t now = lm_now_us(), due = started ? until_due(&t, now) : IDLE_MS * 1000;
+        bool working = atomic_load(&t.w->started) && !last_call(&t);
+        int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
         rd_kafka_poll(p->rk, 0);
         gather(&t, (int)LM_MAX(0, LM_MIN((due + 999) / 1000,
                                          job_list_wait_ms(&p->later, now, IDLE_MS))));
         now = lm_now_us();
-        if (!started || last_call(&t) || until_due(&t, now) > 0)
+        if (!working || last_call(&t) || until_due(&t, now) > 0)
             continue;
         if (!(t.initialised ? fence(&t) : initialise(&t)))
             break;

@@ -48,6 +48,10 @@ void stage_release(struct stage *s);    /* the outputs */
 /* Does the group hold one of the stage's offsets with its very map? That is how the fate of a
  * transaction is found whose commit was not answered. A status that can heal: not known. */
 lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds);
+/* Its judgement. Only partitions of which the stage finishes a prompt tell, if there is one: their
+ * offset or map is new for certain. A mark (quarantine.h) may be the one that was committed before.
+ * `group`: what the group holds; its order may change. */
+bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group);
 
 /* The producer thread's main function in exactly-once mode. */
 void *transaction_main(void *producer_);
