@@ -552,6 +552,7 @@ lm_status intake_new(struct worker *w, intake **out, struct lm_err *err)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     in->w = w;
     in->busy_tail = &in->busy;
+    atomic_store(&w->intake_beat_us, lm_now_us());      /* loading may have taken minutes */
     if (pthread_create(&in->thread, NULL, intake_main, in)) {
         free(in);
         return lm_err_set(err, LM_NOMEM, "can't start the intake thread");

@@ -43,7 +43,7 @@ static int64_t engine_stuck_us(watchdog *d)
     int64_t now = lm_now_us();
     engine_stats(d->w->engine, &s);
     if (!s.running || s.steps != d->steps || !d->seen_us) {
-        if (d->was_running && s.steps != d->steps)
+        if (d->was_running && s.steps != d->steps && d->seen_us)
             d->slowest_us = LM_MAX(d->slowest_us, now - d->seen_us);
         d->steps = s.steps;
         d->seen_us = now;
@@ -68,13 +68,22 @@ _Noreturn static void end_hung(watchdog *d, const char *what, int64_t ms)
     _exit(1);
 }
 
-/* In this order: who finds the pulse fresh finds the sleep noted. */
-static void take_pulse(struct worker *w)
+/* In this order: who finds the pulse fresh finds the sleep noted. Nobody has hung for having slept:
+ * the clocks of the engine and of intake start anew. */
+static void take_pulse(watchdog *d)
 {
+    struct worker *w = d->w;
     int64_t now = lm_now_us(), before = atomic_load(&w->pulse_us);
-    if (before && now - before > (int64_t)SLEPT_MS * 1000)
+    if (before && now - before > (int64_t)SLEPT_MS * 1000) {
         atomic_store(&w->slept_us, now);
+        d->seen_us = 0;
+    }
     atomic_store(&w->pulse_us, now);
+}
+
+static int64_t intake_stuck_us(const struct worker *w)
+{
+    return lm_now_us() - LM_MAX(atomic_load(&w->intake_beat_us), atomic_load(&w->slept_us));
 }
 
 bool watchdog_slept(struct worker *w)
@@ -88,13 +97,12 @@ bool watchdog_slept(struct worker *w)
 static void look(watchdog *d)
 {
     int64_t limit = d->w->cfg->hang_timeout_ms;
-    take_pulse(d->w);
+    take_pulse(d);
     if (!limit || d->phase == STARTING || d->phase == CLOSING || !d->w->engine)
         return;
     if (engine_stuck_us(d) >= limit * 1000)
         end_hung(d, "the engine hangs", limit);
-    if (!atomic_load(&d->w->ending) &&
-        lm_now_us() - atomic_load(&d->w->intake_beat_us) >= limit * 1000)
+    if (!atomic_load(&d->w->ending) && intake_stuck_us(d->w) >= limit * 1000)
         end_hung(d, "intake hangs", limit);
 }
 

@@ -26,7 +26,8 @@
  * it.
  *
  * It also knows whether this process was stopped (SIGSTOP, a frozen machine): the thread that looks
- * every 100 ms then looked late. No other thread can tell, for they wait for brokers.
+ * every 100 ms then looked late. No other thread can tell, for they wait for brokers. That time is
+ * no hang: nobody could work.
  *
  * Threads: the functions are the main thread's, except watchdog_slept().
  */

@@ -322,6 +322,7 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     watchdog_closing(dog);
     if (w->engine)
         engine_close(w->engine);
+    watchdog_stop(dog);                 /* it would write to the journal */
     if (atomic_load(&w->failed) == LM_DEVICE)
         journal_abandon(w->journal, JOURNAL_DEVICE);
     else

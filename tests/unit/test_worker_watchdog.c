@@ -216,6 +216,25 @@ static void test_hang(void **state)
     expect(&(struct play){ AT_REST, 500, releasing }, 0, 0, 300, 5000, NOTHING);
 }
 
+/* Stopped for longer than a hang may last: not a hang, for neither could do anything. */
+static void test_sleep(void **state)
+{
+    (void)state;
+    int st;
+    pid_t pid = fork();
+    if (pid == 0)
+        child(&(struct play){ STUCK, 3200, draining_long });
+    usleep(300000);
+    kill(pid, SIGSTOP);
+    usleep(3300000);
+    kill(pid, SIGCONT);
+    usleep(300000);
+    kill(pid, SIGTERM);
+    waitpid(pid, &st, 0);
+    assert_true(WIFEXITED(st) && WEXITSTATUS(st) == 1);
+    assert_int_equal(what_is_left(), KILLED);
+}
+
 static void test_end(void **state)
 {
     (void)state;
@@ -239,7 +258,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_signals), cmocka_unit_test(test_budget),
         cmocka_unit_test(test_release), cmocka_unit_test(test_long_step),
-        cmocka_unit_test(test_hang), cmocka_unit_test(test_end),
+        cmocka_unit_test(test_hang), cmocka_unit_test(test_sleep),
+        cmocka_unit_test(test_end),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }
