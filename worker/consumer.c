@@ -222,6 +222,14 @@ static void complain(consumer *c, const rd_kafka_message_t *m)
     }
 }
 
+/* Its next run reads it again; so until this one has ended, nothing may be read behind it, nor the
+ * position be taken for the watermark: the commit would pass it. */
+static void out_of_memory(consumer *c, struct assigned *a, const rd_kafka_message_t *m)
+{
+    atomic_store(&a->lease->revoked, true);
+    worker_fail(c->w, LM_NOMEM, "out of memory for a record of %zu bytes", m->len);
+}
+
 static void take_message(consumer *c, const rd_kafka_message_t *m)
 {
     if (m->err) {
@@ -232,11 +240,8 @@ static void take_message(consumer *c, const rd_kafka_message_t *m)
     if (!a)
         lm_log(LM_WARN, "consumer", "record of %s [%d], which is not assigned",
                rd_kafka_topic_name(m->rkt), (int)m->partition);
-    else if (lease_revoked(a->lease))
-        return;                 /* its next owner reads it */
-    else if (deliver(c, a, m))
-        /* Skipping it would lose it; the next run reads it again. */
-        worker_fail(c->w, LM_NOMEM, "out of memory for a record of %zu bytes", m->len);
+    else if (!lease_revoked(a->lease) && deliver(c, a, m))      /* else its next owner reads it */
+        out_of_memory(c, a, m);
 }
 
 /* ---- loop ------------------------------------------------------------------------------- */
