@@ -229,6 +229,8 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
                                           : (size_t)rank * (size_t)n * (size_t)part[i].cols;
         const char *src = (const char *)t[i]->data + first * kn_dtype_size(t[i]->dtype);
         st = kn_mat_upload(*out, row0, 0, n, cols, src, t[i]->dtype, (size_t)part[i].cols, l->err);
+        if (st != LM_OK)
+            lm_err_prefix(l->err, "tensor '%s'", t[i]->name);
         row0 += n;
     }
     return st;
