@@ -70,8 +70,10 @@ static void serve_stage(consumer *c, struct stage *s)
     s->offsets = rd_kafka_topic_partition_list_new((int)c->n_parts);
     s->commits = lm_calloc(LM_MAX(c->n_parts, 1), sizeof *s->commits);
     s->group = rd_kafka_consumer_group_metadata(c->rk);
+    if (!s->commits)            /* nothing is staged then, so nothing is counted as finished */
+        return;
     stage_jobs(c, s);
-    for (size_t i = 0; s->commits && i < c->n_parts; i++)
+    for (size_t i = 0; i < c->n_parts; i++)
         stage_offset(c, s, &c->parts[i]);
 }
 

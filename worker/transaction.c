@@ -422,26 +422,36 @@ static bool anything_in(const struct stage *s)
     return s->offsets->cnt > 0;
 }
 
-static void transact(struct tx *t)
+static enum fate run_staged(struct tx *t)
 {
+    drop_gone(t);
+    put_back(t, STAGE_WAIT);
+    if (!anything_in(&t->stage))
+        return COMMITTED;
+    enum fate fate = run(t);
+    if (fate == UNKNOWN)
+        fate = find_out(t);
+    finish(t, fate);
+    return fate;
+}
+
+/* False: the worker ends, and of what was sent nothing may be sent again. */
+static bool transact(struct tx *t)
+{
+    enum fate fate = ABORTED;
     atomic_store(&t->p->want_offsets, false);
     take_ready(t);
     for (size_t i = 0; i < t->stage.n; i++)
         t->stage.verdicts[i] = STAGE_GONE;
-    if (consumer_stage(t->w->consumer, &t->stage)) {
-        drop_gone(t);           /* the consumer has ended */
-        stage_release(&t->stage);
-        return;
-    }
-    drop_gone(t);
-    put_back(t, STAGE_WAIT);
-    if (anything_in(&t->stage)) {
-        enum fate fate = run(t);
-        if (fate == UNKNOWN)
-            fate = find_out(t);
-        finish(t, fate);
-    }
+    lm_status st = consumer_stage(t->w->consumer, &t->stage);
+    if (st == LM_OK)
+        fate = run_staged(t);
+    else
+        drop_gone(t);           /* the consumer has ended, or the worker does */
+    if (st == LM_NOMEM)
+        worker_fail(t->w, st, "out of memory for the offsets of a transaction");
     stage_release(&t->stage);
+    return fate != HOPELESS && st != LM_NOMEM;
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -520,8 +530,7 @@ void *transaction_main(void *arg)
         if (!(t.initialised ? fence(&t) : initialise(&t)))
             break;
         t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
-        transact(&t);
-        going = p->rk != NULL;
+        going = transact(&t);
     }
     while (!atomic_load(&p->end))
         gather(&t, IDLE_MS);
