@@ -134,8 +134,8 @@ static bool engine_at_rest(watchdog *d)
 
 _Noreturn static void end_orderly(const watchdog *d)
 {
-    lm_log(LM_WARN, "worker", d->phase == CLOSING ? "the engine is in a long step: ended without it"
-           : "librdkafka waits for a silent broker: ended without it");
+    lm_log(LM_WARN, "worker", "%s: ended without it", d->phase == CLOSING ?
+           "the engine takes long to close" : "librdkafka waits for a silent broker");
     if (d->w->journal && atomic_load(&d->w->failed) == LM_DEVICE)
         journal_cause(d->w->journal, JOURNAL_DEVICE);
     else if (d->w->journal)
@@ -143,10 +143,17 @@ _Noreturn static void end_orderly(const watchdog *d)
     _exit(atomic_load(&d->status));
 }
 
+/* An engine that was at rest and is slow to give its memory back runs nothing, and has not hung. */
+static int64_t stuck_at_end_us(watchdog *d)
+{
+    if (d->phase == CLOSING)
+        return d->was_running && d->seen_us ? lm_now_us() - d->seen_us : 0;
+    return d->w->engine ? engine_stuck_us(d) : 0;
+}
+
 _Noreturn static void end_late(watchdog *d)
 {
-    int64_t stuck = d->phase == CLOSING && d->seen_us ? lm_now_us() - d->seen_us :
-                    d->phase != CLOSING && d->w->engine ? engine_stuck_us(d) : 0;
+    int64_t stuck = stuck_at_end_us(d);
     if (judged_hung(d, stuck))
         end_hung(d, "the engine hangs", stuck / 1000);
     if (d->phase != DRAINING)
