@@ -14,18 +14,20 @@
  * A partition also pauses by itself while its offset map is near its limit (see ledger.h), while
  * many of its prompts wait for suspects (isolation.c), and for good while it is being taken away.
  *
- * A pause throws the client's prefetched records away, so before pausing the loop waits a moment
- * for the load to fall by itself, and only changes are told to the client. Pause state survives
+ * A pause throws the client's prefetched records away, and it is half a second until they flow
+ * again. So before pausing the loop waits for the load to fall by itself: a moment where more
+ * urgent topics could be read meanwhile, longer where nothing could. It only pauses for what takes
+ * long, so that it can poll on, and only changes are told to the client. Pause state survives
  * revocation inside librdkafka, so it is set anew for what is assigned.
  */
 #include "worker/consumer_int.h"
 
 #include <time.h>
 
-enum {
-    SETTLE_MS = 40,             /* how long a short burst may take before it costs a pause */
-    CROWDED_LOOK_US = 100000,
-};
+enum { CROWDED_LOOK_US = 100000 };
+
+/* How long a burst may take before it costs a pause, by rank. */
+static const int settle_ms[CONSUMER_RANKS] = { 250, 40 };
 
 /* Does anything held exceed `share` eighths of its budget? */
 static bool exceeds(const consumer *c, int64_t share)
@@ -48,10 +50,29 @@ static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, 6 } };
 
 static void settle(consumer *c, int rank)
 {
-    for (int waited = 0; waited < SETTLE_MS && exceeds(c, shares[rank][1]); waited += 2) {
+    int64_t end = lm_now_us() + settle_ms[rank] * 1000;
+    while (exceeds(c, shares[rank][1]) && lm_now_us() < end && !atomic_load(&c->w->stopping)) {
         nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
         consumer_take_finished(c, 0);
+        staging_serve(c);       /* a transaction that waited for us is what lets the load fall */
     }
+}
+
+static int most_urgent(const consumer *c)
+{
+    int most = INT32_MIN;
+    for (size_t i = 0; i < c->n_parts; i++)
+        most = LM_MAX(most, c->parts[i].lease->priority);
+    return most;
+}
+
+static bool anyone_lower(const consumer *c)
+{
+    int most = most_urgent(c);
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (c->parts[i].lease->priority < most)
+            return true;
+    return false;
 }
 
 /* Is the rank's state to change? */
@@ -61,7 +82,7 @@ static bool update_rank(consumer *c, int rank)
         c->full[rank] = exceeds(c, shares[rank][0]);
         return !c->full[rank];
     }
-    if (!exceeds(c, shares[rank][1]))
+    if (!exceeds(c, shares[rank][1]) || (rank > 0 && !anyone_lower(c)))
         return false;
     settle(c, rank);
     return c->full[rank] = exceeds(c, shares[rank][1]);
@@ -89,14 +110,6 @@ static bool wants_pause(const consumer *c, const struct assigned *a, int most_ur
     bool lower = a->lease->priority < most_urgent;
     return atomic_load(&c->w->stopping) || lease_revoked(a->lease) || a->crowded ||
            c->full[lower ? 1 : 0];
-}
-
-static int most_urgent(const consumer *c)
-{
-    int most = INT32_MIN;
-    for (size_t i = 0; i < c->n_parts; i++)
-        most = LM_MAX(most, c->parts[i].lease->priority);
-    return most;
 }
 
 static void set_paused(consumer *c, rd_kafka_topic_partition_list_t *l, bool pause)
