@@ -11,6 +11,9 @@
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,
  * however long the queue of the others is; intake and engine then take it first.
  *
+ * What waits for its fence to be committed (isolation.c) counts as not yet in the engine: it goes
+ * there with the commit's answer. That takes a moment, so the loop awaits it rather than pause.
+ *
  * A partition also pauses by itself while its offset map is near its limit (see ledger.h), while
  * many of its prompts wait for suspects (isolation.c), and for good while it is being taken away.
  *
@@ -34,7 +37,7 @@ static bool exceeds(const consumer *c, int64_t share)
 {
     const struct config *cfg = c->w->cfg;
     const struct { int64_t held, budget; } rows[] = {
-        { atomic_load(&c->w->metrics.backlog), cfg->intake_max_messages },
+        { atomic_load(&c->w->metrics.backlog) + isolation_waiting(c), cfg->intake_max_messages },
         { c->held, cfg->in_flight_max_messages },
         { c->held_bytes, cfg->intake_max_bytes },
         { atomic_load(&c->w->metrics.held_tokens), cfg->intake_max_tokens },
@@ -151,9 +154,32 @@ static void apply(consumer *c, const rd_kafka_topic_partition_list_t *only, bool
     }
 }
 
+enum { MARK_WAIT_US = 250000 };        /* for a commit's answer */
+
+/* Once per spell: when the answer doesn't come, we pause. */
+static void await_marks(consumer *c)
+{
+    int64_t now = lm_now_us(), end = now + MARK_WAIT_US;
+    if (!isolation_waiting(c)) {
+        c->awaited = false;
+        return;
+    }
+    for (; !c->awaited && exceeds(c, shares[1][1]) && isolation_waiting(c) &&
+           !atomic_load(&c->w->stopping); now = lm_now_us()) {
+        c->awaited = now >= end;
+        consumer_take_finished(c, 0);
+        staging_serve(c);
+        isolation_serve(c);
+        if (c->iso.wanted)
+            commit_start(c, NULL);
+        commit_serve(c, 1);
+    }
+}
+
 void admission_control(consumer *c)
 {
     bool changed = false;
+    await_marks(c);
     for (int rank = CONSUMER_RANKS - 1; rank >= 0; rank--)
         changed |= update_rank(c, rank);
     changed |= update_crowded(c);

@@ -77,7 +77,7 @@ struct consumer {
     size_t n_parts, last_hit;
     struct isolation iso;
     key_order *order;           /* NULL: prompts of a key need no order */
-    bool full[CONSUMER_RANKS], stopped;         /* admission.c */
+    bool full[CONSUMER_RANKS], stopped, awaited;        /* admission.c */
     int64_t next_crowded_us;
     /* being taken away; NULL: nothing is. rebalance.c */
     rd_kafka_topic_partition_list_t *revoking;
@@ -124,6 +124,8 @@ void isolation_end(consumer *c);        /* marks have no room */
 bool isolation_adopt(consumer *c, struct assigned *a, const char *text, size_t len, int64_t base);
 /* May it not go on yet? Then it is kept here. */
 bool isolation_hold(consumer *c, struct assigned *a, struct job *j);
+/* How many are kept for the time of a commit: the intake's budget has them. */
+int64_t isolation_waiting(const consumer *c);
 bool isolation_crowded(const struct assigned *a, bool already);
 void isolation_serve(consumer *c);      /* every turn of the loop */
 /* Must the partition's mark be committed now? */

@@ -6,7 +6,7 @@
  * Holding. A record at or beyond its partition's fence is delivered (it has its entry in the
  * ledger) but goes no further: it waits in the partition's `held` list until a commit with a higher
  * fence is acknowledged. In normal work that happens to the first records after an assignment, for
- * the time of one commit.
+ * the time of one commit; the intake's budget counts them (admission.c).
  *
  * Turns. A suspect must run alone: of the whole process, not of its partition. At most one has the
  * turn:
@@ -131,6 +131,17 @@ bool isolation_hold(consumer *c, struct assigned *a, struct job *j)
     if (a->n_held == HELD_MAX)
         c->next_crowded_us = 0; /* admission.c looks at once */
     return true;
+}
+
+/* Of a quarantined partition they wait for suspects, perhaps for long: these have a limit of their
+ * own, so that the other partitions go on. */
+int64_t isolation_waiting(const consumer *c)
+{
+    int64_t n = 0;
+    for (size_t i = 0; c->iso.active && i < c->n_parts; i++)
+        if (!c->parts[i].q.deaths)
+            n += (int64_t)c->parts[i].n_held;
+    return n;
 }
 
 bool isolation_crowded(const struct assigned *a, bool already)

@@ -19,6 +19,7 @@
 
 #include <cmocka.h>
 
+#include "worker/consumer_int.h"
 #include "worker/quarantine.h"
 
 /* ---- text ------------------------------------------------------------------------------- */
@@ -396,6 +397,25 @@ static void test_reserve_follows_the_pace(void **state)
     assert_int_equal(quarantine_reserve(&q, INT64_MAX), INT64_MAX);
 }
 
+/* What a commit will set free is in the intake's budget; what waits for suspects is not. */
+static void test_held_prompts_count(void **state)
+{
+    (void)state;
+    struct assigned parts[2] = { { .partition = 0 }, { .partition = 1 } };
+    struct job jobs[3] = { 0 };
+    consumer c = { .parts = parts, .n_parts = 2 };
+    for (int i = 0; i < 2; i++)
+        quarantine_init(&parts[i].q, 3, 7);
+    assert_int_equal(isolation_waiting(&c), 0);
+    for (int i = 0; i < 3; i++) {
+        jobs[i].record.offset = 20 + i;
+        assert_true(isolation_hold(&c, &parts[i % 2], &jobs[i]));
+    }
+    assert_int_equal(isolation_waiting(&c), 3);
+    parts[1].q.deaths = 1;
+    assert_int_equal(isolation_waiting(&c), 2);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -404,6 +424,7 @@ int main(void)
         cmocka_unit_test(test_what_is_a_death),
         cmocka_unit_test(test_off),
         cmocka_unit_test(test_reserve_follows_the_pace),
+        cmocka_unit_test(test_held_prompts_count),
         cmocka_unit_test(test_pool),
         cmocka_unit_test(test_pool_with_accidents),
     };
