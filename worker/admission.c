@@ -48,8 +48,10 @@ static bool exceeds(const consumer *c, int64_t share)
     return false;
 }
 
-/* Eighths of the budgets: [rank][resume below, pause at]. */
+/* Eighths of the budgets: [rank][resume below, pause at]. Lower topics may hold their share for as
+ * long as a store is away, so beside them the most urgent resumes above it. */
 static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, 6 } };
+enum { RESUME_BESIDE = 7 };
 
 static void settle(consumer *c, int rank)
 {
@@ -82,7 +84,7 @@ static bool anyone_lower(const consumer *c)
 static bool update_rank(consumer *c, int rank)
 {
     if (c->full[rank]) {
-        c->full[rank] = exceeds(c, shares[rank][0]);
+        c->full[rank] = exceeds(c, rank == 0 && anyone_lower(c) ? RESUME_BESIDE : shares[rank][0]);
         return !c->full[rank];
     }
     if (!exceeds(c, shares[rank][1]) || (rank > 0 && !anyone_lower(c)))
