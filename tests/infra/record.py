@@ -19,7 +19,7 @@ import json
 import sys
 import urllib.request
 
-LIMIT = 5000
+LIMIT = 20000
 SCHEMA = json.load(open("schemas/completion.avsc", encoding="utf-8"))
 PRIMITIVE = {"string": str, "int": int, "long": int, "boolean": bool, "null": type(None)}
 
