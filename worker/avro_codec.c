@@ -46,6 +46,12 @@ static lm_status no_memory(struct walk *w)
     return lm_err_set(w->err, LM_NOMEM, "out of memory");
 }
 
+/* jansson gave no string for this text: for what it is, or for want of memory? */
+static lm_status no_text(struct walk *w, const char *s, size_t n, const char *what)
+{
+    return json_is_utf8(s, n) ? no_memory(w) : refuse(w, LM_FORMAT, what);
+}
+
 /* ---- decoding: Avro value to JSON ------------------------------------------------------------ */
 
 static lm_status to_json(struct walk *w, const struct avro_node *n, avro_value_t *v, json_t **out);
@@ -56,7 +62,7 @@ static lm_status string_to_json(struct walk *w, avro_value_t *v, json_t **out)
     size_t size = 0;            /* with the NUL */
     avro_value_get_string(v, &s, &size);
     *out = json_text(s, size - 1);
-    return *out ? LM_OK : refuse(w, LM_FORMAT, "is not valid UTF-8");
+    return *out ? LM_OK : no_text(w, s, size - 1, "is not valid UTF-8");
 }
 
 static lm_status real_to_json(struct walk *w, double x, json_t **out)
@@ -102,7 +108,7 @@ static lm_status member_to_json(struct walk *w, const struct avro_node *n, avro_
     lm_status st = to_json(w, n, v, &member);
     if (!st && !json_is_null(member) &&
         (vetted ? json_object_set_nocheck : json_object_set)(object, key, member) != 0)
-        st = refuse(w, LM_FORMAT, "has a name that is not valid UTF-8");
+        st = no_text(w, key, strlen(key), "has a name that is not valid UTF-8");
     json_decref(member);
     w->path.n--;
     return st;

@@ -141,22 +141,15 @@ enum encoding codec_detect(const void *value, size_t len, const struct header *h
 
 /* ---- decoding ------------------------------------------------------------------------------ */
 
-static bool is_utf8(const char *s, size_t n)
-{
-    json_t *ok = json_stringn(s, n);
-    json_decref(ok);
-    return ok;
-}
-
 /* Messages quote hostile bytes, cut at some length, and end in UTF-8 headers: each byte that is
  * part of no character becomes '?'. */
 static void make_utf8(struct lm_err *err)
 {
-    if (!err || is_utf8(err->msg, strlen(err->msg)))
+    if (!err || json_is_utf8(err->msg, strlen(err->msg)))
         return;
     for (char *s = err->msg; *s;) {
         size_t left = strnlen(s, 4), n = 1;
-        while (n <= left && !is_utf8(s, n))
+        while (n <= left && !json_is_utf8(s, n))
             n++;
         if (n > left)
             *s = '?';

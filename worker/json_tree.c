@@ -14,6 +14,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <utf8proc.h>
 #include <yyjson.h>
 
 enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, STACK_BYTES = 32 * 1024 };
@@ -38,6 +39,17 @@ static bool is_ascii(const char *s, size_t n)
 json_t *json_text(const char *s, size_t n)
 {
     return is_ascii(s, n) ? json_stringn_nocheck(s, n) : json_stringn(s, n);
+}
+
+bool json_is_utf8(const char *s, size_t n)
+{
+    utf8proc_int32_t c;
+    utf8proc_ssize_t used = 0;
+    for (size_t i = 0; i < n; i += (size_t)used)
+        if ((used = utf8proc_iterate((const utf8proc_uint8_t *)s + i, (utf8proc_ssize_t)(n - i),
+                                     &c)) <= 0)
+            return false;
+    return true;
 }
 
 /* ---- text to tree ------------------------------------------------------------------------ */

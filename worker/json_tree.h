@@ -26,5 +26,7 @@ char *json_print(const json_t *root, size_t *len);
 
 /* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. */
 json_t *json_text(const char *s, size_t n);
+/* Which of the two? */
+bool json_is_utf8(const char *s, size_t n);
 
 #endif

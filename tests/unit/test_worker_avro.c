@@ -282,6 +282,35 @@ static void lying_data_are_refused(void **state)
     }
 }
 
+/* Jansson's allocations, of which one fails. */
+static int fails_at;
+
+static void *allocate(size_t n)
+{
+    return --fails_at ? malloc(n) : NULL;
+}
+
+/* Text that is fine and finds no memory must not be taken for malformed: a retry would read it. */
+static void want_of_memory_is_no_fault_of_the_text(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of(FIELD("{\"type\":\"map\",\"values\":\"string\"}"));
+    static const unsigned char data[] = "\2\4\xc3\xa9\4\xc3\xa9";    /* and the end, a 0 */
+    struct lm_err err = { 0 };
+    lm_status st = LM_NOMEM;
+    int n = 0;
+    for (json_t *tree = NULL; st; json_decref(tree)) {
+        fails_at = ++n;
+        json_set_alloc_funcs(allocate, free);
+        st = decode_exact(p, data, sizeof data, &tree, &err);
+        json_set_alloc_funcs(malloc, free);
+        if (st != LM_OK && st != LM_NOMEM)
+            fail_msg("allocation %d: %s", n, err.msg);
+    }
+    assert_true(n > 5);
+    avro_plan_free(p);
+}
+
 static void blocks_with_sizes_are_read(void **state)
 {
     (void)state;
@@ -667,6 +696,7 @@ int main(void)
         cmocka_unit_test(threads_share_no_error),
         cmocka_unit_test(large_schemas_are_refused),
         cmocka_unit_test(lying_data_are_refused),
+        cmocka_unit_test(want_of_memory_is_no_fault_of_the_text),
         cmocka_unit_test(blocks_with_sizes_are_read),
         cmocka_unit_test(a_plan_forgets_the_last_datum),
         cmocka_unit_test(text_that_is_not_utf8_is_refused),
