@@ -25,16 +25,36 @@ static bool is_stale_member(rd_kafka_resp_err_t e)
 static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
 {
     metric_add(&c->w->metrics.commit_failures, 1);
-    lm_log(is_stale_member(e) ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
+    bool heals = is_stale_member(e) || e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE;
+    lm_log(heals ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
            rd_kafka_err2str(e));
-    if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE && c->map_limit) {
-        c->map_limit /= 2;
-        if (c->map_limit < QUARANTINE_TEXT_MAX * 2)
-            isolation_end(c);
-        ledger_set_map_limit(c->ledger, isolation_map_room(c, c->map_limit));
-        lm_log(LM_WARN, "consumer", "the broker's offset.metadata.max.bytes is small: offset maps "
-               "have at most %zu bytes from now on", c->map_limit);
-    }
+    if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE)
+        commit_too_long(c);
+}
+
+void commit_taken(consumer *c)
+{
+    c->taken = LM_MAX(c->taken, c->longest);
+}
+
+/* Half of what was refused, but what the broker has accepted may be said again: a map that was
+ * committed and is cut afterwards is work that a crash repeats. */
+void commit_too_long(consumer *c)
+{
+    size_t limit = c->longest / 2;
+    if (!c->longest)
+        return;
+    if (c->taken < c->longest)
+        limit = LM_MAX(limit, c->taken);
+    c->map_limit = LM_MIN(limit, c->map_limit);
+    if (c->iso.max && c->map_limit < QUARANTINE_TEXT_MAX * 2)
+        isolation_end(c);
+    ledger_set_map_limit(c->ledger, isolation_map_room(c, c->map_limit));
+    lm_log(c->said_small ? LM_INFO : LM_WARN, "consumer", "the broker takes no commit metadata of "
+           "%zu bytes (its offset.metadata.max.bytes): %zu at most from now on%s", c->longest,
+           c->map_limit, c->said_small ? "" : "; a crash may repeat finished prompts that find no "
+           "room there, and poison prompts are counted by each host for itself below 224");
+    c->said_small = true;
 }
 
 /* The verdict on one partition; librdkafka may have sorted the list. A stale
@@ -65,10 +85,12 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
             ledger_committed(c->ledger, &c->pending[i]);
     }
     c->committing = false;
-    if (worst)
+    if (worst) {
         commit_refused(c, worst);
-    else
+    } else {
+        commit_taken(c);
         metric_add(&c->w->metrics.commits, 1);
+    }
 }
 
 void commit_serve(consumer *c, int timeout_ms)
@@ -140,6 +162,7 @@ bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_comm
         memcpy(text + len, mark, more + 1);
     }
     p->metadata_size = len + more;
+    c->longest = LM_MAX(c->longest, p->metadata_size);
     p->metadata = p->metadata_size ? lm_strdup(text) : NULL;    /* freed with the list */
     if (!p->metadata)
         p->metadata_size = 0;
@@ -153,6 +176,7 @@ void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
         return;
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
     c->n_pending = 0;
+    c->longest = 0;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
         if (consumer_selected(only, a) && commit_due(c, a, false, &c->pending[c->n_pending]))

@@ -72,7 +72,10 @@ struct consumer {
     struct staging staging;
     pthread_t thread;
     ledger *ledger;
-    size_t map_limit;           /* of the offset map; 0: none */
+    size_t map_limit;           /* of a commit's metadata; 0: none */
+    size_t longest;             /* of the commit under way; */
+    size_t taken;               /* of all that the broker has accepted */
+    bool said_small;
     struct assigned *parts;
     size_t n_parts, last_hit;
     struct isolation iso;
@@ -115,6 +118,10 @@ bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_comm
 /* Adds a partition's commit with its map and its mark; false: the map had to be cut. */
 bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l);
+
+/* The metadata of the commit under way was accepted, or was too long: shorter from now on. */
+void commit_taken(consumer *c);
+void commit_too_long(consumer *c);
 
 /* isolation.c */
 void isolation_init(consumer *c, size_t map_limit);

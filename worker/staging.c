@@ -8,7 +8,9 @@
  *
  * The map must hold all that the transaction finishes: what it left out would be answered twice
  * after a crash. When it has no room (the brake on reading makes that rare), the highest offsets
- * wait for a later transaction, by which time the watermark has moved.
+ * wait for a later transaction, by which time the watermark has moved. A broker that takes less
+ * than it did (commit.c) may leave no room for what was finished before; the watermark moves all
+ * the same.
  */
 #include "worker/consumer_int.h"
 
@@ -34,15 +36,16 @@ static bool of_part(const struct job *j, const struct assigned *a)
     return !j->parent && j->lease->ref.slot == a->ref.slot && j->lease->ref.epoch == a->ref.epoch;
 }
 
-/* Takes the highest staged offset of the partition out again. */
-static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a)
+/* Takes the highest staged offset of the partition out again, if it lies beyond the watermark: what
+ * lies below needs no room in the map. */
+static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a, int64_t watermark)
 {
     size_t last = s->n;
     for (size_t i = 0; i < s->n; i++)
         if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
             (last == s->n || s->jobs[i]->record.offset > s->jobs[last]->record.offset))
             last = i;
-    if (last == s->n)
+    if (last == s->n || s->jobs[last]->record.offset < watermark)
         return false;
     s->verdicts[last] = STAGE_WAIT;
     ledger_stage(c->ledger, a->ref, s->jobs[last]->record.offset, false);
@@ -51,12 +54,13 @@ static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a)
 
 static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 {
-    struct ledger_commit due;
+    struct ledger_commit due = { .ref = a->ref };
     char map[OFFSET_MAP_MAX + 1];
     bool whole = false;
-    while (ledger_due(c->ledger, a->ref, true, &due)) {
+    /* Without maps nothing is due until the watermark moves, and yet some may be staged. */
+    while (ledger_due(c->ledger, a->ref, true, &due) || !c->map_limit) {
         ledger_map(c->ledger, &due, true, map, &whole);
-        if (whole || !unstage_last(c, s, a))
+        if (whole || !unstage_last(c, s, a, due.offset))
             break;
     }
     if (!commit_due(c, a, true, &due))
@@ -67,6 +71,7 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 
 static void serve_stage(consumer *c, struct stage *s)
 {
+    c->longest = 0;
     s->offsets = rd_kafka_topic_partition_list_new((int)c->n_parts);
     s->commits = lm_calloc(LM_MAX(c->n_parts, 1), sizeof *s->commits);
     s->group = rd_kafka_consumer_group_metadata(c->rk);
@@ -89,6 +94,10 @@ static void serve_settle(consumer *c, struct stage *s, bool committed)
             ledger_stage(c->ledger, s->jobs[i]->lease->ref, s->jobs[i]->record.offset, false);
     if (committed && s->n_commits)
         metric_add(&c->w->metrics.commits, 1);
+    if (committed)
+        commit_taken(c);
+    else if (s->too_long)
+        commit_too_long(c);
 }
 
 void staging_serve(consumer *c)
@@ -167,6 +176,7 @@ void stage_release(struct stage *s)
     s->group = NULL;
     s->commits = NULL;
     s->n_commits = 0;
+    s->too_long = false;
 }
 
 static bool same_commit(const rd_kafka_topic_partition_t *a, const rd_kafka_topic_partition_t *b)

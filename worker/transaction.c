@@ -12,7 +12,8 @@
  * may end:
  *
  *   committed    the jobs end
- *   aborted      confirmed by the broker: a record was refused, or the group has moved on. The
+ *   aborted      confirmed by the broker: a record was refused, the group has moved on, or a map is
+ *                too long for the broker (the consumer thread makes the next one shorter). The
  *                refused job is judged as in producer.c (and travels alone from then on, so that it
  *                holds up no others); the rest go into the next transaction as they are
  *   unknown      a call failed in a way that leaves open what the broker did. librdkafka speaks the
@@ -253,6 +254,7 @@ static enum fate undo(struct tx *t, rd_kafka_error_t *e)
 {
     enum fate fate = UNKNOWN;
     const char *text = rd_kafka_error_string(e);
+    t->stage.too_long |= rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE;
     if (rd_kafka_error_is_fatal(e)) {
         fate = fatal_fate(t, text);
     } else if (rd_kafka_error_txn_requires_abort(e)) {

@@ -37,6 +37,7 @@ struct stage {
     rd_kafka_consumer_group_metadata_t *group;
     struct ledger_commit *commits;      /* [n_commits], one for each of `offsets` */
     size_t n_commits;
+    bool too_long;              /* in: the broker finds a partition's metadata too long */
 };
 
 /* Producer thread. Blocks until the consumer thread has served it, at most some 100 ms outside of
