@@ -229,6 +229,8 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
 $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
     private LDFLAGS += -Wl,--wrap=pthread_create
 
+$(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
+
 # Stand before the device: each of these can be made to fail, or to happen later.
 DELAYED := copy_in copy_out copy zero scatter_cells gather_cells stream_free stream_sync event_free \
     event_sync event_record event_wait event_query $(addprefix op_,embed rmsnorm gemm rope_kv \

@@ -205,7 +205,9 @@ static bool rebuild(struct tx *t)
     t->rebuilt_us = lm_now_us();
     metric_add(&t->w->metrics.producer_rebuilds, 1);
     rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    atomic_store(&t->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     producer_close(t->p);
+    atomic_store(&t->w->closing_producer_us, 0);
     t->initialised = false;
     if (producer_open(t->p, &err)) {
         worker_fail(t->w, LM_STATE, "%s", err.msg);

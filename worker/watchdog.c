@@ -21,7 +21,7 @@ struct watchdog {
     struct worker *w;
     sigset_t signals;
     pthread_t thread;
-    bool started;
+    bool started, said;
     atomic_bool done;
     atomic_int status;          /* to end with, from RELEASING on */
     pthread_mutex_t lock;       /* everything below */
@@ -94,10 +94,24 @@ bool watchdog_slept(struct worker *w)
            (slept && now - slept < (int64_t)SLEPT_MEMORY_MS * 1000);
 }
 
+/* While the worker ends, the end's own clocks count. */
+static void look_at_producer(watchdog *d)
+{
+    int64_t since = atomic_load(&d->w->closing_producer_us);
+    if (d->phase != NONE || !since)
+        return;
+    since = LM_MAX(since, atomic_load(&d->w->slept_us));
+    if (lm_now_us() - since >= (int64_t)WATCHDOG_CLOSE_PRODUCER_MS * 1000)
+        worker_fail(d->w, LM_STATE, "the old producer can't be closed: librdkafka has not let go "
+                    "of it for %d s; a new start of this worker fences what it left open",
+                    WATCHDOG_CLOSE_PRODUCER_MS / 1000);
+}
+
 static void look(watchdog *d)
 {
     int64_t limit = d->w->cfg->hang_timeout_ms;
     take_pulse(d);
+    look_at_producer(d);
     if (!limit || d->phase == STARTING || d->phase == CLOSING || !d->w->engine)
         return;
     if (engine_stuck_us(d) >= limit * 1000)
@@ -201,6 +215,9 @@ static void enter(watchdog *d, enum phase phase, int64_t end_us)
         return;
     atomic_store(&d->done, false);
     d->started = !pthread_create(&d->thread, NULL, watchdog_main, d);
+    if (!d->started && !d->said)
+        lm_log(LM_WARN, "worker", "can't start the watchdog's thread: an end that hangs may last");
+    d->said = !d->started;
 }
 
 void watchdog_starting(watchdog *d)
@@ -221,6 +238,16 @@ void watchdog_releasing(watchdog *d, int status, int64_t ms)
         watchdog_draining(d, WATCHDOG_FAILED_MS);
     atomic_store(&d->status, status);
     enter(d, RELEASING, LM_MIN(d->last_us, lm_now_us() + ms * 1000));
+}
+
+void watchdog_await_end(watchdog *d)
+{
+    for (;;) {
+        nanosleep(&(struct timespec){ .tv_nsec = TICK_MS * 1000000 }, NULL);
+        pthread_mutex_lock(&d->lock);
+        tick(d);
+        pthread_mutex_unlock(&d->lock);
+    }
 }
 
 void watchdog_closing(watchdog *d)

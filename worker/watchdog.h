@@ -15,6 +15,11 @@
  *   CLOSING     engine_close(), which waits for the step that is under way; WATCHDOG_HUNG_MS, then
  *               as above
  *
+ * At work, the main thread sees to two that can't come back by themselves: an engine or an intake
+ * that hangs (below), and a librdkafka producer that doesn't let itself be destroyed (transaction.c
+ * makes a new one after an error of unknown outcome). Without a producer nothing can be committed;
+ * after WATCHDOG_CLOSE_PRODUCER_MS the worker fails, and ends as on any other failure.
+ *
  * A second signal ends the process with status 1; so does a DRAINING that outlasts its time.
  *
  * The engine is watched all the while, at work by the main thread, later from here: one that runs
@@ -43,6 +48,7 @@ enum {
     WATCHDOG_FAILED_MS = 15000, /* the same, for a worker that has failed: it doesn't drain */
     WATCHDOG_RELEASE_MS = 5000,
     WATCHDOG_HUNG_MS = 10000,
+    WATCHDOG_CLOSE_PRODUCER_MS = 15000,
 };
 
 typedef struct watchdog watchdog;
@@ -56,9 +62,12 @@ void watchdog_stop(watchdog *d);                /* no phase: the main thread tak
 void watchdog_draining(watchdog *d, int64_t budget_ms);
 /* RELEASING: the process may end with `status` from now on, and does after `ms`. */
 void watchdog_releasing(watchdog *d, int status, int64_t ms);
+/* Nothing is left to do but to wait for the end of RELEASING, with a watchdog thread or without. */
+_Noreturn void watchdog_await_end(watchdog *d);
 void watchdog_closing(watchdog *d);             /* CLOSING: nothing looks at the engine any more */
 
-/* Has the engine, or intake inside it, hung? Then this does not return. */
+/* Has the engine, or intake inside it, hung? Then this does not return. Has the producer? Then the
+ * worker has failed when it does. */
 void watchdog_look(watchdog *d);
 
 /* Was this process stopped for some seconds, within the last minute? Any thread. */

@@ -307,8 +307,8 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     consumer_count_rest(w->consumer);
     log_summary(w);
     watchdog_releasing(dog, status, stopped ? WATCHDOG_RELEASE_MS : 0);
-    while (!stopped)            /* its thread is inside librdkafka, with all that it holds */
-        pause();
+    if (!stopped)               /* its thread is inside librdkafka, with all that it holds */
+        watchdog_await_end(dog);
     consumer_free(w->consumer);         /* drops the ledger's references */
     producer_free(w->producer);
     claims_free(w->claims);

@@ -73,6 +73,7 @@ struct worker {
     atomic_int log_shown;
     atomic_llong consumer_beat_us, outbox_beat_us, intake_beat_us;
     atomic_llong pulse_us, slept_us;    /* watchdog_slept()'s */
+    atomic_llong closing_producer_us;   /* since when librdkafka destroys one; 0: it does not */
 };
 
 /* Runs until a signal or a failure. Returns the process's exit status. */

@@ -11,6 +11,7 @@
  * across a fork; the worker waits on a pipe for the broker's address.
  */
 #include <arpa/inet.h>
+#include <dlfcn.h>
 #include <netinet/in.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -33,7 +34,8 @@
 #include "worker/worker.h"
 #include "worker_registry_server.h"
 
-enum { API_PRODUCE = 0, API_OFFSET_COMMIT = 8, WAIT_S = 60 };
+enum { API_PRODUCE = 0, API_OFFSET_COMMIT = 8, API_END_TXN = 26, API_TXN_OFFSET_COMMIT = 28,
+       WAIT_S = 60 };
 
 struct fixture {
     pid_t worker;
@@ -43,6 +45,8 @@ struct fixture {
     rd_kafka_t *reader;
 };
 
+static bool destroy_hangs;      /* in the child */
+
 static void child_config(struct config *c, const char *assignment)
 {
     struct lm_err err;
@@ -50,6 +54,15 @@ static void child_config(struct config *c, const char *assignment)
         fprintf(stderr, "%s\n", err.msg);
         _exit(99);
     }
+}
+
+/* Wins over the shared library's. */
+void rd_kafka_destroy(rd_kafka_t *rk)
+{
+    void (*real)(rd_kafka_t *) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_destroy");
+    while (destroy_hangs)
+        pause();
+    real(rk);
 }
 
 static void child(int fd)
@@ -72,7 +85,10 @@ static void child(int fd)
     child_config(&c, "kafka.session.timeout.ms=6000");
     child_config(&c, "kafka.heartbeat.interval.ms=300");
     while (fgets(line, sizeof line, f) && strcmp(line, "go\n"))
-        child_config(&c, line);
+        if (!strcmp(line, "destroy hangs\n"))
+            destroy_hangs = true;
+        else
+            child_config(&c, line);
     fclose(f);
     int st = worker_run(&c);
     config_release(&c);
@@ -396,6 +412,36 @@ static void test_commit_errors_heal(void **state)
     assert_int_equal(end_worker(f), 0);
 }
 
+/* A group that has moved on takes no commit of an old generation: nothing is lost, nobody ends. */
+static void test_commit_of_an_old_generation(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_OFFSET_COMMIT, 1,
+                                      RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    wait_committed(f, 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
+/* After an error that leaves open what became of a transaction the producer is made anew, and
+ * librdkafka does not let go of the old one: the worker must not stand there for ever. */
+static void test_producer_that_stays(void **state)
+{
+    struct fixture *f = *state;
+    int st;
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_END_TXN, 1,
+                                      RD_KAFKA_RESP_ERR_INVALID_TXN_STATE);
+    start_worker(f, "delivery.mode=exactly-once\ndestroy hangs\n");
+    int64_t start = lm_now_us();
+    waitpid(f->worker, &st, 0);
+    f->worker = 0;
+    assert_true(WIFEXITED(st) && WEXITSTATUS(st) == 1);
+    assert_in_range(lm_now_us() - start, 14 * 1000000, 50 * 1000000);
+}
+
 /* The broker goes away under a running worker, and the prompts behind it are answered after. */
 static void test_broker_outage(void **state)
 {
@@ -580,6 +626,31 @@ static void test_http(void **state)
     close(taken);
 }
 
+/* A transaction whose offsets are refused is aborted and done again: after a rebalance, and for a
+ * broker with a small offset.metadata.max.bytes, with a map that fits. */
+static void test_transaction_errors_heal(void **state)
+{
+    struct fixture *f = *state;
+    char lines[160], name[32];
+    int taken, busy = take_port(&taken);
+    snprintf(name, sizeof name, "tx-%d", (int)getpid());
+    snprintf(lines, sizeof lines, "delivery.mode=exactly-once\nhttp.address=127.0.0.1\n"
+             "http.port=%d\nworker.name=%s\n", busy, name);
+    send_prompt(f, good);
+    rd_kafka_mock_push_request_errors(f->mock, API_TXN_OFFSET_COMMIT, 3,
+                                      RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE,
+                                      RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION,
+                                      RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE);
+    start_worker(f, lines);
+    expect(f, "replies", NULL);
+    int port = serves_at(busy, name);
+    assert_true(port > busy);
+    const char *page = wait_row(port, "\nloramill_records_total{outcome=\"completed\"} 1\n");
+    assert_non_null(strstr(page, "\nloramill_transaction_aborts_total 3\n"));
+    assert_int_equal(end_worker(f), 0);
+    close(taken);
+}
+
 static void test_bad_property_fails_at_once(void **state)
 {
     struct fixture *f = *state;
@@ -633,6 +704,8 @@ int main(void)
         TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
         TEST(test_large_dead_letter_is_trimmed), TEST(test_huge_dead_letter_goes_bare),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
+        TEST(test_commit_of_an_old_generation), TEST(test_transaction_errors_heal),
+        TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http),
         TEST(test_bad_property_fails_at_once),

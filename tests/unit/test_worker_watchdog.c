@@ -5,6 +5,7 @@
  * its engine is engine_stats() below. How a whole worker ends: tests/integration/test_shutdown.sh.
  */
 #include <dirent.h>
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -32,6 +33,23 @@ void engine_stats(engine *e, struct engine_stats *out)
     static uint64_t steps;
     *out = (struct engine_stats){ .running = plays != AT_REST, .steps = steps };
     steps += plays == STEPS;
+}
+
+/* Likewise; so that no more of the worker is linked. */
+void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
+{
+    (void)fmt;
+    atomic_store(&w->failed, (int)status);
+}
+
+static bool no_threads;
+
+int __real_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *arg);
+int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *arg);
+
+int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *arg)
+{
+    return no_threads ? EAGAIN : __real_pthread_create(t, a, f, arg);
 }
 
 struct play {
@@ -89,6 +107,14 @@ static void releasing_device(watchdog *d, struct worker *w)
 {
     releasing_failed(d, w);
     atomic_store(&w->failed, LM_DEVICE);
+}
+
+/* No thread could be started: the main thread sees to the end itself. */
+static void releasing_alone(watchdog *d, struct worker *w)
+{
+    no_threads = true;
+    releasing(d, w);
+    watchdog_await_end(d);
 }
 
 static void closing(watchdog *d, struct worker *w)
@@ -199,6 +225,42 @@ static void test_release(void **state)
     expect(&(struct play){ AT_REST, 60000, releasing_device }, 0, 1, 300, 5000, HUNG);
 }
 
+static void test_without_a_thread(void **state)
+{
+    (void)state;
+    expect(&(struct play){ AT_REST, 60000, releasing_alone }, 0, 0, 300, 5000, NOTHING);
+}
+
+static lm_status after_closing_for(int64_t ms, bool draining_too, int64_t slept_ago_ms)
+{
+    static struct config cfg;
+    static struct worker w;
+    sigset_t none;
+    sigemptyset(&none);
+    w = (struct worker){ .cfg = &cfg };
+    atomic_store(&w.slept_us, lm_now_us() - slept_ago_ms * 1000);
+    watchdog *d = watchdog_new(&w, &none);
+    if (draining_too)
+        watchdog_draining(d, 20000);
+    watchdog_look(d);
+    assert_int_equal(atomic_load(&w.failed), LM_OK);
+    atomic_store(&w.closing_producer_us, lm_now_us() - ms * 1000);
+    watchdog_look(d);
+    watchdog_free(d);
+    return (lm_status)atomic_load(&w.failed);
+}
+
+/* librdkafka does not let go of an old producer: the worker fails, unless it ends already. */
+static void test_producer(void **state)
+{
+    (void)state;
+    enum { LONG = WATCHDOG_CLOSE_PRODUCER_MS + 100, AGES = 3600000 };
+    assert_int_equal(after_closing_for(LONG, false, AGES), LM_STATE);
+    assert_int_equal(after_closing_for(LONG, false, 1000), LM_OK);      /* it slept meanwhile */
+    assert_int_equal(after_closing_for(1000, false, AGES), LM_OK);
+    assert_int_equal(after_closing_for(LONG, true, AGES), LM_OK);
+}
+
 /* The engine's last step is longer than what is left: no hang yet, and no fault of the prompts'. */
 static void test_long_step(void **state)
 {
@@ -258,6 +320,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_signals), cmocka_unit_test(test_budget),
         cmocka_unit_test(test_release), cmocka_unit_test(test_long_step),
+        cmocka_unit_test(test_without_a_thread), cmocka_unit_test(test_producer),
         cmocka_unit_test(test_hang), cmocka_unit_test(test_sleep),
         cmocka_unit_test(test_end),
     };
