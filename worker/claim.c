@@ -35,6 +35,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/log.h"
+
 enum { IDLE_MS = 100, CONNECT_MS = 5000, STALL_S = 30, STALL_BYTES = 4096, HEX = 65 };
 
 struct claims {
@@ -44,6 +46,7 @@ struct claims {
     bool stopped;
     struct job_queue in;
     struct job_list later;
+    struct log_seldom waits;
 };
 
 struct body { const char *at; size_t left; };
@@ -181,8 +184,8 @@ static void try_later(claims *c, struct job *j, const char *why)
         return;
     }
     metric_add(&c->w->metrics.retries, 1);
-    lm_log(j->waits ? LM_DEBUG : LM_WARN, "claim", "%s [%d] @%" PRId64 ": %s; trying again, its "
-           "offset waits", j->lease->topic, (int)j->lease->partition, j->record.offset, why);
+    log_seldom(&c->waits, "claim", "%s [%d] @%" PRId64 ": %s; trying again, its offset waits",
+               j->lease->topic, (int)j->lease->partition, j->record.offset, why);
     job_list_add(&c->later, j, lm_now_us() + backoff_us(j->waits++, cfg->retry_backoff_ms,
                                                         cfg->retry_backoff_max_ms));
 }

@@ -33,6 +33,7 @@
 
 #include "worker/cancels.h"
 #include "worker/journal.h"
+#include "worker/log.h"
 #include "worker/stream.h"
 
 enum { IDLE_MS = 100, BUSY_MS = 20, PARK_US = 20000 };
@@ -43,6 +44,7 @@ struct intake {
     struct job_list later;
     struct job *busy, **busy_tail;
     int busy_least;             /* priority of the last in `busy` */
+    struct log_seldom waits;
 };
 
 static void leave(intake *in)
@@ -67,9 +69,8 @@ static void wait_for_healing(intake *in, struct job *j, const struct lm_err *why
     const struct config *cfg = in->w->cfg;
     int64_t pause = backoff_us(j->waits, cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
     metric_add(&in->w->metrics.retries, 1);
-    lm_log(j->waits ? LM_DEBUG : LM_WARN, "intake", "%s [%d] @%" PRId64 ": %s; again in %" PRId64
-           " ms", j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg,
-           pause / 1000);
+    log_seldom(&in->waits, "intake", "%s [%d] @%" PRId64 ": %s; again in %" PRId64 " ms",
+               j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg, pause / 1000);
     j->waits++;
     job_list_add(&in->later, j, lm_now_us() + pause);
 }

@@ -5,6 +5,7 @@
  */
 #include "worker/log.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -78,4 +79,25 @@ void log_setup(const char *level, const char *format, const char *worker)
         if (!strcmp(level, json_names[i]))
             lm_log_set_level((enum lm_level)i);
     lm_log_set_sink(strcmp(format, "json") ? sink_text : sink_json, NULL);
+}
+
+void log_seldom(struct log_seldom *s, const char *component, const char *fmt, ...)
+{
+    char text[1024];
+    long long now = lm_now_us(), next = atomic_load(&s->next_us);
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (now < next ||
+        !atomic_compare_exchange_strong(&s->next_us, &next, now + LOG_SELDOM_S * 1000000ll)) {
+        atomic_fetch_add(&s->left_out, 1);
+        lm_log(LM_DEBUG, component, "%s", text);
+        return;
+    }
+    unsigned more = atomic_exchange(&s->left_out, 0);
+    if (more)
+        lm_log(LM_WARN, component, "%s (and %u more such since the last)", text, more);
+    else
+        lm_log(LM_WARN, component, "%s", text);
 }

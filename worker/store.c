@@ -44,6 +44,7 @@
 
 #include "worker/cache.h"
 #include "worker/fetch.h"
+#include "worker/log.h"
 #include "worker/store_form.h"
 
 #define BACKOFF_MAX_MS 10000
@@ -104,6 +105,7 @@ struct store {
     int n_negatives;
     struct jobs inbox, loading;
     struct store_stats stats;
+    struct log_seldom away;
 
     struct jobs ready, backoff;                 /* the store thread's own */
     int fetching;
@@ -195,8 +197,12 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
     if (final)
         negative_add(s, j->id, err);
     pthread_mutex_unlock(&s->lock);
-    if (status != LM_OK && status != LM_CANCELLED)
-        lm_log(status == LM_BUSY ? LM_INFO : LM_WARN, "store", "%s", err->msg);
+    if (status == LM_BUSY)
+        lm_log(LM_INFO, "store", "%s", err->msg);
+    else if (final)
+        lm_log(LM_WARN, "store", "%s", err->msg);
+    else if (status != LM_OK && status != LM_CANCELLED)
+        log_seldom(&s->away, "store", "%s", err->msg);
     while ((w = STAILQ_FIRST(&j->waiters))) {
         STAILQ_REMOVE_HEAD(&j->waiters, link);
         bool last = STAILQ_EMPTY(&j->waiters);

@@ -68,4 +68,7 @@ kill -TERM "$OLD"; wait "$OLD"; check "and ends with status 0 (got $?)" [ $? -eq
 check "prompts that take ten times max.poll.interval.ms cause no rebalance ($before)" \
     [ "$(metric 'rebalances_total{event="assign"}')" = "$before" ]
 check "and are still at work ($(metric in_flight_records))" [ "$(metric in_flight_records)" = 20 ]
+# Two a component in 15 s; every try of every prompt would be hundreds.
+lines=$(grep -c 'WARN .*\(intake\|store\): ' "$RUN/long.log")
+check "their store is away, and the log says it now and then ($lines lines)" [ "$lines" -ge 1 -a "$lines" -le 8 ]
 kill -TERM "$LONG"; wait "$LONG"; check "status 0 (got $?)" [ $? -eq 0 ]
