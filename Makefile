@@ -133,7 +133,7 @@ BIN     := $(BUILD)/loramill
 # Programs in which loramill starts a thread, or a library's thread calls it. The others can't race,
 # so ThreadSanitizer has nothing to find in them and its builds leave them out. That the list is
 # whole is seen in all other builds: there a program that is not on it dies in pthread_create.
-THREADED   := test_engine $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
+THREADED   := test_engine test_upload $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
     $(addprefix test_worker_,avro batch_job codec dev fatal group_protocol outbox registry store submit \
     watchdog)
@@ -172,6 +172,8 @@ $(BUILD)/%.o: %.c $(BUILD)/flags
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
 
 $(BUILD)/kernels/cuda/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include
+# Its conversions are vector code only then.
+$(BUILD)/kernels/cuda/mat.o: OPT := -O3 -g -fno-math-errno -fno-trapping-math
 
 $(BUILD)/nvcc-flags: FORCE
 	@mkdir -p $(BUILD)
@@ -363,7 +365,7 @@ help:
 	@echo 'make bench      CPU figures against transformers, engine overhead, messages/s'
 	@echo 'make fuzz       TARGET=NAME SECONDS=N: coverage-guided fuzzing (clang)'
 	@echo 'make gpu-build  compile kernels/cuda and its checks (needs no GPU)'
-	@echo 'make gpu-check  PART=smoke|kernels|trace|full RESULTS=DIR: prove and measure it on a GPU'
+	@echo 'make gpu-check  PART=smoke|kernels|start|trace|full RESULTS=DIR: prove and measure it on a GPU'
 	@echo 'make docs       regenerate docs/configuration.md and the sample properties'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR='
 	@echo 'make clean      remove build/'

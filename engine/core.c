@@ -2,11 +2,12 @@
 /*
  * core.c - opens and closes what the engine thread owns, and sizes the pool.
  *
- * Order matters: weights first, then every buffer of the step path, and only then the pool, which
- * takes what the device says is left. On a GPU that is all of it but a reserve for what comes later
- * without asking us: kernels are loaded when first launched, libraries take workspaces, and an
- * allocator rounds up. On a CPU memory belongs to others too, so a quarter of what is free, at most
- * 2 GiB. pool_bytes says otherwise.
+ * Order matters: weights first (their matrices, that is, which threads fill while the rest is
+ * made), then every buffer of the step path, and only then the pool, which takes what the device
+ * says is left. On a GPU that is all of it but a reserve for what comes later without asking us:
+ * kernels are loaded when first launched, libraries take workspaces, and an allocator rounds up. On
+ * a CPU memory belongs to others too, so a quarter of what is free, at most 2 GiB. pool_bytes says
+ * otherwise.
  */
 #include "engine/core_int.h"
 
@@ -121,16 +122,32 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
     return st;
 }
 
+/* Where the time to the first step goes: when each stage had ended. */
+struct open_times {
+    int64_t begun, matrices, buffers, pool;
+};
+
+static void log_times(const struct open_times *t, int64_t now)
+{
+    lm_log(LM_INFO, "engine", "opening: matrices %.2f s, buffers and tuning %.2f s, pool and host "
+           "memory %.2f s, the rest of the weights %.2f s", (double)(t->matrices - t->begun) / 1e6,
+           (double)(t->buffers - t->matrices) / 1e6, (double)(t->pool - t->buffers) / 1e6,
+           (double)(now - t->pool) / 1e6);
+}
+
 static lm_status open_all(struct core *c, struct lm_err *err)
 {
     const struct core_params *p = &c->p;
     const struct shard whole = { 0, 1 };
+    struct open_times t = { .begun = lm_now_us() };
     lm_status st = p->model_dir
                        ? weights_load(p->model_dir, p->model, p->dev, whole, p->fp8_weights,
                                       &c->weights, err)
                        : weights_fill(p->model, p->dev, whole, p->fp8_weights, &c->weights, err);
+    t.matrices = lm_now_us();
     if (st == LM_OK)
         st = open_steps(c, err);
+    t.buffers = lm_now_us();
     if (st == LM_OK)
         st = open_pool(c, err);
     if (st == LM_OK)
@@ -145,11 +162,16 @@ static lm_status open_all(struct core *c, struct lm_err *err)
     if (st == LM_OK)
         st = residency_init(&c->tier, p->dev, &c->pool, &c->evict, &c->memory, err);
     if (st == LM_OK)
-        st = residency_measure(&c->tier, err);
-    if (st == LM_OK)
         st = swap_init(&c->swap, p->dev, c->tier.copy, &c->memory,
                        p->policy.preempt == ENGINE_PREEMPT_RECOMPUTE ? 0 : p->policy.swap_bytes,
                        err);
+    t.pool = lm_now_us();
+    if (st == LM_OK)
+        st = weights_wait(&c->weights, err);
+    if (st == LM_OK)
+        log_times(&t, lm_now_us());
+    if (st == LM_OK)
+        st = residency_measure(&c->tier, err);
     if (st == LM_OK && p->policy.merge)
         st = merge_init(&c->merge, p->model, &c->weights, p->dev, c->memory.num_blocks, err);
     if (st == LM_OK)

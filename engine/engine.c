@@ -263,10 +263,15 @@ static lm_status open_parts(engine *e, struct lm_err *err)
         st = echo_new(&e->echo, err);
     if (st == LM_OK && !e->cfg.echo) {
         st = load_texts(e, err);
+        int64_t t0 = lm_now_us();
         if (st == LM_OK)
             st = open_device(e, err);
+        int64_t t1 = lm_now_us();
         if (st == LM_OK)
             st = open_core(e, err);
+        if (st == LM_OK)
+            lm_log(LM_INFO, "engine", "opened in %.2f s, %.2f s of it the device",
+                   (double)(lm_now_us() - t0) / 1e6, (double)(t1 - t0) / 1e6);
     }
     if (st == LM_OK)
         st = open_registry(e, err);

@@ -36,6 +36,7 @@ struct part {
     const uint8_t *base;
     size_t size;
     bool mapped;
+    int fd;                     /* if mapped */
     char *name;                 /* for messages */
     json_t *header;             /* tensor names live in it */
 };
@@ -267,7 +268,9 @@ static lm_status parse_part(safetensors *st, struct part *p, struct lm_err *err)
         s = parse_tensor(p, name, info, data, &st->tensors[st->n], err);
         if (s)
             return s;
-        st->n++;
+        struct st_tensor *t = &st->tensors[st->n++];
+        t->part = (int)(p - st->parts);
+        t->at = (size_t)((const uint8_t *)t->data - p->base);
     }
     struct st_tensor *mine = st->tensors ? st->tensors + first : NULL;     /* {} has none */
     return check_tiling(p, mine, st->n - first, data, err);
@@ -334,6 +337,8 @@ static lm_status map_file(struct part *p, struct lm_err *err)
             p->base = m;
             p->size = (size_t)sb.st_size;
             p->mapped = true;
+            p->fd = fd;
+            return LM_OK;
         }
     }
     close(fd);
@@ -512,8 +517,10 @@ void safetensors_close(safetensors *st)
         return;
     for (int i = 0; i < st->n_parts; i++) {
         struct part *p = &st->parts[i];
-        if (p->mapped)
+        if (p->mapped) {
             munmap((void *)p->base, p->size);
+            close(p->fd);
+        }
         json_decref(p->header);
         free(p->name);
     }
@@ -539,4 +546,27 @@ const struct st_tensor *safetensors_find(const safetensors *st, const char *name
 {
     struct st_tensor key = { .name = name };
     return st->n ? bsearch(&key, st->tensors, (size_t)st->n, sizeof key, by_name) : NULL;
+}
+
+lm_status safetensors_read(const safetensors *st, const struct st_tensor *t, size_t from, size_t n,
+                           void *dst, struct lm_err *err)
+{
+    const struct part *p = &st->parts[t->part];
+    if (from > t->bytes || n > t->bytes - from)
+        return lm_err_set(err, LM_INVALID, "%s: tensor %.140s: bytes %zu to %zu of %zu", p->name,
+                          t->name, from, from + n, t->bytes);
+    if (!p->mapped) {
+        memcpy(dst, p->base + t->at + from, n);
+        return LM_OK;
+    }
+    for (size_t done = 0; done < n;) {
+        ssize_t k = pread(p->fd, (char *)dst + done, n - done, (off_t)(t->at + from + done));
+        if (k < 0 && errno == EINTR)
+            continue;
+        if (k <= 0)
+            return lm_err_set(err, LM_IO, "%s: tensor %.140s: %s", p->name, t->name,
+                              k < 0 ? strerror(errno) : "the file has become shorter");
+        done += (size_t)k;
+    }
+    return LM_OK;
 }

@@ -5,8 +5,10 @@
  * The file is mapped; the header is validated whole before anything is handed out (length, JSON
  * depth and size, dtype, shape product without overflow, offsets inside the file, ascending, no
  * overlap, no hole). A tensor's data pointer lives as long as the set, and is aligned to its
- * element: the format does not promise that, so what a file leaves misaligned is copied.
- * Format: https://github.com/huggingface/safetensors (README, "Format").
+ * element: the format does not promise that, so what a file leaves misaligned is copied. Whoever
+ * wants much of it reads with safetensors_read() instead, by pread into a buffer of its own: no
+ * page fault for every 4 KiB, and a file that shrinks is an error rather than a signal. Format:
+ * https://github.com/huggingface/safetensors (README, "Format").
  *
  * Threads: a set is immutable once open; everything but safetensors_close() may be called from any
  * thread at a time.
@@ -28,6 +30,8 @@ struct st_tensor {
     int64_t shape[ST_MAX_DIMS];
     const void *data;
     size_t bytes;
+    int part;                   /* which of the set's files it is in, and from which byte */
+    size_t at;
 };
 
 typedef struct safetensors safetensors;
@@ -47,5 +51,9 @@ int safetensors_count(const safetensors *st);
 const struct st_tensor *safetensors_at(const safetensors *st, int i);
 /* NULL when there is none. Binary search: no input can make it slow. */
 const struct st_tensor *safetensors_find(const safetensors *st, const char *name);
+/* Bytes [from, from + n) of a tensor of this set to `dst`, from the file itself. LM_IO names file
+ * and tensor. */
+lm_status safetensors_read(const safetensors *st, const struct st_tensor *t, size_t from, size_t n,
+                           void *dst, struct lm_err *err);
 
 #endif

@@ -7,6 +7,9 @@
  * Without files (`st` NULL, weights_fill()) the same walk makes every tensor up, so that what is
  * measured has exactly the shapes of what is served.
  *
+ * The walk itself makes the matrices and reads the vectors, which are small; matrices are filled by
+ * the threads of upload.c, which start when the walk has found nothing wrong.
+ *
  * Two exceptions, both harmless: rotary_emb.inv_freq buffers, which old checkpoints carry and the
  * config determines; and lm_head.weight beside tied embeddings, which some exporters write twice.
  */
@@ -18,6 +21,7 @@
 #include <string.h>
 
 #include "engine/safetensors.h"
+#include "engine/upload.h"
 
 /* Of made-up values: activations neither die out nor overflow over a hundred layers. */
 #define FILL_SCALE 0.02f
@@ -31,7 +35,9 @@ struct loader {
     uint64_t seed;
     struct weights *w;
     kn_stream *stream;
+    upload *upload;             /* of matrices; NULL without files */
     float *staging;             /* pinned, staging_n floats */
+    float *raw;                 /* as many, as stored */
     int staging_n;
     const struct st_tensor **used;
     int n_used, cap_used;
@@ -143,18 +149,15 @@ static float half_to_float(uint16_t h)
     return f;
 }
 
-static float load_float(const struct st_tensor *t, int64_t i)
+static float load_float(const void *raw, enum kn_dtype t, int i)
 {
-    uint16_t half;
-    float f;
-    if (t->dtype == KN_F32) {
-        memcpy(&f, (const char *)t->data + i * 4, 4);
-        return f;
-    }
-    memcpy(&half, (const char *)t->data + i * 2, 2);
-    if (t->dtype == KN_F16)
+    if (t == KN_F32)
+        return ((const float *)raw)[i];
+    uint16_t half = ((const uint16_t *)raw)[i];
+    if (t == KN_F16)
         return half_to_float(half);
     uint32_t bits = (uint32_t)half << 16;
+    float f;
     memcpy(&f, &bits, 4);
     return f;
 }
@@ -163,13 +166,19 @@ static float load_float(const struct st_tensor *t, int64_t i)
 static lm_status upload_floats(struct loader *l, const struct st_tensor *t, int first, int n,
                                float *dst, int at)
 {
-    for (int i = 0; i < n; i++) {
-        l->staging[i] = l->st ? load_float(t, first + i) : 1;   /* a norm's weight, for instance */
+    const size_t elem = kn_dtype_size(t->dtype);
+    lm_status st = LM_OK;
+    if (l->st)
+        st = safetensors_read(l->st, t, (size_t)first * elem, (size_t)n * elem, l->raw, l->err);
+    for (int i = 0; i < n && st == LM_OK; i++) {
+        l->staging[i] = l->st ? load_float(l->raw, t->dtype, i) : 1;    /* a norm's weight */
         if (!isfinite(l->staging[i]))
             return lm_err_set(l->err, LM_INVALID, "tensor '%s': element %d is not finite", t->name,
                               first + i);
     }
-    lm_status st = kn_copy_in(l->stream, dst + at, l->staging, (size_t)n * sizeof(float));
+    if (st != LM_OK)
+        return st;
+    st = kn_copy_in(l->stream, dst + at, l->staging, (size_t)n * sizeof(float));
     if (st != LM_OK)
         return lm_err_set(l->err, st, "tensor '%s': the copy to the device failed", t->name);
     return kn_stream_sync(l->stream, l->err);
@@ -224,13 +233,13 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
         return kn_mat_fill(*out, ++l->seed, FILL_SCALE, l->err);
     int row0 = 0;
     for (int i = 0; st == LM_OK && i < n_parts; i++) {
-        int n = part[i].split_cols ? part[i].rows : part[i].rows / world;
-        size_t first = part[i].split_cols ? (size_t)(rank * cols)
-                                          : (size_t)rank * (size_t)n * (size_t)part[i].cols;
-        const char *src = (const char *)t[i]->data + first * kn_dtype_size(t[i]->dtype);
-        st = kn_mat_upload(*out, row0, 0, n, cols, src, t[i]->dtype, (size_t)part[i].cols, l->err);
-        if (st != LM_OK)
-            lm_err_prefix(l->err, "tensor '%s'", t[i]->name);
+        const bool by_cols = part[i].split_cols;
+        int n = by_cols ? part[i].rows : part[i].rows / world;
+        const struct upload_rect r = {
+            .to = *out, .row0 = row0, .from = t[i], .row = by_cols ? 0 : rank * n, .rows = n,
+            .col = by_cols ? rank * cols : 0, .cols = cols,
+        };
+        st = upload_add(l->upload, &r, l->err);
         row0 += n;
     }
     return st;
@@ -341,6 +350,9 @@ static lm_status load_all(struct loader *l)
     void *staging = NULL;
     lm_status st = kn_host_alloc(l->w->dev, (size_t)l->staging_n * sizeof(float), &staging, l->err);
     l->staging = staging;
+    l->raw = lm_calloc((size_t)l->staging_n, sizeof *l->raw);
+    if (st == LM_OK && !l->raw)
+        st = lm_err_set(l->err, LM_NOMEM, "no memory for %d numbers", l->staging_n);
     if (st == LM_OK)
         st = kn_stream_new(l->w->dev, &l->stream, l->err);
     l->w->layer = lm_calloc((size_t)c->n_layers, sizeof *l->w->layer);
@@ -363,17 +375,37 @@ static lm_status make(const char *dir, const struct model_config *cfg, kn_device
     struct loader l = { .cfg = cfg, .shard = shard, .fp8 = fp8, .w = out, .err = err };
     lm_status st = check_shard(cfg, shard, err);
     if (st == LM_OK && dir)
-        st = safetensors_open_model(dir, &l.st, err);
+        st = safetensors_open_model(dir, &out->files, err);
+    if (st == LM_OK && dir)
+        st = upload_new(out->files, dev, &out->upload, err);
+    l.st = out->files;
+    l.upload = out->upload;
     if (st == LM_OK)
         st = load_all(&l);
     if (l.stream)
         kn_stream_free(l.stream);
     kn_host_free(dev, l.staging);
+    free(l.raw);
     free(l.used);
-    if (l.st)
-        safetensors_close(l.st);
     if (st != LM_OK)
         weights_release(out);
+    else if (out->upload)
+        upload_start(out->upload);
+    return st;
+}
+
+static void close_files(struct weights *w)
+{
+    upload_free(w->upload);
+    safetensors_close(w->files);
+    w->upload = NULL;
+    w->files = NULL;
+}
+
+lm_status weights_wait(struct weights *w, struct lm_err *err)
+{
+    lm_status st = w->upload ? upload_wait(w->upload, err) : LM_OK;
+    close_files(w);
     return st;
 }
 
@@ -404,6 +436,7 @@ static void layer_release(kn_device *dev, struct layer_weights *w)
 
 void weights_release(struct weights *w)
 {
+    close_files(w);
     for (int i = 0; i < w->n_layers; i++)
         layer_release(w->dev, &w->layer[i]);
     free(w->layer);

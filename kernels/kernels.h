@@ -134,7 +134,9 @@ lm_status kn_all_gather(kn_stream *s, kn_comm *c, void *dst, const void *src, si
 
 /* A weight [rows (out features), cols (in features)], stored as `t`. Filled in rectangles, so that
  * q, k and v become one matrix and a tensor-parallel shard takes its slice straight from the file:
- * the element (r, c) of the rectangle is src_host[r * src_ld + c]. kn_mat_upload blocks.
+ * the element (r, c) of the rectangle is src_host[r * src_ld + c]. kn_mat_upload blocks; rectangles
+ * that don't overlap may come from several threads. The source need not be pinned; if it is, and in
+ * the matrix's dtype, a GPU reads it where it lies.
  *
  * KN_E4M3: each row (output channel) has a float32 scale, its largest magnitude / 448 (1 for a row
  * of zeros), found when it is uploaded; its elements are the nearest KN_E4M3 to w / scale. Uploads

@@ -6,26 +6,29 @@
  * to nearest even on the way (as a bf16 run of any framework does). kn_mat.dtype says so. KN_E4M3
  * is asked for by name: rows are scaled and rounded here, on the uploading thread.
  *
- * An upload copies rows into pinned buffers, converting if it must, and sends each off while the
- * next is being filled: source pages of a mapped file are touched once, by the CPU. Lanes let
- * several threads upload at once, each with a pair of buffers and a stream of its own; a lane is
- * taken under the lock and used without it.
+ * Pinned bf16 (what the engine's uploading threads read files into) is sent off as it lies. All
+ * else goes through pinned buffers of our own, converted on the way if it must be, each sent while
+ * the next is being filled. Lanes let several threads upload at once, each with a stream of its
+ * own, and a pair of buffers once it needs them; a lane is taken under the lock and used without
+ * it.
+ *
+ * Conversions are loops without branches, so that a compiler makes vector code of them (the
+ * Makefile asks for it): bits are selected, not jumped around.
  */
 #include "kernels/cuda/cuda_int.h"
 
 #include <float.h>
-#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 4
+#define LANES 16                /* the engine's uploading threads, at most */
 #define BUFFER_BYTES ((size_t)8 << 20)
 
 struct lane {
-    void *buffer[2];            /* pinned */
-    cudaEvent_t sent[2];
     cudaStream_t s;
+    void *buffer[2];            /* pinned; both made when first needed */
+    cudaEvent_t sent[2];
     bool taken;
 };
 
@@ -50,16 +53,16 @@ static void lane_clear(struct lane *l)
     *l = (struct lane){ .taken = l->taken };
 }
 
-static cudaError_t lane_make(struct lane *l)
+/* Pinning takes time, and what is pinned already needs no buffers. */
+static cudaError_t lane_buffers(struct lane *l)
 {
-    cudaError_t e = cudaStreamCreateWithFlags(&l->s, cudaStreamNonBlocking);
+    cudaError_t e = cudaSuccess;
     for (int i = 0; i < 2 && e == cudaSuccess; i++) {
-        e = cudaHostAlloc(&l->buffer[i], BUFFER_BYTES, cudaHostAllocPortable);
-        if (e == cudaSuccess)
+        if (!l->sent[i])
             e = cudaEventCreateWithFlags(&l->sent[i], cudaEventDisableTiming);
+        if (e == cudaSuccess && !l->buffer[i])
+            e = cudaHostAlloc(&l->buffer[i], BUFFER_BYTES, cudaHostAllocPortable);
     }
-    if (e != cudaSuccess)
-        lane_clear(l);
     return e;
 }
 
@@ -70,7 +73,7 @@ lm_status cuda_staging_new(struct cuda_device *d, struct lm_err *err)
         return lm_err_set(err, LM_NOMEM, "out of memory for staging buffers");
     pthread_mutex_init(&g->lock, NULL);
     pthread_cond_init(&g->freed, NULL);
-    d->staging = g;             /* lanes are made when first used: pinning takes time */
+    d->staging = g;
     return LM_OK;
 }
 
@@ -104,7 +107,10 @@ static lm_status lane_take(struct cuda_device *d, struct lane **out)
     l->taken = true;
     pthread_mutex_unlock(&g->lock);
     *out = l;
-    return l->s ? LM_OK : cuda_check(d, "making staging buffers", lane_make(l));
+    if (l->s)
+        return LM_OK;
+    return cuda_check(d, "making a stream for uploads",
+                      cudaStreamCreateWithFlags(&l->s, cudaStreamNonBlocking));
 }
 
 static void lane_give(struct cuda_device *d, struct lane *l)
@@ -131,23 +137,28 @@ static float float_of(uint32_t u)
     return f;
 }
 
+/* a where the mask's bits are set, else b. */
+static uint32_t pick(uint32_t mask, uint32_t a, uint32_t b)
+{
+    return (a & mask) | (b & ~mask);
+}
+
 static uint16_t to_bf16(float f)
 {
     uint32_t u = bits_of(f);
-    if ((u & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(u >> 16 | 0x40);      /* stay a NaN */
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    const uint32_t nan = 0u - ((u & 0x7fffffff) > 0x7f800000);
+    return (uint16_t)(pick(nan, u | 0x400000, u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
 static float from_f16(uint16_t h)
 {
+    const uint32_t all = 0u - ((h & 0x7c00) == 0x7c00);         /* infinity or a NaN */
     uint32_t mag = bits_of(float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f);
-    if ((h & 0x7c00) == 0x7c00)
-        mag |= 0x7f800000;
-    return float_of(mag | (uint32_t)(h & 0x8000) << 16);
+    return float_of(mag | (all & 0x7f800000) | (uint32_t)(h & 0x8000) << 16);
 }
 
-static void convert_row(uint16_t *out, const void *src, size_t from, size_t n, enum kn_dtype t)
+static void convert_row(uint16_t *restrict out, const void *src, size_t from, size_t n,
+                        enum kn_dtype t)
 {
     if (t == KN_BF16) {
         memcpy(out, (const uint16_t *)src + from, n * sizeof *out);
@@ -162,39 +173,56 @@ static void convert_row(uint16_t *out, const void *src, size_t from, size_t n, e
     }
 }
 
-static float read_elem(const void *src, size_t i, enum kn_dtype t)
-{
-    if (t == KN_F32)
-        return ((const float *)src)[i];
-    uint16_t h = ((const uint16_t *)src)[i];
-    return t == KN_F16 ? from_f16(h) : float_of((uint32_t)h << 16);
-}
-
 /* Of a number that is at most 448. */
 static uint8_t to_e4m3(float f)
 {
-    uint32_t u = bits_of(f), sign = u >> 24 & 0x80, mag = u & 0x7fffffff;
-    if (mag >= 0x43e00000)
-        return (uint8_t)(sign | 0x7e);
-    if (mag < 0x3c800000)                       /* subnormal: the adder rounds to 2^-9 */
-        return (uint8_t)(sign | (bits_of(float_of(mag) + 0x1p14f) - bits_of(0x1p14f)));
-    return (uint8_t)(sign | ((mag + 0x7ffff + (mag >> 20 & 1) - 0x3c000000) >> 20));
+    const uint32_t u = bits_of(f), mag = u & 0x7fffffff;
+    const uint32_t tiny = 0u - (mag < 0x3c800000), most = 0u - (mag >= 0x43e00000);
+    /* Subnormal: the adder rounds to 2^-9. */
+    const uint32_t sub = bits_of(float_of(mag) + 0x1p14f) - bits_of(0x1p14f);
+    const uint32_t normal = (mag + 0x7ffff + (mag >> 20 & 1) - 0x3c000000) >> 20;
+    return (uint8_t)((u >> 24 & 0x80) | pick(most, 0x7e, pick(tiny, sub, normal)));
 }
 
-/* A whole row, and its scale; false if it holds a number that is not finite. */
-static bool scale_row(uint8_t *out, float *scale, const void *src, size_t from, size_t n,
+static void widen(float *restrict out, const void *src, size_t n, enum kn_dtype t)
+{
+    const uint16_t *half = src;
+    if (t == KN_F32)
+        memcpy(out, src, n * sizeof *out);
+    else if (t == KN_F16)
+        for (size_t i = 0; i < n; i++)
+            out[i] = from_f16(half[i]);
+    else
+        for (size_t i = 0; i < n; i++)
+            out[i] = float_of((uint32_t)half[i] << 16);
+}
+
+#define TILE 1024               /* numbers widened at a time: they stay in the nearest cache */
+
+/* A whole row, and its scale; false if it holds a number that is not finite. Magnitudes are
+ * compared as integers, which are in the same order. */
+static bool scale_row(uint8_t *restrict out, float *scale, const void *src, size_t from, size_t n,
                       enum kn_dtype t)
 {
-    float most = 0;
-    for (size_t i = 0; i < n; i++) {
-        float v = fabsf(read_elem(src, from + i, t));
-        if (!isfinite(v))
-            return false;
-        most = LM_MAX(most, v);
+    const char *in = (const char *)src + from * kn_dtype_size(t);
+    float tile[TILE];
+    int32_t most = 0;
+    for (size_t i = 0; i < n; i += TILE) {
+        const size_t k = LM_MIN(TILE, n - i);
+        widen(tile, in + i * kn_dtype_size(t), k, t);
+        for (size_t j = 0; j < k; j++)
+            most = LM_MAX(most, (int32_t)(bits_of(tile[j]) & 0x7fffffff));
     }
-    *scale = most > 0 ? LM_MAX(most / 448, FLT_MIN) : 1;
-    for (size_t i = 0; i < n; i++)
-        out[i] = to_e4m3(read_elem(src, from + i, t) / *scale);
+    if (most >= 0x7f800000)
+        return false;
+    const float s = most > 0 ? LM_MAX(float_of((uint32_t)most) / 448, FLT_MIN) : 1;
+    for (size_t i = 0; i < n; i += TILE) {
+        const size_t k = LM_MIN(TILE, n - i);
+        widen(tile, in + i * kn_dtype_size(t), k, t);
+        for (size_t j = 0; j < k; j++)
+            out[i + j] = to_e4m3(tile[j] / s);
+    }
+    *scale = s;
     return true;
 }
 
@@ -278,12 +306,37 @@ static cudaError_t send(struct cuda_mat *m, struct lane *l, int which, const str
     return e == cudaSuccess ? cudaEventRecord(l->sent[which], l->s) : e;
 }
 
+/* From where it lies: it is pinned, and bf16. */
+static cudaError_t send_pinned(struct cuda_mat *m, struct lane *l, const struct rect *r)
+{
+    const size_t elem = sizeof(uint16_t), pitch = (size_t)m->base.cols * elem;
+    uint16_t *dst = (uint16_t *)m->data + (size_t)r->row0 * (size_t)m->base.cols + (size_t)r->col0;
+    const size_t width = (size_t)r->cols * elem;
+    cudaError_t e = width == pitch && r->ld == (size_t)r->cols
+        ? cudaMemcpyAsync(dst, r->src, width * (size_t)r->rows, cudaMemcpyHostToDevice, l->s)
+        : cudaMemcpy2DAsync(dst, pitch, r->src, r->ld * elem, width, (size_t)r->rows,
+                            cudaMemcpyHostToDevice, l->s);
+    cudaError_t waited = cudaStreamSynchronize(l->s);
+    return e == cudaSuccess ? waited : e;
+}
+
+static bool is_pinned(const void *p)
+{
+    struct cudaPointerAttributes a = { 0 };
+    if (cudaPointerGetAttributes(&a, p) == cudaSuccess)
+        return a.type == cudaMemoryTypeHost;
+    cudaGetLastError();
+    return false;
+}
+
 static cudaError_t send_all(struct cuda_mat *m, struct lane *l, const struct rect *r)
 {
+    if (r->t == KN_BF16 && is_pinned(r->src))
+        return send_pinned(m, l, r);
     const int room = (int)(BUFFER_BYTES / sizeof(uint16_t));
     const int cols_a_go = LM_MIN(r->cols, room), rows_a_go = room / cols_a_go;
     int which = 0;
-    cudaError_t e = cudaSuccess;
+    cudaError_t e = lane_buffers(l);
     for (int r0 = 0; r0 < r->rows && e == cudaSuccess; r0 += rows_a_go)
         for (int c0 = 0; c0 < r->cols && e == cudaSuccess; c0 += cols_a_go, which ^= 1)
             e = send(m, l, which, r, r0, LM_MIN(rows_a_go, r->rows - r0), c0,
@@ -298,7 +351,7 @@ static cudaError_t send_scaled(struct cuda_mat *m, struct lane *l, const struct 
 {
     const size_t cols = (size_t)m->base.cols;
     const int fit = (int)LM_MIN(BUFFER_BYTES / (cols + sizeof(float)), (size_t)INT32_MAX);
-    cudaError_t e = fit > 0 ? cudaSuccess : cudaErrorInvalidValue;
+    cudaError_t e = fit > 0 ? lane_buffers(l) : cudaErrorInvalidValue;
     *bad = -1;
     for (int r0 = 0, which = 0; r0 < r->rows && e == cudaSuccess && *bad < 0;
          r0 += fit, which ^= 1) {

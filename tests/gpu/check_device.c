@@ -106,7 +106,8 @@ static void read_mat(struct gpu_check *c, kn_mat *m, int rows, int cols, uint16_
     free(ids);
 }
 
-static void check_upload(struct gpu_check *c, int rows, int cols, enum kn_dtype t)
+/* `from_pinned`: what is sent lies in pinned memory, which goes off without another copy. */
+static void check_upload(struct gpu_check *c, int rows, int cols, enum kn_dtype t, bool from_pinned)
 {
     kn_mat *m = NULL;
     size_t n = (size_t)rows * (size_t)cols, ld = (size_t)cols + 5;
@@ -119,7 +120,10 @@ static void check_upload(struct gpu_check *c, int rows, int cols, enum kn_dtype 
     }
     must(kn_mat_new(c->cuda, KN_BF16, rows, cols, &m, &err), "mat_new");
     const void *src = t == KN_F32 ? (const void *)f : (const void *)h;
-    size_t size = kn_dtype_size(t);
+    size_t size = kn_dtype_size(t), src_bytes = (size_t)rows * ld * size;
+    void *locked = from_pinned ? pinned(c, src_bytes) : NULL;
+    if (locked)
+        src = memcpy(locked, src, src_bytes);
     int half = rows / 2, left = cols / 3;       /* four rectangles */
     for (int q = 0; q < 4; q++) {
         int r0 = q & 2 ? half : 0, nr = q & 2 ? rows - half : half;
@@ -136,9 +140,11 @@ static void check_upload(struct gpu_check *c, int rows, int cols, enum kn_dtype 
          kn_mat_fill(m, 1, 1, &err) == LM_OK && kn_mat_restore(c->gs, m, saved) == LM_OK;
     uint16_t *again = malloc(n * sizeof *again);
     read_mat(c, m, rows, cols, again);
-    check_that(c, ok && !memcmp(got, again, n * 2), "a matrix of %d x %d from %s, saved, restored",
-               rows, cols, kn_dtype_name(t));
+    check_that(c, ok && !memcmp(got, again, n * 2),
+               "a matrix of %d x %d from %s%s, saved, restored", rows, cols,
+               from_pinned ? "pinned " : "", kn_dtype_name(t));
     kn_host_free(c->cuda, saved);
+    kn_host_free(c->cuda, locked);
     kn_mat_free(m);
     free(again);
     free(got);
@@ -166,9 +172,11 @@ void check_device(struct gpu_check *c)
     check_cells(c, 300, 4096);
     check_cells(c, 7, 1 << 20);
     check_events(c);
-    check_upload(c, 37, 41, KN_BF16);
-    check_upload(c, 1000, 5000, KN_BF16);
-    check_upload(c, 129, 77, KN_F32);
+    for (int pin = 0; pin < 2; pin++) {
+        check_upload(c, 37, 41, KN_BF16, pin);
+        check_upload(c, 1000, 5000, KN_BF16, pin);
+        check_upload(c, 129, 77, KN_F32, pin);
+    }
     check_refusals(c);
 }
 
@@ -225,19 +233,21 @@ static void bench_upload(struct gpu_check *c)
 {
     kn_mat *m = NULL;
     const int rows = 16384, cols = 4096;
-    uint16_t *src = malloc((size_t)rows * (size_t)cols * 2);
-    memset(src, 1, (size_t)rows * (size_t)cols * 2);
+    const size_t bytes = (size_t)rows * (size_t)cols * 2;
+    void *src[] = { malloc(bytes), pinned(c, bytes) };
     must(kn_mat_new(c->cuda, KN_BF16, rows, cols, &m, &err), "mat_new");
-    for (int round = 0; round < 2; round++) {
+    for (int i = 0; i < 4; i++) {       /* the first of each warms up */
+        memset(src[i / 2], 1, bytes);
         int64_t t0 = lm_now_us();
-        must(kn_mat_upload(m, 0, 0, rows, cols, src, KN_BF16, (size_t)cols, &err), "upload");
+        must(kn_mat_upload(m, 0, 0, rows, cols, src[i / 2], KN_BF16, (size_t)cols, &err), "upload");
         double us = (double)(lm_now_us() - t0);
-        if (round)
-            figure(c, "mat_upload, one thread", (double)rows * cols * 2 / us / 1e3, "GB/s", "%s",
-                   "");
+        if (i % 2)
+            figure(c, "mat_upload, one thread", (double)bytes / us / 1e3, "GB/s", "%s",
+                   i / 2 ? "pinned bf16" : "bf16");
     }
     kn_mat_free(m);
-    free(src);
+    free(src[0]);
+    kn_host_free(c->cuda, src[1]);
 }
 
 /* Reads alone go faster than copies: a gigabyte of weights against one row is nothing but reads.

@@ -30,6 +30,7 @@
 #include "engine/core.h"
 
 #include "engine/safetensors.h"
+#include "engine/upload.h"
 
 #include <jansson.h>
 
@@ -599,6 +600,7 @@ static int some_were_preempted(void **state)
 int main(void)
 {
     lm_log_set_level(LM_WARN);
+    upload_force(3, 4096);      /* weights come in small pieces by several threads */
     const struct CMUnitTest tests[] = {
         FAMILY("qwen2-window"), SHIPPED("spm-tiny"),
 #ifndef __SANITIZE_THREAD__
