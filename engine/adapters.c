@@ -23,6 +23,10 @@
  * tries again when requests have ended. What was condemned counts as gone, although the engine
  * thread may need a step's time to free it.
  *
+ * Stand-ins without files (adapters_dummy()) of one rank and the same modules share one image in
+ * host memory, so that a thousand of them are made in no time; in the pool each has blocks of its
+ * own, and the budget counts each as if it had its own bytes here too.
+ *
  * Reading a folder happens outside the mutex; two threads that load the same content at once both
  * read it, and the second to finish takes the first one's version.
  */
@@ -43,8 +47,18 @@
 #define MAX_USES 16
 #define VALUE_UNIT ((double)(1 << 30))  /* microseconds a GiB: at least 1 for whatever is read */
 
+/* What stand-ins share; goes with the last of them. Under `stand_in_mu`. */
+struct stand_in {
+    struct stand_in *next;
+    int rank, users;
+    unsigned modules;
+    struct adapter_image image;
+};
+
 struct adapters {
     struct adapters_config cfg;
+    pthread_mutex_t stand_in_mu;        /* never inside `mu` */
+    struct stand_in *stand_ins;
     pthread_mutex_t mu;
     struct engine_adapter **bucket;     /* [n_buckets], a power of two */
     size_t n_buckets;
@@ -73,6 +87,7 @@ lm_status adapters_new(const struct adapters_config *cfg, adapters **out, struct
     a->bucket = bucket;
     a->n_buckets = FIRST_BUCKETS;
     pthread_mutex_init(&a->mu, NULL);
+    pthread_mutex_init(&a->stand_in_mu, NULL);
     *out = a;
     return LM_OK;
 }
@@ -95,12 +110,72 @@ static struct adapter_alloc image_alloc(const adapters *a)
     return (struct adapter_alloc){ .ctx = a->cfg.dev, .alloc = pinned_alloc, .free = pinned_free };
 }
 
+static void stand_in_leave(adapters *a, struct stand_in *s)
+{
+    struct adapter_alloc alloc = image_alloc(a);
+    pthread_mutex_lock(&a->stand_in_mu);
+    bool last = --s->users == 0;
+    for (struct stand_in **p = &a->stand_ins; last && *p; p = &(*p)->next)
+        if (*p == s) {
+            *p = s->next;
+            break;
+        }
+    pthread_mutex_unlock(&a->stand_in_mu);
+    if (last) {
+        adapter_image_release(&s->image, &alloc);
+        free(s);
+    }
+}
+
+static lm_status stand_in_make(adapters *a, int rank, unsigned modules, struct stand_in **out,
+                               struct lm_err *err)
+{
+    struct adapter_alloc alloc = image_alloc(a);
+    struct stand_in *s = lm_calloc(1, sizeof *s);
+    if (!s)
+        return lm_err_set(err, LM_NOMEM, "no memory");
+    s->rank = rank;
+    s->modules = modules;
+    lm_status st = dummy_image(a->cfg.model, rank, modules, a->cfg.lora_dtype, a->cfg.cell_bytes,
+                               a->cfg.no_payload ? NULL : &alloc, &s->image, err);
+    if (st != LM_OK)
+        free(s);
+    else
+        *out = s;
+    return st;
+}
+
+/* The image of this rank and these modules; whoever comes while it is being made waits. */
+static lm_status stand_in_join(adapters *a, int rank, unsigned modules, struct stand_in **out,
+                               struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    pthread_mutex_lock(&a->stand_in_mu);
+    struct stand_in *s = a->stand_ins;
+    while (s && (s->rank != rank || s->modules != modules))
+        s = s->next;
+    if (!s) {
+        st = stand_in_make(a, rank, modules, &s, err);
+        if (st == LM_OK) {
+            s->next = a->stand_ins;
+            a->stand_ins = s;
+        }
+    }
+    if (st == LM_OK)
+        s->users++;
+    pthread_mutex_unlock(&a->stand_in_mu);
+    *out = st == LM_OK ? s : NULL;
+    return st;
+}
+
 static void version_free(struct engine_adapter *ad)
 {
     if (!ad)
         return;
     struct adapter_alloc alloc = image_alloc(ad->home);
-    if (ad->image.cells)
+    if (ad->stand_in)
+        stand_in_leave(ad->home, ad->stand_in);
+    else if (ad->image.cells)
         adapter_image_release(&ad->image, &alloc);
     if (ad->res.ready)
         kn_event_free(ad->res.ready);
@@ -365,7 +440,6 @@ lm_status adapters_dummy(adapters *a, const char *id, int rank, unsigned modules
                          engine_adapter **out, struct lm_err *err)
 {
     struct engine_adapter *ad = NULL;
-    struct adapter_alloc alloc = image_alloc(a);
     char digest[ENGINE_DIGEST_CHARS];
     dummy_digest(id, rank, modules, digest);
     if ((*out = find_digest(a, id, digest)))
@@ -373,8 +447,9 @@ lm_status adapters_dummy(adapters *a, const char *id, int rank, unsigned modules
     lm_status st = version_new(a, id, &ad, err);
     if (st != LM_OK)
         return st;
-    st = dummy_image(a->cfg.model, rank, modules, a->cfg.lora_dtype, a->cfg.cell_bytes,
-                     a->cfg.no_payload ? NULL : &alloc, &ad->image, err);
+    st = stand_in_join(a, rank, modules, &ad->stand_in, err);
+    if (st == LM_OK)
+        ad->image = ad->stand_in->image;
     memcpy(ad->image.digest, digest, sizeof digest);
     if (st == LM_OK)
         st = check_pool_fit(a, ad, err);
@@ -484,6 +559,7 @@ void adapters_free(adapters *a)
         }
     }
     pthread_mutex_destroy(&a->mu);
+    pthread_mutex_destroy(&a->stand_in_mu);
     free(a->bucket);
     free(a);
 }

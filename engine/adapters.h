@@ -49,6 +49,7 @@ struct engine_adapter {
                                  * thread's, but for the serial: keys cached prefixes, and has its
                                  * place in the eviction order */
     struct adapter_image image;
+    struct stand_in *stand_in;          /* whose cells are the image's; NULL: they are its own */
     int n_blocks;               /* pool blocks that the image takes */
 
     /* under the registry's mutex */

@@ -143,7 +143,9 @@ lm_status engine_adapter_load(engine *e, const char *id, const char *dir, engine
                               struct lm_err *err);
 
 /* A stand-in for measuring: `rank` on each of `modules` (bits 0..6: q k v o gate up down), with
- * random weights, or none at all on a simulated device. */
+ * random weights, or none at all on a simulated device. Those of one rank and the same modules
+ * share their bytes in host memory (not in the pool), though each counts to the budget for
+ * adapters. */
 lm_status engine_adapter_dummy(engine *e, const char *id, int rank, unsigned modules,
                                engine_adapter **out, struct lm_err *err);
 
