@@ -9,6 +9,9 @@
  * Prompts are token ids drawn by a fixed formula, so that a peer can be given the same;
  * end-of-sequence is ignored, sampling is greedy. One JSON line each:
  *     {"name", "value", "unit", "peer": null, "ratio": null}
+ * With --start the only figure is the time from the start of the process to the first token of its
+ * first request: program, libraries, device, weights, and all that is made before a step can run.
+ *
  * tests/bench/run.sh runs a peer beside it and fills in the last two.
  *
  * Every figure is the best of --repeat runs: on a shared machine the others measure the neighbours.
@@ -16,6 +19,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "worker/adapter_dirs.h"
 #include "worker/cmd_bench.h"
@@ -157,6 +162,41 @@ static lm_status bench_decode(struct bench *b, const char *name, int n, int dist
     return LM_OK;
 }
 
+/* Seconds since this process was started, to a hundredth: /proc counts in ticks. */
+static double process_age_s(void)
+{
+    char line[1024];
+    FILE *f = fopen("/proc/self/stat", "re");
+    size_t n = f ? fread(line, 1, sizeof line - 1, f) : 0;
+    struct timespec now;
+    unsigned long long ticks = 0;
+    if (f)
+        fclose(f);
+    line[n] = '\0';
+    char *at = strrchr(line, ')');      /* fields 3 to 21 follow; 22 is the start */
+    if (!at || sscanf(at, ") %*c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s "
+                          "%*s %*s %llu", &ticks) != 1)
+        return -1;
+    clock_gettime(CLOCK_BOOTTIME, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9 -
+           (double)ticks / (double)sysconf(_SC_CLK_TCK);
+}
+
+static lm_status bench_start(struct bench *b, double opened_s, struct lm_err *err)
+{
+    struct run r;
+    int len = LM_MIN(b->args.prompt_tokens, b->info.max_model_len - 1);
+    lm_status st = run_batch(b, 1, len, 1, 0, &r, err);
+    double s = process_age_s();
+    if (st == LM_OK && s < 0)
+        st = lm_err_set(err, LM_UNSUPPORTED, "/proc/self/stat doesn't say when the process began");
+    if (st != LM_OK)
+        return st;
+    figure("start_to_open", opened_s, "s");
+    figure("start_to_first_token", s, "s");
+    return LM_OK;
+}
+
 static lm_status bench_all(struct bench *b, struct lm_err *err)
 {
     lm_status st = bench_prefill(b, err);
@@ -219,13 +259,14 @@ static lm_status fixed_figures(struct bench *b, struct lm_err *err)
     lm_status st = engine_open(&cfg, &b->e, err);
     if (st != LM_OK)
         return st;
+    double opened_s = process_age_s();
     engine_info(b->e, &b->info);
     if (a->adapters)
         st = adapter_dirs_each(a->adapters, load_adapter, b, err);
     else
         st = make_adapters(b, err);
     if (st == LM_OK)
-        st = bench_all(b, err);
+        st = a->start ? bench_start(b, opened_s, err) : bench_all(b, err);
     for (int i = 0; i < b->n_adapters; i++)
         engine_adapter_unref(b->adapter[i]);
     free(b->adapter);

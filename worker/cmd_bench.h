@@ -34,6 +34,7 @@ struct bench_args {
     double fetch_ms, fetch_gbps;        /* adapters come from a store; 0, 0: they are at hand */
     int fetches;                /* at once */
     int warm_up;                /* requests before a trace that don't count */
+    bool start;                 /* only the time to the first token */
     bool json;                  /* no table */
     struct engine_policy policy;
 };

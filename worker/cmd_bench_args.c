@@ -39,6 +39,7 @@ static const struct bench_option options[] = {
     { "rank", COUNT, AT(rank), "R", "of stand-ins; default 8" },
     { "modules", MODULES, 0, "LIST", "of stand-ins: q,k,v,o,gate,up,down or all; default q,k,v,o" },
     { NULL, TEXT, 0, "Fixed figures (without --trace): one JSON line each", NULL },
+    { "start", ON, AT(start), NULL, "only seconds from the process's start to a first token" },
     { "prompt-tokens", COUNT, AT(prompt_tokens), "N", "default 32" },
     { "tokens", COUNT, AT(tokens), "N", "tokens to decode; default 64" },
     { "batch", COUNT, AT(batch), "N", "sequences at once; default 32" },
