@@ -8,6 +8,7 @@
  *     golden    the whole engine on the small models against transformers + PEFT
  *
  * gpu-check loramill bench ...: `loramill bench`, for machines without librdkafka and Avro.
+ * gpu-check files ...: a checkpoint to load, see files.c.
  *
  * tests/gpu/gpu-check.sh runs this program and the parts that need the whole engine. Exit status: 0
  * all well, 1 something failed, 2 no device or bad usage.
@@ -98,6 +99,8 @@ int main(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 2 && !strcmp(argv[1], "loramill") && !strcmp(argv[2], "bench"))
         return cmd_bench(argc - 2, argv + 2);
+    if (argc > 1 && !strcmp(argv[1], "files"))
+        return files_main(argc - 1, argv + 1);
     if (argc < 3)
         return usage();
     if (open_both(&c, &err) != LM_OK || !(c.json = fopen(argv[1], "a"))) {

@@ -111,4 +111,9 @@ void bench_sample(struct gpu_check *c);
 void bench_attention(struct gpu_check *c);
 void bench_lora(struct gpu_check *c);
 
+/* ---- files ----------------------------------------------------------------------------- */
+
+/* gpu-check files ...: an exit status. */
+int files_main(int argc, char **argv);
+
 #endif

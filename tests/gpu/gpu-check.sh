@@ -4,22 +4,35 @@
 # tests/gpu/gpu-check.sh: proves and measures the CUDA backend on this machine's GPU.
 #   PART=smoke     every operation against the CPU's, golden logits; memcheck    (at most 90 s)
 #   PART=kernels   the same operations at all sizes, then their speed            (2 min)
-#   PART=trace     end-to-end traces                                             (6 min)
+#   PART=start     seconds to the first token; loading a checkpoint              (90 s)
+#   PART=trace     decode steps, end-to-end traces                               (8 min)
 #   PART=full      all of them                                                   (9 min)
+#   STEPS='a b'    only these steps of the part: checks golden memcheck speed first-token load decode
+#                  traces more-traces
+#   TRACES='a b'   only these traces, as patterns: 7b-* 7b-1000-mixed 8b-32 (see traces() below)
+#   BUDGET=N       seconds; what would begin later is left out, and what runs by then is stopped
 #   RESULTS=DIR    one JSON line a figure goes to DIR/gpu-check.jsonl (default: build)
 #
 # Runs the prebuilt build/gpu/gpu-check if it is there, else builds it. Each part prints its lines
-# even if a later one fails. Exit status: 0 all well, 1 a part failed, 2 no GPU or nothing to run.
+# even if a later one fails; what matters most comes first. Exit status: 0 all well, 1 a part failed
+# or had to be left out, 2 no GPU or nothing to run.
 set -u
 cd "$(dirname "$0")/../.."
-: "${PART:=smoke}" "${RESULTS:=build}"
+: "${PART:=smoke}" "${RESULTS:=build}" "${STEPS:=}" "${TRACES:=*}"
 bin=build/gpu/gpu-check
 failed=0
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'gpu-check: %s\n' "$*" >&2; exit 2; }
 
-case $PART in smoke|kernels|trace|full) ;; *) die "no part '$PART'; use smoke, kernels, trace or full" ;; esac
+case $PART in
+smoke) : "${BUDGET:=90}" ;;
+kernels) : "${BUDGET:=120}" ;;
+start) : "${BUDGET:=90}" ;;
+trace) : "${BUDGET:=480}" ;;
+full) : "${BUDGET:=540}" ;;
+*) die "no part '$PART'; use smoke, kernels, start, trace or full" ;;
+esac
 [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || command -v nvidia-smi > /dev/null ||
     die "this machine has no NVIDIA GPU (no /dev/nvidiactl, no nvidia-smi); nothing was checked"
 mkdir -p "$RESULTS" || die "cannot make $RESULTS"
@@ -46,15 +59,28 @@ for d in site.getsitepackages() + [p for p in sys.path if p.endswith("-packages"
 }
 find_cublas
 
-# step NAME FUNCTION: a part's result does not depend on that of the one before.
+SECONDS=0
+# within LIMIT: that many seconds, or what is left of the budget.
+within() {
+    local left=$((BUDGET - SECONDS))
+    echo $(($1 < left ? $1 : left))
+}
+
+# step SHORT NAME FUNCTION: a step's result does not depend on that of the one before.
 step() {
     local start=$SECONDS st
-    say "$1"
-    "$2"
+    [ -z "$STEPS" ] || [[ " $STEPS " == *" $1 "* ]] || return
+    say "$2"
+    if [ "$(within 10)" -lt 10 ]; then
+        failed=1
+        printf '== %s: not run, the budget of %d s is spent\n' "$2" "$BUDGET"
+        return
+    fi
+    "$3"
     st=$?
-    [ $st -eq 124 ] && printf 'not ok - %s timed out\n' "$1"
+    [ $st -eq 124 ] && printf 'not ok - %s timed out\n' "$2"
     [ $st -eq 0 ] || failed=1
-    printf '== %s: %s (%d s)\n' "$1" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
+    printf '== %s: %s (%d s)\n' "$2" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
         $((SECONDS - start))
 }
 
@@ -66,13 +92,13 @@ memcheck() {
         return
     fi
     local out
-    out=$(timeout -k 5 60 "$tool" --tool memcheck --report-api-errors no \
+    out=$(timeout -k 5 "$(within 60)" "$tool" --tool memcheck --report-api-errors no \
         --error-exitcode 99 "$bin" /dev/null device rows sample 2>&1)
     local st=$?
     if printf '%s' "$out" | grep -qE 'Device not supported|No kernels were launched'; then
         echo "memcheck was not run: compute-sanitizer does not accept this device"
     elif [ $st -eq 124 ]; then
-        echo "memcheck was not finished in 60 s"
+        echo "memcheck was not finished in its time"
     else
         printf '%s\n' "$out" | grep -E '^not ok|=========|passed' | tail -n 15
         return $st
@@ -81,10 +107,14 @@ memcheck() {
 
 # bench LIMIT LABEL ARGUMENTS...: `loramill bench` on the GPU; its JSON lines go to the results too.
 bench() {
-    local limit=$1 label=$2 out st
+    local limit label=$2 out st
+    limit=$(within "$1")
     shift 2
-    out=$(timeout -k 5 "$limit" "$bin" loramill bench --backend cuda --load-format dummy "$@" \
-        2> "$RESULTS/gpu-check.err")
+    if [ "$limit" -lt 10 ]; then
+        printf 'not ok - %s: not run, the budget of %d s is spent\n' "$label" "$BUDGET"
+        return 1
+    fi
+    out=$(timeout -k 5 "$limit" "$bin" loramill bench --backend cuda "$@" 2> "$RESULTS/gpu-check.err")
     st=$?
     if [ $st -ne 0 ]; then
         printf 'not ok - %s: status %d: %s\n' "$label" $st "$(tail -n 1 "$RESULTS/gpu-check.err")"
@@ -93,70 +123,162 @@ bench() {
     printf '%s\n' "$out" | grep '^{' | sed "s/^{/{\"run\": \"$label\", /" | tee -a "$results"
 }
 
-decode() {
-    local b st=0
-    for b in 1 32 256; do
-        bench 60 "decode llama-2-7b, batch $b" --shape ops/shapes/llama-2-7b.json \
-            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
+# What the engine says about its start.
+opening() { grep -E 'engine: opene?' "$RESULTS/gpu-check.err" | sed 's/^[^ ]* *INFO *engine: /# /'; }
+
+# The second of two starts finds program and libraries in memory.
+first_token() {
+    local st=0 shape
+    for shape in llama-2-7b llama-2-7b llama-3.1-8b; do
+        bench 30 "first token, $shape" --load-format dummy --shape ops/shapes/$shape.json --start \
+            --max-step-tokens 4096 || st=1
+        opening
     done
-    for b in 1 32; do
-        bench 60 "decode llama-2-7b, batch $b, weights in fp8" --shape ops/shapes/llama-2-7b.json \
-            --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 --weights-dtype fp8 || st=1
-    done
-    bench 60 "decode llama-3.1-8b, batch 32, 32 adapters" --shape ops/shapes/llama-3.1-8b.json \
-        --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 --repeat 2 || st=1
     return $st
 }
 
-# trace SHAPE ADAPTERS RANKS [KV]: 1,000 requests at once, 256 running.
+# ratio LABEL SECONDS_READING BYTES: the last start beside the reading of its bytes.
+ratio() {
+    local token
+    token=$(grep -F "\"run\": \"$1\"" "$results" | grep start_to_first_token | tail -n 1 |
+        sed 's/.*"value": \([0-9.e+-]*\).*/\1/')
+    [ -n "$token" ] || return 1
+    awk -v l="$1" -v t="$token" -v r="$2" -v b="$3" 'BEGIN {
+        printf "{\"run\": \"%s\", \"name\": \"first_token_over_reading\", \"value\": %.3f, ", l, t / r
+        printf "\"unit\": \"x\", \"reading_s\": %.3f, \"reading_gb_per_s\": %.2f}\n", r, b / r / 1e9 }' |
+        tee -a "$results"
+}
+
+# loading LABEL DIR SECONDS_READING BYTES
+loading() {
+    bench 60 "$1" --model "$2" --start --max-step-tokens 4096 || return 1
+    opening
+    ratio "$1" "$3" "$4"
+}
+
+# A checkpoint of llama-2-7b's size: from the page cache, and from the disk if there is time.
+load() {
+    local dir threads st=0 one many bytes s0=$SECONDS
+    threads=$(nproc)
+    threads=$((threads < 16 ? threads : 16))
+    dir=$(mktemp -d "${TMPDIR:-/tmp}/gpu-check.XXXXXX") || return 1
+    # shellcheck disable=SC2064
+    trap "rm -rf '$dir'" EXIT
+    cp tests/models/spm-tiny/tokenizer*.json "$dir"
+    if ! timeout "$(within 60)" "$bin" files make ops/shapes/llama-2-7b.json "$dir"; then
+        rm -rf "$dir"
+        return 1
+    fi
+    echo "# written in $((SECONDS - s0)) s"
+    timeout "$(within 60)" "$bin" files read "$dir" "$threads" > /dev/null
+    read -r one bytes < <(timeout "$(within 60)" "$bin" files read "$dir" 1)
+    read -r many bytes < <(timeout "$(within 60)" "$bin" files read "$dir" "$threads")
+    if [ -n "${many:-}" ]; then
+        echo "# read from the page cache in $one s by one thread, $many s by $threads"
+        loading "load llama-2-7b from the page cache" "$dir" "$many" "$bytes" || st=1
+        loading "load llama-2-7b from the page cache, again" "$dir" "$many" "$bytes" || st=1
+    else
+        st=1
+    fi
+    s0=$SECONDS
+    if timeout "$(within 20)" "$bin" files drop "$dir"; then
+        read -r many bytes < <(timeout "$(within 30)" "$bin" files read "$dir" "$threads")
+        if [ -n "${many:-}" ] && "$bin" files drop "$dir" && [ "$(within 60)" -gt 30 ]; then
+            echo "# read from the disk in $many s"
+            loading "load llama-2-7b from the disk" "$dir" "$many" "$bytes" || st=1
+        else
+            echo "# not measured from the disk: reading alone took more than there was time for"
+        fi
+    else
+        echo "# not measured from the disk: writing takes too long"
+    fi
+    rm -rf "$dir"
+    return $st
+}
+
+decode() {
+    local b st=0 shape=llama-2-7b
+    for b in 1 32 256; do
+        bench 60 "decode $shape, batch $b" --load-format dummy --shape ops/shapes/$shape.json \
+            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
+    done
+    for b in 1 32; do
+        bench 60 "decode $shape, batch $b, weights in fp8" --load-format dummy \
+            --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 \
+            --weights-dtype fp8 || st=1
+    done
+    shape=llama-3.1-8b
+    bench 60 "decode $shape, batch 32, 32 adapters" --load-format dummy \
+        --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 \
+        --repeat 2 || st=1
+    return $st
+}
+
+# trace NAME SHAPE ADAPTERS RANKS [OPTION...]: 1,000 requests at once, 256 running unless an option
+# says otherwise. The name is what TRACES picks by.
 trace() {
-    local file=$RESULTS/trace-$2-$3.csv
-    python3 tests/gpu/make_trace.py "$2" "$3" > "$file" || return 1
-    bench 120 "trace $1, $2 adapters of rank $3${4:+, KV cache in $4}" \
-        --shape "ops/shapes/$1.json" --trace "$file" \
-        --max-seqs 256 --max-step-tokens 4096 --no-prefix-cache --json \
-        --host-adapter-bytes 30000000000 --kv-dtype "${4:-auto}"
+    local name=$1 shape=$2 adapters=$3 ranks=$4 file pattern picked=
+    shift 4
+    set -f
+    for pattern in $TRACES; do
+        # shellcheck disable=SC2254
+        case $name in $pattern) picked=1 ;; esac
+    done
+    set +f
+    [ -n "$picked" ] || return 0
+    file=$RESULTS/trace-$adapters-$ranks.csv
+    python3 tests/gpu/make_trace.py "$adapters" "$ranks" > "$file" || return 1
+    bench 120 "trace $shape, $adapters adapters of rank $ranks${*:+, $*}" --load-format dummy \
+        --shape "ops/shapes/$shape.json" --trace "$file" --max-seqs 256 --max-step-tokens 4096 \
+        --no-prefix-cache --json --host-adapter-bytes 200000000000 "$@"
 }
 
 traces() {
     local st=0
-    trace llama-2-7b 0 8 || st=1
-    trace llama-2-7b 32 8 || st=1
-    trace llama-2-7b 100 8 || st=1
-    trace llama-2-7b 100 8,16,32,64 || st=1
-    trace llama-3.1-8b 0 8 || st=1
-    trace llama-3.1-8b 32 8 || st=1
-    trace llama-3.1-8b 100 8 || st=1
-    trace llama-2-7b 0 8 fp8 || st=1
+    trace 7b-0 llama-2-7b 0 8 || st=1
+    trace 7b-100-mixed llama-2-7b 100 8,16,32,64 || st=1
+    trace 7b-1000-mixed llama-2-7b 1000 8,16,32,64 || st=1
+    trace 7b-32 llama-2-7b 32 8 || st=1
+    trace 7b-100 llama-2-7b 100 8 || st=1
+    trace 8b-0 llama-3.1-8b 0 8 || st=1
+    trace 8b-32 llama-3.1-8b 32 8 || st=1
+    trace 8b-100 llama-3.1-8b 100 8 || st=1
     return $st
 }
 
-speed() { timeout -k 5 130 "$bin" "$results" bench; }
-checks() { timeout -k 5 80 "$bin" "$results" smoke; }
-golden() { timeout -k 5 60 "$bin" "$results" golden; }
+# Without the limit of 256 running, and with FP8.
+more_traces() {
+    local st=0
+    trace 7b-0-kv8 llama-2-7b 0 8 --kv-dtype fp8 || st=1
+    trace 7b-0-all llama-2-7b 0 8 --max-seqs 1000 || st=1
+    trace 7b-0-kv8-all llama-2-7b 0 8 --kv-dtype fp8 --max-seqs 1000 || st=1
+    trace 7b-0-w8 llama-2-7b 0 8 --weights-dtype fp8 || st=1
+    return $st
+}
+
+speed() { timeout -k 5 "$(within 130)" "$bin" "$results" bench; }
+checks() { timeout -k 5 "$(within 80)" "$bin" "$results" smoke; }
+golden() { timeout -k 5 "$(within 60)" "$bin" "$results" golden; }
+
+part_checks() { step checks "operations against the CPU" checks; }
+part_golden() { step golden "golden logits" golden; }
+part_memcheck() { step memcheck "memcheck" memcheck; }
+part_speed() { step speed "speed of operations" speed; }
+part_first() { step first-token "first token" first_token; }
+part_load() { step load "loading" load; }
+part_decode() { step decode "decode" decode; }
+part_traces() { step traces "traces" traces; }
+part_more() { step more-traces "traces without the limit of 256, and with FP8" more_traces; }
 
 case $PART in
-smoke)
-    step "operations against the CPU" checks
-    step "golden logits" golden
-    step "memcheck" memcheck
-    ;;
-kernels)
-    step "operations against the CPU" checks
-    step "speed of operations" speed
-    ;;
-trace)
-    step "decode" decode
-    step "traces" traces
-    ;;
-full)
-    step "operations against the CPU" checks
-    step "golden logits" golden
-    step "memcheck" memcheck
-    step "speed of operations" speed
-    step "decode" decode
-    step "traces" traces
-    ;;
+smoke) order="checks golden memcheck" ;;
+kernels) order="checks speed" ;;
+start) order="first load" ;;
+trace) order="traces decode more" ;;
+full) order="checks golden first traces decode load speed more memcheck" ;;
 esac
+for part in $order; do
+    "part_$part"
+done
 [ $failed -eq 0 ] && say "all passed" || say "something failed"
 exit $failed
