@@ -161,10 +161,14 @@ $(BUILD)/kernels/cpu/%_avx512.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx
 
 all: $(BIN)
 
-$(BUILD)/flags: FORCE
+# stamp,NAME,TEXT: the file $(BUILD)/NAME changes when TEXT does.
+define stamp
+$(BUILD)/$(1): FORCE
 	@mkdir -p $(BUILD)
-	@printf '%s\n' '$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)' | cmp -s - $@ || \
-	 printf '%s\n' '$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)' > $@
+	@printf '%s\n' '$(2)' | cmp -s - $$@ || printf '%s\n' '$(2)' > $$@
+
+endef
+$(eval $(call stamp,flags,$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)))
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(@D)
@@ -175,18 +179,19 @@ $(BUILD)/kernels/cuda/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include
 # Its conversions are vector code only then.
 $(BUILD)/kernels/cuda/mat.o: OPT := -O3 -g -fno-math-errno -fno-trapping-math
 
-$(BUILD)/nvcc-flags: FORCE
-	@mkdir -p $(BUILD)
-	@printf '%s\n' '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || printf '%s\n' '$(NVCC) $(NVCCFLAGS)' > $@
+$(eval $(call stamp,nvcc-flags,$(NVCC) $(NVCCFLAGS)))
 
 $(BUILD)/%.cu.o: %.cu $(BUILD)/nvcc-flags
 	@mkdir -p $(@D)
 	$(say) NVCC $<
 	$(Q)$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c $< -o $@
 
-$(LIB): $(call obj,$(LIB_SRC))
+# A source that is gone is in the archive no more.
+$(eval $(call stamp,members,$(call obj,$(LIB_SRC))))
+
+$(LIB): $(call obj,$(LIB_SRC)) $(BUILD)/members
 	$(say) AR $@
-	$(Q)rm -f $@ && ar rcs $@ $^
+	$(Q)rm -f $@ && ar rcs $@ $(filter %.o,$^)
 
 $(BIN): $(call obj,worker/main.c) $(LIB)
 	$(say) LD $@
@@ -199,13 +204,14 @@ EMU_OBJ := $(patsubst %,$(BUILD)/tests/emu/%.o,$(EMU_CU) emu emu_backend)
 TWIN_OBJ := $(call obj,$(wildcard tests/twin/*.c))
 EMU_CXXFLAGS := -std=c++17 -O2 -g -Wall -Wextra -Wno-unused-function $(WERROR) -I. \
     -isystem tests/emu -DKN_EMU -D__CUDACC__
+$(eval $(call stamp,emu-flags,$(CXX) $(EMU_CXXFLAGS)))
 
-$(BUILD)/tests/emu/%.o: kernels/cuda/%.cu $(BUILD)/flags
+$(BUILD)/tests/emu/%.o: kernels/cuda/%.cu $(BUILD)/emu-flags
 	@mkdir -p $(@D)
 	$(say) CXX $<
 	$(Q)$(CXX) $(EMU_CXXFLAGS) -Wno-unknown-pragmas -MMD -MP -x c++ -c $< -o $@
 
-$(BUILD)/tests/emu/%.o: tests/emu/%.cc $(BUILD)/flags
+$(BUILD)/tests/emu/%.o: tests/emu/%.cc $(BUILD)/emu-flags
 	@mkdir -p $(@D)
 	$(say) CXX $<
 	$(Q)$(CXX) $(EMU_CXXFLAGS) -MMD -MP -c $< -o $@

@@ -6,7 +6,8 @@
 #   test    a Kafka broker, a schema registry, nginx, Python clients, clang for the fuzz targets
 #   matrix  older librdkafkas and older brokers, for make test-matrix
 #   bench   PyTorch, transformers and PEFT (5.6 GB), to be measured beside us
-#   cuda    CUDA 13's compiler and libraries (0.9 GB), unless a toolkit is there; needs no GPU
+#   cuda    what engine and kernels need, and CUDA 13's compiler and libraries (0.9 GB), unless a
+#           toolkit is there; needs no GPU
 #
 # What Debian packages comes from Debian; the rest goes below $DEPS, each in a folder of its own
 # that appears by one rename when it is complete, so an interrupted run is simply run again.
@@ -138,10 +139,14 @@ P
     rm -rf "$work"
 }
 
+# Engine and kernels need these, the worker some more.
+ENGINE_PACKAGES="ca-certificates gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev
+    libopenblas-dev libutf8proc-dev libxxhash-dev libssl-dev"
+
 part_build() {
-    apt ca-certificates gcc libc6-dev make pkg-config libavro-dev libcurl4-openssl-dev \
-        libjansson-dev libpcre2-dev libopenblas-dev libutf8proc-dev libmicrohttpd-dev \
-        libxxhash-dev libssl-dev liblz4-dev libzstd-dev zlib1g-dev jq
+    # shellcheck disable=SC2086
+    apt $ENGINE_PACKAGES libavro-dev libcurl4-openssl-dev libmicrohttpd-dev liblz4-dev libzstd-dev \
+        zlib1g-dev jq
     if ! yyjson_fine; then
         python3 -c 'import ensurepip' 2> /dev/null || apt python3-venv
         say "yyjson: $YYJSON_MIN or newer is needed; building it below $DEPS"
@@ -242,6 +247,8 @@ part_bench() {
 }
 
 part_cuda() {
+    # shellcheck disable=SC2086
+    apt $ENGINE_PACKAGES
     have g++ g++
     [ -x /usr/local/cuda/bin/nvcc ] && return
     command -v nvcc > /dev/null && return
