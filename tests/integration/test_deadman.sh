@@ -3,7 +3,8 @@
 #
 # max.poll.interval.ms is a dead-man switch and no limit of generations: prompts that take ten times as
 # long cause no rebalance. A worker that is stopped for longer than its session loses its partitions to
-# another; when it wakes it commits nothing that is not its own any more, and goes on.
+# another; when it wakes it commits nothing that is not its own any more, and goes on. And a commit that
+# the group has overtaken (ILLEGAL_GENERATION) is survived.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin deadman
 kafka_start 1 || die "the broker started"
@@ -58,10 +59,27 @@ stays() { local t; for t in $(seq 8); do at_end || return 1; sleep 0.3; done; }
 check "the one that wakes sets nothing back" stays
 check "it has noticed" wait_until 20 has 'lost fast\|commit refused\|revoked fast' old
 check "and lives" kill -0 "$OLD"
+
+# It stops again, and the group waits for it to join with a third. What the second one commits meanwhile
+# stands behind its own JoinGroup, and comes to the broker when its generation has passed.
+again() { [ "$(grep -c 'assigned fast' "$RUN/old.log")" -ge 3 ]; }
+check "the one that woke takes a partition again" wait_until 20 again
+kill -STOP "$OLD"
+worker third "${common[@]}" commit.interval_ms=200; THIRD=$W
+sent=2500
+overtaken() {
+    has 'commit refused: .*generation id is not valid' new && return
+    d produce fast $((1000 + sent)) 20; sent=$((sent + 20)); return 1
+}
+check "a commit comes too late for its generation (ILLEGAL_GENERATION)" wait_until 20 overtaken
+check "all the same everything is answered" d wait replies $sent 30
+check "by who lives on" kill -0 "$NEW"
+kill -CONT "$OLD"
+kill -TERM "$THIRD"; wait "$THIRD"; check "the third ends with status 0 (got $?)" [ $? -eq 0 ]
 kill -TERM "$NEW"; wait "$NEW"; check "the other ends with status 0 (got $?)" [ $? -eq 0 ]
-d produce fast 3500 100
-check "and the first one takes its partitions again" d wait replies 2600 30
-d verify replies 1000 2600 -1 || FAILED=1
+d produce fast $((1000 + sent)) 100
+check "and the first one takes its partitions again" d wait replies $((sent + 100)) 30
+d verify replies 1000 $((sent + 100)) -1 || FAILED=1
 kill -TERM "$OLD"; wait "$OLD"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
 
 [ $((SECONDS - start)) -ge 15 ] || sleep $((15 - SECONDS + start))
