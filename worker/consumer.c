@@ -27,7 +27,7 @@ enum {
 
 /* ---- finished jobs ------------------------------------------------------------------------ */
 
-static void send_to_intake(consumer *c, struct job *j)
+void consumer_to_intake(consumer *c, struct job *j)
 {
     atomic_fetch_add(&c->w->metrics.backlog, 1);
     job_queue_push(&c->w->to_intake, j);
@@ -37,8 +37,8 @@ static void finish_job(consumer *c, struct job *j)
 {
     void *held = NULL;
     struct job *next = c->order ? key_order_leave(c->order, j) : NULL;
-    if (next)
-        send_to_intake(c, next);
+    if (next && !isolation_keeps(c, next))
+        consumer_to_intake(c, next);
     c->held--;
     c->held_bytes -= (long long)j->bytes;
     atomic_fetch_sub(&c->w->metrics.held_tokens, j->tokens);
@@ -55,7 +55,7 @@ lm_status consumer_admit(consumer *c, struct job *j)
     if (c->order && key_order_enter(c->order, j, &go))
         return LM_NOMEM;        /* ends the worker */
     if (go)
-        send_to_intake(c, j);
+        consumer_to_intake(c, j);
     return LM_OK;
 }
 

@@ -101,6 +101,7 @@ bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct
 void consumer_take_finished(consumer *c, int timeout_ms);
 /* Delivered, and allowed to start: to intake, or behind the others of its key. */
 lm_status consumer_admit(consumer *c, struct job *j);
+void consumer_to_intake(consumer *c, struct job *j);    /* whose turn in its key it is */
 
 /* admission.c */
 void admission_control(consumer *c);    /* every turn of the loop */
@@ -131,6 +132,8 @@ void isolation_end(consumer *c);        /* marks have no room */
 bool isolation_adopt(consumer *c, struct assigned *a, const char *text, size_t len, int64_t base);
 /* May it not go on yet? Then it is kept here. */
 bool isolation_hold(consumer *c, struct assigned *a, struct job *j);
+/* It is the first of its key now. True: it waits for its turn to run alone, or was dropped. */
+bool isolation_keeps(consumer *c, struct job *j);
 /* How many are kept for the time of a commit: the intake's budget has them. */
 int64_t isolation_waiting(const consumer *c);
 bool isolation_crowded(const struct assigned *a, bool already);

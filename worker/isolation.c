@@ -21,6 +21,10 @@
  *   OPENING   a commit says that the other partitions are at work again; then the engine is open
  *             for at least as long as it was closed
  *
+ * Keys. With delivery.order=key a suspect enters the order of its key when it is delivered, and has
+ * no turn before it is the first of it; so what came later waits for it to be settled, as for any
+ * other. What waits so counts as started (count_risk), for it will start without asking.
+ *
  * In order. Before a partition is handed back, its idle mark is committed: nobody has died. Not
  * when the device has failed, nor when the engine makes no step: then what is in it stays suspect.
  *
@@ -101,6 +105,25 @@ static void hold(struct assigned *a, struct job *j)
     a->n_held++;
 }
 
+/* It takes its place among its key's at once: later ones wait behind it until it is settled. */
+static void hold_suspect(consumer *c, struct job *j)
+{
+    bool first = true;
+    j->suspect = j->held = true;
+    if (c->order && key_order_enter(c->order, j, &first))
+        worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+    j->behind = !first;
+}
+
+bool isolation_keeps(consumer *c, struct job *j)
+{
+    bool dropped = j->behind && !j->held && !atomic_load(&j->alone_now);
+    j->behind = false;
+    if (dropped)
+        worker_end_job(c->w, j, OUTCOME_DROPPED);
+    return j->held || dropped;
+}
+
 /* What the log does not reach nobody has started. */
 static void cap_suspects(consumer *c, struct assigned *a, int64_t offset)
 {
@@ -121,8 +144,10 @@ bool isolation_hold(consumer *c, struct assigned *a, struct job *j)
         j->pool_alone = offset == a->q.suspect ? a->q.alone : 0;
         if (quarantine_condemns(&a->q, offset))
             return false;       /* intake refuses it, unseen */
-        if (quarantine_suspects(&a->q, offset))
-            return j->suspect = j->held = true;
+        if (quarantine_suspects(&a->q, offset)) {
+            hold_suspect(c, j);
+            return true;
+        }
     }
     if (!a->held && quarantine_may_start(&a->q, offset))
         return false;
@@ -168,7 +193,8 @@ static void end_held(void *ctx, int64_t offset, void *user)
     if (!j->held)
         return;
     j->held = false;
-    worker_end_job(c->w, j, OUTCOME_DROPPED);
+    if (!j->behind)             /* else it is in the order's list, until the one before it ends */
+        worker_end_job(c->w, j, OUTCOME_DROPPED);
 }
 
 void isolation_drop(consumer *c, struct assigned *a)
@@ -300,8 +326,8 @@ static void set_free(void *ctx, int64_t offset, void *user)
     struct job *j = user;
     (void)offset;
     atomic_store(&j->alone_now, true);
-    if (j->held && consumer_admit(c, j))
-        worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+    if (j->held && !j->behind)
+        consumer_to_intake(c, j);
     j->held = false;
 }
 
@@ -329,7 +355,7 @@ static void choose(void *ctx, int64_t offset, void *user)
     struct choice *x = ctx;
     struct job *j = user;
     enum job_stage s = atomic_load(&j->stage);
-    bool able = j->suspect && (s == JOB_QUEUED || s == JOB_READY);
+    bool able = j->suspect && !j->behind && (s == JOB_QUEUED || s == JOB_READY);
     if (able && (!x->job || offset == x->q->suspect))
         x->job = j;
 }
@@ -373,8 +399,7 @@ static void start_suspect(consumer *c)
         return;
     }
     j->held = false;
-    if (consumer_admit(c, j))
-        worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
+    consumer_to_intake(c, j);
 }
 
 /* Over, or waiting for what can't be had now? Once it has been told to wait it is asked again: it

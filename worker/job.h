@@ -116,6 +116,7 @@ struct job {
     int pool_deaths, pool_alone;
     bool suspect;               /* must run alone; set before it goes to intake */
     bool held;                  /* the consumer thread has it, until its turn */
+    bool behind;                /* held: an earlier one of its key is not settled yet */
     atomic_bool alone_now;      /* its turn: nothing else is in the engine */
     bool entered;               /* in cancels.h's table, with same_bucket; under its lock */
     struct job *same_bucket;

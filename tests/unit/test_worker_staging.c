@@ -9,12 +9,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <cmocka.h>
 
-#include "worker/consumer_int.h"
+#include "consumer_world.h"
 
 static void put(rd_kafka_topic_partition_list_t *l, int32_t partition, int64_t offset,
                 const char *metadata)
@@ -81,55 +80,22 @@ static void test_marks_alone(void **state)
 
 enum { PROMPTS = 8, APART = 1000 };     /* gaps are normal, and make maps long */
 
-/* A consumer thread's world: one partition with PROMPTS prompts, read and unfinished. */
-struct world {
-    struct worker w;
-    struct consumer c;
-    struct assigned part;
-    struct job *jobs[PROMPTS];
-};
-
-static void drop_job(void *ctx, int64_t offset, void *user)
-{
-    (void)ctx;
-    (void)offset;
-    job_unref(user);
-}
+static struct job *jobs[PROMPTS];       /* read and unfinished */
 
 static int open_world(void **state)
 {
-    char why[128];
-    static struct config cfg;
-    struct world *x = lm_calloc(1, sizeof *x);
-    rd_kafka_conf_t *conf = rd_kafka_conf_new();
-    rd_kafka_conf_set(conf, "group.id", "g", why, sizeof why);
-    x->w.cfg = &cfg;
-    x->c = (struct consumer){ .w = &x->w, .parts = &x->part, .n_parts = 1, .map_limit = 4096,
-                              .rk = rd_kafka_new(RD_KAFKA_CONSUMER, conf, why, sizeof why),
-                              .ledger = ledger_new(drop_job, NULL, 4096) };
-    x->c.queue = rd_kafka_queue_get_consumer(x->c.rk);
-    staging_init(&x->c.staging);
-    ledger_assign(x->c.ledger, "t", 0, 0, &x->part.ref);
-    x->part.lease = lease_new("t", 0, x->part.ref);
-    for (int i = 0; i < PROMPTS; i++) {
-        job_new(x->part.lease, &(struct record){ .offset = i * APART }, &x->jobs[i]);
-        ledger_deliver(x->c.ledger, x->part.ref, i * APART, job_ref(x->jobs[i]));
-    }
+    struct world *x = world_open();
+    for (int i = 0; i < PROMPTS; i++)
+        jobs[i] = world_deliver(x, i * APART, NULL);
     *state = x;
     return 0;
 }
 
 static int close_world(void **state)
 {
-    struct world *x = *state;
-    ledger_free(x->c.ledger);
     for (int i = 0; i < PROMPTS; i++)
-        job_unref(x->jobs[i]);
-    lease_unref(x->part.lease);
-    rd_kafka_queue_destroy(x->c.queue);
-    rd_kafka_destroy(x->c.rk);
-    staging_release(&x->c.staging);
-    free(x);
+        job_unref(jobs[i]);
+    world_close(*state);
     return 0;
 }
 
@@ -145,12 +111,12 @@ static const char *transact(struct world *x, const char *offsets, enum staging_w
                             bool too_long)
 {
     static char in[32];
-    struct job *jobs[PROMPTS];
+    struct job *held[PROMPTS];
     enum stage_verdict verdicts[PROMPTS];
-    struct stage s = { .jobs = jobs, .verdicts = verdicts };
+    struct stage s = { .jobs = held, .verdicts = verdicts };
     for (const char *at = offsets; *at; at++)
         if (*at != ' ')
-            jobs[s.n++] = x->jobs[*at - '0'];
+            held[s.n++] = jobs[*at - '0'];
     serve(x, &s, STAGING_STAGE);
     s.too_long = too_long;
     serve(x, &s, end);
@@ -158,11 +124,11 @@ static const char *transact(struct world *x, const char *offsets, enum staging_w
     for (size_t i = 0; i < s.n; i++)
         if (verdicts[i] == STAGE_IN) {
             snprintf(in + strlen(in), sizeof in - strlen(in), "%d ",
-                     (int)jobs[i]->record.offset / APART);
-            void *held = NULL;
+                     (int)held[i]->record.offset / APART);
+            void *user = NULL;
             if (end == STAGING_COMMITTED &&
-                !ledger_complete(x->c.ledger, x->part.ref, jobs[i]->record.offset, &held))
-                job_unref(held);
+                !ledger_complete(x->c.ledger, x->part.ref, held[i]->record.offset, &user))
+                job_unref(user);
         }
     stage_release(&s);
     return in;

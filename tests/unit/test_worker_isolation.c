@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_isolation.c - suspects of a quarantined partition run alone, and with
+ * delivery.order=key nothing of their key overtakes them. The test plays the consumer thread's
+ * commits, intake and the engine; pools of real workers: tests/integration/test_poison.sh.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include <cmocka.h>
+
+#include "consumer_world.h"
+
+enum { MAX_ATTEMPTS = 3, TURNS = 1000 };
+
+static char order[64];          /* the prompts as they ran, by their first letter and offset */
+
+/* Two workers went in a row while offsets below `until` were unfinished: those run one by one. */
+static struct world *quarantined(int64_t until, bool ordered)
+{
+    struct world *x = world_open();
+    x->cfg.poison_max_attempts = MAX_ATTEMPTS;
+    isolation_init(&x->c, x->c.map_limit);
+    x->c.order = ordered ? key_order_new() : NULL;
+    quarantine_init(&x->part.q, MAX_ATTEMPTS, 1);
+    x->part.q.deaths = MAX_ATTEMPTS - 1;
+    x->part.q.until = until;
+    x->c.iso.active = true;
+    order[0] = '\0';
+    return x;
+}
+
+static void read_prompt(struct world *x, int64_t offset, const char *key)
+{
+    struct job *j = world_deliver(x, offset, key);
+    j->worker = &x->w;
+    x->c.held++;
+    if (!isolation_hold(&x->c, &x->part, j))
+        assert_int_equal(consumer_admit(&x->c, j), LM_OK);
+}
+
+/* Every commit is accepted at once. */
+static void commit(struct world *x)
+{
+    struct ledger_commit due;
+    char text[QUARANTINE_TEXT_MAX + 1];
+    if (!x->c.iso.wanted || !isolation_wants(&x->c, &x->part))
+        return;
+    ledger_due(x->c.ledger, x->part.ref, false, &due);
+    isolation_text(&x->c, &x->part, &due, text);
+    isolation_answered(&x->c, x->part.ref, true);
+    ledger_committed(x->c.ledger, &due);
+}
+
+/* Intake and engine, the fastest there are. */
+static void run_what_came(struct world *x)
+{
+    for (struct job *j = job_queue_take(&x->w.to_intake, 0), *next; j; j = next) {
+        next = j->next;
+        bool closed = atomic_load(&x->w.closed);
+        bool its_turn = j->suspect && atomic_load(&j->alone_now);
+        if (closed && !its_turn) {
+            job_queue_push(&x->w.to_intake, j);         /* it waits */
+            continue;
+        }
+        assert_int_equal(j->suspect, closed);
+        size_t n = strlen(order);
+        snprintf(order + n, sizeof order - n, "%s%.*s%d", n ? " " : "", (int)j->record.key_len,
+                 (const char *)j->record.key, (int)j->record.offset);
+        worker_end_job(&x->w, j, OUTCOME_REPLY);
+    }
+    atomic_store(&x->w.intake_rests, atomic_load(&x->w.closed));
+}
+
+static void turn(struct world *x)
+{
+    consumer_take_finished(&x->c, 0);
+    isolation_serve(&x->c);
+    commit(x);
+    run_what_came(x);
+}
+
+static void run_all(struct world *x)
+{
+    for (int i = 0; ledger_in_flight(x->c.ledger); i++) {
+        assert_true(i < TURNS);
+        turn(x);
+    }
+}
+
+static void finish(struct world *x)
+{
+    assert_int_equal(x->c.held, 0);
+    key_order_free(x->c.order);
+    job_unref(x->c.iso.job);
+    world_close(x);
+}
+
+/* Where the prompts of one key stand in `order`, as text. */
+static const char *of_key(char key)
+{
+    static char text[64];
+    char *out = text;
+    for (const char *at = order; *at; at++)
+        if (*at == key)
+            *out++ = at[1];
+    *out = '\0';
+    return text;
+}
+
+static void read_some(struct world *x)
+{
+    static const char *const keys[] = { "a", "b", "a", "b", "a", "c", "b", "a" };
+    for (int i = 0; i < (int)LM_COUNT(keys); i++)
+        read_prompt(x, i, keys[i]);
+}
+
+static void test_keys_in_order(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(4, true);
+    read_some(x);
+    run_all(x);
+    assert_string_equal(of_key('a'), "0247");
+    assert_string_equal(of_key('b'), "136");
+    assert_string_equal(of_key('c'), "5");
+    finish(x);
+}
+
+/* Without keys in order those that are under no suspicion need not wait. */
+static void test_no_order(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(4, false);
+    read_some(x);
+    run_all(x);
+    assert_int_equal(strlen(order), 8 * 3 - 1);
+    assert_string_not_equal(of_key('a'), "0247");
+    finish(x);
+}
+
+/* The partition is taken away while suspects wait behind one another: none runs, none is left. */
+static void test_taken_away(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(4, true);
+    read_some(x);
+    atomic_store(&x->part.lease->revoked, true);
+    isolation_drop(&x->c, &x->part);
+    for (int i = 0; i < TURNS && x->c.held; i++) {
+        consumer_take_finished(&x->c, 0);
+        for (struct job *j = job_queue_take(&x->w.to_intake, 0), *next; j; j = next) {
+            next = j->next;
+            worker_end_job(&x->w, j, OUTCOME_DROPPED);
+        }
+    }
+    assert_int_equal(key_order_waiting(x->c.order), 0);
+    finish(x);
+}
+
+/* The broker leaves no room for marks: all go on at once, in order. */
+static void test_marks_end(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(4, true);
+    read_some(x);
+    isolation_end(&x->c);
+    for (int i = 0; ledger_in_flight(x->c.ledger); i++) {
+        assert_true(i < TURNS);
+        consumer_take_finished(&x->c, 0);
+        for (struct job *j = job_queue_take(&x->w.to_intake, 0), *next; j; j = next) {
+            next = j->next;
+            size_t n = strlen(order);
+            snprintf(order + n, sizeof order - n, " %.1s%d", (const char *)j->record.key,
+                     (int)j->record.offset);
+            worker_end_job(&x->w, j, OUTCOME_REPLY);
+        }
+    }
+    assert_string_equal(of_key('a'), "0247");
+    assert_string_equal(of_key('b'), "136");
+    finish(x);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_keys_in_order), cmocka_unit_test(test_no_order),
+        cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
