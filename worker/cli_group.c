@@ -76,6 +76,9 @@ static lm_status describe(struct cli_kafka *k, const char *group, struct group *
         const rd_kafka_error_t *e = rd_kafka_ConsumerGroupDescription_error(d[0]);
         if (e && rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_GROUP_ID_NOT_FOUND)
             snprintf(g->state, sizeof g->state, "Dead");
+        else if (e && rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE)
+            st = lm_err_set(err, LM_UNSUPPORTED, "this broker does not tell about groups (that of "
+                            "`loramill dev` can't); a real one is needed");
         else if (e)
             st = lm_err_set(err, kind_of(rd_kafka_error_code(e)), "group '%s': %s", group,
                             rd_kafka_error_string(e));

@@ -162,11 +162,13 @@ static void format_figures(const progress *p, int64_t now, char *buf, size_t siz
     } else {
         snprintf(head, sizeof head, "%s", done);
     }
-    if (p->finished || p->total == 0)
+    if (p->finished || p->total == 0) {
         snprintf(eta, sizeof eta, "  in %s", progress_clock(clock, age));
-    else if (p->done < p->total)
+    } else if (p->done < p->total) {
+        bool told = p->rate > 0 && p->done * 100 >= p->total;   /* less tells nothing */
         snprintf(eta, sizeof eta, "  ETA %s",
-                 progress_clock(clock, p->rate > 0 ? (double)(p->total - p->done) / p->rate : -1));
+                 progress_clock(clock, told ? (double)(p->total - p->done) / p->rate : -1));
+    }
     snprintf(buf, size, "%s  %s %s/s%s%s%s", head, format_rate(rate, per_second), p->unit, eta,
              p->note[0] ? "  " : "", p->note);
 }

@@ -178,6 +178,19 @@ static void test_stalled_work_has_no_eta(void **state)
     close_screen(&s);
 }
 
+/* Nor has work of which the first hundredth is not done: a worker may still load its model. */
+static void test_early_work_has_no_eta(void **state)
+{
+    (void)state;
+    struct screen s;
+    open_screen(&s, PROGRESS_BAR, 1000, 100);
+    advance(&s, 1000000, 9);
+    assert_non_null(strstr(last_line(&s), "ETA -:--"));
+    advance(&s, 1000000, 10);
+    assert_null(strstr(last_line(&s), "ETA -:--"));
+    close_screen(&s);
+}
+
 static void test_say_stays_above_the_bar(void **state)
 {
     (void)state;
@@ -219,6 +232,7 @@ int main(void)
         cmocka_unit_test(test_unknown_total),
         cmocka_unit_test(test_rate_follows_a_change),
         cmocka_unit_test(test_stalled_work_has_no_eta),
+        cmocka_unit_test(test_early_work_has_no_eta),
         cmocka_unit_test(test_say_stays_above_the_bar),
         cmocka_unit_test(test_silent_and_null),
     };
