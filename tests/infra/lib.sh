@@ -16,6 +16,13 @@
 #   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
 #   wait_until SECONDS COMMAND...
 #   part NAME                   is this part of the test wanted? ($PARTS)
+#   start_worker LOG [KEY=VALUE]...     "${PROGRAM[@]}" with $RUN/worker.properties and these; $W is its
+#                               pid, $RUN/LOG.log has its words
+#   has PATTERN LOG             has it said so?
+#   metric NAME                 of the worker at the port $HTTP; without its labels the first of that name
+#   stop PID WHAT               SIGTERM, and status 0
+#   ended PID                   is it no more?
+#   d COMMAND ...               prompts and outcomes by number: tests/integration/delivery.py
 #
 # What `make test-matrix` varies; without it the newest of all:
 #
@@ -94,6 +101,28 @@ wait_until() {
         sleep 0.2
     done
 }
+
+# ---- workers ----------------------------------------------------------------------------------
+
+PROGRAM=("$LORAMILL" worker)
+
+start_worker() {
+    local log=$RUN/$1.log set=() s; shift
+    for s in "$@"; do set+=(--set "$s"); done
+    spawn "$log" "${PROGRAM[@]}" -c "$RUN/worker.properties" "${set[@]}"
+    W=$!
+}
+
+has() { grep -q "$1" "$RUN/$2.log"; }
+metric() {
+    curl -sf "http://127.0.0.1:$HTTP/metrics" |
+        awk -v m="loramill_$1" '!n && ($1 == m || index($1, m "{") == 1) { print int($2); n = 1 }'
+}
+stop() { kill -TERM "$1"; wait "$1"; check "$2 ends with status 0 (got $?)" [ $? -eq 0 ]; }
+ended() { case $(ps -o stat= -p "$1") in ''|Z*) return 0 ;; *) return 1 ;; esac; }
+d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
+
+# ---- services ---------------------------------------------------------------------------------
 
 # free_ports N: N ports that nobody listens on, from a range that no ephemeral port is taken from, and
 # that no script beside this one was given: between the answer and the listening is time.

@@ -8,7 +8,6 @@
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin deadman
 kafka_start 1 || die "the broker started"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 read -r NOBODY HTTP <<< "$(free_ports 2)"       # nobody listens: prompts that name an adapter wait
 topic_create long 2; topic_create fast 2; topic_create replies 1; topic_create dead 1
 cat > "$RUN/worker.properties" <<P
@@ -22,14 +21,7 @@ http.address=127.0.0.1
 poison.max_attempts=0
 kafka.bootstrap.servers=$BOOTSTRAP
 P
-worker() {      # NAME PROPERTY...; $W is its pid
-    local name=$1 set=() s; shift
-    for s in "worker.name=$name" "$@"; do set+=(--set "$s"); done
-    spawn "$RUN/$name.log" "$LORAMILL" worker -c "$RUN/worker.properties" "${set[@]}"
-    W=$!
-}
-metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" '$1 == m { print int($2) }'; }
-has() { grep -q "$1" "$RUN/$2.log"; }
+worker() { start_worker "$1" "worker.name=$1" "${@:2}"; }       # NAME PROPERTY...
 
 # Under KIP-848 the interval may be shorter than the session. These prompts take 15 s.
 worker long topics.prompts=long group.id=long "http.port=$HTTP" drain.timeout_ms=0 \
@@ -75,12 +67,12 @@ check "a commit comes too late for its generation (ILLEGAL_GENERATION)" wait_unt
 check "all the same everything is answered" d wait replies $sent 30
 check "by who lives on" kill -0 "$NEW"
 kill -CONT "$OLD"
-kill -TERM "$THIRD"; wait "$THIRD"; check "the third ends with status 0 (got $?)" [ $? -eq 0 ]
-kill -TERM "$NEW"; wait "$NEW"; check "the other ends with status 0 (got $?)" [ $? -eq 0 ]
+stop "$THIRD" "the third"
+stop "$NEW" "the other"
 d produce fast $((1000 + sent)) 100
 check "and the first one takes its partitions again" d wait replies $((sent + 100)) 30
 d verify replies 1000 $((sent + 100)) -1 || FAILED=1
-kill -TERM "$OLD"; wait "$OLD"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
+stop "$OLD" "the first"
 
 [ $((SECONDS - start)) -ge 15 ] || sleep $((15 - SECONDS + start))
 check "prompts that take ten times max.poll.interval.ms cause no rebalance ($before)" \
@@ -89,4 +81,4 @@ check "and are still at work ($(metric in_flight_records))" [ "$(metric in_fligh
 # Two a component in 15 s; every try of every prompt would be hundreds.
 lines=$(grep -c 'WARN .*\(intake\|store\): ' "$RUN/long.log")
 check "their store is away, and the log says it now and then ($lines lines)" [ "$lines" -ge 1 -a "$lines" -le 8 ]
-kill -TERM "$LONG"; wait "$LONG"; check "status 0 (got $?)" [ $? -eq 0 ]
+stop "$LONG" "the one with long prompts"

@@ -10,7 +10,6 @@
 infra_begin resume
 kafka_start 1 || die "the broker started"
 topic_create prompts 1; topic_create replies 1; topic_create dead 1
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 port=$(free_ports 1)
 ADAPTER=acme
 mkdir -p "$RUN/store"; cp -r tests/models/storefront-adapters/. "$RUN/store/"
@@ -31,12 +30,11 @@ http.port=0
 kafka.bootstrap.servers=$BOOTSTRAP
 $(group_properties)
 P
-start_worker() { spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" \
-    --set "worker.name=$1"; W=$!; }
+worker() { start_worker "worker-$1" "worker.name=$1"; }
 crash() { kill -9 -- "-$W"; wait "$W" 2>/dev/null; }
 
 d produce prompts 0 2000 "$ADAPTER" 10
-start_worker 1
+worker 1
 check "all but the waiting prompts are answered" d wait replies,dead 1800 60
 sleep 1
 read -r offset map <<< "$(d committed resume prompts 0)"
@@ -49,7 +47,7 @@ else
     check "which was said once (got $said)" [ "$said" -eq 1 ]
 fi
 crash
-start_worker 2
+worker 2
 d produce prompts 2000 1 > /dev/null
 check "the next worker reads on" d wait replies,dead 1801 60
 sleep 1
@@ -76,7 +74,7 @@ d produce prompts 2001 30000
 for i in 1 2 3; do
     sleep 0.$((RANDOM % 5 + 3))
     crash
-    start_worker "kill$i"
+    worker "kill$i"
     wait_until 20 grep -q 'assigned prompts' "$RUN/worker-kill$i.log"
 done
 check "the job ends" d wait replies,dead 32001 120
@@ -94,14 +92,14 @@ d age replies 400 || FAILED=1
 kill -TERM "$W"; wait "$W"
 check "SIGTERM ends it with status 0 (got $?)" [ $? -eq 0 ]
 d commit resume prompts 0 31001 'some other tool'
-start_worker foreign
+worker foreign
 d produce prompts 32001 1
 check "foreign metadata is ignored" d wait replies,dead 32002 60
 check "and said so" grep -q 'commit metadata is ignored: not an offset map' "$RUN/worker-foreign.log"
 kill -TERM "$W"; wait "$W"
 d verify replies,dead 0 32002 -1 > "$RUN/before.log"
 d commit resume prompts 0 31902 "$(printf 'lm1:AMCEPQIBAqcCJ3a-kw')"
-start_worker moved
+worker moved
 again() { d verify replies,dead 0 32002 -1 > "$RUN/after.log"
           [ $(($(repeats after) - $(repeats before))) -eq 100 ]; }
 repeats() { sed -n 's/.* \([0-9]*\) repeats.*/\1/p' "$RUN/$1.log"; }

@@ -7,10 +7,11 @@
 # Then engines that hang while their worker ends: status 1, and the next worker knows the suspects.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin shutdown
+# Transactions that last too long are ended soon, for the phase find-out.
+KAFKA_EXTRA=transaction.abort.timed.out.transaction.cleanup.interval.ms=500
 PROXIED=1 kafka_start 1 || die "the broker started"
 echo pass > "$RUN/proxy.mode"
 spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 topic_create replies 1; topic_create replies-alo 1; topic_create dead 1
 cat > "$RUN/worker.properties" <<W
 engine.mode=echo
@@ -25,23 +26,29 @@ kafka.bootstrap.servers=$PROXY_BOOTSTRAP
 kafka.session.timeout.ms=6000
 kafka.heartbeat.interval.ms=500
 W
-PROGRAM=("$LORAMILL" worker)
-# worker NAME LOG [PROPERTY]...; $W is its pid
-worker() {
-    local name=$1 log=$RUN/$2.log set=() s; shift 2
-    for s in "worker.name=$name" "group.id=$name" "topics.prompts=$name" "$@"; do set+=(--set "$s"); done
-    spawn "$log" "${PROGRAM[@]}" -c "$RUN/worker.properties" "${set[@]}"
-    W=$!
+worker() {      # NAME LOG [PROPERTY]...
+    start_worker "$2" "worker.name=$1" "group.id=$1" "topics.prompts=$1" "${@:3}"
 }
 
-# PHASE:KEY of the request that is answered no more
-PHASES=(assign:9 init:22 produce:0 add-offsets:25 offsets:28 end:26 leave:13 alo-produce:0 alo-commit:8)
+# PHASE:KEY of the request that is answered no more. find-out: the end of a transaction comes so late that
+# the broker has aborted it; a new producer is made, and asks what the group holds (offset fetch).
+PHASES=(assign:9 init:22 produce:0 add-offsets:25 offsets:28 end:26 find-out:9 leave:13 alo-produce:0
+        alo-commit:8)
 # s: the drain's 1, 6 to leave the group, 5 until librdkafka is left alone, and the load's; with
 # at-least-once 5 for the last commit.
 budget() { case $1 in alo-*) echo 20 ;; *) echo 14 ;; esac; }
 declare -A PID
-more() { case $1 in alo-*) echo delivery.mode=at-least-once topics.replies=replies-alo ;; esac; }
-rules() { local p; for p in "${PHASES[@]}"; do echo "hang-at ${p#*:} ${p%:*}"; done; }
+more() {
+    case $1 in
+    alo-*) echo delivery.mode=at-least-once topics.replies=replies-alo ;;
+    find-out) echo kafka.producer.transaction.timeout.ms=2000 kafka.producer.socket.timeout.ms=2000 ;;
+    esac
+}
+rules() {
+    local p
+    for p in "${PHASES[@]}"; do echo "hang-at ${p#*:} ${p%:*}"; done
+    printf 'late 26 find-out 4000\n%.0s' 1 2   # it is sent again after 2 s
+}
 for p in "${PHASES[@]}"; do topic_create "${p%:*}" 1; done
 # A phase that is passed at work needs a worker at work first, and prompts then.
 sent=0 alo=100000
@@ -86,6 +93,7 @@ for p in "${PHASES[@]}"; do
     check "silent brokers, $name: status 0 (got $st) after $((SECONDS - start)) s" \
         [ $st -eq 0 -a $((SECONDS - start)) -le "$(budget "$name")" ]
 done
+check "one had made a new producer, to find out" grep -q 'a new producer finds out' "$RUN/first-find-out.log"
 came 13 leave || not_ok "the worker wanted to leave the group"
 echo pass > "$RUN/proxy.mode"
 for p in "${PHASES[@]}"; do

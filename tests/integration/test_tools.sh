@@ -29,10 +29,9 @@ dlq() { SUB=1 run dlq "$@"; }
 status() { SUB=0 run status "$@"; }
 reset() { SUB=0 run reset "$@"; }
 start() {
-    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"; W=$!
+    start_worker "worker-$1" "worker.name=$1"
     wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $1 is ready"
 }
-stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" [ $? -eq 0 ]; }
 quiet() { "$@" > /dev/null; }
 lag_is() { status --json && quiet jq -e ".lag == $1" "$RUN/out"; }
 
@@ -83,7 +82,7 @@ dlq retry --cause not_found
 check "without --yes nothing is sent: $(tail -1 "$RUN/err")" grep -q 'nothing was sent; --yes sends 2' "$RUN/err"
 sleep 1; dlq list; check "and nothing came back" [ "$(wc -l < "$RUN/out")" = 4 ]
 # The adapter appears in the store; its prompt is sent back and answered.
-stop
+stop "$W" "the worker"
 cp -r tests/models/storefront-adapters "$RUN/adapters"
 first=$(cd "$RUN/adapters" && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
 cp -r "$RUN/adapters/$first" "$RUN/adapters/nobody"
@@ -143,7 +142,7 @@ dlq2 retry 0:6 --to not-there --yes; st=$?; check "to a topic that is not there:
 reset --to earliest --partition 99; check "a partition that is not there" grep -q 'no topic has a partition 99' "$RUN/err"
 reset --to earliest --yes
 check "a group with workers is not moved (got $?)" grep -q 'end its workers first' "$RUN/err"
-stop
+stop "$W" "the worker"
 check "lag is 0" lag_is 0
 reset --to earliest
 check "without --yes it only shows: $(tail -1 "$RUN/err")" grep -q 'nothing was changed' "$RUN/err"
@@ -162,4 +161,4 @@ start c
 after() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'any(.id == "after")' "$RUN/all"; }
 check "a worker goes on from there" wait_until 30 after
 check "and has read nothing twice" [ "$(curl -sf "http://127.0.0.1:$PORT/metrics" | awk '$1 == "loramill_consumed_records_total" { print $2 }')" = 1 ]
-stop
+stop "$W" "the worker"
