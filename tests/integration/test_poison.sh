@@ -4,18 +4,21 @@
 # A prompt that kills the engine, in a pool of three hosts that share nothing: every start of a
 # worker has a journal folder of its own, as if the node of the last one had been lost. The pool
 # finds it by what the commits say (worker/quarantine.h): after at most poison.max_attempts + 1
-# deaths it is a dead letter, the others are answered. In both delivery modes, side by side.
+# deaths it is a dead letter, the others are answered. In both delivery modes, side by side; with
+# exactly-once the replies of a key come in the order of its prompts besides.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin poison
 kafka_start 1 || die "the broker started"
 MODES="at-least-once exactly-once"
 for mode in $MODES; do
+    order=none; [ $mode = exactly-once ] && order=key
     topic_create "prompts-$mode" 3; topic_create "replies-$mode" 1; topic_create "dead-$mode" 1
     cat > "$RUN/$mode.properties" <<P
 engine.mode=echo
 http.port=0
 group.id=pool-$mode
 delivery.mode=$mode
+delivery.order=$order
 topics.prompts=prompts-$mode
 topics.replies=replies-$mode
 topics.dead_letters=dead-$mode

@@ -387,6 +387,11 @@ def pool(mode, *logs):
             if x[0].topic() == f"dead-{mode}"}
     check(f"{mode}: only the poison is dead-lettered, as poison", dead == {f"{run}-kill": [b"poison"]},
           dead)
+    if mode == "exactly-once":
+        seen = [body(m)["id"] for m in r.seen if m.topic() == f"replies-{mode}"]
+        wanted = [p["id"] for p in prompts if p["id"] != f"{run}-kill"]
+        check(f"{mode}: a key's replies are in its prompts' order",
+              [i for i in seen if i in set(wanted)] == wanted)
     deaths = sum(open(log).read().count("reading prompts") for log in logs) - len(logs)
     check(f"{mode}: it took {deaths} deaths, at most 4", 2 <= deaths <= 4)
 
