@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/safetensors.h"
+
 #define CPU_POOL_SHARE 4                        /* a quarter */
 #define CPU_POOL_MAX ((size_t)2 << 30)
 #define RESERVE_SHARE 50                        /* 2 % of the device, */
@@ -140,8 +142,8 @@ static lm_status open_all(struct core *c, struct lm_err *err)
     const struct core_params *p = &c->p;
     const struct shard whole = { 0, 1 };
     struct open_times t = { .begun = lm_now_us() };
-    lm_status st = p->model_dir
-                       ? weights_load(p->model_dir, p->model, p->dev, whole, p->fp8_weights,
+    lm_status st = p->files
+                       ? weights_load(p->files, p->model, p->dev, whole, p->fp8_weights,
                                       &c->weights, err)
                        : weights_fill(p->model, p->dev, whole, p->fp8_weights, &c->weights, err);
     t.matrices = lm_now_us();
@@ -182,8 +184,10 @@ static lm_status open_all(struct core *c, struct lm_err *err)
 lm_status core_open(const struct core_params *p, struct core **out, struct lm_err *err)
 {
     struct core *c = lm_calloc(1, sizeof *c);
-    if (!c)
+    if (!c) {
+        safetensors_close(p->files);
         return lm_err_set(err, LM_NOMEM, "no memory for the engine");
+    }
     c->p = *p;
     c->next_deadline_ms = INT64_MAX;
     struct kn_props props;
@@ -197,7 +201,7 @@ lm_status core_open(const struct core_params *p, struct core **out, struct lm_er
         core_close(c);
         return st;
     }
-    c->p.model_dir = NULL;
+    c->p.files = NULL;
     *out = c;
     return LM_OK;
 }

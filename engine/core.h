@@ -15,7 +15,7 @@
 struct core;
 
 struct core_params {
-    const char *model_dir;      /* NULL: weights are made up */
+    struct safetensors *files;  /* of weights, core_open()'s from now on; NULL: they are made up */
     const struct model_config *model;
     const tokenizer *tok;
     kn_device *dev;

@@ -28,6 +28,7 @@
 #include "engine/echo.h"
 #include "engine/params.h"
 #include "engine/prompt.h"
+#include "engine/safetensors.h"
 
 #define DEFAULT_BLOCK_TOKENS 16
 #define DEFAULT_MAX_SEQS 256
@@ -35,6 +36,7 @@
 #define DEFAULT_HOST_ADAPTER_BYTES ((size_t)1 << 30)
 #define MAX_WAIT_MS ((int64_t)365 * 86400000)   /* so that microseconds fit */
 #define DEFAULT_MAX_ADAPTER_BYTES ((size_t)4 << 30)
+#define AHEAD_BYTES ((size_t)1 << 30)           /* of weights, read while the device is opened */
 
 struct engine {
     struct engine_config cfg;           /* defaults filled; its strings are not ours */
@@ -42,6 +44,7 @@ struct engine {
     struct model_config model;
     tokenizer *tok;
     chat_template *chat;
+    safetensors *files;                 /* of weights, until the core has them */
     kn_device *dev;
     struct kn_props props;
     struct core *core;
@@ -184,7 +187,12 @@ static lm_status load_texts(engine *e, struct lm_err *err)
         return lm_err_set(err, LM_INVALID, "max_model_len is %d; the model's own limit is %d",
                           e->cfg.max_model_len, limit);
     e->cfg.max_model_len = or_default(e->cfg.max_model_len, limit);
-    return LM_OK;
+    if (!dir)
+        return LM_OK;
+    st = safetensors_open_model(dir, &e->files, err);
+    if (st == LM_OK)
+        safetensors_ahead(e->files, AHEAD_BYTES);
+    return st;
 }
 
 static lm_status open_device(engine *e, struct lm_err *err)
@@ -205,7 +213,7 @@ static lm_status open_core(engine *e, struct lm_err *err)
 {
     const struct engine_config *c = &e->cfg;
     struct core_params p = {
-        .model_dir = c->model_dir, .model = &e->model, .tok = e->tok, .dev = e->dev,
+        .files = e->files, .model = &e->model, .tok = e->tok, .dev = e->dev,
         .pool_bytes = c->pool_bytes, .block_tokens = c->block_tokens, .max_seqs = c->max_seqs,
         .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
         .max_model_len = c->max_model_len,
@@ -215,6 +223,7 @@ static lm_status open_core(engine *e, struct lm_err *err)
     engine_policy_default(&p.policy);
     if (c->policy)
         p.policy = *c->policy;
+    e->files = NULL;
     return core_open(&p, &e->core, err);
 }
 
@@ -318,6 +327,7 @@ void engine_close(engine *e)
     echo_free(e->echo);
     if (e->dev)
         kn_close(e->dev);
+    safetensors_close(e->files);
     if (e->chat)
         chat_template_free(e->chat);
     if (e->tok)

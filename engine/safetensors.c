@@ -570,3 +570,17 @@ lm_status safetensors_read(const safetensors *st, const struct st_tensor *t, siz
     }
     return LM_OK;
 }
+
+#define AHEAD_STEP ((size_t)128 << 10)  /* the system may cut a longer request down to this */
+
+void safetensors_ahead(const safetensors *st, size_t bytes)
+{
+    for (int i = 0; i < st->n_parts; i++) {
+        const struct part *p = &st->parts[i];
+        size_t n = p->mapped ? LM_MIN(p->size, bytes) : 0;
+        for (size_t at = 0; at < n; at += AHEAD_STEP)
+            (void)posix_fadvise(p->fd, (off_t)at, (off_t)LM_MIN(AHEAD_STEP, n - at),
+                                POSIX_FADV_WILLNEED);
+        bytes -= n;
+    }
+}

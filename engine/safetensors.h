@@ -53,7 +53,9 @@ const struct st_tensor *safetensors_at(const safetensors *st, int i);
 const struct st_tensor *safetensors_find(const safetensors *st, const char *name);
 /* Bytes [from, from + n) of a tensor of this set to `dst`, from the file itself. LM_IO names file
  * and tensor. */
-lm_status safetensors_read(const safetensors *st, const struct st_tensor *t, size_t from, size_t n,
-                           void *dst, struct lm_err *err);
+lm_status safetensors_read(const safetensors *st, const struct st_tensor *t, size_t from,
+                           size_t n, void *dst, struct lm_err *err);
+/* Has the system begin to read the first `bytes` of the files, in their order; doesn't wait. */
+void safetensors_ahead(const safetensors *st, size_t bytes);
 
 #endif

@@ -367,18 +367,15 @@ static lm_status load_all(struct loader *l)
     return st == LM_OK && l->st ? check_extra(l) : st;
 }
 
-/* `dir` NULL: without files. */
-static lm_status make(const char *dir, const struct model_config *cfg, kn_device *dev,
+/* `files` NULL: without. */
+static lm_status make(safetensors *files, const struct model_config *cfg, kn_device *dev,
                       struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
 {
-    *out = (struct weights){ .dev = dev };
-    struct loader l = { .cfg = cfg, .shard = shard, .fp8 = fp8, .w = out, .err = err };
+    *out = (struct weights){ .dev = dev, .files = files };
+    struct loader l = { .cfg = cfg, .shard = shard, .fp8 = fp8, .st = files, .w = out, .err = err };
     lm_status st = check_shard(cfg, shard, err);
-    if (st == LM_OK && dir)
-        st = safetensors_open_model(dir, &out->files, err);
-    if (st == LM_OK && dir)
-        st = upload_new(out->files, dev, &out->upload, err);
-    l.st = out->files;
+    if (st == LM_OK && files)
+        st = upload_new(files, dev, &out->upload, err);
     l.upload = out->upload;
     if (st == LM_OK)
         st = load_all(&l);
@@ -409,10 +406,10 @@ lm_status weights_wait(struct weights *w, struct lm_err *err)
     return st;
 }
 
-lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
+lm_status weights_load(safetensors *files, const struct model_config *cfg, kn_device *dev,
                        struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
 {
-    return make(dir, cfg, dev, shard, fp8, out, err);
+    return make(files, cfg, dev, shard, fp8, out, err);
 }
 
 lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,

@@ -28,6 +28,8 @@ struct layer_weights {
     float *q_norm, *k_norm;     /* [head_dim] or NULL */
 };
 
+struct safetensors;
+
 struct weights {
     kn_device *dev;
     struct layer_weights *layer;        /* [n_layers] */
@@ -40,13 +42,13 @@ struct weights {
     struct safetensors *files;  /* from these; else NULL */
 };
 
-/* Reads dir's safetensors. LM_MISMATCH names the tensor that is missing, of the wrong shape or
- * dtype, or not part of the architecture. `fp8`: the layers' matrices are kept as KN_E4M3. On
- * failure nothing is left behind.
+/* Reads a checkpoint's files, and closes them in any case. LM_MISMATCH names the tensor that is
+ * missing, of the wrong shape or dtype, or not part of the architecture. `fp8`: the layers'
+ * matrices are kept as KN_E4M3. On failure nothing is left behind.
  *
  * When it returns, everything exists and the vectors are there, but matrices are still being filled
- * by threads: weights_wait() before their values count, and before `dir` may change. */
-lm_status weights_load(const char *dir, const struct model_config *cfg, kn_device *dev,
+ * by threads: weights_wait() before their values count. */
+lm_status weights_load(struct safetensors *files, const struct model_config *cfg, kn_device *dev,
                        struct shard shard, bool fp8, struct weights *out, struct lm_err *err);
 /* The same shapes with random values (none at all on a simulated device): for measuring. */
 lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,

@@ -295,6 +295,7 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 
 #define TUNE_PROPOSALS 8
 #define TUNE_RUNS 4
+#define TUNE_LONG ((int64_t)1 << 34)    /* multiply-adds that take 50 us or more: once is enough */
 #define TUNE_GAIN 0.97f         /* another than the first must win by 3 %, or noise would choose */
 
 struct tuning {
@@ -305,15 +306,16 @@ struct tuning {
     cudaEvent_t from, to;
 };
 
-/* Milliseconds of TUNE_RUNS products, each on the next weight; negative when it does not run. */
+/* Milliseconds of a few products, each on the next weight; negative when it does not run. */
 static float time_plan(struct tuning *t, const struct plan *p)
 {
+    const int runs = (int64_t)p->m * p->n * p->k < TUNE_LONG ? TUNE_RUNS : 1;
     float ms = -1;
     t->a.w = t->w[t->at % t->n_w];
     if (run_plan(t->st, &t->a, p) != CUBLAS_STATUS_SUCCESS ||
         cudaEventRecord(t->from, t->st->s) != cudaSuccess)
         return -1;
-    for (int i = 0; i < TUNE_RUNS; i++) {
+    for (int i = 0; i < runs; i++) {
         t->a.w = t->w[++t->at % t->n_w];
         if (run_plan(t->st, &t->a, p) != CUBLAS_STATUS_SUCCESS)
             return -1;

@@ -262,6 +262,57 @@ static void many_are_known_within_the_budget(void **state)
     engine_close(e);
 }
 
+#define MANY 1000
+#define MIXED 4                 /* ranks: 8, 16, 32, 64 */
+#define AT_ONCE 40
+
+/* Requests for adapters i0 .. i0 + AT_ONCE - 1; the log-probability of each first token. */
+static void run_some(engine *e, engine_adapter **a, int i0, float *score)
+{
+    struct lm_err err = { 0 };
+    engine_handle h;
+    for (int i = i0; i < i0 + AT_ONCE; i++) {
+        struct engine_request r = ids_request(a[i], 3);
+        r.params.logprobs = 1;
+        r.user = (void *)(intptr_t)i;
+        if (engine_submit(e, &r, &h, &err) != LM_OK)
+            fail_msg("%s", err.msg);
+    }
+    for (int n = 0; n < AT_ONCE; n++) {
+        struct engine_event ev = fixture_finished(e);
+        assert_int_equal(ev.result->status, LM_OK);
+        score[(intptr_t)ev.user] = ev.result->choices[0].logprobs[0].logprob;
+        engine_result_free(ev.result);
+    }
+}
+
+/* Those of a rank share their bytes in host memory, so they are made at once; in a pool of a few
+ * dozen each comes, answers as its like do, and goes. */
+static void a_thousand_of_mixed_ranks(void **state)
+{
+    (void)state;
+    static engine_adapter *a[MANY];
+    static float score[MANY];
+    struct engine_stats s;
+    engine *e = open_shape(TINY, NULL, (size_t)1 << 40);
+    for (int i = 0; i < MANY; i++) {
+        char id[32];
+        snprintf(id, sizeof id, "adapter-%d", i);
+        a[i] = dummy(e, id, 8 << i % MIXED, QKVO);
+    }
+    engine_stats(e, &s);
+    assert_int_equal(s.adapters_host, MANY);
+    for (int i = 0; i < MANY; i += AT_ONCE)
+        run_some(e, a, i, score);
+    for (int i = MIXED; i < MANY; i++)
+        assert_float_equal(score[i], score[i % MIXED], 1e-4);
+    engine_stats(e, &s);
+    assert_true(s.adapter_loads >= MANY && s.adapter_evictions > MANY / 2);
+    for (int i = 0; i < MANY; i++)
+        engine_adapter_unref(a[i]);
+    engine_close(e);
+}
+
 /* ---- simulated time -------------------------------------------------------------------- */
 
 static void time_is_what_the_device_takes(void **state)
@@ -329,6 +380,7 @@ int main(void)
         cmocka_unit_test(sizes_are_those_of_packed_ones),
         cmocka_unit_test(bad_stand_ins),
         cmocka_unit_test(many_are_known_within_the_budget),
+        cmocka_unit_test(a_thousand_of_mixed_ranks),
         cmocka_unit_test(time_is_what_the_device_takes),
         cmocka_unit_test(runs_repeat_exactly),
         cmocka_unit_test(deadlines_are_simulated_too),
