@@ -409,8 +409,9 @@ static lm_status parse_metaspace(struct tok_dec_op *op, json_t *j, struct lm_err
     return copy_char(j, "replacement", &op->pat.literal, &op->pat.literal_len, err);
 }
 
-static lm_status parse_one(struct tok_decoder *d, json_t *j, const char *type, struct lm_err *err)
+static lm_status parse_one(void *ctx, json_t *j, const char *type, struct lm_err *err)
 {
+    struct tok_decoder *d = ctx;
     static const char *const known[] = {"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip",
                                         "Metaspace"};
     size_t i = 0;
@@ -430,31 +431,10 @@ static lm_status parse_one(struct tok_decoder *d, json_t *j, const char *type, s
     }
 }
 
-static lm_status parse(struct tok_decoder *d, json_t *j, int depth, struct lm_err *err)
-{
-    const char *type = tok_json_type(j, WHERE, err);
-    json_t *list, *v;
-    size_t i;
-    if (!type)
-        return LM_FORMAT;
-    if (strcmp(type, "Sequence") != 0)
-        return parse_one(d, j, type, err);
-    if (depth == TOK_MAX_DEPTH)
-        return lm_err_set(err, LM_UNSUPPORTED, WHERE ": Sequence nested too deeply");
-    lm_status st = tok_json_array(j, "decoders", WHERE, &list, err);
-    if (st)
-        return st;
-    json_array_foreach(list, i, v) {
-        if ((st = parse(d, v, depth + 1, err)))
-            return st;
-    }
-    return LM_OK;
-}
-
 lm_status tok_decoder_parse(struct tok_decoder *d, json_t *j, struct lm_err *err)
 {
     if (j && !json_is_null(j))
-        return parse(d, j, 0, err);
+        return tok_json_parts(j, "decoders", WHERE, parse_one, d, err);
     d->op[d->n++].kind = DEC_SPACES;
     return LM_OK;
 }

@@ -166,6 +166,12 @@ lm_status tok_json_string(json_t *j, const char *key, const char *where, const c
                           size_t *n, struct lm_err *err);
 lm_status tok_unsupported(struct lm_err *err, const char *where, const char *type);
 
+/* Calls `part` for the component j, and if it is a Sequence for each of its own below `key`,
+ * however nested (to TOK_MAX_DEPTH). None, or null: LM_OK. */
+typedef lm_status tok_part(void *ctx, json_t *j, const char *type, struct lm_err *err);
+lm_status tok_json_parts(json_t *j, const char *key, const char *where, tok_part *part, void *ctx,
+                         struct lm_err *err);
+
 /* ---- components -------------------------------------------------------------------------- */
 
 struct tok_norm_op {

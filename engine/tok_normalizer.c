@@ -177,9 +177,9 @@ static lm_status parse_strip(struct tok_norm_op *op, json_t *j, struct lm_err *e
     return st ? st : tok_json_bool(j, "strip_right", -1, WHERE, &op->right, err);
 }
 
-static lm_status parse_one(struct tok_normalizer *nz, json_t *j, const char *type,
-                           struct lm_err *err)
+static lm_status parse_one(void *ctx, json_t *j, const char *type, struct lm_err *err)
 {
+    struct tok_normalizer *nz = ctx;
     static const struct {
         const char *type;
         int kind;
@@ -207,30 +207,9 @@ static lm_status parse_one(struct tok_normalizer *nz, json_t *j, const char *typ
     return st ? st : tok_pattern_parse(&op->pat, json_object_get(j, "pattern"), WHERE, err);
 }
 
-static lm_status parse(struct tok_normalizer *nz, json_t *j, int depth, struct lm_err *err)
-{
-    const char *type = tok_json_type(j, WHERE, err);
-    json_t *list, *v;
-    size_t i;
-    if (!type)
-        return LM_FORMAT;
-    if (strcmp(type, "Sequence") != 0)
-        return parse_one(nz, j, type, err);
-    if (depth == TOK_MAX_DEPTH)
-        return lm_err_set(err, LM_UNSUPPORTED, WHERE ": Sequence nested too deeply");
-    lm_status st = tok_json_array(j, "normalizers", WHERE, &list, err);
-    if (st)
-        return st;
-    json_array_foreach(list, i, v) {
-        if ((st = parse(nz, v, depth + 1, err)))
-            return st;
-    }
-    return LM_OK;
-}
-
 lm_status tok_normalizer_parse(struct tok_normalizer *nz, json_t *j, struct lm_err *err)
 {
-    return !j || json_is_null(j) ? LM_OK : parse(nz, j, 0, err);
+    return tok_json_parts(j, "normalizers", WHERE, parse_one, nz, err);
 }
 
 void tok_normalizer_release(struct tok_normalizer *nz)

@@ -80,40 +80,25 @@ static lm_status template_single(struct tok_post *p, json_t *j, struct lm_err *e
     return LM_OK;
 }
 
-static lm_status parse(struct tok_post *p, json_t *j, int depth, int *templates,
-                       struct lm_err *err)
+struct reading { struct tok_post *p; int templates; };
+
+static lm_status parse_one(void *ctx, json_t *j, const char *type, struct lm_err *err)
 {
-    const char *type = tok_json_type(j, WHERE, err);
-    json_t *list, *v;
-    size_t i;
-    if (!type)
-        return LM_FORMAT;
+    struct reading *r = ctx;
     if (strcmp(type, "ByteLevel") == 0)
         return LM_OK;
-    if (strcmp(type, "TemplateProcessing") == 0) {
-        if ((*templates)++)
-            return lm_err_set(err, LM_UNSUPPORTED, WHERE ": more than one TemplateProcessing");
-        return template_single(p, j, err);
-    }
-    if (strcmp(type, "Sequence") != 0)
+    if (strcmp(type, "TemplateProcessing") != 0)
         return tok_unsupported(err, WHERE, type);
-    if (depth == TOK_MAX_DEPTH)
-        return lm_err_set(err, LM_UNSUPPORTED, WHERE ": Sequence nested too deeply");
-    lm_status st = tok_json_array(j, "processors", WHERE, &list, err);
-    if (st)
-        return st;
-    json_array_foreach(list, i, v) {
-        if ((st = parse(p, v, depth + 1, templates, err)))
-            return st;
-    }
-    return LM_OK;
+    if (r->templates++)
+        return lm_err_set(err, LM_UNSUPPORTED, WHERE ": more than one TemplateProcessing");
+    return template_single(r->p, j, err);
 }
 
 lm_status tok_post_parse(struct tok_post *p, json_t *j, struct lm_err *err)
 {
-    int templates = 0;
+    struct reading r = { p, 0 };
     p->repeat = 1;
-    return !j || json_is_null(j) ? LM_OK : parse(p, j, 0, &templates, err);
+    return tok_json_parts(j, "processors", WHERE, parse_one, &r, err);
 }
 
 void tok_post_release(struct tok_post *p)

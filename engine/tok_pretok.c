@@ -398,13 +398,9 @@ static lm_status parse_whitespace(struct tok_pretok *pt, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status parse(struct tok_pretok *pt, json_t *j, int depth, struct lm_err *err)
+static lm_status parse_one(void *ctx, json_t *j, const char *type, struct lm_err *err)
 {
-    const char *type = tok_json_type(j, WHERE, err);
-    json_t *list, *v;
-    size_t i;
-    if (!type)
-        return LM_FORMAT;
+    struct tok_pretok *pt = ctx;
     if (strcmp(type, "ByteLevel") == 0)
         return parse_bytelevel(pt, j, err);
     if (strcmp(type, "Split") == 0)
@@ -415,23 +411,12 @@ static lm_status parse(struct tok_pretok *pt, json_t *j, int depth, struct lm_er
         return parse_digits(pt, j, err);
     if (strcmp(type, "Whitespace") == 0)
         return parse_whitespace(pt, err);
-    if (strcmp(type, "Sequence") != 0)
-        return tok_unsupported(err, WHERE, type);
-    if (depth == TOK_MAX_DEPTH)
-        return lm_err_set(err, LM_UNSUPPORTED, WHERE ": Sequence nested too deeply");
-    lm_status st = tok_json_array(j, "pretokenizers", WHERE, &list, err);
-    if (st)
-        return st;
-    json_array_foreach(list, i, v) {
-        if ((st = parse(pt, v, depth + 1, err)))
-            return st;
-    }
-    return LM_OK;
+    return tok_unsupported(err, WHERE, type);
 }
 
 lm_status tok_pretok_parse(struct tok_pretok *pt, json_t *j, struct lm_err *err)
 {
-    return !j || json_is_null(j) ? LM_OK : parse(pt, j, 0, err);
+    return tok_json_parts(j, "pretokenizers", WHERE, parse_one, pt, err);
 }
 
 bool tok_pretok_needs_start(const struct tok_pretok *pt)

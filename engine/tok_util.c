@@ -235,6 +235,40 @@ lm_status tok_json_array(json_t *j, const char *key, const char *where, json_t *
     return LM_OK;
 }
 
+struct parts {
+    const char *key, *where;
+    tok_part *part;
+    void *ctx;
+};
+
+static lm_status each_part(const struct parts *p, json_t *j, int depth, struct lm_err *err)
+{
+    const char *type = tok_json_type(j, p->where, err);
+    json_t *list, *v;
+    size_t i;
+    if (!type)
+        return LM_FORMAT;
+    if (strcmp(type, "Sequence") != 0)
+        return p->part(p->ctx, j, type, err);
+    if (depth == TOK_MAX_DEPTH)
+        return lm_err_set(err, LM_UNSUPPORTED, "%s: Sequence nested too deeply", p->where);
+    lm_status st = tok_json_array(j, p->key, p->where, &list, err);
+    if (st)
+        return st;
+    json_array_foreach(list, i, v) {
+        if ((st = each_part(p, v, depth + 1, err)))
+            return st;
+    }
+    return LM_OK;
+}
+
+lm_status tok_json_parts(json_t *j, const char *key, const char *where, tok_part *part, void *ctx,
+                         struct lm_err *err)
+{
+    const struct parts p = { key, where, part, ctx };
+    return !j || json_is_null(j) ? LM_OK : each_part(&p, j, 0, err);
+}
+
 lm_status tok_json_string(json_t *j, const char *key, const char *where, const char **s,
                           size_t *n, struct lm_err *err)
 {
