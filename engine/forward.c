@@ -260,8 +260,7 @@ static lm_status lora(const struct run *r, void *y, int64_t ldy, const void *x, 
             a.part[a.n_parts++] = part[i];
     if (a.n_parts == 0)
         return LM_OK;
-    TRY(kn_op_lora_shrink(r->s, &a));
-    return kn_op_lora_expand(r->s, &a);
+    return kn_op_lora(r->s, &a);
 }
 
 static lm_status reduce(const struct run *r)
@@ -332,10 +331,20 @@ static lm_status ffn_half(const struct run *r, const struct layer_weights *w)
     const struct model_config *c = f->p.model;
     const struct kn_lora_part gate_up[2] = { { KN_GATE, 0, f->ffn }, { KN_UP, f->ffn, f->ffn } };
     const struct kn_lora_part down = { KN_DOWN, 0, c->hidden };
+    const struct kn_lora_load *load = r->b->lora.load;
     const struct kn_silu_mul silu = { f->act, f->gate_up, r->b->n_tok, f->ffn };
-    TRY(gemm(r, f->gate_up, 2 * f->ffn, f->x, c->hidden, w->gate_up, NULL));
-    TRY(lora(r, f->gate_up, 2 * f->ffn, f->x, c->hidden, gate_up, 2));
-    TRY(kn_op_silu_mul(r->s, &silu));
+    const struct kn_gate_up both = {
+        { .y = f->gate_up, .x = f->x, .w = w->gate_up, .m = r->b->n_tok, .ldx = c->hidden,
+          .ldy = 2 * f->ffn },
+        f->act,
+    };
+    if (load[KN_GATE].rank_sum > 0 || load[KN_UP].rank_sum > 0) {
+        TRY(kn_op_gemm(r->s, &both.gemm));
+        TRY(lora(r, f->gate_up, 2 * f->ffn, f->x, c->hidden, gate_up, 2));
+        TRY(kn_op_silu_mul(r->s, &silu));
+    } else {
+        TRY(kn_op_gate_up(r->s, &both));
+    }
     TRY(gemm(r, f->tmp, c->hidden, f->act, f->ffn, w->down, NULL));
     TRY(lora(r, f->tmp, c->hidden, f->act, f->ffn, &down, 1));
     return reduce(r);

@@ -74,6 +74,7 @@ struct kn_backend {
 
 #define X(op, args) lm_status (*op)(kn_stream *s, const struct kn_##args *a);
     KN_OPS(X)
+    KN_FUSED_OPS(X)             /* NULL, or LM_UNSUPPORTED: as two operations */
 #undef X
 };
 

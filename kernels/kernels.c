@@ -282,3 +282,22 @@ size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab)
     }
 KN_OPS(X)
 #undef X
+
+lm_status kn_op_gate_up(kn_stream *s, const struct kn_gate_up *a)
+{
+    lm_status st = s->be->gate_up ? s->be->gate_up(s, a) : LM_UNSUPPORTED;
+    if (st != LM_UNSUPPORTED)
+        return st;
+    const struct kn_silu_mul silu = { a->out, a->gemm.y, a->gemm.m, a->gemm.w->rows / 2 };
+    st = kn_op_gemm(s, &a->gemm);
+    return st == LM_OK ? kn_op_silu_mul(s, &silu) : st;
+}
+
+lm_status kn_op_lora(kn_stream *s, const struct kn_lora *a)
+{
+    lm_status st = s->be->lora ? s->be->lora(s, a) : LM_UNSUPPORTED;
+    if (st != LM_UNSUPPORTED)
+        return st;
+    st = kn_op_lora_shrink(s, a);
+    return st == LM_OK ? kn_op_lora_expand(s, a) : st;
+}

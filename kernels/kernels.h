@@ -325,6 +325,14 @@ struct kn_silu_mul {
     int n, f;
 };
 
+/* kn_op_gemm() with the weight [gate | up] of [2f, k], then kn_op_silu_mul(): out [m, f], to the
+ * last bit. gemm.y has room for the product [m, 2f], f = w->rows / 2, whose rows lie close (ldy =
+ * 2f), and holds anything afterwards. */
+struct kn_gate_up {
+    struct kn_gemm gemm;        /* y is act */
+    void *out;
+};
+
 /* out[i] = x[idx[i]] for i < n. */
 struct kn_gather_rows {
     void *out;                  /* [n, hidden] */
@@ -364,7 +372,8 @@ struct kn_lora_part {
 
 /* Shrink: h = x A^T for every part of every segment. The row of token t of segment s and part p is
  *     h + n_parts * (seg.h0 + (t - seg.tok0) * seg.rank_max) + p * seg.rank_max.
- * Expand: y += scale * h B. Two operations, so that a communicator can step between them. */
+ * Expand: y += scale * h B. Two operations, so that a communicator can step between them; where
+ * none does, kn_op_lora() is both, to the last bit, and leaves anything in h. */
 struct kn_lora {
     float *h;                   /* [batch.h_rows * n_parts] */
     const void *x;              /* [n_tok, in], shrink only */
@@ -426,8 +435,14 @@ size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab);
     X(lora_merge, lora_merge)                                                                  \
     X(sample, sample)
 
+/* Two of those in one, for backends that have it cheaper so. */
+#define KN_FUSED_OPS(X)                                                                        \
+    X(gate_up, gate_up)                                                                        \
+    X(lora, lora)
+
 #define X(op, args) lm_status kn_op_##op(kn_stream *s, const struct kn_##args *a);
 KN_OPS(X)
+KN_FUSED_OPS(X)
 #undef X
 
 #endif

@@ -17,6 +17,7 @@
 
 #define CTAS_PER_SM 2           /* decode blocks that fit at head_dim 128 */
 #define MAX_SPLITS 64
+#define PACK_UNITS 1024         /* rows and kv heads from which a warp each fills the device */
 #define SPLIT_COST 0.05         /* a block's start and merge, in times of an unsplit block */
 
 extern "C" size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens,
@@ -88,6 +89,7 @@ static void plan_splits(struct cuda_stream *st, struct attn_launch *p)
     if ((size_t)items * sizeof(unsigned) > CUDA_COUNTER_BYTES)
         fit = 1;
     p->want_splits = cheapest_splits(items, (int64_t)st->dev->sms * CTAS_PER_SM);
+    p->pack = (int64_t)cuda_bucket(a->n_seqs) * a->kv_heads * p->row_tiles >= PACK_UNITS;
     p->cap_splits = (int)LM_MAX(1, LM_MIN(fit, MAX_SPLITS));
     p->arrived = (unsigned *)st->scratch;
     p->part_ml = (float2 *)((char *)st->scratch + CUDA_COUNTER_BYTES);

@@ -44,7 +44,8 @@ struct attn_launch {
     float scale_log2;           /* scale * log2(e): weights are 2^x */
     /* decode */
     int row_tiles;              /* ceil(group / 16) */
-    int want_splits, cap_splits;        /* see decode_plan() */
+    int want_splits, cap_splits;        /* see decode_splits() */
+    bool pack;                  /* rows of up to DECODE_MIN_TILES are a warp's, else a block's */
     float *part;                /* [item][cap_splits][rows_cap][head_dim] unnormalised outputs */
     float2 *part_ml;            /* [item][cap_splits][rows_cap] maximum and sum */
     unsigned *arrived;          /* [item] */

@@ -10,6 +10,11 @@
  * shared memory; with several splits the block that arrives last merges those, always in the same
  * order.
  *
+ * Where there are sequences enough (attn_launch.pack), short ones are a warp's each, four heads to
+ * a block: 100 keys are a tile or two for each of four warps, whose start, merging and end then
+ * cost more than the reading, and meanwhile nothing is read. A warp alone keeps its ring full, and
+ * eight of them on an SM are never all at their ends at once.
+ *
  * Why tensor cores at a single row: not for their flops but because scores need no horizontal sums
  * and bf16 no conversion; 15 of 16 rows idle cost nothing beside memory.
  *
@@ -39,14 +44,14 @@ template <int HD, int EB> struct decode_warp {
     const char *base;           /* pool block 0 of the layer, this head's K */
     unsigned char *ring;
     int lane, lo, len;          /* keys lo .. len-1 are visible */
-    int pos0, n_tiles;          /* tile i starts at pos0 + i * WARPS * TILE */
+    int pos0, n_tiles, step;    /* tile i starts at pos0 + i * step */
     int id;                     /* lane k < 16: block of key k of the next tile to load */
 };
 
 template <int HD, int EB>
 __device__ static inline void fetch_ids(struct decode_warp<HD, EB> *w, int i)
 {
-    int pos = w->pos0 + i * WARPS * TILE + (w->lane & 15);
+    int pos = w->pos0 + i * w->step + (w->lane & 15);
     w->id = i < w->n_tiles && pos >= w->lo && pos < w->len ? block_of(w->p, w->table, pos) : 0;
 }
 
@@ -59,7 +64,7 @@ __device__ static inline void load_tile(struct decode_warp<HD, EB> *w, int i)
     const struct kn_attention *a = &w->p->a;
     if (i < w->n_tiles) {
         unsigned char *k = w->ring + i % S::STAGES * 2 * S::TILE_BYTES;
-        const int pos0 = w->pos0 + i * WARPS * TILE;
+        const int pos0 = w->pos0 + i * w->step;
 #pragma unroll
         for (int j = 0; j < (N + 31) / 32; j++) {
             int at = j * 32 + w->lane, key = at / P, piece = at % P, pos = pos0 + key;
@@ -217,7 +222,7 @@ __device__ static inline void run_tiles(struct decode_warp<HD, EB> *w, struct de
         uint32_t p[4];
         cp_async_wait<S::STAGES - 1>();
         __syncwarp();
-        tile_scores<HD, EB>(w, s, q, k, w->pos0 + i * WARPS * TILE);
+        tile_scores<HD, EB>(w, s, q, k, w->pos0 + i * w->step);
         soften<HD>(acc, s, p);
         if (EB == 2)
             add_values<HD>(acc, p, k + S::TILE_BYTES, w->lane);
@@ -331,6 +336,19 @@ __device__ static inline void leave_result(struct decode_acc<HD> *acc, float *o,
     }
 }
 
+/* A row that was this warp's alone: its output. */
+template <int HD>
+__device__ static inline void write_alone(const struct decode_item *it, const float *o,
+                                          const float (*ml)[2], int lane)
+{
+    for (int i = lane; i < it->rows * HD / 2; i += 32) {
+        int row = i / (HD / 2), d = i % (HD / 2) * 2;
+        float l = ml[row][1];
+        *(uint32_t *)(it->out + row * HD + d) =
+            bf16_pack(o[row * HD + d] / l, o[row * HD + d + 1] / l);
+    }
+}
+
 template <int HD, int EB>
 __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const __grid_constant__ struct attn_launch p)
@@ -342,7 +360,6 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const struct kn_attention *a = &p.a;
     const int seq = (int)blockIdx.z, warp = (int)threadIdx.x / 32;
     const int group = a->q_heads / a->kv_heads;
-    const int kv_head = (int)blockIdx.y / p.row_tiles, row0 = (int)blockIdx.y % p.row_tiles * TILE;
     const int tok = a->q_start[seq], len = a->kv_len[seq];
     cuda_allow_next();
     struct decode_warp<HD, EB> w;
@@ -354,7 +371,11 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     const bool fits = (len - 1) >> p.bt_shift < a->table_ld;
     if (!fits)
         cuda_report(p.fault, CUDA_FAULT_BLOCK);
-    if (a->q_start[seq + 1] - tok != 1 || len < 1 || !fits || it.split >= it.splits) {
+    const bool alone = p.pack && tiles <= DECODE_MIN_TILES;
+    const int unit = (int)blockIdx.y * (alone ? WARPS : 1) + (alone ? warp : 0);
+    const int kv_head = unit / p.row_tiles, row0 = unit % p.row_tiles * TILE;
+    if (a->q_start[seq + 1] - tok != 1 || len < 1 || !fits || it.split >= it.splits ||
+        kv_head >= a->kv_heads) {
         cuda_wait_prior();      /* the next kernel counts on the one before us being done */
         return;
     }
@@ -365,8 +386,9 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     w.table = a->block_table + seq * a->table_ld;
     w.base = cuda_pool_block(&a->pool, a->layer, 0) + kv_head_at<EB>(a, kv_head);
     w.ring = smem + warp * S::RING;
-    w.pos0 = start + (tile0 + warp) * TILE;
-    w.n_tiles = max(0, (min(per, tiles - tile0) - warp + WARPS - 1) / WARPS);
+    w.step = alone ? TILE : WARPS * TILE;
+    w.pos0 = start + (tile0 + (alone ? 0 : warp)) * TILE;
+    w.n_tiles = alone ? tiles : max(0, (min(per, tiles - tile0) - warp + WARPS - 1) / WARPS);
     fetch_ids(&w, 0);
     cuda_wait_prior();
     for (int i = 0; i < S::STAGES; i++)
@@ -374,7 +396,7 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
 
     it.rows = min(TILE, group - row0);
     it.rows_cap = min(TILE, group);
-    it.item = seq * (int)gridDim.y + (int)blockIdx.y;
+    it.item = seq * a->kv_heads * p.row_tiles + unit;
     const int head = kv_head * group + row0;
     it.out = (uint16_t *)a->out + ((int64_t)tok * a->q_heads + head) * HD;
     uint32_t q[HD / 16][4];
@@ -387,6 +409,13 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     acc.l[0] = acc.l[1] = 0;
     run_tiles<HD, EB>(&w, &acc, q);
 
+    if (alone) {
+        __syncwarp();
+        leave_result<HD, EB>(&acc, (float *)w.ring, ml[warp], it.rows, w.lane);
+        __syncwarp();
+        write_alone<HD>(&it, (const float *)w.ring, ml[warp], w.lane);
+        return;
+    }
     __syncthreads();            /* every ring is free: outputs go over them */
     float *o = (float *)smem;
     leave_result<HD, EB>(&acc, o + warp * TILE * HD, ml[warp], it.rows, w.lane);
@@ -413,8 +442,10 @@ static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int
     int splits = 1;
     for (int t = max_tiles; t > 0 && t > max_tiles - DECODE_MAX_TILES; t--)
         splits = LM_MAX(splits, decode_splits(t, p->want_splits, p->cap_splits));
+    const int units = p->a.kv_heads * p->row_tiles;
+    const bool all_alone = p->pack && max_tiles <= DECODE_MIN_TILES;
     dim3 grid((unsigned)LM_MIN(splits, p->cap_splits),
-              (unsigned)(p->a.kv_heads * p->row_tiles), (unsigned)p->a.n_seqs);
+              (unsigned)(all_alone ? LM_DIV_UP(units, WARPS) : units), (unsigned)p->a.n_seqs);
     return cuda_launch(st, "attention (decode)", decode_kernel<HD, EB>, grid,
                        dim3(WARPS * 32), decode_shape<HD, EB>::SMEM, *p);
 }

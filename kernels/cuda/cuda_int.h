@@ -105,6 +105,16 @@ static inline const struct cuda_mat *cuda_mat_of(const kn_mat *m)
     return (const struct cuda_mat *)m;
 }
 
+/* The bucket that a number of rows belongs to: steps of 8 up to 64 (a tile's height), then eighths
+ * of a power of two. What is computed how depends on this number only. */
+static inline int cuda_bucket(int m)
+{
+    int step = 8;
+    while (m > step * 8)
+        step *= 2;
+    return LM_DIV_UP(m, step) * step;
+}
+
 /* ---- errors ---------------------------------------------------------------------------- */
 
 /* Logs "what: the error's name and text", marks the device failed, returns LM_DEVICE. */
@@ -199,12 +209,14 @@ size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
  *     rows.cu         embed rmsnorm silu_mul gather_rows feed
  *     rope.cu         rope_kv
  *     attention.cu    attention
- *     lora.cu         lora_shrink lora_expand
+ *     gemm_few.cu     gate_up
+ *     lora.cu         lora_shrink lora_expand lora
  *     lora_merge.cu   lora_merge
  *     sample.cu       sample
  */
 #define X(op, args) lm_status cuda_op_##op(kn_stream *s, const struct kn_##args *a);
 KN_OPS(X)
+KN_FUSED_OPS(X)
 #undef X
 
 #ifdef __cplusplus

@@ -469,5 +469,6 @@ const struct kn_backend kn_backend_cuda = {
     .sample_workspace = cuda_sample_workspace,
 #define X(op, args) .op = cuda_op_##op,
     KN_OPS(X)
+    KN_FUSED_OPS(X)
 #undef X
 };

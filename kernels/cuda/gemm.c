@@ -67,15 +67,6 @@ void cuda_plans_free(struct cuda_plans *p)
 
 /* ---- plans ----------------------------------------------------------------------------- */
 
-/* Steps of 8 up to 64 (a tile's height), then quarters of a power of two. */
-static int bucket_of(int m)
-{
-    int step = 8;
-    while (m > step * 8)
-        step *= 2;
-    return LM_DIV_UP(m, step) * step;
-}
-
 static unsigned slot_of(const struct plan *p)
 {
     uint64_t h = (uint64_t)(unsigned)p->m * 0x9e3779b97f4a7c15u;
@@ -192,7 +183,7 @@ static cublasStatus_t run_plan(struct cuda_stream *st, const struct kn_gemm *a,
 
 static struct plan shape_of(const struct kn_gemm *a, bool onto)
 {
-    return (struct plan){ .m = bucket_of(a->m), .n = a->w->rows, .k = a->w->cols, .ldx = a->ldx,
+    return (struct plan){ .m = cuda_bucket(a->m), .n = a->w->rows, .k = a->w->cols, .ldx = a->ldx,
                           .ldy = a->ldy, .f32 = a->y_f32, .onto = onto,
                           .align = align_of(a->x, a->y) };
 }
@@ -357,11 +348,11 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
     cudaError_t e = cudaEventCreate(&t.from);
     if (e == cudaSuccess)
         e = cudaEventCreate(&t.to);
-    for (int m = 1; m <= a->m && e == cudaSuccess; m = bucket_of(m) + 1) {
+    for (int m = 1; m <= a->m && e == cudaSuccess; m = cuda_bucket(m) + 1) {
         t.a.m = m;
         t.a.w = w[0];
         if (!cuda_gemm_few_fits(t.st, &t.a))
-            tune_bucket(&t, LM_MIN(bucket_of(m), a->m));
+            tune_bucket(&t, LM_MIN(cuda_bucket(m), a->m));
     }
     cudaGetLastError();         /* a proposal that did not run is no failure; a broken stream is */
     if (e == cudaSuccess)

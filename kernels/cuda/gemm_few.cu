@@ -15,8 +15,12 @@
  * in step s of 0, 1, the fragment's columns 2t, 2t+1, 2t+8, 2t+9 are columns 8t + 4s + 0..3.
  *
  * A row of y is summed in an order that depends on k alone: the same bits for every m served here.
+ *
+ * gate_up: a block's 16 rows of W are 8 of gate and the 8 of up that meet them in silu(gate) * up,
+ * so the product never leaves the block and a launch is saved. Both are rounded to bf16 first, as
+ * they are where they go through memory: the result is that of the two operations, to the last bit.
  */
-#include "kernels/cuda/cuda_int.h"
+#include "kernels/cuda/prim.cuh"
 
 /* ---- bias ------------------------------------------------------------------------------ */
 
@@ -25,7 +29,7 @@ __device__ static inline void store(bf16 *p, float v) { *p = __float2bfloat16(v)
 
 #define MAX_GRID_Y 65535        /* rows a launch */
 
-__global__ void bias_rows(float *y, int64_t ldy, const float *bias, int n, bool onto)
+__global__ static void bias_rows(float *y, int64_t ldy, const float *bias, int n, bool onto)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     cuda_allow_next();
@@ -47,8 +51,8 @@ extern "C" lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm
     return rc;
 }
 
-__global__ void add_product(bf16 *y, int64_t ldy, const float *product, const float *bias, int n,
-                            bool onto)
+__global__ static void add_product(bf16 *y, int64_t ldy, const float *product, const float *bias,
+                                   int n, bool onto)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     cuda_allow_next();
@@ -85,23 +89,6 @@ struct few {
     bool accumulate, f32;
 };
 
-__device__ static inline uint4 load_stream(const bf16 *p)
-{
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-__device__ static inline void mma16816(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3, uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 /* Two rows of W, 16 bytes of each for every 32 columns of the chunk at k0; k is what is left of a
  * row from this lane's first column on. */
 template <int U>
@@ -112,8 +99,8 @@ __device__ static inline void load_chunk(uint4 w[U][2], const bf16 *lo, const bf
     for (int u = 0; u < U; u++) {
         int at = k0 + u * 32;
         bool in = at < k;
-        w[u][0] = in ? load_stream(lo + at) : make_uint4(0, 0, 0, 0);
-        w[u][1] = in ? load_stream(hi + at) : make_uint4(0, 0, 0, 0);
+        w[u][0] = in ? load_weights(lo + at) : make_uint4(0, 0, 0, 0);
+        w[u][1] = in ? load_weights(hi + at) : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -129,10 +116,24 @@ __device__ static inline void use_chunk(float acc[NT][4], const uint4 w[U][2],
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             uint4 b = x[j] && at < k ? *(const uint4 *)(x[j] + at) : make_uint4(0, 0, 0, 0);
-            mma16816(acc[j], w[u][0].x, w[u][1].x, w[u][0].y, w[u][1].y, b.x, b.y);
-            mma16816(acc[j], w[u][0].z, w[u][1].z, w[u][0].w, w[u][1].w, b.z, b.w);
+            const uint32_t a0[4] = { w[u][0].x, w[u][1].x, w[u][0].y, w[u][1].y };
+            const uint32_t a1[4] = { w[u][0].z, w[u][1].z, w[u][0].w, w[u][1].w };
+            const uint32_t b0[2] = { b.x, b.y }, b1[2] = { b.z, b.w };
+            mma_bf16(acc[j], a0, b0);
+            mma_bf16(acc[j], a1, b1);
         }
     }
+}
+
+/* The warps' sum of one element, added in order. */
+template <int NT, int WARPS>
+__device__ static inline float add_warps(const float *sums, int tok, int row)
+{
+    float v = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+        v += sums[(w * NT * 8 + tok) * TILE_ROWS + row];
+    return v;
 }
 
 /* The warps' sums, added in order, to y. */
@@ -143,10 +144,7 @@ __device__ static inline void finish(const struct few &a, const float *sums, int
         int tok = i / TILE_ROWS, row = i % TILE_ROWS;
         if (tok >= a.m || row0 + row >= a.n)
             continue;
-        float v = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-            v += sums[(w * NT * 8 + tok) * TILE_ROWS + row];
+        float v = add_warps<NT, WARPS>(sums, tok, row);
         v += a.bias ? a.bias[row0 + row] : 0.0f;
         int64_t at = tok * a.ldy + row0 + row;
         if (a.f32)
@@ -156,14 +154,30 @@ __device__ static inline void finish(const struct few &a, const float *sums, int
     }
 }
 
-template <int NT, int U, int WARPS, int RESIDENT>
-__global__ void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct few a)
+/* Rows 0-7 of the tile are of gate, 8-15 the same of up; y is [m, n / 2]. */
+template <int NT, int WARPS>
+__device__ static inline void finish_gate_up(const struct few &a, const float *sums, int row0)
+{
+    for (int i = threadIdx.x; i < NT * 8 * 8; i += WARPS * 32) {
+        int tok = i / 8, row = i % 8;
+        if (tok >= a.m || row0 + row >= a.n / 2)
+            continue;
+        bf16 g = __float2bfloat16(add_warps<NT, WARPS>(sums, tok, row));
+        bf16 u = __float2bfloat16(add_warps<NT, WARPS>(sums, tok, row + 8));
+        store((bf16 *)a.y + tok * a.ldy + row0 + row, silu_mul_of(load(&g), load(&u)));
+    }
+}
+
+template <int NT, int U, int WARPS, int RESIDENT, bool GATE_UP>
+__global__ static void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct few a)
 {
     __shared__ float sums[WARPS * NT * 8 * TILE_ROWS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int row0 = blockIdx.x * TILE_ROWS, step = U * 32 * WARPS, k = a.k - t * 8;
-    const bf16 *lo = a.w + (int64_t)min(row0 + g, a.n - 1) * a.k + t * 8;
-    const bf16 *hi = a.w + (int64_t)min(row0 + g + 8, a.n - 1) * a.k + t * 8;
+    const int row0 = blockIdx.x * (GATE_UP ? 8 : TILE_ROWS), n = GATE_UP ? a.n / 2 : a.n;
+    const int step = U * 32 * WARPS, k = a.k - t * 8;
+    const int lo_row = min(row0 + g, n - 1);
+    const int hi_row = GATE_UP ? n + lo_row : min(row0 + g + 8, n - 1);
+    const bf16 *lo = a.w + (int64_t)lo_row * a.k + t * 8, *hi = a.w + (int64_t)hi_row * a.k + t * 8;
     const bf16 *x[NT];
     float acc[NT][4] = {};
     uint4 w0[U][2], w1[U][2];
@@ -188,7 +202,10 @@ __global__ void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct fe
             sums[(warp * NT * 8 + j * 8 + 2 * t + (c & 1)) * TILE_ROWS + g + (c & 2) * 4] =
                 acc[j][c];
     __syncthreads();
-    finish<NT, WARPS>(a, sums, row0);
+    if (GATE_UP)
+        finish_gate_up<NT, WARPS>(a, sums, row0);
+    else
+        finish<NT, WARPS>(a, sums, row0);
 }
 
 #define FEW_MAX 8               /* rows of x up to which this measures faster than cuBLASLt */
@@ -203,6 +220,26 @@ extern "C" lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm 
 {
     struct few f = { (const bf16 *)cuda_mat_of(a->w)->data, (const bf16 *)a->x, a->y, a->bias,
                      a->ldx, a->ldy, a->m, a->w->rows, a->w->cols, a->accumulate, a->y_f32 };
-    return cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2>, dim3(LM_DIV_UP(f.n, TILE_ROWS)),
+    return cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2, false>, dim3(LM_DIV_UP(f.n, TILE_ROWS)),
                        dim3(16 * 32), 0, f);
+}
+
+extern "C" lm_status cuda_op_gate_up(kn_stream *s, const struct kn_gate_up *a)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    const struct kn_gemm *g = &a->gemm;
+    if (g->m < 0 || !g->w || (g->m && (!a->out || !g->x)) || g->w->rows % 2)
+        return cuda_refuse("gate_up", "null pointer, negative row count or odd weight");
+    if (g->m > 1 && g->ldx < g->w->cols)
+        return cuda_refuse("gate_up", "a row stride is shorter than a row");
+    if (g->m == 0)
+        return LM_OK;
+    if (g->w->dtype != KN_BF16 || g->bias || g->accumulate || g->y_f32 ||
+        !cuda_gemm_few_fits(st, g))
+        return LM_UNSUPPORTED;
+    struct few f = { (const bf16 *)cuda_mat_of(g->w)->data, (const bf16 *)g->x, a->out, NULL,
+                     LM_MAX(g->ldx, g->w->cols), g->w->rows / 2, g->m, g->w->rows, g->w->cols,
+                     false, false };
+    return cuda_launch(st, "gate_up", gemm_few<1, 2, 16, 2, true>,
+                       dim3((unsigned)LM_DIV_UP(f.n / 2, 8)), dim3(16 * 32), 0, f);
 }

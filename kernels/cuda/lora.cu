@@ -570,6 +570,15 @@ static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
                        (size_t)(EXPAND_WARPS * p->smem_rows * SLAB * 2), *p);
 }
 
+/* Does every row of y, at every part, allow loads of `unit` elements? */
+static bool y_aligned(const struct kn_lora *a, int unit)
+{
+    bool aligned = a->ldy % unit == 0 && (uintptr_t)a->y % 16 == 0;
+    for (int i = 0; i < a->n_parts; i++)
+        aligned = aligned && a->part[i].y_col % unit == 0;
+    return aligned;
+}
+
 extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
 {
     struct cuda_stream *st = cuda_stream_of(s);
@@ -580,11 +589,24 @@ extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
     if (rc != LM_OK || p.n_active == 0)
         return rc;
     const bool few = a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX;
-    const int unit = few ? 8 : 4;       /* elements that the kernel takes of y at a time */
-    p.aligned = a->ldy % unit == 0 && (uintptr_t)a->y % 16 == 0;
-    for (int i = 0; i < a->n_parts; i++)
-        p.aligned = p.aligned && a->part[i].y_col % unit == 0;
+    p.aligned = y_aligned(a, few ? 8 : 4);
     return few ? cuda_lora_expand_few(st, &p) : launch_expand(st, &p);
+}
+
+extern "C" lm_status cuda_op_lora(kn_stream *s, const struct kn_lora *a)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    struct lora_launch p;
+    if (a->batch.n_segs > 0 && (!a->x || !a->y || (a->batch.n_tok > 1 && a->ldx < a->in)))
+        return cuda_refuse("lora", "no x or y, or a row stride shorter than a row");
+    lm_status rc = prepare(st, a, "lora", &p);
+    if (rc != LM_OK || p.n_active == 0)
+        return rc;
+    /* One flag serves x and y; the rare odd one goes the long way. */
+    p.aligned = a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0 && y_aligned(a, 8);
+    if (a->batch.n_tok > LONG_STEP || !p.aligned || !cuda_lora_fused_fits(st, &p))
+        return LM_UNSUPPORTED;
+    return cuda_lora_fused(st, &p);
 }
 
 template <class S> static cudaError_t allow_shrink(void)

@@ -12,10 +12,18 @@
  * groups of 8 features. Expand: a warp takes up to T tokens and 256 output features, 8 a lane; h of
  * those tokens goes through shared memory. Each result is summed in an order that depends on the
  * adapter alone.
+ *
+ * Fused: where segments have one token, ranks are at most 8 and blocks for all of them fit the
+ * device at once, both are one launch: a block does the shrink of one segment and part, and with h
+ * in shared memory its expand. B's rows are on their way while A is being summed, and there is one
+ * start and one search for the matrices instead of two. Where blocks are fewer than SMs several
+ * share a part's columns, each with a shrink of its own (A comes from L2 the second time). The
+ * sums are those of the other two kernels, to the last bit.
  */
 #include "kernels/cuda/lora.cuh"
 
 #define ROWS 8                  /* of A a block */
+#define SHORT_ROW 6144          /* features up to which a block has 256 threads, else 512 */
 #define FEW_CHUNKS 256          /* chunk addresses kept in shared memory */
 
 /* acc += w * x over the eight elements of 16 bytes. */
@@ -75,6 +83,20 @@ __device__ static inline void load_rows(const struct few_shrink *k, const struct
     }
 }
 
+/* All threads together. */
+template <int THREADS>
+__device__ static inline void find_groups(struct few_shrink *k, const uint16_t **chunks)
+{
+    const int width = k->v.m.width, n_chunks = (k->p->a.in + width - 1) / width;
+    k->chunks = chunks;
+    k->wide = width % 8 == 0;
+    k->groups = (width + 7) / 8;
+    k->n_groups = n_chunks * k->groups;
+    for (int c = (int)threadIdx.x; c < min(n_chunks, FEW_CHUNKS); c += THREADS)
+        chunks[c] = lora_chunk(&k->v, c, k->p->fault);
+    __syncthreads();
+}
+
 /* A thread's sums of its groups, U of them on their way at a time. */
 template <int T, int U, int THREADS>
 __device__ static inline void sum_groups(const struct few_shrink *k, float acc[T][ROWS])
@@ -99,10 +121,13 @@ __device__ static inline void sum_groups(const struct few_shrink *k, float acc[T
 #pragma unroll
         for (int u = 0; u < U; u++) {
 #pragma unroll
-            for (int t = 0; t < T; t++)
+            for (int t = 0; t < T; t++) {
+                if (t >= k->n_tok)
+                    break;
 #pragma unroll
                 for (int j = 0; j < ROWS; j++)
                     acc[t][j] = dot8(w[u][j], x[u][t], acc[t][j]);
+            }
             g[u] = group_at(k, i + (U + u) * THREADS);
             load_rows(k, &g[u], w[u]);
         }
@@ -158,14 +183,7 @@ __global__ static void __launch_bounds__(THREADS, 512 / THREADS) shrink_few_kern
     k.rows = targeted ? min(ROWS, k.v.rank - k.j0) : 0;
     float acc[T][ROWS] = {};
     if (k.rows > 0) {
-        const int n_chunks = (a->in + k.v.m.width - 1) / k.v.m.width;
-        k.chunks = chunks;
-        k.wide = k.v.m.width % 8 == 0;
-        k.groups = (k.v.m.width + 7) / 8;
-        k.n_groups = n_chunks * k.groups;
-        for (int c = (int)threadIdx.x; c < min(n_chunks, FEW_CHUNKS); c += THREADS)
-            chunks[c] = lora_chunk(&k.v, c, p.fault);
-        __syncthreads();
+        find_groups<THREADS>(&k, chunks);
         sum_groups<T, U, THREADS>(&k, acc);
     }
     cuda_wait_prior();
@@ -202,6 +220,17 @@ struct few_expand {
     int col;                    /* the lane's first column of the part */
     const uint16_t *b;          /* B's row 0 at col; NULL when it must be read one by one */
 };
+
+/* Where B lies at the lane's columns, if it can be read 16 bytes at a time. */
+__device__ static inline void find_b(struct few_expand *w)
+{
+    const int c = w->col / w->v.m.width;
+    w->b = NULL;
+    if (w->v.m.width % 8 == 0 && w->col < w->out) {
+        const uint16_t *chunk = lora_chunk(&w->v, c, w->p->fault);
+        w->b = chunk ? chunk + w->col - c * w->v.m.width : NULL;
+    }
+}
 
 __device__ static inline uint4 load_b(const struct few_expand *w, int j)
 {
@@ -272,14 +301,15 @@ __device__ static inline bool find_columns(int index, struct few_expand *w)
 }
 
 /* Puts h of the warp's tokens into shared memory, [T][rank]. */
+template <int T>
 __device__ static inline void stage_h(const struct few_expand *w, float *h)
 {
     const struct kn_lora *a = &w->p->a;
-    for (int t = 0; t < w->n_tok; t++) {
+    for (int i = (int)threadIdx.x % 32; i < w->n_tok * w->v.rank; i += 32) {
+        const int t = T == 1 ? 0 : i / w->v.rank, j = i - t * w->v.rank;
         int64_t row = w->seg->h0 + (int64_t)(w->tok0 + t - w->seg->tok0) * w->seg->rank_max;
-        const float *src = a->h + a->n_parts * row + (int64_t)w->part * w->seg->rank_max;
-        for (int j = (int)threadIdx.x % 32; j < w->v.rank; j += 32)
-            h[t * w->p->smem_rows + j] = src[j];
+        h[t * w->p->smem_rows + j] =
+            a->h[a->n_parts * row + (int64_t)w->part * w->seg->rank_max + j];
     }
     __syncwarp();
 }
@@ -293,10 +323,10 @@ __device__ static inline void expand_columns(const struct few_expand *w, float *
     for (int j = 0; j < BATCH; j++)
         b[j] = load_b(w, j);
     cuda_wait_prior();
-    stage_h(w, h);
 #pragma unroll
     for (int t = 0; t < T; t++)
         y[t] = load8(few_y(w, t), t < w->n_tok ? min(8, w->out - w->col) : 0, w->p->aligned);
+    stage_h<T>(w, h);
     for (int j0 = 0; j0 < w->v.rank; j0 += BATCH) {
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
@@ -338,13 +368,115 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
         cuda_wait_prior();
         return;
     }
-    const int c = w.col / w.v.m.width;
-    w.b = NULL;
-    if (w.v.m.width % 8 == 0 && w.col < w.out) {
-        const uint16_t *chunk = lora_chunk(&w.v, c, p.fault);
-        w.b = chunk ? chunk + w.col - c * w.v.m.width : NULL;
-    }
+    find_b(&w);
     expand_columns<T>(&w, (float *)smem + threadIdx.x / 32 * T * p.smem_rows);
+}
+
+/* ---- fused ----------------------------------------------------------------------------- */
+
+/* Columns of a part that this thread takes at a time, and B there: all of its rows. */
+struct fused_slab {
+    struct few_expand w;
+    uint4 b[ROWS], y;
+};
+
+__device__ static inline void load_slab(struct fused_slab *s, int col)
+{
+    s->w.col = col;
+    find_b(&s->w);
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+        s->b[j] = load_b(&s->w, j);
+}
+
+__device__ static inline void load_slab_y(struct fused_slab *s)
+{
+    s->y = load8(few_y(&s->w, 0), min(8, s->w.out - s->w.col), s->w.p->aligned);
+}
+
+__device__ static inline void finish_slab(const struct fused_slab *s, const float *h)
+{
+    float acc[8] = {};
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+        if (j < s->w.v.rank)
+            add_row(acc, s->b[j], h[j]);
+    if (s->w.col < s->w.out)
+        write_y(&s->w, 0, s->y, acc);
+}
+
+/* The block's h from its threads' sums, in the order of shrink_few_kernel. */
+template <int THREADS>
+__device__ static inline void sum_block(const float acc[ROWS], float sum[THREADS / 32][ROWS],
+                                        float h[ROWS])
+{
+    const int lane = (int)threadIdx.x % 32;
+    float s = warp_sum8(acc, lane);
+    if (lane % 4 == 0)
+        sum[threadIdx.x / 32][lane >> 2] = s;
+    __syncthreads();
+    if (threadIdx.x < ROWS) {
+        float all = 0;
+        for (int w = 0; w < THREADS / 32; w++)
+            all += sum[w][threadIdx.x];
+        h[threadIdx.x] = all;
+    }
+    __syncthreads();
+}
+
+/* Grid: slices of columns, parts, segments. Two slabs of B are on their way at a time. */
+template <int THREADS>
+__global__ static void __launch_bounds__(THREADS, 1) fused_kernel(
+    const __grid_constant__ struct lora_launch p)
+{
+    __shared__ const uint16_t *chunks[FEW_CHUNKS];
+    __shared__ float sum[THREADS / 32][ROWS], h[ROWS];
+    constexpr bool EARLY = THREADS <= 256;      /* there are registers for B beside A */
+    const struct kn_lora *a = &p.a;
+    struct few_shrink k;
+    struct fused_slab s[2];
+    cuda_allow_next();
+    k.p = &p;
+    k.seg = &a->batch.segs[blockIdx.z];
+    k.tok0 = k.seg->tok0, k.n_tok = 1, k.j0 = 0;
+    s[0].w.p = &p;
+    s[0].w.seg = k.seg;
+    s[0].w.tok0 = k.tok0, s[0].w.n_tok = 1;
+    s[0].w.part = p.active[blockIdx.y];
+    s[0].w.out = a->part[s[0].w.part].out;
+    const int32_t *ids = a->batch.block_ids + k.seg->block0;
+    const struct kn_lora_entry *e =
+        k.seg->n_tok == 1 ? lora_entry(&a->pool, a->layer, ids, a->part[s[0].w.part].module,
+                                       p.fault) : NULL;
+    const int most = min(ROWS, k.seg->rank_max);
+    if (!e || !lora_view_of(e, &a->pool, ids, most, false, p.fault, &k.v) ||
+        !lora_view_of(e, &a->pool, ids, most, true, p.fault, &s[0].w.v)) {
+        cuda_wait_prior();
+        return;
+    }
+    const int step = (int)gridDim.x * THREADS * 8;
+    int col = ((int)blockIdx.x * THREADS + (int)threadIdx.x) * 8;
+    float acc[1][ROWS] = {};
+    s[1].w = s[0].w;
+    k.rows = k.v.rank;
+    find_groups<THREADS>(&k, chunks);
+    if (EARLY)
+        load_slab(&s[0], col);
+    sum_groups<1, 2, THREADS>(&k, acc);         /* waits for the kernel in front */
+    if (!EARLY)
+        load_slab(&s[0], col);
+    load_slab_y(&s[0]);
+    load_slab(&s[1], col + step);
+    load_slab_y(&s[1]);
+    sum_block<THREADS>(acc[0], sum, h);
+    for (; col < s[0].w.out; col += 2 * step) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            finish_slab(&s[i], h);
+            load_slab(&s[i], col + (2 + i) * step);
+            load_slab_y(&s[i]);
+        }
+    }
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
@@ -360,9 +492,12 @@ static lm_status launch_shrink(struct cuda_stream *st, struct lora_launch *p)
 
 lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p)
 {
+    const bool wide = p->a.in > SHORT_ROW;
     if (p->a.batch.max_seg_tok == 1)
-        return p->a.in > 6144 ? launch_shrink<1, 2, 512>(st, p) : launch_shrink<1, 2, 256>(st, p);
-    return p->a.in > 6144 ? launch_shrink<4, 1, 512>(st, p) : launch_shrink<4, 1, 256>(st, p);
+        return wide ? launch_shrink<1, 2, 512>(st, p) : launch_shrink<1, 2, 256>(st, p);
+    if (p->a.batch.max_seg_tok == 2)
+        return wide ? launch_shrink<2, 1, 512>(st, p) : launch_shrink<2, 1, 256>(st, p);
+    return wide ? launch_shrink<4, 1, 512>(st, p) : launch_shrink<4, 1, 256>(st, p);
 }
 
 template <int T> static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
@@ -391,6 +526,30 @@ lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p)
     if (p->a.batch.max_rank > RANK_MAX)
         return LM_UNSUPPORTED;
     /* Four tokens' h of a rank up to 512 fit without asking for more shared memory. */
-    return p->a.batch.max_seg_tok == 1 || p->a.batch.max_rank > 512 ? launch_expand<1>(st, p)
-                                                                    : launch_expand<4>(st, p);
+    if (p->a.batch.max_seg_tok == 1 || p->a.batch.max_rank > 512)
+        return launch_expand<1>(st, p);
+    return p->a.batch.max_seg_tok == 2 ? launch_expand<2>(st, p) : launch_expand<4>(st, p);
+}
+
+bool cuda_lora_fused_fits(const struct cuda_stream *st, const struct lora_launch *p)
+{
+    return p->a.batch.max_seg_tok == 1 && p->a.batch.max_rank <= ROWS &&
+           p->a.batch.n_segs * p->n_active <= st->dev->sms;
+}
+
+template <int THREADS> static lm_status launch_fused(struct cuda_stream *st, struct lora_launch *p)
+{
+    const int units = p->a.batch.n_segs * p->n_active;
+    int slabs = 1;
+    for (int i = 0; i < p->n_active; i++)
+        slabs = LM_MAX(slabs, LM_DIV_UP(p->a.part[p->active[i]].out, THREADS * 8));
+    dim3 grid((unsigned)LM_MIN(slabs, st->dev->sms / units), (unsigned)p->n_active,
+              (unsigned)p->a.batch.n_segs);
+    return cuda_launch(st, "lora", fused_kernel<THREADS>, grid, dim3(THREADS), 0, *p);
+}
+
+/* As many threads as the shrink of its own has: the order of its sums. */
+lm_status cuda_lora_fused(struct cuda_stream *st, struct lora_launch *p)
+{
+    return p->a.in > SHORT_ROW ? launch_fused<512>(st, p) : launch_fused<256>(st, p);
 }

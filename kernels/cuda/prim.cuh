@@ -108,6 +108,15 @@ __device__ static inline uint4 load_once(const void *p)
     return v;
 }
 
+/* The same of a weight that lies in one run with its neighbours: whole lines come to L2. */
+__device__ static inline uint4 load_weights(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
 /* A float that another block may just have written. */
 __device__ static inline float load_l2(const float *p)
 {
@@ -153,6 +162,11 @@ __device__ static inline uint16_t e4m3_pack(float lo, float hi)
 #else
     return (uint16_t)(e4m3_bits(lo) | e4m3_bits(hi) << 8);
 #endif
+}
+
+__device__ static inline float silu_mul_of(float gate, float up)
+{
+    return gate / (1.0f + __expf(-gate)) * up;
 }
 
 __device__ static inline float quad_max(float x)

@@ -138,6 +138,66 @@ rmsnorm(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int hidde
     }
 }
 
+#define FEW_ROWS 512            /* up to which the time to start is what counts */
+#define FEW_THREADS 512
+#define FEW_VECS 2              /* a thread's, of 8 elements */
+
+/* The same sums for few rows: everything that the norm reads is under way at once, weights, which
+ * come from memory where all else is in L2, before the wait for the kernel in front. */
+__global__ static void __launch_bounds__(FEW_THREADS)
+rmsnorm_few(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int hidden, float eps)
+{
+    const int64_t at = (int64_t)blockIdx.x * hidden;
+    alignas(16) float w[FEW_VECS][8];
+    pack<8> p[FEW_VECS] = {}, r[FEW_VECS] = {};
+    float v[FEW_VECS][8], sum = 0;
+#pragma unroll
+    for (int k = 0; k < FEW_VECS; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= hidden)
+            break;
+        *(float4 *)w[k] = *(const float4 *)(weight + i);
+        *(float4 *)(w[k] + 4) = *(const float4 *)(weight + i + 4);
+    }
+    cuda_wait_prior();
+#pragma unroll
+    for (int k = 0; k < FEW_VECS; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= hidden)
+            break;
+        p[k] = *(const pack<8> *)(x + at + i);
+        if (residual)
+            r[k] = *(const pack<8> *)(residual + at + i);
+    }
+#pragma unroll
+    for (int k = 0; k < FEW_VECS; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= hidden)
+            break;
+        for (int j = 0; j < 8; j++) {
+            v[k][j] = __bfloat162float(p[k].v[j]);
+            if (residual) {
+                v[k][j] += __bfloat162float(r[k].v[j]);
+                r[k].v[j] = __float2bfloat16(v[k][j]);
+            }
+            sum += v[k][j] * v[k][j];
+        }
+        if (residual)
+            *(pack<8> *)(residual + at + i) = r[k];
+    }
+    float scale = rsqrtf(block_sum(sum) / hidden + eps);
+    cuda_allow_next();
+#pragma unroll
+    for (int k = 0; k < FEW_VECS; k++) {
+        int i = (threadIdx.x + k * blockDim.x) * 8;
+        if (i >= hidden)
+            break;
+        for (int j = 0; j < 8; j++)
+            p[k].v[j] = __float2bfloat16(v[k][j] * scale * w[k][j]);
+        *(pack<8> *)(out + at + i) = p[k];
+    }
+}
+
 extern "C" lm_status cuda_op_rmsnorm(kn_stream *s, const struct kn_rmsnorm *a)
 {
     if (a->n < 0 || a->hidden <= 0 || (a->n && (!a->out || !a->x || !a->weight)))
@@ -149,7 +209,9 @@ extern "C" lm_status cuda_op_rmsnorm(kn_stream *s, const struct kn_rmsnorm *a)
         return LM_OK;
     /* At least two vectors a thread: fewer warps meet at the barrier. */
     int items = wide ? LM_DIV_UP(a->hidden, 16) : LM_DIV_UP(a->hidden, 4);
-    auto *kernel = wide ? rmsnorm<8> : rmsnorm<1>;
+    const bool few = wide && a->n <= FEW_ROWS && (uintptr_t)a->weight % 16 == 0 &&
+                     a->hidden <= FEW_THREADS * FEW_VECS * 8;
+    auto *kernel = few ? rmsnorm_few : wide ? rmsnorm<8> : rmsnorm<1>;
     return cuda_launch(cuda_stream_of(s), "rmsnorm", kernel, dim3(a->n),
                        dim3(threads_for(items, 1024)), 0, (bf16 *)a->out, (const bf16 *)a->x,
                        (bf16 *)a->residual, a->weight, a->hidden, a->eps);
@@ -157,22 +219,34 @@ extern "C" lm_status cuda_op_rmsnorm(kn_stream *s, const struct kn_rmsnorm *a)
 
 /* ---- silu_mul -------------------------------------------------------------------------- */
 
+#define SILU_THREADS 128
+#define SILU_VECS 2             /* a thread's, all on their way at once */
+
 template <int VEC>
-__global__ static void silu_mul(bf16 *out, const bf16 *gate_up, int64_t items, int f)
+__global__ static void __launch_bounds__(SILU_THREADS)
+silu_mul(bf16 *out, const bf16 *gate_up, int f)
 {
-    const int a_row = f / VEC;
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const bf16 *gate = gate_up + (int64_t)blockIdx.x * 2 * f;
+    pack<VEC> g[SILU_VECS] = {}, u[SILU_VECS] = {};
+    int col[SILU_VECS];
     cuda_wait_prior();
-    if (i >= items)
-        return;
-    int64_t row = i / a_row, col = (i - row * a_row) * VEC;
-    const bf16 *gate = gate_up + row * 2 * f + col;
-    pack<VEC> g = *(const pack<VEC> *)gate, u = *(const pack<VEC> *)(gate + f), o;
-    for (int j = 0; j < VEC; j++) {
-        float x = __bfloat162float(g.v[j]);
-        o.v[j] = __float2bfloat16(x / (1.0f + __expf(-x)) * __bfloat162float(u.v[j]));
+#pragma unroll
+    for (int k = 0; k < SILU_VECS; k++) {
+        col[k] = (int)((blockIdx.y * SILU_VECS + k) * SILU_THREADS + threadIdx.x) * VEC;
+        if (col[k] < f) {
+            g[k] = *(const pack<VEC> *)(gate + col[k]);
+            u[k] = *(const pack<VEC> *)(gate + f + col[k]);
+        }
     }
-    *(pack<VEC> *)(out + row * f + col) = o;
+#pragma unroll
+    for (int k = 0; k < SILU_VECS; k++) {
+        if (col[k] >= f)
+            break;
+        for (int j = 0; j < VEC; j++)
+            g[k].v[j] = __float2bfloat16(silu_mul_of(__bfloat162float(g[k].v[j]),
+                                                     __bfloat162float(u[k].v[j])));
+        *(pack<VEC> *)(out + (int64_t)blockIdx.x * f + col[k]) = g[k];
+    }
 }
 
 extern "C" lm_status cuda_op_silu_mul(kn_stream *s, const struct kn_silu_mul *a)
@@ -182,10 +256,11 @@ extern "C" lm_status cuda_op_silu_mul(kn_stream *s, const struct kn_silu_mul *a)
     if (a->n == 0)
         return LM_OK;
     bool wide = vectors_fit(a->f, a->out, a->gate_up);
-    int64_t items = (int64_t)a->n * a->f / (wide ? 8 : 1);
     auto *kernel = wide ? silu_mul<8> : silu_mul<1>;
-    return cuda_launch(cuda_stream_of(s), "silu_mul", kernel, dim3((unsigned)((items + 255) / 256)),
-                       dim3(256), 0, (bf16 *)a->out, (const bf16 *)a->gate_up, items, a->f);
+    const int vecs = wide ? a->f / 8 : a->f;
+    dim3 grid((unsigned)a->n, (unsigned)LM_DIV_UP(vecs, SILU_THREADS * SILU_VECS));
+    return cuda_launch(cuda_stream_of(s), "silu_mul", kernel, grid, dim3(SILU_THREADS), 0,
+                       (bf16 *)a->out, (const bf16 *)a->gate_up, a->f);
 }
 
 /* ---- feed ------------------------------------------------------------------------------ */

@@ -56,18 +56,18 @@ static lm_status emu_stream_sync(kn_stream *, struct lm_err *)
     return fault_word ? LM_DEVICE : LM_OK;
 }
 
-/* ---- weights in E4M3: the CUDA backend's layout and kernels; others are the CPU's -------- */
+/* ---- weights: the CUDA backend's layout and kernels, in bf16 for few rows of x only ------ */
 
 static lm_status emu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                              struct lm_err *err)
 {
-    if (t != KN_E4M3)
+    if (t != KN_E4M3 && t != KN_BF16)
         return kn_backend_cpu.mat_new(dev, t, rows, cols, out, err);
     struct cuda_mat *m = (struct cuda_mat *)calloc(1, sizeof *m);
     m->base = { &backend, t, rows, cols };
     m->dev = cuda_device_of(dev);
-    m->data = aligned_alloc(256, LM_DIV_UP((size_t)rows * (size_t)cols, 256) * 256);
-    m->scale = (float *)calloc((size_t)rows, sizeof(float));
+    m->data = aligned_alloc(256, LM_DIV_UP((size_t)rows * (size_t)cols * 2, 256) * 256);
+    m->scale = t == KN_E4M3 ? (float *)calloc((size_t)rows, sizeof(float)) : NULL;
     *out = &m->base;
     return LM_OK;
 }
@@ -88,6 +88,11 @@ static lm_status emu_mat_upload(kn_mat *base, int row0, int, int rows, int cols,
     for (int r = 0; r < rows; r++) {
         const float *row = (const float *)src + (size_t)r * ld;
         float most = 0;
+        for (int c = 0; !m->scale && c < cols; c++)
+            ((uint16_t *)m->data)[(size_t)(row0 + r) * (size_t)cols + (size_t)c] =
+                (uint16_t)bf16_pack(row[c], 0);
+        if (!m->scale)
+            continue;
         for (int c = 0; c < cols; c++)
             most = fmaxf(most, fabsf(row[c]));
         m->scale[row0 + r] = most > 0 ? most / 448 : 1;
@@ -122,8 +127,10 @@ static void multiply_widened(struct cuda_stream *st, const struct kn_gemm *a)
 
 static lm_status emu_gemm(kn_stream *s, const struct kn_gemm *a)
 {
+    if (a->w->dtype == KN_BF16 && cuda_gemm_few_fits(cuda_stream_of(s), a))
+        return cuda_gemm_few(cuda_stream_of(s), a);
     if (a->w->dtype != KN_E4M3)
-        return kn_backend_cpu.gemm(s, a);
+        return LM_UNSUPPORTED;
     if (cuda_gemm_few8_fits(a))
         return cuda_gemm_few8(cuda_stream_of(s), a);
     multiply_widened(cuda_stream_of(s), a);
@@ -161,6 +168,8 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.attention = cuda_op_attention;
     backend.lora_shrink = cuda_op_lora_shrink;
     backend.lora_expand = cuda_op_lora_expand;
+    backend.lora = cuda_op_lora;
+    backend.gate_up = cuda_op_gate_up;
     struct cuda_device *d = (struct cuda_device *)calloc(1, sizeof *d);
     d->base.be = &backend;
     d->fault = d->fault_host = &fault_word;

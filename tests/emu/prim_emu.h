@@ -121,6 +121,11 @@ static inline uint4 load_once(const void *p)
     return v;
 }
 
+static inline uint4 load_weights(const void *p)
+{
+    return load_once(p);
+}
+
 static inline float load_l2(const float *p)
 {
     return *p;

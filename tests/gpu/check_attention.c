@@ -144,6 +144,9 @@ void bench_attention(struct gpu_check *c)
     bench_decode(c, KN_KV_NATIVE, 8, 1024, 32, 8, 128);
     bench_decode(c, KN_KV_NATIVE, 32, 512, 32, 8, 128);
     bench_decode(c, KN_KV_NATIVE, 32, 1024, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 48, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 96, 32, 32, 128);
+    bench_decode(c, KN_KV_NATIVE, 256, 96, 32, 8, 128);
     bench_decode(c, KN_KV_NATIVE, 256, 160, 32, 32, 128);
     bench_decode(c, KN_KV_NATIVE, 256, 512, 32, 32, 128);
     bench_decode(c, KN_KV_NATIVE, 256, 512, 32, 8, 128);

@@ -103,6 +103,9 @@ void check_gemm(struct gpu_check *c)
     if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gemm in E4M3: streams"))
         check_that(c, twin_gemm_fp8(&t), "gemm in E4M3 equals its CPU twin");
     twin_close(&t);
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gate_up: streams"))
+        check_that(c, twin_gate_up(&t), "gate_up equals a product and its activation");
+    twin_close(&t);
 }
 
 /* ---- speed ----------------------------------------------------------------------------- */
@@ -112,6 +115,8 @@ void check_gemm(struct gpu_check *c)
 struct gemm_run {
     struct kn_gemm a;
     kn_mat *w[COPIES];
+    void *out;                  /* gate_up's, [m, f] */
+    int f;
 };
 
 static lm_status one_gemm(struct gpu_check *c, void *ctx, int i)
@@ -119,6 +124,38 @@ static lm_status one_gemm(struct gpu_check *c, void *ctx, int i)
     struct gemm_run *r = ctx;
     r->a.w = r->w[i % COPIES];
     return kn_op_gemm(c->gs, &r->a);
+}
+
+static lm_status one_gate_up(struct gpu_check *c, void *ctx, int i)
+{
+    struct gemm_run *r = ctx;
+    r->a.w = r->w[i % COPIES];
+    const struct kn_gate_up a = { r->a, r->out };
+    return kn_op_gate_up(c->gs, &a);
+}
+
+static lm_status one_gemm_silu(struct gpu_check *c, void *ctx, int i)
+{
+    struct gemm_run *r = ctx;
+    const struct kn_silu_mul silu = { r->out, r->a.y, r->a.m, r->f };
+    lm_status st = one_gemm(c, ctx, i);
+    return st == LM_OK ? kn_op_silu_mul(c->gs, &silu) : st;
+}
+
+/* The feed-forward's first product with its activation, in one and in two. */
+static void bench_gate_up(struct gpu_check *c, struct gemm_run *r, int n, int k)
+{
+    static const int ms[] = { 1, 8, 256 };
+    for (size_t i = 0; i < LM_COUNT(ms); i++) {
+        char name[64];
+        r->a.m = ms[i], r->a.ldx = k, r->a.ldy = n;
+        double bytes = 2.0 * ((double)n * k + (double)ms[i] * (n / 2 + k));
+        double one = time_op(c, one_gate_up, r, 3 * COPIES);
+        double two = time_op(c, one_gemm_silu, r, 3 * COPIES);
+        snprintf(name, sizeof name, "gate_up m=%d, %d x %d", ms[i], n, k);
+        figure(c, name, one, "us", "\"two_launches_us\": %.1f, \"gbps\": %.0f", two,
+               bytes / one / 1e3);
+    }
 }
 
 /* Weights in E4M3, which few rows of x read as they are. */
@@ -152,6 +189,7 @@ void bench_gemm(struct gpu_check *c)
     static const int ms[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096 };
     struct lm_err err;
     void *x = dev_new(c, (size_t)4096 * 14336 * 2), *y = dev_new(c, (size_t)4096 * 32000 * 2);
+    void *out = dev_new(c, (size_t)256 * 14336 * 2);
     fill_random(c, x, 4096, 14336);
     for (size_t s = 0; s < LM_COUNT(shapes); s++) {
         struct gemm_run r = { 0 };
@@ -171,6 +209,10 @@ void bench_gemm(struct gpu_check *c)
                    bytes / us / 1e3, flops / us / 1e6,
                    fmax(bytes / us / 1e3 / c->gbps, flops / us / 1e6 / c->tflops));
         }
+        if (n == 22016 || n == 28672) {
+            r.out = out, r.f = n / 2;
+            bench_gate_up(c, &r, n, k);
+        }
         for (int i = 0; i < COPIES; i++)
             kn_mat_free(r.w[i]);
     }
@@ -179,4 +221,5 @@ void bench_gemm(struct gpu_check *c)
     bench_fp8(c, y, x, 4096, 11008);
     dev_free(c, x);
     dev_free(c, y);
+    dev_free(c, out);
 }

@@ -151,6 +151,13 @@ static lm_status one_both(struct gpu_check *c, void *ctx, int i)
     return st == LM_OK ? one_expand(c, ctx, i) : st;
 }
 
+static lm_status one_whole(struct gpu_check *c, void *ctx, int i)
+{
+    struct lora_run *r = ctx;
+    r->a.layer = i % r->layers;
+    return kn_op_lora(c->gs, &r->a);
+}
+
 static void report(struct gpu_check *c, const char *what, const char *shape, double us,
                    double bytes)
 {
@@ -172,11 +179,12 @@ static void bench_one(struct gpu_check *c, const char *shape, int n_segs, int se
     int n = LM_MAX(16, r.layers);
     report(c, "lora_shrink", shape, time_op(c, one_shrink, &r, n), r.bytes_a + 2 * n_tok * in);
     report(c, "lora_expand", shape, time_op(c, one_expand, &r, n), r.bytes_b + 4 * n_tok * y);
-    double us = time_op(c, one_both, &r, n);
+    double ideal = (r.bytes_a + r.bytes_b + 2 * n_tok * in + 4 * n_tok * y) / c->gbps / 1e3;
     char name[128];
-    snprintf(name, sizeof name, "lora both %s", shape);
-    figure(c, name, us, "us", "\"ideal_us\": %.2f",
-           (r.bytes_a + r.bytes_b + 2 * n_tok * in + 4 * n_tok * y) / c->gbps / 1e3);
+    snprintf(name, sizeof name, "lora, shrink then expand, %s", shape);
+    figure(c, name, time_op(c, one_both, &r, n), "us", "\"ideal_us\": %.2f", ideal);
+    snprintf(name, sizeof name, "lora, as a step does it, %s", shape);
+    figure(c, name, time_op(c, one_whole, &r, n), "us", "\"ideal_us\": %.2f", ideal);
     run_close(c, &r);
 }
 
@@ -193,6 +201,7 @@ void bench_lora(struct gpu_check *c)
     bench_one(c, "qkv 7b, 100 mixed 8-64", 100, 1, mixed, 4, 4096, qkv7, 3);
     bench_one(c, "qkv 7b, 256 mixed 8-64", 256, 1, mixed, 4, 4096, qkv7, 3);
     bench_one(c, "qkv 8b, 32 x rank 8", 32, 1, r8, 1, 4096, qkv8, 3);
+    bench_one(c, "o 8b, 32 x rank 8", 32, 1, r8, 1, 4096, o, 1);
     bench_one(c, "gate/up 8b, 32 x rank 8", 32, 1, r8, 1, 4096, gu, 2);
     bench_one(c, "down 8b, 32 x rank 8", 32, 1, r8, 1, 14336, o, 1);
     bench_one(c, "qkv 7b, prefill 32 x 256, rank 8", 32, 256, r8, 1, 4096, qkv7, 3);

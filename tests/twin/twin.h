@@ -70,6 +70,7 @@ bool twin_lora(struct twin *c);
 bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
 bool twin_gemm_fp8(struct twin *c);
+bool twin_gate_up(struct twin *c);
 
 #ifdef __cplusplus
 }

@@ -235,14 +235,31 @@ static void check_long(struct twin *c)
     compare(c, (struct shape){ 32, 8, 128, 16, 0 }, &m, "mixed batch");
 }
 
-/* A sequence's rows are the same to the last bit whatever its neighbours do. */
-static void check_company(struct twin *c)
+/* Heads enough for a backend to give each of them less: rows of a few keys, and longer ones. */
+static void check_many_heads(struct twin *c)
 {
-    const struct shape h = { 8, 2, 64, 16, 0 };
+    static const struct seqs all[] = {
+        { 2, { 33, 8 }, { 1, 1 } }, { 3, { 100, 1, 256 }, { 1, 1, 1 } },
+        { 4, { 16, 257, 17, 90 }, { 1, 1, 1, 9 } },
+    };
+    for (size_t i = 0; i < LM_COUNT(all); i++)
+        compare(c, (struct shape){ 129, 129, 16, 16, i == 1 ? 75 : 0 }, &all[i], "many heads");
+    compare(c, (struct shape){ 256, 128, 32, 16, 0 }, &all[0], "many heads");
+    if (c->slow)
+        return;
+    struct seqs d = decode_of(32, 250), m = mixed_of(64, 300);
+    compare(c, (struct shape){ 32, 32, 128, 16, 0 }, &d, "many heads");
+    compare(c, (struct shape){ 64, 32, 256, 16, 0 }, &d, "many heads");
+    compare(c, (struct shape){ 32, 16, 128, 16, 0 }, &m, "many heads");
+}
+
+/* A sequence's rows are the same to the last bit whatever its neighbours do. */
+static void company_of(struct twin *c, struct shape h, int row)
+{
     struct input a, b;
-    struct seqs qa = { 4, { 230, 40, 77, 5 }, { 1, 40, 1, 1 } }, qb = qa;
+    struct seqs qa = { 4, { row, 40, 77, 5 }, { 1, 40, 1, 1 } }, qb = qa;
     qb.len[1] = 150, qb.n_q[1] = 1, qb.len[2] = c->slow ? 300 : 3000, qb.n_q[3] = 2;
-    twin_case(c, "attention: a row in other company");
+    twin_case(c, "attention: a row of %d keys in other company", row);
     input_make(&a, h, &qa);
     input_make(&b, h, &qb);
     memcpy(b.kv, a.kv, (size_t)qa.len[0] * (size_t)a.width * sizeof(float));
@@ -252,6 +269,12 @@ static void check_company(struct twin *c)
         twin_fail(c, "neighbours changed a decode row");
     free(ra), free(rb);
     input_free(&a), input_free(&b);
+}
+
+static void check_company(struct twin *c)
+{
+    company_of(c, (struct shape){ 8, 2, 64, 16, 0 }, 230);
+    company_of(c, (struct shape){ 128, 128, 16, 16, 0 }, 90);
 }
 
 /* ---- rope ------------------------------------------------------------------------------ */
@@ -343,6 +366,7 @@ static bool check_all(struct twin *c)
         { check_windows, "attention, windows", "attention in E4M3, windows" },
         { check_lengths, "attention, lengths", "attention in E4M3, lengths" },
         { check_long, "attention, long", "attention in E4M3, long" },
+        { check_many_heads, "attention, many heads", "attention in E4M3, many heads" },
         { check_company, "attention, company", "attention in E4M3, company" },
     };
     bool good = true;

@@ -65,6 +65,12 @@ static void gemm_fp8(void **state)
     run(twin_gemm_fp8, 80);
 }
 
+static void gate_up(void **state)
+{
+    (void)state;
+    run(twin_gate_up, 80);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -74,6 +80,7 @@ int main(void)
         cmocka_unit_test(sample),
         cmocka_unit_test(rows),
         cmocka_unit_test(gemm_fp8),
+        cmocka_unit_test(gate_up),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
 }

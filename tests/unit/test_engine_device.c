@@ -114,6 +114,7 @@ TELLS(mat_upload, (kn_mat *m, int r0, int c0, int r, int c, const void *f, enum 
 
 #define X(op, type) DOES(op_##op, (kn_stream *s, const struct kn_##type *a), (s, a))
 KN_OPS(X)
+KN_FUSED_OPS(X)
 #undef X
 
 /* ---- opening --------------------------------------------------------------------------- */

@@ -158,6 +158,7 @@ static void run_others(const struct stream *but)
         return LM_OK;                                                                          \
     }
 KN_OPS(X)
+KN_FUSED_OPS(X)
 #undef X
 
 #define COPIES(name, to_type, from_type)                                                       \
