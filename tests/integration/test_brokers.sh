@@ -15,7 +15,6 @@ PROXIED=1 kafka_start 3 || die "three brokers started"
 LIBS=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
 echo pass > "$RUN/proxy.mode"
 spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
 MODES="at-least-once exactly-once"
 topic_create dead 1

@@ -11,7 +11,6 @@ infra_begin exactly-once
 kafka_start 1 || die "the broker started"
 topic_create prompts 4; topic_create replies 2; topic_create dead 1
 topic_create small 1 max.message.bytes=2000
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 cat > "$RUN/worker.properties" <<P
 engine.mode=echo
 delivery.mode=exactly-once
@@ -27,28 +26,26 @@ http.port=0
 kafka.bootstrap.servers=$BOOTSTRAP
 $(group_properties)
 P
-start_worker() {    # NAME LOG
-    spawn "$RUN/worker-$2.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"
-}
+worker() { start_worker "worker-$2" "worker.name=$1"; }         # NAME LOG
 # An old librdkafka can't, and says so before it has read anything.
 if [ "$OFFSET_MAP" = 0 ]; then
     reason='delivery.mode=exactly-once needs librdkafka 2.2 or newer'
     "$LORAMILL" worker -c "$RUN/worker.properties" --check > "$RUN/check.log" 2>&1
     check "--check refuses exactly-once with status 2 (got $?)" [ $? -eq 2 ]
     check "by name" grep -q "$reason" "$RUN/check.log"
-    start_worker a refused
+    worker a refused
     wait $!
     check "a worker ends with status 2 (got $?)" [ $? -eq 2 ]
     check "and says why" grep -q "$reason" "$RUN/worker-refused.log"
     exit 0
 fi
-start_worker a a0; A=$!
-start_worker b b0; B=$!
+worker a a0; A=$!
+worker b b0; B=$!
 d produce prompts 0 "$N"
 for i in 1 2 3 4; do
     sleep 0.$((RANDOM % 9))
     kill -9 -- "-$A"; wait "$A" 2>/dev/null
-    start_worker a "a$i"; A=$!
+    worker a "a$i"; A=$!
     wait_until 30 grep -q 'assigned prompts' "$RUN/worker-a$i.log"
     d produce prompts $((N + i * 2000 - 2000)) 2000
 done
@@ -84,7 +81,7 @@ check "and hold nobody up" d wait replies $((N + 12100)) 20
 # A zombie: stopped with work in hand until its twin has taken over, then woken.
 d produce prompts $((N + 12100)) 8000
 kill -STOP "$A"
-start_worker a twin; T=$!
+worker a twin; T=$!
 check "the twin and the other worker answer all" d wait replies $((N + 20100)) 90
 kill -CONT "$A"
 zombie_ends() { ! kill -0 "$A" 2>/dev/null || ! kill -0 "$T" 2>/dev/null; }

@@ -9,7 +9,6 @@
 : "${PROTOCOLS:=classic consumer}" "${MODES:=at-least-once exactly-once}"
 infra_begin gaps
 kafka_start 1 || die "the broker started"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 topic_create replies 2; topic_create dead 1
 topic_create txn 2; topic_create compacted 1 cleanup.policy=compact segment.ms=500 \
     min.cleanable.dirty.ratio=0.01 max.compaction.lag.ms=1000
@@ -24,11 +23,8 @@ kafka.bootstrap.servers=$BOOTSTRAP
 kafka.topic.metadata.refresh.interval.ms=1000
 P
 worker() {      # NAME PROPERTY...
-    local name=$1 set=(); shift
-    for s in "worker.name=$name" "group.id=$name" $(group_properties) "$@"; do set+=(--set "$s"); done
     N=$((${N:-0} + 1))
-    spawn "$RUN/worker-$name.$N.log" "$LORAMILL" worker -c "$RUN/worker.properties" "${set[@]}"
-    W=$!
+    start_worker "worker-$1.$N" "worker.name=$1" "group.id=$1" $(group_properties) "${@:2}"
 }
 end() { kill -TERM "$W"; wait "$W"; check "$1: status 0 (got $?)" [ $? -eq 0 ]; }
 lag_is_zero() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag "$1" "$1" |
@@ -97,7 +93,6 @@ check "and committed there" wait_until 30 lag_is_zero deleted
 end deleted
 fi
 
-ended() { case $(ps -o stat= -p "$1") in ''|Z*) return 0 ;; *) return 1 ;; esac; }
 topic_create twins 2
 if part twins; then
 for GROUP_PROTOCOL in $PROTOCOLS; do
