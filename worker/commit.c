@@ -193,6 +193,15 @@ void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
     rd_kafka_topic_partition_list_destroy(l);
 }
 
+void commit_tick(consumer *c)
+{
+    int64_t now = lm_now_us();
+    if (now < c->next_commit_us && !c->iso.wanted)
+        return;
+    c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
+    commit_start(c, NULL);
+}
+
 void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only)
 {
     wait_for_commit(c);

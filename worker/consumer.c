@@ -283,10 +283,7 @@ static void housekeeping(consumer *c)
     admission_control(c);
     commit_serve(c, 0);
     isolation_serve(c);
-    if (now >= c->next_commit_us || c->iso.wanted) {
-        c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
-        commit_start(c, NULL);
-    }
+    commit_tick(c);
     if (c->new_protocol && group_protocol_missing(&c->protocol, now))
         give_up(c, "the group's coordinator has no ConsumerGroupHeartbeat");
     if (now >= c->next_snapshot_us) {

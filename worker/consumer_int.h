@@ -112,6 +112,7 @@ void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *part
 void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one under way */
 /* Starts a commit of what is new; nothing when one is under way. */
 void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only);
+void commit_tick(consumer *c);          /* when the interval is over, or a mark is wanted */
 void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only);      /* and waits */
 
 /* Is there an offset, a map or a mark of this partition to commit? */

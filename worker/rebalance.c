@@ -125,22 +125,58 @@ void rebalance_hand_back(consumer *c, const rd_kafka_topic_partition_list_t *onl
 
 /* ---- assigned --------------------------------------------------------------------------- */
 
-/* The group's offsets with their maps. While an open transaction of the last owner is waited for,
- * what the partitions that stay have finished is committed as ever: should this worker die now, it
- * is not done again. False: the broker doesn't answer. */
+struct question {
+    rd_kafka_t *rk;
+    rd_kafka_topic_partition_list_t *l;
+    int timeout_ms;
+    rd_kafka_resp_err_t error;
+    struct job_queue *wake;
+    atomic_bool answered;
+};
+
+static void *ask_group(void *arg)
+{
+    struct question *q = arg;
+    q->error = rd_kafka_committed(q->rk, q->l, q->timeout_ms);
+    for (int i = 0; !q->error && i < q->l->cnt; i++)
+        q->error = q->l->elems[i].err;
+    atomic_store(&q->answered, true);
+    job_queue_wake(q->wake);
+    return NULL;
+}
+
+/* One try. The group's answer takes as long as the transaction of an owner that died is open, so
+ * another thread waits for it: this one commits what the partitions that stay have finished, as
+ * ever. Should it die now, no more is done again than at any other time. */
+static rd_kafka_resp_err_t ask_committed(consumer *c, rd_kafka_topic_partition_list_t *l,
+                                         int timeout_ms)
+{
+    struct question q = { .rk = c->rk, .l = l, .timeout_ms = timeout_ms, .wake = &c->w->done };
+    pthread_t asking;
+    if (pthread_create(&asking, NULL, ask_group, &q)) {
+        ask_group(&q);
+        return q.error;
+    }
+    while (!atomic_load(&q.answered)) {
+        atomic_store(&c->w->consumer_beat_us, lm_now_us());
+        consumer_take_finished(c, DRAIN_POLL_MS);
+        staging_serve(c);
+        isolation_serve(c);
+        commit_serve(c, 0);
+        commit_tick(c);
+    }
+    pthread_join(asking, NULL);
+    return q.error;
+}
+
+/* The group's offsets with their maps. False: the broker doesn't answer. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
     int64_t end = lm_now_us() + (int64_t)COMMITTED_BUDGET_MS * 1000;
     for (int ms = COMMITTED_FIRST_MS; e && lm_now_us() < end && !atomic_load(&c->w->stopping);
          ms = LM_MIN(ms * 2, COMMITTED_MOST_MS)) {
-        atomic_store(&c->w->consumer_beat_us, lm_now_us());
-        consumer_take_finished(c, 0);
-        staging_serve(c);
-        e = rd_kafka_committed(c->rk, l, ms);
-        for (int i = 0; !e && i < l->cnt; i++)
-            e = l->elems[i].err;
-        if (e)
+        if ((e = ask_committed(c, l, ms)))
             lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
     }
     for (int i = 0; i < l->cnt; i++)

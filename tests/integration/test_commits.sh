@@ -3,8 +3,9 @@
 #
 # delivery.mode=exactly-once when the ends of transactions go astray: a commit whose answer is lost, one
 # that comes to the broker when it has long been sent again, and a worker that is stopped in the middle of
-# one while its twin takes its transactional.id. A read_committed reader sees each id once. All of it on a
-# broker that takes no commit metadata as long as the workers would send: they send less, and say so once.
+# one while its twin takes its transactional.id. A read_committed reader sees each id once. And one that dies
+# in the middle of one: who waits for its offsets goes on committing what it has finished itself. All of it
+# on a broker that takes no commit metadata as long as the workers would send: they send less, and say so once.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin commits
 KAFKA_EXTRA=offset.metadata.max.bytes=30 PROXIED=1 kafka_start 1 || die "the broker started"
@@ -81,3 +82,52 @@ check "the twin goes on" d wait astray-replies 2200 30
 d verify astray-replies 0 2200 0 > "$RUN/verify.log" || FAILED=1
 cat "$RUN/verify.log"
 kill -TERM "$TWIN"; wait "$TWIN"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
+
+# Killed in the middle of a commit: the offsets of its partition can't be had until the broker ends that
+# transaction. The worker that gets the partition commits meanwhile what it finishes of the one that it keeps:
+# within a try to get them, not over several (each is twice as long as the last, and leaves a line in the log).
+topic_create heir 2; topic_create heir-replies 1
+ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+port=$(free_ports 1)
+heir() {            # NAME BOOTSTRAP [TRANSACTION-TIMEOUT]
+    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1" \
+        --set "kafka.bootstrap.servers=$2" --set topics.prompts=heir --set topics.replies=heir-replies \
+        --set group.id=heir --set "adapters.url=http://127.0.0.1:$port/{adapter}" \
+        --set "adapters.cache_dir=$RUN/cache" --set retry.backoff_ms=50 --set retry.backoff_max_ms=100 \
+        --set "kafka.producer.transaction.timeout.ms=${3:-10000}" \
+        --set commit.map_max_bytes=0 --set poison.max_attempts=0; W=$!      # no metadata: the first is taken
+    wait_until 30 has 'assigned heir' "worker-$1" || die "worker $1 has partitions"
+}
+tries() { grep -c 'committed offsets: ' "$RUN/worker-heir.log"; }
+has_tried() { [ "$(tries)" -ge "$1" ]; }
+prompts() {         # PARTITION COUNT [ADAPTER]
+    "$PYTHON" - "$BOOTSTRAP" "$@" <<'P'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(int(sys.argv[3])):
+    p.produce("heir", json.dumps({"id": f"h-{sys.argv[2]}-{i}", "prompt": "x"} |
+              ({"adapter": sys.argv[4]} if sys.argv[4:] else {})), partition=int(sys.argv[2]))
+assert not p.flush(20)
+P
+}
+heir heir "$BOOTSTRAP"; HEIR=$W
+: > "$RUN/proxy.log"; echo "hang-at 26 dies" > "$RUN/proxy.mode"; sleep 0.5
+heir dies "$PROXY_BOOTSTRAP" 60000; DIES=$W
+his=$(sed -n 's/.* assigned heir \[\(.\)\].*/\1/p' "$RUN/worker-dies.log" | head -1) kept=$((1 - his))
+prompts $kept 50 "$ADAPTER"                         # they wait: the store is away
+prompts "$his" 50
+wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
+kill -9 -- "-$DIES"; wait "$DIES" 2> /dev/null
+check "the heir asks for the offsets of the dead" wait_until 30 has_tried 2
+nginx_start tests/models/storefront-adapters > /dev/null
+sed "s/listen 127.0.0.1:[0-9]*/listen 127.0.0.1:$port/" "$RUN/nginx/nginx.conf" > "$RUN/nginx/at.conf"
+spawn "$RUN/nginx/at.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/at.conf" -e "$RUN/nginx/error.log"
+before=$(tries)
+is_committed() { [[ "$(d committed heir heir $kept)" == "50 "* ]]; }     # his open transaction hides the replies
+check "and commits what it finishes" wait_until 30 is_committed
+n=$(($(tries) - before))
+waits() { [ $n -le 1 ] && ! has "assigned heir \[$his\]" worker-heir-since; }
+sed '1,/revoked heir/d' "$RUN/worker-heir.log" > "$RUN/worker-heir-since.log"
+check "while it waits for them ($n tries later)" waits
+kill -9 -- "-$HEIR"
