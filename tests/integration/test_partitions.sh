@@ -95,10 +95,14 @@ store_down
 # 2. Records deleted before they were read: reading goes on at what is left.
 topic_create gone 1; topic_create gone-replies 1
 d produce gone 0 3000 "$ADAPTER" 1
-worker gone gone topics.replies=gone-replies intake.max_messages=20
+worker gone gone topics.replies=gone-replies intake.max_messages=20 "http.port=$HTTP"
+# What it has read is answered too, so it must have read before they are deleted.
+is_full() { [ "$(metric intake_paused)" = 1 ]; }
+check "intake is full" wait_until 30 is_full
+read_on=$(metric consumed_records_total)
 p delete gone 2500
 store_up
-check "what is left is read" d wait gone-replies 520 60
+check "what is left is read, and the $read_on before are answered" d wait gone-replies $((read_on + 500)) 60
 check "and nothing lags behind" wait_until 20 lag_is_zero gone
 stop "$W" "it"; store_down
 
@@ -106,8 +110,7 @@ stop "$W" "it"; store_down
 topic_create paused 2; topic_create paused-replies 1
 d produce paused 0 2000 "$ADAPTER" 1
 worker p1 paused topics.replies=paused-replies intake.max_messages=50 "http.port=$HTTP" revoke.drain_ms=500; A=$W
-is_paused() { [ "$(metric intake_paused)" = 1 ]; }
-check "intake is paused" wait_until 20 is_paused
+check "intake is paused" wait_until 20 is_full
 worker p2 paused topics.replies=paused-replies intake.max_messages=50 drain.timeout_ms=500
 stop "$W" "the worker that came"
 back() { [ "$(metric partitions_assigned)" = 2 ]; }
