@@ -313,12 +313,14 @@ test-matrix:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test matrix
 	$(Q)DEPS='$(DEPS)' tests/matrix/run
 
-# Ten minutes of faults with the shipped model, half of them in each delivery mode.
+# Ten minutes of faults with the shipped model, half of them in each delivery mode; many kills, so that
+# suspicion of poison is raised all the time.
 chaos:
 	$(Q)DEPS='$(DEPS)' ops/setup.sh build test
 	$(Q)$(MAKE) $(jobs) --no-print-directory all
 	$(Q)for mode in exactly-once at-least-once; do \
-	    BUILD=$(BUILD) DEPS='$(DEPS)' SECONDS_OF_FAULTS=300 MODE=$$mode tests/chaos/run || exit 1; done
+	    BUILD=$(BUILD) DEPS='$(DEPS)' SECONDS_OF_FAULTS=300 PAUSE=2 KILLS=40 MODE=$$mode \
+	        tests/chaos/run || exit 1; done
 
 # 100,000 short prompts and at least 200 kills; no time limit. The result is kept in docs/chaos.md.
 chaos-long:

@@ -6,11 +6,12 @@
       registry) Avro, base model and adapters, one in 25 bad, one in 40 long, one in 50 with its
       reply in `side`, a topic that the suite deletes. JOURNAL gets a line for each that the
       brokers hold.
-  chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE
+  chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE CONDEMNED
       Reads the outcomes with read_committed while the faults happen. Every few seconds: whatever
       the group has committed, offset or map, must have its outcome. When the file DONE is there,
       waits up to SECONDS for the rest. MODE exactly-once: each id once. At-least-once: repeats are
-      of one kind. What was generated twice is work.py's.
+      of one kind. What was generated twice is work.py's; so is whether prompts that kill nobody
+      were rightly taken for poison: they go to the file CONDEMNED, a line each.
 
 The map's text is decoded here by a second implementation, from worker/offset_map.h.
 """
@@ -199,6 +200,7 @@ class Oracle:
         self.ask_anew(bootstrap)
         self.journal = Journal(journal)
         self.got = collections.defaultdict(list)        # id: topics
+        self.poison = {}                                # id: [partition, offset] of its prompt
         self.samples, self.bad = 0, []
         while True:
             try:
@@ -221,7 +223,15 @@ class Oracle:
         messages = [m for m in self.c.consume(2000, timeout=timeout) if not m.error()]
         for m in messages:
             self.got[outcome_id(m)].append(m.topic())
+            if m.topic() == "dead":
+                self.note_poison(m)
         return len(messages)
+
+    def note_poison(self, m):
+        h = dict(m.headers())
+        if h["loramill-error-code"] == b"poison":
+            self.poison[outcome_id(m)] = [int.from_bytes(h[f"kafka_dlt-original-{x}"], "big")
+                                          for x in ("partition", "offset")]
 
     def read_to_end(self, seconds):
         """All that is written now, once it is committed or aborted: a transaction is durable before
@@ -275,7 +285,7 @@ def say(good, what):
     return good
 
 
-def watch(bootstrap, group, journal, done, seconds, mode):
+def watch(bootstrap, group, journal, done, seconds, mode, condemned):
     o, deadline, next_sample = Oracle(bootstrap, group, journal), None, 0
     while not deadline or time.time() < deadline:
         o.take(0.5)
@@ -297,10 +307,14 @@ def watch(bootstrap, group, journal, done, seconds, mode):
     lost = sorted(i for i in ids if len(o.got.get(i, [])) < copies[i])
     strange = sorted(set(o.got) - set(copies))
     mixed = sorted(i for i in o.got if len(set(o.got[i])) > 1)
-    wrong = sorted(i for i in ids & set(o.got) if ("dead" in o.got[i]) != is_bad(int(i[2:])))
+    innocent = {i: where for i, where in o.poison.items() if not is_bad(int(i[2:]))}
+    wrong = sorted(i for i in (ids & set(o.got)) - set(innocent)
+                   if ("dead" in o.got[i]) != is_bad(int(i[2:])))
+    with open(condemned, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps([i, *where]) + "\n" for i, where in sorted(innocent.items()))
     again = sorted(i for i in o.got if len(o.got[i]) > max(copies[i], 1))
     print(f"# {len(ids)} prompts, {sum(x[0] == 'dead' for x in o.got.values())} dead letters, "
-          f"{len(copies) - len(ids)} excluded (their replies went to the topic that was deleted)")
+          f"{len(innocent)} of them for bad luck, {len(copies) - len(ids)} excluded (their replies went to the topic that was deleted)")
     print(f"# {len(again)} outcomes come again, {sum(copies.values()) - len(copies)} prompts are in their "
           f"topic twice; {o.samples} samples of what was committed; the last outcome was read {last:.0f} s "
           "after the last fault")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was generated twice in a chaos run, and why.
 
-  work.py BOOTSTRAP GROUP RUN INTERVAL_MS
+  work.py BOOTSTRAP GROUP RUN INTERVAL_MS ATTEMPTS
       RUN is the run's folder: `faults.log` (what befell whom, when) and a log of each worker
       process, `worker-NAME.N.log`, whose debug lines say when a prompt entered the engine and when
       it was generated. A line is one write(), so SIGKILL takes none back: a generation is counted
@@ -21,6 +21,11 @@ into the engine and the group's offsets did not cover.
   2. No prompt enters an engine after its progress was committed, in a tenure that goes on. (This is
      what the offset map is for: it fails when maps are not written, not read, or not believed.)
   3. An orderly end (revoked, SIGTERM) gives nothing finished back, unless the brokers were away.
+  4. What was generated again because its process was killed had been finished for at most one commit
+     interval, and a second for a busy machine's brokers to answer, unless the brokers were away.
+  5. A prompt that kills nobody is a dead letter `poison` only if at least ATTEMPTS owners of its
+     partition died or were thrown out before, and two of them while it ran alone in their engine
+     (what worker/quarantine.h promises; RUN/condemned.jsonl names such prompts). ATTEMPTS=0: none.
 
 So an aborted transaction, a broker that dies, a slow network repeat nothing, and what deaths and
 losses repeat is part of what was held at each; both sums are printed, by cause:
@@ -32,6 +37,7 @@ losses repeat is part of what was held at each; both sums are printed, by cause:
 import calendar
 import collections
 import glob
+import json
 import os
 import re
 import struct
@@ -44,10 +50,12 @@ from chaos import client, decode_map, say, varint
 
 FOREVER = float("inf")
 CLOCK = 0.005           # stamps have milliseconds
+ANSWER = 1              # seconds: of a commit, on a busy machine
 RECOVERY = 10           # seconds: kafka.socket.timeout.ms of the workers
 STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z (\w+ +\[[^]]*\] \w+): (.*)")
 FAILS = re.compile(r"ERROR .* worker$")
 WORK = re.compile(r"prompts \[(\d+)\] @(\d+) (runs|is generated)$")
+ALONE = re.compile(r"prompts \[(\d+)\] @(\d+) runs alone: ")
 OWNS = re.compile(r"(assigned|revoked|lost) prompts \[(\d+)\]")
 
 
@@ -112,6 +120,7 @@ class Tenure:
         self.end, self.cause = FOREVER, None        # as the process knew it
         self.over = FOREVER                         # as the group knew it
         self.runs, self.done = {}, collections.defaultdict(list)    # offset: when
+        self.alone = set()                          # offsets that ran, or were to run, alone
 
 
 class Process:
@@ -133,6 +142,9 @@ class Process:
                 t.runs.setdefault(int(m[2]), when)
             elif t:
                 t.done[int(m[2])].append(when)
+        elif m := ALONE.match(text):
+            if t := held.get(int(m[1])):
+                t.alone.add(int(m[2]))
         elif m := OWNS.match(text):
             p = int(m[2])
             if m[1] == "assigned":
@@ -249,6 +261,24 @@ class Verdict:
                 f"{t.process.name} ({t.cause or 'held'})" for _, t in times))
 
 
+BADLY = ("killed", "failed", "lost")
+
+
+def unproven(run, by_partition, attempts):
+    """Of the innocent that were condemned: how many there are, and those for which the deaths that
+    the worker's documentation asks for did not happen."""
+    with open(f"{run}/condemned.jsonl", encoding="utf-8") as f:
+        condemned = list(map(json.loads, f))
+    bad = []
+    for i, p, o in condemned:
+        deaths = [t for t in by_partition[p] if t.cause in BADLY]
+        alone = {t.process.name for t in deaths if o in t.alone}
+        if not attempts or len(deaths) < attempts or len(alone) < 2:
+            bad.append(f"{i}, prompts [{p}] @{o}: {len(deaths)} owners died, while it was alone: "
+                       f"{sorted(alone)}")
+    return len(condemned), bad
+
+
 def report(v, by_partition, interval_ms):
     ends = collections.Counter(t.cause for x in by_partition.values() for t in x)
     for c in CAUSES:
@@ -261,7 +291,7 @@ def report(v, by_partition, interval_ms):
             print("#", line)
 
 
-def judge(bootstrap, group, run, interval_ms):
+def judge(bootstrap, group, run, interval_ms, attempts):
     covered, commits = first_covered(bootstrap, group)
     processes, by_partition, trouble = read_run(run)
     v = Verdict(covered, by_partition, trouble)
@@ -270,13 +300,25 @@ def judge(bootstrap, group, run, interval_ms):
     print(f"# {work} generations of {len(v.generations)} prompts by {len(processes)} processes; "
           f"{commits} commits of a partition's offset")
     report(v, by_partition, interval_ms)
+    condemned, rashly = unproven(run, by_partition, int(attempts))
+    turns = sum(len(t.alone) for x in by_partition.values() for t in x)
+    ends = sum(v.progress((p, o)) > t.over for p, x in by_partition.items() for t in x
+               if t.cause in BADLY for o in t.alone)
+    print(f"# {turns} turns of prompts that were to run alone, {ends} of them unfinished when their "
+          "worker died")
+    for line in rashly[:5]:
+        print("#", line)
     good = [say(work and commits, "the workers' logs and the group's history are there"),
             say(again <= held, f"{again} prompts were generated twice, of {held} in flight when "
                 "their partition or their process went"),
             say(not v.inexcusable, f"each of them was one of those ({len(v.inexcusable)} were not)"),
+            say(v.oldest[0] <= float(interval_ms) / 1000 + ANSWER, "at a kill none of them had been "
+                f"finished for more than {interval_ms} ms and {ANSWER} s"),
             say(not v.late, f"nothing ran whose progress was committed ({len(v.late)} did)"),
             say(not v.given_back, "an orderly end gives nothing finished back "
-                f"({len(v.given_back)} given back)")]
+                f"({len(v.given_back)} given back)"),
+            say(not rashly, f"of {condemned} prompts that were taken for poison each was alone with "
+                f"two deaths ({len(rashly)} were not)")]
     return 0 if all(good) else 1
 
 
