@@ -167,7 +167,8 @@ with_zookeeper() { case $KAFKA in [12].*) return 0 ;; *) return 1 ;; esac; }
 kafka_role() {
     local listeners=PLAINTEXT://127.0.0.1:$2 map=PLAINTEXT:PLAINTEXT
     if with_zookeeper; then
-        printf '%s\n' "broker.id=$1" "zookeeper.connect=127.0.0.1:${4##*:}"
+        # A broker that was killed can't come back before its session is over; 18 s if nothing is said.
+        printf '%s\n' "broker.id=$1" "zookeeper.connect=127.0.0.1:${4##*:}" zookeeper.session.timeout.ms=6000
     else
         printf '%s\n' process.roles=broker,controller "node.id=$1" "controller.quorum.voters=$4" \
             controller.listener.names=CONTROLLER

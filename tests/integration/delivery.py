@@ -51,7 +51,12 @@ def produce(bootstrap, topic, first, count, adapter=None, every="0"):
 
 
 def partitions(c, topics):
-    md = c.list_topics(timeout=10)
+    """A broker that has just started may not know its topics yet (2.8 with ZooKeeper)."""
+    for _ in range(60):
+        md = c.list_topics(timeout=10)
+        if all(t in md.topics and md.topics[t].partitions for t in topics.split(",")):
+            break
+        time.sleep(0.5)
     return [TopicPartition(t, p, 0) for t in topics.split(",") for p in md.topics[t].partitions]
 
 
