@@ -25,6 +25,8 @@ struct upload {
     size_t bytes, largest;      /* of all pieces together, and of the largest */
     pthread_t thread[MAX_THREADS];
     int n_threads;              /* running */
+    int64_t begun_us;
+    _Atomic(int64_t) ended_us;  /* of the last thread so far */
     atomic_int next;
     atomic_bool stop;
     pthread_mutex_t mu;
@@ -140,6 +142,9 @@ static void work(upload *u)
             fail(u, i, st, &err);
     }
     kn_host_free(u->dev, buffer);
+    int64_t now = lm_now_us(), last = atomic_load(&u->ended_us);
+    while (now > last && !atomic_compare_exchange_weak(&u->ended_us, &last, now))
+        ;
 }
 
 static void *thread_main(void *arg)
@@ -177,10 +182,19 @@ void upload_start(upload *u)
     if (u->n > 0)
         qsort(u->piece, (size_t)u->n, sizeof *u->piece, by_place);
     u->failed_at = u->n;
+    u->begun_us = lm_now_us();
     int n = choose_threads(u);
     while (u->n_threads < n && n > 1 &&
            pthread_create(&u->thread[u->n_threads], NULL, thread_main, u) == 0)
         u->n_threads++;
+}
+
+static void log_speed(const upload *u, int threads)
+{
+    double s = (double)(atomic_load(&u->ended_us) - u->begun_us) / 1e6;
+    lm_log(LM_INFO, "engine", "weights: %.2f GB in %.2f s (%.1f GB/s) by %d thread%s",
+           (double)u->bytes / 1e9, s, s > 0 ? (double)u->bytes / 1e9 / s : 0, threads,
+           threads == 1 ? "" : "s");
 }
 
 static void join(upload *u)
@@ -191,9 +205,14 @@ static void join(upload *u)
 
 lm_status upload_wait(upload *u, struct lm_err *err)
 {
-    if (u->n_threads == 0 && u->n > 0)
+    const int threads = LM_MAX(u->n_threads, 1);
+    if (u->n_threads == 0 && u->n > 0) {
+        u->begun_us = lm_now_us();
         work(u);
+    }
     join(u);
+    if (u->status == LM_OK && u->n > 0)
+        log_speed(u, threads);
     if (u->status != LM_OK && err)
         *err = u->err;
     return u->status;

@@ -11,16 +11,14 @@
  * the next is being filled. Lanes let several threads upload at once, each with a stream of its
  * own, and a pair of buffers once it needs them; a lane is taken under the lock and used without
  * it.
- *
- * Conversions are loops without branches, so that a compiler makes vector code of them (the
- * Makefile asks for it): bits are selected, not jumped around.
  */
 #include "kernels/cuda/cuda_int.h"
 
-#include <float.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels/cuda/convert.h"
 
 #define LANES 16                /* the engine's uploading threads, at most */
 #define BUFFER_BYTES ((size_t)8 << 20)
@@ -121,111 +119,6 @@ static void lane_give(struct cuda_device *d, struct lane *l)
     pthread_mutex_unlock(&d->staging->lock);
 }
 
-/* ---- number formats -------------------------------------------------------------------- */
-
-static uint32_t bits_of(float f)
-{
-    uint32_t u;
-    memcpy(&u, &f, sizeof u);
-    return u;
-}
-
-static float float_of(uint32_t u)
-{
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
-}
-
-/* a where the mask's bits are set, else b. */
-static uint32_t pick(uint32_t mask, uint32_t a, uint32_t b)
-{
-    return (a & mask) | (b & ~mask);
-}
-
-static uint16_t to_bf16(float f)
-{
-    uint32_t u = bits_of(f);
-    const uint32_t nan = 0u - ((u & 0x7fffffff) > 0x7f800000);
-    return (uint16_t)(pick(nan, u | 0x400000, u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-static float from_f16(uint16_t h)
-{
-    const uint32_t all = 0u - ((h & 0x7c00) == 0x7c00);         /* infinity or a NaN */
-    uint32_t mag = bits_of(float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f);
-    return float_of(mag | (all & 0x7f800000) | (uint32_t)(h & 0x8000) << 16);
-}
-
-static void convert_row(uint16_t *restrict out, const void *src, size_t from, size_t n,
-                        enum kn_dtype t)
-{
-    if (t == KN_BF16) {
-        memcpy(out, (const uint16_t *)src + from, n * sizeof *out);
-    } else if (t == KN_F16) {
-        const uint16_t *in = (const uint16_t *)src + from;
-        for (size_t i = 0; i < n; i++)
-            out[i] = to_bf16(from_f16(in[i]));
-    } else {
-        const float *in = (const float *)src + from;
-        for (size_t i = 0; i < n; i++)
-            out[i] = to_bf16(in[i]);
-    }
-}
-
-/* Of a number that is at most 448. */
-static uint8_t to_e4m3(float f)
-{
-    const uint32_t u = bits_of(f), mag = u & 0x7fffffff;
-    const uint32_t tiny = 0u - (mag < 0x3c800000), most = 0u - (mag >= 0x43e00000);
-    /* Subnormal: the adder rounds to 2^-9. */
-    const uint32_t sub = bits_of(float_of(mag) + 0x1p14f) - bits_of(0x1p14f);
-    const uint32_t normal = (mag + 0x7ffff + (mag >> 20 & 1) - 0x3c000000) >> 20;
-    return (uint8_t)((u >> 24 & 0x80) | pick(most, 0x7e, pick(tiny, sub, normal)));
-}
-
-static void widen(float *restrict out, const void *src, size_t n, enum kn_dtype t)
-{
-    const uint16_t *half = src;
-    if (t == KN_F32)
-        memcpy(out, src, n * sizeof *out);
-    else if (t == KN_F16)
-        for (size_t i = 0; i < n; i++)
-            out[i] = from_f16(half[i]);
-    else
-        for (size_t i = 0; i < n; i++)
-            out[i] = float_of((uint32_t)half[i] << 16);
-}
-
-#define TILE 1024               /* numbers widened at a time: they stay in the nearest cache */
-
-/* A whole row, and its scale; false if it holds a number that is not finite. Magnitudes are
- * compared as integers, which are in the same order. */
-static bool scale_row(uint8_t *restrict out, float *scale, const void *src, size_t from, size_t n,
-                      enum kn_dtype t)
-{
-    const char *in = (const char *)src + from * kn_dtype_size(t);
-    float tile[TILE];
-    int32_t most = 0;
-    for (size_t i = 0; i < n; i += TILE) {
-        const size_t k = LM_MIN(TILE, n - i);
-        widen(tile, in + i * kn_dtype_size(t), k, t);
-        for (size_t j = 0; j < k; j++)
-            most = LM_MAX(most, (int32_t)(bits_of(tile[j]) & 0x7fffffff));
-    }
-    if (most >= 0x7f800000)
-        return false;
-    const float s = most > 0 ? LM_MAX(float_of((uint32_t)most) / 448, FLT_MIN) : 1;
-    for (size_t i = 0; i < n; i += TILE) {
-        const size_t k = LM_MIN(TILE, n - i);
-        widen(tile, in + i * kn_dtype_size(t), k, t);
-        for (size_t j = 0; j < k; j++)
-            out[i + j] = to_e4m3(tile[j] / s);
-    }
-    *scale = s;
-    return true;
-}
-
 /* ---- life ------------------------------------------------------------------------------ */
 
 static size_t scales_at(const kn_mat *m)
@@ -297,7 +190,7 @@ static cudaError_t send(struct cuda_mat *m, struct lane *l, int which, const str
     if (e != cudaSuccess)
         return e;
     for (int i = 0; i < rows; i++)
-        convert_row(buffer + (size_t)i * (size_t)cols, r->src,
+        conv_row(buffer + (size_t)i * (size_t)cols, r->src,
                     (size_t)(r0 + i) * r->ld + (size_t)c0, (size_t)cols, r->t);
     uint16_t *dst = (uint16_t *)m->data + (size_t)(r->row0 + r0) * (size_t)m->base.cols +
                     (size_t)(r->col0 + c0);
@@ -360,8 +253,8 @@ static cudaError_t send_scaled(struct cuda_mat *m, struct lane *l, const struct 
         float *scale = (float *)(void *)(out + BUFFER_BYTES) - fit;
         e = cudaEventSynchronize(l->sent[which]);
         for (int i = 0; i < n && e == cudaSuccess && *bad < 0; i++)
-            if (!scale_row(out + (size_t)i * cols, scale + i, r->src, (size_t)(r0 + i) * r->ld,
-                           cols, r->t))
+            if (!conv_scaled_row(out + (size_t)i * cols, scale + i, r->src,
+                                 (size_t)(r0 + i) * r->ld, cols, r->t))
                 *bad = row0 + i;
         if (e == cudaSuccess)
             e = cudaMemcpyAsync((uint8_t *)m->data + (size_t)row0 * cols, out, (size_t)n * cols,

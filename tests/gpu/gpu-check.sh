@@ -124,7 +124,7 @@ bench() {
 }
 
 # What the engine says about its start.
-opening() { grep -E 'engine: opene?' "$RESULTS/gpu-check.err" | sed 's/^[^ ]* *INFO *engine: /# /'; }
+opening() { grep -E 'engine: (opening|opened|weights):? ' "$RESULTS/gpu-check.err" | sed 's/^[^ ]* *INFO *engine: /# /'; }
 
 # The second of two starts finds program and libraries in memory.
 first_token() {
