@@ -135,10 +135,11 @@ static json_t *engine_json(const struct replay *r)
     const struct occupancy *p = &r->pool;
     double blocks = r->info.pool_blocks, steps = (double)s->steps;
     return json_pack(
-        "{s:I, s:f, s:f, s:I, s:I, s:I, s:i, s:f, s:f, s:I, s:I, s:I, s:I, s:I, s:I, s:i, s:f, s:f,"
-        " s:f, s:f, s:f, s:i, s:i, s:f}",
+        "{s:I, s:f, s:f, s:f, s:I, s:I, s:I, s:i, s:f, s:f, s:I, s:I, s:I, s:I, s:I, s:I, s:i, s:f,"
+        " s:f, s:f, s:f, s:f, s:i, s:i, s:f}",
         "steps", (json_int_t)s->steps, "adapters_per_step", per((double)s->step_adapters, steps),
-        "seqs_per_step", per((double)s->step_seqs, steps), "adapter_loads",
+        "seqs_per_step", per((double)s->step_seqs, steps), "host_us_per_step",
+        per((double)s->host_us, steps), "adapter_loads",
         (json_int_t)s->adapter_loads, "adapter_evictions", (json_int_t)s->adapter_evictions,
         "adapter_hits", (json_int_t)s->adapter_hits, "fetched", r->fetched, "adapter_gb",
         (double)s->adapter_bytes / 1e9, "swap_gb", (double)s->swap_bytes / 1e9, "swap_outs",
