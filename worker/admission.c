@@ -25,9 +25,11 @@
  */
 #include "worker/consumer_int.h"
 
-#include <time.h>
-
-enum { CROWDED_LOOK_US = 100000 };
+enum {
+    CROWDED_LOOK_US = 100000,
+    MARK_WAIT_MS = 250,         /* for a commit's answer */
+    TURN_MS = 2,
+};
 
 /* How long a burst may take before it costs a pause, by rank. */
 static const int settle_ms[CONSUMER_RANKS] = { 250, 40 };
@@ -53,13 +55,19 @@ static bool exceeds(const consumer *c, int64_t share)
 static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, 6 } };
 enum { RESUME_BESIDE = 7 };
 
-static void settle(consumer *c, int rank)
+/* Until the load has fallen, or the time is over. What lets it fall may wait for this thread: a
+ * transaction, or a commit with marks. `marks`: only while something waits for such a commit. */
+static void await_room(consumer *c, int64_t share, int ms, bool marks)
 {
-    int64_t end = lm_now_us() + settle_ms[rank] * 1000;
-    while (exceeds(c, shares[rank][1]) && lm_now_us() < end && !atomic_load(&c->w->stopping)) {
-        nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
+    int64_t end = lm_now_us() + ms * 1000;
+    while (exceeds(c, share) && (!marks || isolation_waiting(c)) && lm_now_us() < end &&
+           !atomic_load(&c->w->stopping)) {
         consumer_take_finished(c, 0);
-        staging_serve(c);       /* a transaction that waited for us is what lets the load fall */
+        staging_serve(c);
+        isolation_serve(c);
+        if (c->iso.wanted)
+            commit_start(c, NULL);
+        commit_serve(c, TURN_MS);
     }
 }
 
@@ -89,7 +97,7 @@ static bool update_rank(consumer *c, int rank)
     }
     if (!exceeds(c, shares[rank][1]) || (rank > 0 && !anyone_lower(c)))
         return false;
-    settle(c, rank);
+    await_room(c, shares[rank][1], settle_ms[rank], false);
     return c->full[rank] = exceeds(c, shares[rank][1]);
 }
 
@@ -156,25 +164,14 @@ static void apply(consumer *c, const rd_kafka_topic_partition_list_t *only, bool
     }
 }
 
-enum { MARK_WAIT_US = 250000 };        /* for a commit's answer */
-
 /* Once per spell: when the answer doesn't come, we pause. */
 static void await_marks(consumer *c)
 {
-    int64_t now = lm_now_us(), end = now + MARK_WAIT_US;
     if (!isolation_waiting(c)) {
         c->awaited = false;
-        return;
-    }
-    for (; !c->awaited && exceeds(c, shares[1][1]) && isolation_waiting(c) &&
-           !atomic_load(&c->w->stopping); now = lm_now_us()) {
-        c->awaited = now >= end;
-        consumer_take_finished(c, 0);
-        staging_serve(c);
-        isolation_serve(c);
-        if (c->iso.wanted)
-            commit_start(c, NULL);
-        commit_serve(c, 1);
+    } else if (!c->awaited) {
+        await_room(c, shares[1][1], MARK_WAIT_MS, true);
+        c->awaited = isolation_waiting(c) && exceeds(c, shares[1][1]);
     }
 }
 
