@@ -12,45 +12,24 @@ Topics: prompts (4 partitions), replies (7), asked (8), dead. The worker runs th
 import json
 import random
 import sys
-import time
-import uuid
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+import trouble as t
+from confluent_kafka import Producer
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.avro import AvroDeserializer, AvroSerializer
 from confluent_kafka.serialization import MessageField, SerializationContext
+from trouble import Reader, check, header
 
 bootstrap, registry_url = sys.argv[1:3]
 java = json.load(open("tests/fixtures/java/java_cases.json", encoding="utf-8"))
 registry = SchemaRegistryClient({"url": registry_url})
 producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
-failed = False
 
 
-def check(what, good, detail=None):
-    global failed
-    print("ok" if good else "not ok", "-", what, "" if good or detail is None else f"({detail})")
-    failed = failed or not good
-
-
-def header(m, name):
-    return dict(m.headers() or []).get(name)
-
-
-class Reader:
-    def __init__(self, *topics):
-        self.c = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex})
-        parts = [TopicPartition(t, p) for t in topics
-                 for p in self.c.list_topics(t, timeout=10).topics[t].partitions]
-        for tp in parts:
-            tp.offset = self.c.get_watermark_offsets(tp, timeout=10)[1]
-        self.c.assign(parts)
-
-    def take(self, n, seconds=60):
-        got, end = [], time.time() + seconds
-        while len(got) < n and time.time() < end:
-            got += [m for m in self.c.consume(500, timeout=0.2) if not m.error()]
-        return got
+def take(r, n, seconds=60):
+    """The next n records of a reader."""
+    before = len(r.seen)
+    return r.until(lambda s: len(s) - before >= n, seconds)[before:]
 
 
 def evolution_and_python():
@@ -96,7 +75,7 @@ def evolution_and_python():
             continue
         send(f"python-{i}", value)
     producer.flush(30)
-    got = r.take(len(sent))
+    got = take(r, len(sent))
     dead = [header(m, "loramill-error-message") for m in got if m.topic() == "dead"]
     check(f"all {len(sent)} are answered, none is a dead letter", len(got) == len(sent) and not dead,
           (len(got), dead[:2]))
@@ -122,7 +101,7 @@ def spring():
                 (s["topic_header"], b"asked"),
                 (s["partition_header"], bytes.fromhex(s["partition"]))])
     producer.flush(30)
-    got = {m.key().decode(): m for m in r.take(len(java["spring"]))}
+    got = {m.key().decode(): m for m in take(r, len(java["spring"]))}
     for i, s in enumerate(java["spring"]):
         m = got.get(f"spring-{i}")
         check(f"Spring's correlation id {s['correlation']} comes back byte for byte, to partition 7",
@@ -137,7 +116,7 @@ def keys():
                          value=json.dumps({"id": f"key-{i}", "prompt": "x"}).encode())
     producer.flush(30)
     want = {f"key-{i}": k["7"] for i, k in enumerate(java["keys"]) if k["hex"]}
-    got = {json.loads(m.value())["id"]: m.partition() for m in r.take(len(java["keys"]))}
+    got = {json.loads(m.value())["id"]: m.partition() for m in take(r, len(java["keys"]))}
     wrong = {i: (got.get(i), p) for i, p in want.items() if got.get(i) != p}
     check(f"{len(want)} keys lie where kafka-clients would have put them", not wrong, wrong)
 
@@ -145,4 +124,4 @@ def keys():
 evolution_and_python()
 spring()
 keys()
-sys.exit(1 if failed else 0)
+sys.exit(1 if t.failed else 0)

@@ -26,15 +26,15 @@ kafka.bootstrap.servers=$BOOTSTRAP
 $(group_properties)
 P
 
-start_worker() { spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1"; }
-start_worker a; A=$!
-start_worker b; B=$!
+worker() { start_worker "worker-$1" "worker.name=$1"; }
+worker a; A=$W
+worker b; B=$W
 "$PYTHON" tests/integration/job.py make "$N" tests/models/storefront-adapters tests/models/orders.txt "$RUN/job"
 "$PYTHON" tests/integration/job.py produce "$BOOTSTRAP" prompts "$RUN/job" || die "prompts produced"
 
 check "the job gets half-way" "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead $((N * 4 / 10)) 180
 kill -9 -- "-$A"
-start_worker c; C=$!
+worker c; C=$W
 check "the job ends although a worker was killed" \
     "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead "$N" 240
 "$PYTHON" tests/integration/job.py verify "$BOOTSTRAP" replies dead prompts "$RUN/job" || FAILED=1

@@ -8,10 +8,9 @@
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin flow
 kafka_start 1 || die "the broker started"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 STORE_PORT=$(free_ports 1)      # nobody listens: prompts that name an adapter wait
 HTTP=$(free_ports 1)
-cat > "$RUN/base.properties" <<P
+cat > "$RUN/worker.properties" <<P
 engine.mode=echo
 adapters.url=http://127.0.0.1:$STORE_PORT/{adapter}
 adapters.cache_dir=$RUN/cache
@@ -25,14 +24,7 @@ http.port=$HTTP
 kafka.bootstrap.servers=$BOOTSTRAP
 P
 # worker NAME [KEY=VALUE]...; $W is its pid
-worker() {
-    local name=$1 set=(); shift
-    for s in "worker.name=$name" $(group_properties) "$@"; do set+=(--set "$s"); done
-    spawn "$RUN/worker-$name.log" "$LORAMILL" worker -c "$RUN/base.properties" "${set[@]}"
-    W=$!
-}
-metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" '$1 == m { print int($2) }'; }
-stop() { kill -TERM "$1"; wait "$1"; check "SIGTERM ends $2 with status 0 (got $?)" [ $? -eq 0 ]; }
+worker() { start_worker "worker-$1" "worker.name=$1" $(group_properties) "${@:2}"; }
 topic_create replies 2; topic_create dead 1
 
 # 1. Budgets. 5,000 prompts that can't run yet: the intake holds three quarters of its 200, for there

@@ -44,7 +44,6 @@ allow.everyone.if.no.acl.found=true
 listener.name.oauth.oauthbearer.sasl.jaas.config=org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub=\"broker\";"
 KAFKA_FORMAT="--add-scram SCRAM-SHA-512=[name=worker,password=$PASSWORD]"
 kafka_start 1 || die "the broker started"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 topic_create dead 1
 
 # worker NAME PORT-INDEX PROPERTY...; its own topics, so that each answers for itself; $W is its pid

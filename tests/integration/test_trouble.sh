@@ -27,20 +27,15 @@ kafka.session.timeout.ms=6000
 kafka.heartbeat.interval.ms=500
 journal.dir=$RUN/journal
 P
-PORT=$(free_ports 1)
+HTTP=$(free_ports 1)
 # worker NAME [KEY=VALUE]...: starts one; $W is its pid. /readyz is 200 once the worker has asked to
 # join its group; the answer, its partitions, comes later, and the cases below build on it.
 worker() {
-    local name=$1 set=(); shift
-    for s in "http.port=$PORT" "worker.name=$name" "$@"; do set+=(--set "$s"); done
-    spawn "$RUN/worker-$name.log" "$LORAMILL" worker -c "$RUN/worker.properties" "${set[@]}"
-    W=$!
-    wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $name is ready"
-    wait_until 30 assigned || die "worker $name has its partitions"
+    start_worker "worker-$1" "http.port=$HTTP" "worker.name=$1" "${@:2}"
+    wait_until 30 curl -sf "http://127.0.0.1:$HTTP/readyz" || die "worker $1 is ready"
+    wait_until 30 assigned || die "worker $1 has its partitions"
 }
 assigned() { [ "$(metric 'rebalances_total{event="assign"}')" -ge 1 ]; }
-stop() { kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" [ $? -eq 0 ]; }
-metric() { curl -sf "http://127.0.0.1:$PORT/metrics" | awk -v m="loramill_$1" '$1 == m { print $2 }'; }
 case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
 
 if part stream; then
@@ -49,7 +44,7 @@ case_ stream
 case_ errors
 n=$(metric 'records_total{outcome="dead_letter"}')
 check "a dead letter with its notice counts once ($n)" [ "$n" = 5 ]
-stop
+stop "$W" "the worker"
 fi
 
 if part stream; then
@@ -59,7 +54,7 @@ if part stream; then
 worker stream-once stream.interval_ms=20 errors.reply=true delivery.mode=exactly-once group.id=trouble-once
 case_ stream
 case_ errors
-stop
+stop "$W" "the worker"
 fi
 
 echo "topics.control=control" >> "$RUN/worker.properties"
@@ -69,26 +64,26 @@ worker cancel engine.max_seqs=64 engine.max_waiting=4
 case_ cancel_before "$LORAMILL" "$RUN/worker.properties" look before
 case_ cancel "$LORAMILL" "$RUN/worker.properties"
 check "orders that are none are ignored" wait_until 5 grep -q 'control \[0\] @.* is no' "$RUN/worker-cancel.log"
-stop
+stop "$W" "the worker"
 fi
 
 if part expiry; then
 worker expiry deadline.default_ms=1500 engine.max_seqs=64 stream.interval_ms=20
 case_ expiry
-stop
+stop "$W" "the worker"
 fi
 
 if part blocking; then
 worker blocking blocked.warn_ms=1000
-case_ blocking "$PORT"
+case_ blocking "$HTTP"
 check "the log names it" grep -qE 'prompts \[[01]\] @[0-9]+ is unfinished for [0-9]+ s \(in the engine\) and holds up 100' "$RUN/worker-blocking.log"
-stop
+stop "$W" "the worker"
 fi
 
 if part head; then
 worker head engine.mode=echo "adapters.url=http://127.0.0.1:$(free_ports 1)/{adapter}" "adapters.cache_dir=$RUN/cache-head"
 case_ head trouble
-stop
+stop "$W" "the worker"
 fi
 
 if part outage; then
@@ -102,19 +97,19 @@ before=$(metric 'rebalances_total{event="assign"}')
 case_ outage "$N" "$R" "${OUTAGE:-20}" "$ids"
 check "without a rebalance" [ "$before" = "$(metric 'rebalances_total{event="assign"}')" ]
 check "the waiting was counted as retries ($(metric retries_total))" [ "$(metric retries_total)" -gt 0 ]
-stop
+stop "$W" "the worker"
 fi
 
 if part claim; then
 worker refuse
 case_ claims refuse
-stop
+stop "$W" "the worker"
 mkdir -p "$RUN/objects"
 nginx_put "$RUN/objects"
 worker claim replies.too_large=claim "replies.claim_url=$STORE/{object}" replies.claim_above=500M
 case_ claims claim
 check "an object for the claim" [ "$(ls "$RUN/objects" | wc -l)" = 1 ]
-stop
+stop "$W" "the worker"
 
 mkdir "$RUN/s3"; echo 503 > "$RUN/s3/.mode"; : > "$RUN/s3/.log"
 S3=$(free_ports 1); topic_create tiny 1 max.message.bytes=2000; topic_create claimable 1
@@ -131,18 +126,18 @@ case_ claims_once away "$RUN/s3" "$run"
 aborted=$(metric transaction_aborts_total)
 check "there were aborted transactions ($aborted)" [ "${aborted:-0}" -gt 0 ]
 case_ claims_once hang "$RUN/s3" "$run"
-SECONDS=0; stop
+SECONDS=0; stop "$W" "the worker"
 check "a store that hangs does not hold up the shutdown ($SECONDS s)" [ "$SECONDS" -lt 10 ]
 echo ok > "$RUN/s3/.mode"
 claimer claim-b 'another key'
 check "a wrong secret is refused, waited for and said" wait_until 10 grep -q 'HTTP 403; trying again, its offset waits' "$RUN/worker-claim-b.log"
-stop
+stop "$W" "the worker"
 claimer claim-c 'secret/+key' transaction.interval_ms=30000
 case_ claims_once kill "$RUN/s3" "$run"
 kill -9 -- "-$W"; wait "$W" 2> /dev/null
 claimer claim-d 'secret/+key'
 case_ claims_once after "$RUN/s3" "$run"
-stop
+stop "$W" "the worker"
 fi
 
 if part poison; then
