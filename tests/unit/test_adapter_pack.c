@@ -25,19 +25,10 @@
 #include <string.h>
 
 #include "engine/adapter_internal.h"
+#include "rnd.h"
 
 #define CASES 4000
 #define MAX_LAYERS 80
-
-static uint64_t rng = 0x2545f4914f6cdd1du;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 struct setting {
     struct model_config model;

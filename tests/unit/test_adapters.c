@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "engine/adapters.h"
+#include "rnd.h"
 
 #define ALL 0x7fu
 #define MS 1000
@@ -162,16 +163,6 @@ struct ref_version {
     engine_adapter *held[4];
     int refs, rank;             /* rank 0: not there */
 };
-
-static uint64_t rng = 0x2545f4914f6cdd1du;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 /* The budget is kept, what is referenced is there, bytes and count are what a scan finds. */
 static void random_traffic(void **state)

@@ -20,6 +20,9 @@
 
 #include "engine/core.h"
 
+#define RND_SEED 0x9e3779b97f4a7c15u
+#include "rnd.h"
+
 #define ADAPTERS "tests/models/spm-tiny-adapters"
 #define KINDS 80                /* distinct prompt + adapter + length */
 #define REQUESTS 500
@@ -47,16 +50,7 @@ struct sent {
 
 static struct kind kinds[KINDS];
 static struct sent sent[REQUESTS];
-static uint64_t rng = 0x9e3779b97f4a7c15u;
 static uint64_t n_compared, n_near;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 static int pick(int n, const int *from)
 {

@@ -5,6 +5,7 @@
  * cost less than those of least recently used, which is simulated beside it.
  */
 #include "pool_world.h"
+#include "rnd.h"
 
 #include <math.h>
 
@@ -279,16 +280,6 @@ static void renewed_costs_keep_the_order(void **state)
 #define COPY 0.7                /* ms a block: 8 MiB, 12 GiB/s */
 #define FIXED 0.2
 #define PREFILL 3.2             /* ms a block: 16 tokens, 14 GFLOP each, 70 TFLOP/s */
-
-static uint64_t rng;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 /* Zipf of exponent 1 by its inverse: rank ~ n^u. */
 static int pick_adapter(void)

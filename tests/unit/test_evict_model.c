@@ -11,6 +11,7 @@
  * Uploaded bytes are read back: an adapter's blocks must hold its own image.
  */
 #include "pool_world.h"
+#include "rnd.h"
 
 #define BLOCKS 72
 #define SEQS 10
@@ -53,16 +54,6 @@ static struct ref_adapter ref[ADAPTERS + 1];
 static struct seq_sim seq[SEQS];
 static double level;
 static uint64_t tick, serial, evictions[2], found, wanted_left;
-
-static uint64_t rng = 0x2545f4914f6cdd1du;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 static struct evict_version *version_of(int v)
 {

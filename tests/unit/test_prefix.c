@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "engine/prefix.h"
+#include "rnd.h"
 
 #define BLOCKS 60
 #define BT 4
@@ -42,16 +43,7 @@ static struct truth truth[BLOCKS];
 static struct user user[SEQS];
 static struct evict evict;
 static struct evict_version versions[VERSIONS];
-static uint64_t rng = 0x2545f4914f6cdd1du;
 static int hits;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 static void check_block(const struct user *u, int i)
 {

@@ -17,20 +17,14 @@
 #include "engine/queue.h"
 #include "cpu_clock.h"
 
+#define RND_SEED 88172645463325252u
+#include "rnd.h"
+
 #define SEQS 200
 #define NAMES 7
 #define ADAPTERS 5
 
 static struct lm_err err;
-static uint64_t rng = 88172645463325252u;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 struct item {
     struct request req;

@@ -11,6 +11,9 @@
 
 #include "sched_world.h"
 
+#define RND_SEED 88172645463325252u
+#include "rnd.h"
+
 /* ---- one rule each --------------------------------------------------------------------- */
 
 static void decodes_first_then_chunks(void **state)
@@ -570,16 +573,6 @@ static void swapped_ones_come_back_first(void **state)
 }
 
 /* ---- random states --------------------------------------------------------------------- */
-
-static uint64_t rng = 88172645463325252u;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 #define ADAPTERS 8
 

@@ -15,17 +15,10 @@
 #include "cpu_clock.h"
 #include "sched_world.h"
 
+#define RND_SEED 88172645463325252u
+#include "rnd.h"
+
 #define LOAD_STEPS 3
-
-static uint64_t rng = 88172645463325252u;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 /* ---- a world in motion ----------------------------------------------------------------- */
 

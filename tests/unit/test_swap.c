@@ -12,6 +12,9 @@
 #include "engine/swap.h"
 #include "kernels/cpu/cpu_int.h"
 
+#define RND_SEED 0x9e3779b97f4a7c15u
+#include "rnd.h"
+
 #define LAYERS 3
 #define BLOCK_BYTES 64
 #define BLOCKS 400
@@ -36,15 +39,6 @@ struct bed {
 };
 
 static struct bed bed;
-static uint64_t rng = 0x9e3779b97f4a7c15u;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
 
 static uint8_t *cell(int32_t block, int layer)
 {

@@ -14,6 +14,9 @@
 
 #include "engine/tree.h"
 
+#define RND_SEED 88172645463325252u
+#include "rnd.h"
+
 #define MAX 600
 
 struct thing {
@@ -26,16 +29,6 @@ static bool before(const struct tree_node *a, const struct tree_node *b)
 {
     const struct thing *x = TREE_OF(a, struct thing, node), *y = TREE_OF(b, struct thing, node);
     return x->key != y->key ? x->key < y->key : x->id < y->id;
-}
-
-static uint64_t rng = 88172645463325252u;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
 }
 
 /* The reference: pointers in order. */
