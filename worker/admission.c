@@ -101,12 +101,14 @@ static bool update_rank(consumer *c, int rank)
     return c->full[rank] = exceeds(c, shares[rank][1]);
 }
 
+/* That a map comes near its limit is seen with each record (consumer.c); here, that it has room. */
 static bool update_crowded(consumer *c)
 {
-    bool changed = false;
+    bool changed = c->braked;
     int64_t now = lm_now_us();
+    c->braked = false;
     if (now < c->next_crowded_us)
-        return false;
+        return changed;
     c->next_crowded_us = now + CROWDED_LOOK_US;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];

@@ -148,6 +148,7 @@ void config_print_markdown(FILE *f)
           "| `kafka.max.poll.interval.ms` | `120000` |\n"
           "| `kafka.queued.max.messages.kbytes` | `16384` |\n"
           "| `kafka.queued.min.messages` | `1000` |\n"
+          "| `kafka.consumer.fetch.queue.backoff.ms` | `10`, from librdkafka 2.2 on |\n"
           "| `kafka.client.id` | `worker.name` |\n"
           "| `kafka.socket.keepalive.enable` | `true` |\n"
           "| `kafka.check.crcs` | `true` |\n"

@@ -190,6 +190,8 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     atomic_fetch_add(&c->w->metrics.held_tokens, j->tokens);
     metric_add(&c->w->metrics.consumed, 1);
     metric_add(&c->w->metrics.consumed_bytes, j->bytes);
+    if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))
+        a->crowded = c->braked = true;
     if (j->record.timestamp_ms >= 0)
         histogram_observe(&c->w->metrics.record_age,
                           (lm_wall_ms() - j->record.timestamp_ms) * 1000);

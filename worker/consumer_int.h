@@ -81,6 +81,7 @@ struct consumer {
     struct isolation iso;
     key_order *order;           /* NULL: prompts of a key need no order */
     bool full[CONSUMER_RANKS], stopped, awaited;        /* admission.c */
+    bool braked;                /* a partition is crowded, and the client has not been told */
     int64_t next_crowded_us;
     /* being taken away; NULL: nothing is. rebalance.c */
     rd_kafka_topic_partition_list_t *revoking;

@@ -39,6 +39,13 @@ static const struct setting consumer_defaults[] = {
     { "statistics.interval.ms", "10000" },              /* client_stats.h */
 };
 
+/* What is prefetched lasts a fast engine for a tenth of a second; a client whose queue was full
+ * when it looked would wait for a whole one before it fetches on. Unknown to librdkafka before
+ * 2.2. */
+static const struct setting consumer_defaults_2_2[] = {
+    { "fetch.queue.backoff.ms", "10" },
+};
+
 /* Not accepted together with group.protocol=consumer (KIP-848). */
 static const struct setting classic_defaults[] = {
     { "partition.assignment.strategy", "cooperative-sticky" },
@@ -123,6 +130,8 @@ bool kafka_new_protocol(const struct config *c)
 static lm_status set_consumer(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
 {
     lm_status st = set_all(conf, consumer_defaults, LM_COUNT(consumer_defaults), err);
+    if (!st && rd_kafka_version() >= VERSION_METADATA)
+        st = set_all(conf, consumer_defaults_2_2, LM_COUNT(consumer_defaults_2_2), err);
     if (!st && !kafka_new_protocol(c))
         st = set_all(conf, classic_defaults, LM_COUNT(classic_defaults), err);
     if (!st)

@@ -40,7 +40,8 @@ struct part {
     struct offset_range *known; /* [n_known], of which the first at_known are passed */
     size_t n_known, at_known;
     uint64_t version, committed_version;    /* of the map: completions so far */
-    size_t map_bytes, unmeasured;
+    size_t map_bytes;
+    int64_t credit;             /* bytes that it may grow by unmeasured; see ledger_crowded() */
     int64_t last;               /* last delivered, or LEDGER_NONE */
     int64_t position;           /* or LEDGER_NONE */
     int64_t base;               /* the group's offset at assignment, or LEDGER_NONE */
@@ -59,9 +60,10 @@ struct ledger {
     void *ctx;
 };
 
-/* Deliveries and completions between two looks at the map's size: few enough that its last quarter
- * holds what they can add. */
-enum { MEASURE_EVERY = 64 };
+/* What a delivery and a completion can add to a map, in bytes of its text, where offsets are dense:
+ * one more run for two deliveries, a gap that is cut in three. */
+enum { DELIVERY_ADDS = 4, COMPLETION_ADDS = 6, CREDIT_LEAST = 32 * DELIVERY_ADDS,
+       BOUND_FROM = 1024 };
 
 ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit)
 {
@@ -78,6 +80,8 @@ ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit)
 void ledger_set_map_limit(ledger *l, size_t map_limit)
 {
     l->map_limit = LM_MIN(map_limit, OFFSET_MAP_MAX);
+    for (size_t i = 0; i < l->n_parts; i++)
+        l->parts[i].credit = 0;
 }
 
 static struct entry *entry_at(const struct part *p, size_t i)
@@ -239,14 +243,17 @@ lm_status ledger_rewind(ledger *l, struct ledger_ref *ref)
     p->epoch = ref->epoch = l->next_epoch++;
     p->last = p->position = p->base = p->committed = LEDGER_NONE;
     p->version = p->committed_version = 0;
+    p->credit = 0;
     return LM_OK;
 }
 
 /* Delivered up to here: ranges behind it are of no more use. */
 static void passed(struct part *p, int64_t offset)
 {
+    p->credit -= DELIVERY_ADDS;
+    for (int64_t gap = (offset - p->last) >> 7; gap; gap >>= 7)
+        p->credit -= DELIVERY_ADDS;     /* a longer number */
     p->last = offset;
-    p->unmeasured++;
     while (p->at_known < p->n_known && p->known[p->at_known].to <= offset + 1)
         p->at_known++;
 }
@@ -325,7 +332,7 @@ lm_status ledger_complete(ledger *l, struct ledger_ref ref, int64_t offset, void
     if (user)
         *user = e->user;
     p->version++;
-    p->unmeasured++;
+    p->credit -= COMPLETION_ADDS;
     p->in_flight--;
     l->in_flight--;
     while (p->count && entry_at(p, 0)->state == FINISHED) {
@@ -464,18 +471,60 @@ void ledger_committed(ledger *l, const struct ledger_commit *c)
     p->committed_version = LM_MAX(p->committed_version, c->version);
 }
 
+/* Bytes of payload that a stretch of `k` unfinished neighbours can add as runs when some of them end:
+ * every second one can become a run of its own, and numbers become longer. One between two runs can
+ * only join them. */
+static size_t stretch_adds(size_t k, int64_t width, bool at_tail)
+{
+    if (k < 2 && !(k && at_tail))
+        return 0;
+    return 2 * (at_tail ? k / 2 : (k - 1) / 2) + 2 + (size_t)(width / 64);
+}
+
+/* The longest map that what was delivered can come to, whatever ends and in which order. An end at
+ * the head only moves the watermark, which makes it shorter. */
+static size_t part_bound(ledger *l, const struct part *p)
+{
+    int64_t mark = part_watermark(p, false), from = mark;
+    size_t k = 0, more = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        const struct entry *e = entry_at(p, i);
+        if (e->state != FINISHED) {
+            k++;
+            continue;
+        }
+        more += stretch_adds(k, e->offset - from, false);
+        k = 0;
+        from = e->last + 1;
+    }
+    more += stretch_adds(k, p->last + 1 - from, true);
+    size_t n = collect(l, p, mark, false);
+    return offset_map_bound(mark, p->last + 1, l->ranges, n, more);
+}
+
+/* Bytes that are left below both lines; negative: none. */
+static int64_t measure(ledger *l, struct part *p, bool already)
+{
+    int64_t limit = (int64_t)l->map_limit, mark = part_watermark(p, true);
+    size_t n = collect(l, p, mark, true);
+    p->map_bytes = n ? offset_map_size(mark, l->ranges, n) : 0;
+    int64_t left = limit / 4 * (already ? 2 : 3) - (int64_t)p->map_bytes;
+    int64_t spare = (already ? 2 : 1) * (LEDGER_BURST * DELIVERY_ADDS + CREDIT_LEAST);
+    if (limit < BOUND_FROM || left < 0)
+        return left;
+    return LM_MIN(left, limit - spare - (int64_t)part_bound(l, p));
+}
+
 bool ledger_crowded(ledger *l, struct ledger_ref ref, bool already)
 {
     struct part *p = part_of(l, ref);
     if (!p || !l->map_limit || !p->in_flight || p->at_known < p->n_known)
         return false;
-    if (p->unmeasured >= MEASURE_EVERY) {
-        int64_t mark = part_watermark(p, true);
-        size_t n = collect(l, p, mark, true);
-        p->map_bytes = n ? offset_map_size(mark, l->ranges, n) : 0;
-        p->unmeasured = 0;
-    }
-    return p->map_bytes > l->map_limit / 4 * (already ? 2 : 3);
+    if (p->credit > 0 && !already)
+        return false;
+    int64_t left = measure(l, p, already);
+    p->credit = left < 0 ? 0 : LM_MAX(left, CREDIT_LEAST);
+    return left < 0;
 }
 
 /* ---- looking ---------------------------------------------------------------------------- */

@@ -125,8 +125,14 @@ size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
 /* The broker has accepted that commit. Stale refs and older ones are ignored. */
 void ledger_committed(ledger *l, const struct ledger_commit *c);
 
-/* The map has come near its limit (three quarters; half, if `already`) and what is in flight can
- * still shrink it: read no further for now. */
+/* Read no further for now? While something is in flight, which can still make the map smaller,
+ *   - when the map is past three quarters of its limit (half, if `already`), or
+ *   - when it could pass the limit: whatever of what is in flight ends first, and after
+ *     LEDGER_BURST more deliveries that are on their way already. Limits below 1,024 bytes have no
+ *     room for that rule.
+ * Asked after each delivery it keeps the map whole. O(1), but for a look at the entries each time
+ * the map may have grown by what was left. */
+enum { LEDGER_BURST = 128 };
 bool ledger_crowded(ledger *l, struct ledger_ref ref, bool already);
 
 struct ledger_info {

@@ -85,6 +85,15 @@ size_t offset_map_size(int64_t base, const struct offset_range *r, size_t n)
     return text_len(LM_MIN(runs, bits));
 }
 
+size_t offset_map_bound(int64_t base, int64_t end, const struct offset_range *r, size_t n,
+                        size_t more)
+{
+    size_t all, span = (size_t)(end - base);
+    size_t runs = runs_len(base, r, n, SIZE_MAX, &all) - head_len(base) + more;
+    size_t bits = varint_len(span) + (span + 7) / 8;
+    return text_len(head_len(end) + LM_MIN(runs, bits));
+}
+
 /* ---- encoding --------------------------------------------------------------------------- */
 
 static uint8_t *put_varint(uint8_t *at, uint64_t v)

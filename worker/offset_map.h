@@ -34,6 +34,11 @@ struct offset_range { int64_t from, to; };      /* from <= offset < to */
 /* Length of the text for these ranges, which ascend from `base` on and don't overlap. */
 size_t offset_map_size(int64_t base, const struct offset_range *r, size_t n);
 
+/* The longest text that these ranges can become when no offset reaches `end`, and when as runs they
+ * take at most `more` bytes of payload more. */
+size_t offset_map_bound(int64_t base, int64_t end, const struct offset_range *r, size_t n,
+                        size_t more);
+
 /* Writes the text and a NUL, at most `limit` (<= OFFSET_MAP_MAX) bytes before that; returns its
  * length, 0 for no ranges. Of ranges that don't all fit the lowest are taken; *covered says how
  * many. */

@@ -74,7 +74,7 @@ int main(int argc, char **argv)
     static const char *const consumer[][2] = {
         { "auto.offset.reset", "earliest" }, { "enable.auto.commit", "false" },
         { "queued.max.messages.kbytes", "16384" }, { "queued.min.messages", "1000" },
-        { "check.crcs", "true" }, { NULL, NULL },
+        { "check.crcs", "true" }, { "fetch.queue.backoff.ms", "10" }, { NULL, NULL },
     };
     static const char *const producer[][2] = {
         { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "5" },

@@ -446,6 +446,131 @@ static void test_crowded(void **state)
     ledger_free(l);
 }
 
+/* ---- the brake holds, whoever reads and whatever ends ---------------------------------------- */
+
+/* A reader as fast as can be: it asks after each record, and has so many more on their way when it is
+ * told to stop. */
+struct reader {
+    ledger *l;
+    struct ledger_ref r;
+    int64_t next, *open;        /* [n_open], delivered and not finished */
+    size_t n_open;
+    uint32_t gap;
+    bool stopped;
+};
+enum { READER_MAX = 40000 };
+
+static void fetch_one(struct reader *x)
+{
+    x->next += x->gap > 1 ? 1 + pick(x->gap) : 1;
+    assert_int_equal(ledger_deliver(x->l, x->r, x->next, NULL), LM_OK);
+    x->open[x->n_open++] = x->next;
+}
+
+static void fetch_until_stopped(struct reader *x, size_t most)
+{
+    for (size_t n = 0; !x->stopped && n < most && x->n_open < READER_MAX - LEDGER_BURST; n++) {
+        fetch_one(x);
+        if (ledger_crowded(x->l, x->r, false)) {
+            x->stopped = true;
+            for (uint32_t k = pick(LEDGER_BURST + 1); k > 0; k--)
+                fetch_one(x);
+        }
+    }
+}
+
+/* From the head, from the tail, every second, or anywhere. */
+static void finish_some(struct reader *x, uint32_t how, size_t n)
+{
+    for (size_t k = 0; k < n && x->n_open > 1; k++) {
+        size_t at = how == 0 ? 0 : how == 1 ? x->n_open - 1 : how == 2 ? LM_MIN(k + 1, x->n_open - 1)
+                                                                       : pick((uint32_t)x->n_open);
+        assert_int_equal(ledger_complete(x->l, x->r, x->open[at], NULL), LM_OK);
+        memmove(x->open + at, x->open + at + 1, (--x->n_open - at) * sizeof *x->open);
+    }
+}
+
+static size_t whole_map(struct reader *x)
+{
+    char map[OFFSET_MAP_MAX + 1];
+    struct ledger_commit c;
+    bool whole = true;
+    ledger_due(x->l, x->r, false, &c);
+    size_t len = ledger_map(x->l, &c, false, map, &whole);
+    if (!whole)
+        fail_msg("cut: %zu open up to %lld", x->n_open, (long long)x->next);
+    return len;
+}
+
+/* Every second waits, and the others end in any rhythm: the map is never cut, and the brake comes
+ * late enough for it to be three quarters full. */
+static void test_every_second_waits(void **state)
+{
+    (void)state;
+    static int64_t open[READER_MAX];
+    for (size_t rhythm = 1; rhythm < 10000; rhythm = rhythm * 3 + pick(3)) {
+        struct reader x = { .l = ledger_new(NULL, NULL, OFFSET_MAP_MAX), .open = open, .next = -1 };
+        assert_int_equal(ledger_assign(x.l, "t", 0, 0, &x.r), LM_OK);
+        for (size_t done = 0; !x.stopped && x.next < 1000000; done = x.n_open) {
+            fetch_until_stopped(&x, rhythm);
+            size_t kept = done;
+            for (size_t i = done; i < x.n_open; i++)
+                if (x.open[i] % 2)
+                    assert_int_equal(ledger_complete(x.l, x.r, x.open[i], NULL), LM_OK);
+                else
+                    x.open[kept++] = x.open[i];
+            x.n_open = kept;
+            whole_map(&x);
+        }
+        assert_true(x.stopped);
+        assert_in_range(whole_map(&x), OFFSET_MAP_MAX / 4 * 3 - 8, OFFSET_MAP_MAX);
+        assert_in_range(x.next, 15000, 25000);
+        ledger_free(x.l);
+    }
+}
+
+/* Nothing ends for long (a store is away), then all does, in an order made to split the map. */
+static void test_brake_holds(void **state)
+{
+    (void)state;
+    static int64_t open[READER_MAX];
+    for (int h = 0; h < 300; h++) {
+        struct reader x = { .l = ledger_new(NULL, NULL, OFFSET_MAP_MAX - pick(2) * 3000), .open = open,
+                            .next = -1, .gap = (uint32_t[]){ 1, 2, 5, 100 }[pick(4)] };
+        assert_int_equal(ledger_assign(x.l, "t", 0, 0, &x.r), LM_OK);
+        for (int round = 0; round < 6; round++) {
+            fetch_until_stopped(&x, pick(3) ? pick(300) : READER_MAX);
+            for (uint32_t k = pick(12); k > 0; k--) {
+                finish_some(&x, pick(4), pick(2) ? pick(10) : x.n_open / (2 + pick(3)));
+                whole_map(&x);
+            }
+            x.stopped = x.stopped && ledger_crowded(x.l, x.r, true);
+        }
+        ledger_free(x.l);
+    }
+}
+
+/* One that never ends, and much behind it: the brake lets a reader go on for as long as little is in
+ * flight. */
+static void test_one_stuck_does_not_brake(void **state)
+{
+    (void)state;
+    static int64_t open[READER_MAX];
+    struct reader x = { .l = ledger_new(NULL, NULL, OFFSET_MAP_MAX), .open = open, .next = -1 };
+    assert_int_equal(ledger_assign(x.l, "t", 0, 0, &x.r), LM_OK);
+    for (int i = 0; i < 2000; i++) {
+        fetch_until_stopped(&x, 1000 - x.n_open);
+        assert_false(x.stopped);
+        while (x.n_open > 500) {
+            size_t at = 1 + pick(100);
+            assert_int_equal(ledger_complete(x.l, x.r, x.open[at], NULL), LM_OK);
+            memmove(x.open + at, x.open + at + 1, (--x.n_open - at) * sizeof *x.open);
+        }
+    }
+    assert_true(x.next > 900000);
+    ledger_free(x.l);
+}
+
 static void test_runs_are_merged(void **state)
 {
     (void)state;
@@ -492,6 +617,9 @@ int main(void)
         cmocka_unit_test(test_forged_payloads),
         cmocka_unit_test(test_histories),
         cmocka_unit_test(test_crowded),
+        cmocka_unit_test(test_every_second_waits),
+        cmocka_unit_test(test_brake_holds),
+        cmocka_unit_test(test_one_stuck_does_not_brake),
         cmocka_unit_test(test_runs_are_merged),
         cmocka_unit_test(test_no_map_when_off),
     };
