@@ -88,6 +88,16 @@ static bool anyone_lower(const consumer *c)
     return false;
 }
 
+int64_t admission_share(const consumer *c)
+{
+    return shares[anyone_lower(c) ? 1 : 0][1];
+}
+
+bool admission_due(const consumer *c, int64_t share)
+{
+    return c->braked || exceeds(c, share);
+}
+
 /* Is the rank's state to change? */
 static bool update_rank(consumer *c, int rank)
 {

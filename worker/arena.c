@@ -3,9 +3,10 @@
  * arena.c - all memory of one prompt, freed at once; see message.h for the interface.
  *
  * A list of chunks, newest first; allocation bumps the newest one and never moves what was handed
- * out. Chunks come from calloc(), so that memory is zero without a pass of ours. Something larger
- * than a quarter of a chunk gets a chunk of its own, put behind the newest, so that one long prompt
- * doesn't waste the room left in it.
+ * out. The first one, which suffices for most prompts but their text, is the arena's own. Chunks
+ * come from calloc(), so that memory is zero without a pass of ours. Something larger than half a
+ * kilobyte gets a chunk of its own, put behind the newest, so that a long prompt doesn't waste the
+ * room left in it.
  *
  * Threads: an arena belongs to whoever owns its prompt; nothing here locks.
  */
@@ -14,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK_BYTES = 4096, ALIGN = 16 };
+enum { FIRST_BYTES = 1536, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
 
 struct chunk {
     struct chunk *next;
@@ -25,11 +26,16 @@ struct chunk {
 struct arena {
     struct chunk *chunks;
     size_t bytes;               /* asked of malloc, headers included */
+    size_t first_used;
+    _Alignas(ALIGN) unsigned char first[FIRST_BYTES];
 };
 
 struct arena *arena_new(void)
 {
-    return lm_calloc(1, sizeof(struct arena));
+    struct arena *a = lm_calloc(1, sizeof *a);
+    if (a)
+        a->bytes = sizeof *a;
+    return a;
 }
 
 void arena_free(struct arena *a)
@@ -66,8 +72,13 @@ void *arena_alloc(struct arena *a, size_t bytes)
         return NULL;
     size_t need = LM_DIV_UP(LM_MAX(bytes, 1), ALIGN) * ALIGN;
     struct chunk *c = a->chunks;
+    if (need <= sizeof a->first - a->first_used) {
+        void *p = a->first + a->first_used;
+        a->first_used += need;
+        return p;
+    }
     if (!c || c->size - c->used < need) {
-        bool large = need > CHUNK_BYTES / 4;
+        bool large = need > LARGE;
         c = add_chunk(a, large ? need : CHUNK_BYTES, large);
         if (!c)
             return NULL;

@@ -1,23 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * avro_codec.c - Avro values to and from JSON trees; see avro_codec.h.
- *
- * Avro C's reader/writer resolution has no defaults (its source says so), so a schema that gained
- * an optional field could not be read by an older producer's data and the other way round. We
- * therefore read by the writer's schema into a generic value and take fields by name; what is
- * missing gets the defaults of json_prompt.c.
- *
- * Ownership in Avro C: a field or branch value is borrowed from its parent and never released; only
- * the top value is. Strings it hands out live as long as that.
+ * avro_codec.c - from JSON trees to Avro data, and what tools need; see avro_codec.h. Decoding is
+ * in avro_consume.c.
  */
 #include "worker/avro_codec.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "worker/avro_path.h"
+#include "worker/bytes.h"
 #include "worker/json_tree.h"
 
 struct walk {
@@ -46,326 +39,201 @@ static lm_status no_memory(struct walk *w)
     return lm_err_set(w->err, LM_NOMEM, "out of memory");
 }
 
-/* jansson gave no string for this text: for what it is, or for want of memory? */
-static lm_status no_text(struct walk *w, const char *s, size_t n, const char *what)
-{
-    return json_is_utf8(s, n) ? no_memory(w) : refuse(w, LM_FORMAT, what);
-}
-
-/* ---- decoding: Avro value to JSON ------------------------------------------------------------ */
-
-static lm_status to_json(struct walk *w, const struct avro_node *n, avro_value_t *v, json_t **out);
-
-static lm_status string_to_json(struct walk *w, avro_value_t *v, json_t **out)
-{
-    const char *s = NULL;
-    size_t size = 0;            /* with the NUL */
-    avro_value_get_string(v, &s, &size);
-    *out = json_text(s, size - 1);
-    return *out ? LM_OK : no_text(w, s, size - 1, "is not valid UTF-8");
-}
-
-static lm_status real_to_json(struct walk *w, double x, json_t **out)
-{
-    if (!isfinite(x))
-        return refuse(w, LM_INVALID, "must be a finite number");
-    *out = json_real(x);
-    return *out ? LM_OK : no_memory(w);
-}
-
-static lm_status number_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                                json_t **out)
-{
-    int32_t i = 0;
-    int64_t l = 0;
-    float f = 0;
-    double d = 0;
-    switch (n->type) {
-    case AVRO_FLOAT: avro_value_get_float(v, &f); return real_to_json(w, (double)f, out);
-    case AVRO_DOUBLE: avro_value_get_double(v, &d); return real_to_json(w, d, out);
-    case AVRO_INT32: avro_value_get_int(v, &i); l = i; break;
-    default: avro_value_get_long(v, &l); break;
-    }
-    *out = json_integer(l);
-    return *out ? LM_OK : no_memory(w);
-}
-
-static lm_status enum_to_json(struct walk *w, avro_value_t *v, json_t **out)
-{
-    int i = 0;
-    avro_value_get_enum(v, &i);
-    *out = json_string(avro_schema_enum_get(avro_value_get_schema(v), i));
-    return *out ? LM_OK : no_memory(w);
-}
-
-/* Adds a member unless it is null; keeps the path while the member is read. A map's keys are data,
- * a record's names were vetted with the schema. */
-static lm_status member_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                                const char *key, bool vetted, json_t *object)
-{
-    json_t *member = NULL;
-    w->path.at[w->path.n++] = key;
-    lm_status st = to_json(w, n, v, &member);
-    if (!st && !json_is_null(member) &&
-        (vetted ? json_object_set_nocheck : json_object_set)(object, key, member) != 0)
-        st = no_text(w, key, strlen(key), "has a name that is not valid UTF-8");
-    json_decref(member);
-    w->path.n--;
-    return st;
-}
-
-static lm_status fields_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                                json_t **out)
-{
-    size_t count = 0;
-    lm_status st = LM_OK;
-    bool record = n->type == AVRO_RECORD;
-    *out = json_object();
-    avro_value_get_size(v, &count);
-    for (size_t i = 0; *out && !st && i < count; i++) {
-        avro_value_t child;
-        const char *name = NULL;
-        avro_value_get_by_index(v, i, &child, &name);
-        st = member_to_json(w, n->child[record ? i : 0], &child, name, record, *out);
-    }
-    return *out ? st : no_memory(w);
-}
-
-static lm_status items_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                               json_t **out)
-{
-    size_t count = 0;
-    lm_status st = LM_OK;
-    *out = json_array();
-    avro_value_get_size(v, &count);
-    w->path.at[w->path.n++] = "[]";
-    for (size_t i = 0; *out && !st && i < count; i++) {
-        avro_value_t child;
-        json_t *item = NULL;
-        avro_value_get_by_index(v, i, &child, NULL);
-        st = to_json(w, n->child[0], &child, &item);
-        if (st)
-            json_decref(item);
-        else if (json_array_append_new(*out, item) != 0)
-            st = no_memory(w);
-    }
-    w->path.n--;
-    return *out ? st : no_memory(w);
-}
-
-static lm_status union_to_json(struct walk *w, const struct avro_node *n, avro_value_t *v,
-                               json_t **out)
-{
-    avro_value_t branch;
-    int i = 0;
-    avro_value_get_discriminant(v, &i);
-    avro_value_get_current_branch(v, &branch);
-    return to_json(w, n->child[i], &branch, out);
-}
-
-/* On failure *out may hold a part, which the caller releases. */
-static lm_status to_json(struct walk *w, const struct avro_node *n, avro_value_t *v, json_t **out)
-{
-    int yes = 0;
-    switch (n->type) {
-    case AVRO_NULL:
-        *out = json_null();
-        return LM_OK;
-    case AVRO_BOOLEAN:
-        avro_value_get_boolean(v, &yes);
-        *out = json_boolean(yes);
-        return LM_OK;
-    case AVRO_INT32:
-    case AVRO_INT64:
-    case AVRO_FLOAT:
-    case AVRO_DOUBLE: return number_to_json(w, n, v, out);
-    case AVRO_STRING: return string_to_json(w, v, out);
-    case AVRO_ENUM: return enum_to_json(w, v, out);
-    case AVRO_UNION: return union_to_json(w, n, v, out);
-    case AVRO_ARRAY: return items_to_json(w, n, v, out);
-    case AVRO_RECORD:
-    case AVRO_MAP: return fields_to_json(w, n, v, out);
-    default: return refuse(w, LM_INVALID, "must not be of Avro type bytes or fixed");
-    }
-}
-
-static lm_status decode_locked(struct avro_plan *p, const void *data, size_t len, json_t **out,
-                               struct lm_err *err)
-{
-    struct walk w = { .err = err };
-    avro_reader_t reader = avro_reader_memory(data, (int64_t)len);
-    if (!reader)
-        return no_memory(&w);
-    avro_value_t *v = avro_plan_borrow(p);
-    /* The scan leaves nothing to fail but memory. */
-    lm_status st = !v || avro_value_read(reader, v) != 0 ? no_memory(&w)
-                                                         : to_json(&w, avro_plan_root(p), v, out);
-    if (v)
-        avro_plan_give_back(p, st ? SIZE_MAX : len);
-    avro_reader_free(reader);
-    if (st) {
-        json_decref(*out);
-        *out = NULL;
-    }
-    return st;
-}
+/* ---- decoding for tools ------------------------------------------------------------------ */
 
 lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t **out,
                       struct lm_err *err)
 {
-    lm_status st = avro_scan(p, data, len, err);
+    struct json_scratch scratch;
+    yyjson_doc *doc = NULL;
+    *out = NULL;
+    json_scratch_init(&scratch);
+    lm_status st = avro_decode_doc(p, data, len, &scratch, &doc, err);
     if (st)
         return st;
-    *out = NULL;
-    avro_lock();
-    st = decode_locked(p, data, len, out, err);
-    avro_unlock();
-    return st;
+    *out = json_from_value(yyjson_doc_get_root(doc));
+    yyjson_doc_free(doc);
+    return *out ? LM_OK : lm_err_set(err, LM_NOMEM, "out of memory");
 }
 
-/* ---- encoding: JSON to Avro value ------------------------------------------------------------ */
+/* ---- encoding: JSON to bytes ----------------------------------------------------------------- */
 
-static lm_status from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                           avro_value_t *v);
+/*
+ * By the plan, straight into bytes: the specification's "Binary encoding". What other serializers
+ * made of the same data stands in the fixtures that test_worker_avro holds it to.
+ */
+struct writer {
+    struct walk walk;
+    struct bytes out;
+};
 
-static bool fits(const struct avro_node *n, const json_t *j)
+static lm_status put_json(struct writer *w, const struct avro_node *n, yyjson_mut_val *j);
+
+static lm_status put_bytes(struct writer *w, const void *from, size_t len)
+{
+    bytes_put(&w->out, from, len);
+    return w->out.failed ? no_memory(&w->walk) : LM_OK;
+}
+
+static lm_status put_long(struct writer *w, int64_t l)
+{
+    unsigned char b[10];
+    size_t n = 0;
+    uint64_t v = (uint64_t)l << 1 ^ (uint64_t)(l >> 63);
+    for (; v >= 0x80; v >>= 7)
+        b[n++] = (unsigned char)(v | 0x80);
+    b[n++] = (unsigned char)v;
+    return put_bytes(w, b, n);
+}
+
+/* Least significant byte first, whatever the machine. */
+static lm_status put_real(struct writer *w, uint64_t bits, size_t n)
+{
+    unsigned char b[8];
+    for (size_t i = 0; i < n; i++)
+        b[i] = (unsigned char)(bits >> 8 * i);
+    return put_bytes(w, b, n);
+}
+
+static lm_status put_number(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
+{
+    double d = yyjson_mut_get_num(j);
+    float f = (float)d;
+    uint64_t bits = 0;
+    uint32_t half = 0;
+    if (n->type == AVRO_DOUBLE) {
+        memcpy(&bits, &d, sizeof bits);
+        return put_real(w, bits, sizeof bits);
+    }
+    memcpy(&half, &f, sizeof half);
+    return put_real(w, half, sizeof half);
+}
+
+static lm_status put_string(struct writer *w, const char *s, size_t n)
+{
+    lm_status st = put_long(w, (int64_t)n);
+    return st ? st : put_bytes(w, s, n);
+}
+
+static bool fits(const struct avro_node *n, yyjson_mut_val *j)
 {
     switch (n->type) {
-    case AVRO_NULL: return !j || json_is_null(j);
-    case AVRO_BOOLEAN: return json_is_boolean(j);
+    case AVRO_NULL: return !j || yyjson_mut_is_null(j);
+    case AVRO_BOOLEAN: return yyjson_mut_is_bool(j);
     case AVRO_INT32:
-        return json_is_integer(j) && json_integer_value(j) >= INT32_MIN &&
-               json_integer_value(j) <= INT32_MAX;
-    case AVRO_INT64: return json_is_integer(j);
+        return yyjson_mut_is_int(j) && yyjson_mut_get_sint(j) >= INT32_MIN &&
+               yyjson_mut_get_sint(j) <= INT32_MAX;
+    case AVRO_INT64: return yyjson_mut_is_int(j);
     case AVRO_FLOAT:
-    case AVRO_DOUBLE: return json_is_number(j);
-    case AVRO_STRING: return json_is_string(j);
-    case AVRO_ARRAY: return json_is_array(j);
+    case AVRO_DOUBLE: return yyjson_mut_is_num(j);
+    case AVRO_STRING: return yyjson_mut_is_str(j);
+    case AVRO_ARRAY: return yyjson_mut_is_arr(j);
     case AVRO_RECORD:
-    case AVRO_MAP: return json_is_object(j);
+    case AVRO_MAP: return yyjson_mut_is_obj(j);
     default: return false;
     }
 }
 
-static lm_status record_from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                                  avro_value_t *v)
+/* Members mostly stand in the order of the schema, which is the order that the iterator is quick
+ * in. */
+static lm_status put_record(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
 {
     lm_status st = LM_OK;
+    yyjson_mut_obj_iter it = yyjson_mut_obj_iter_with(j);
     for (int i = 0; !st && i < n->n; i++) {
-        avro_value_t child;
-        w->path.at[w->path.n++] = n->name[i];
-        avro_value_get_by_index(v, (size_t)i, &child, NULL);
-        st = from_json(w, n->child[i], json_object_get(j, n->name[i]), &child);
-        w->path.n--;
+        w->walk.path.at[w->walk.path.n++] = n->name[i];
+        st = put_json(w, n->child[i], yyjson_mut_obj_iter_get(&it, n->name[i]));
+        w->walk.path.n--;
     }
     return st;
 }
 
-static lm_status map_from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                               avro_value_t *v)
+static lm_status put_map(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
 {
-    const char *key;
-    json_t *member;
-    json_object_foreach((json_t *)j, key, member) {
-        avro_value_t child;
-        if (avro_value_add(v, key, &child, NULL, NULL) != 0)
-            return no_memory(w);
-        w->path.at[w->path.n++] = key;
-        lm_status st = from_json(w, n->child[0], member, &child);
-        w->path.n--;
-        if (st)
-            return st;
+    size_t count = yyjson_mut_obj_size(j);
+    lm_status st = count ? put_long(w, (int64_t)count) : LM_OK;
+    yyjson_mut_obj_iter it = yyjson_mut_obj_iter_with(j);
+    for (yyjson_mut_val *key; !st && (key = yyjson_mut_obj_iter_next(&it)) != NULL;) {
+        const char *name = yyjson_mut_get_str(key);
+        w->walk.path.at[w->walk.path.n++] = name;
+        st = put_string(w, name, yyjson_mut_get_len(key));
+        if (!st)
+            st = put_json(w, n->child[0], yyjson_mut_obj_iter_get_val(key));
+        w->walk.path.n--;
     }
-    return LM_OK;
+    return st ? st : put_long(w, 0);
 }
 
-static lm_status array_from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                                 avro_value_t *v)
+static lm_status put_array(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
 {
-    w->path.at[w->path.n++] = "[]";
-    lm_status st = LM_OK;
-    for (size_t i = 0; !st && i < json_array_size(j); i++) {
-        avro_value_t child;
-        st = avro_value_append(v, &child, NULL) != 0 ? no_memory(w)
-             : from_json(w, n->child[0], json_array_get(j, i), &child);
-    }
-    w->path.n--;
-    return st;
+    size_t count = yyjson_mut_arr_size(j);
+    lm_status st = count ? put_long(w, (int64_t)count) : LM_OK;
+    yyjson_mut_arr_iter it = yyjson_mut_arr_iter_with(j);
+    w->walk.path.at[w->walk.path.n++] = "[]";
+    for (yyjson_mut_val *item; !st && (item = yyjson_mut_arr_iter_next(&it)) != NULL;)
+        st = put_json(w, n->child[0], item);
+    w->walk.path.n--;
+    return st ? st : put_long(w, 0);
 }
 
-static lm_status union_from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                                 avro_value_t *v)
+static lm_status put_union(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
 {
     for (int i = 0; i < n->n; i++) {
-        avro_value_t branch;
         if (!fits(n->child[i], j))
             continue;
-        if (avro_value_set_branch(v, i, &branch) != 0)
-            return no_memory(w);
-        return from_json(w, n->child[i], j, &branch);
+        lm_status st = put_long(w, i);
+        return st ? st : put_json(w, n->child[i], j);
     }
-    return refuse(w, LM_MISMATCH, "fits no branch of the schema's union");
+    return refuse(&w->walk, LM_MISMATCH, "fits no branch of the schema's union");
 }
 
-static lm_status from_json(struct walk *w, const struct avro_node *n, const json_t *j,
-                           avro_value_t *v)
+static lm_status put_json(struct writer *w, const struct avro_node *n, yyjson_mut_val *j)
 {
     if (n->type == AVRO_UNION)
-        return union_from_json(w, n, j, v);
+        return put_union(w, n, j);
     if (!fits(n, j))
-        return refuse(w, LM_MISMATCH, j ? "does not fit the schema" : "is missing");
-    int rc = 0;
+        return refuse(&w->walk, LM_MISMATCH, j ? "does not fit the schema" : "is missing");
     switch (n->type) {
-    case AVRO_NULL: rc = avro_value_set_null(v); break;
-    case AVRO_BOOLEAN: rc = avro_value_set_boolean(v, json_is_true(j)); break;
-    case AVRO_INT32: rc = avro_value_set_int(v, (int32_t)json_integer_value(j)); break;
-    case AVRO_INT64: rc = avro_value_set_long(v, json_integer_value(j)); break;
-    case AVRO_FLOAT: rc = avro_value_set_float(v, (float)json_number_value(j)); break;
-    case AVRO_DOUBLE: rc = avro_value_set_double(v, json_number_value(j)); break;
-    case AVRO_STRING:
-        rc = avro_value_set_string_len(v, (char *)json_string_value(j),
-                                       json_string_length(j) + 1);
-        break;
-    case AVRO_ARRAY: return array_from_json(w, n, j, v);
-    case AVRO_MAP: return map_from_json(w, n, j, v);
-    default: return record_from_json(w, n, j, v);
+    case AVRO_NULL: return LM_OK;
+    case AVRO_BOOLEAN: return put_bytes(w, yyjson_mut_is_true(j) ? "\1" : "\0", 1);
+    case AVRO_INT32:
+    case AVRO_INT64: return put_long(w, yyjson_mut_get_sint(j));
+    case AVRO_FLOAT:
+    case AVRO_DOUBLE: return put_number(w, n, j);
+    case AVRO_STRING: return put_string(w, yyjson_mut_get_str(j), yyjson_mut_get_len(j));
+    case AVRO_ARRAY: return put_array(w, n, j);
+    case AVRO_MAP: return put_map(w, n, j);
+    default: return put_record(w, n, j);
     }
-    return rc == 0 ? LM_OK : no_memory(w);
 }
 
-static lm_status write_value(struct walk *w, avro_value_t *v, size_t lead, void **out, size_t *len)
+lm_status avro_encode_value(const struct avro_plan *p, yyjson_mut_val *root, size_t lead,
+                            void **out, size_t *len, struct lm_err *err)
 {
-    size_t size = 0;
-    if (avro_value_sizeof(v, &size) != 0)
-        return no_memory(w);
-    char *buf = lm_malloc(lead + size + 1);
-    avro_writer_t writer = buf ? avro_writer_memory(buf + lead, (int64_t)size) : NULL;
-    int rc = writer ? avro_value_write(writer, v) : -1;
-    if (writer)
-        avro_writer_free(writer);
-    if (rc != 0) {
-        free(buf);
-        return no_memory(w);
+    struct writer w;
+    w.walk = (struct walk){ .err = err };
+    bytes_init(&w.out);
+    if (bytes_room(&w.out, lead))
+        w.out.n = lead;
+    lm_status st = put_json(&w, avro_plan_root(p), root);
+    if (st) {
+        bytes_drop(&w.out);
+        return st;
     }
-    *out = buf;
-    *len = lead + size;
-    return LM_OK;
+    *len = w.out.n;
+    *out = bytes_take(&w.out);
+    return *out ? LM_OK : no_memory(&w.walk);
 }
 
-lm_status avro_encode(struct avro_plan *p, const json_t *root, size_t lead, void **out,
+lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
                       size_t *len, struct lm_err *err)
 {
+    struct json_scratch scratch;
     struct walk w = { .err = err };
-    size_t size = SIZE_MAX;     /* of a value that can't be written, nobody knows */
-    avro_lock();
-    avro_value_t *v = avro_plan_borrow(p);
-    lm_status st = v ? from_json(&w, avro_plan_root(p), root, v) : no_memory(&w);
-    if (!st)
-        st = write_value(&w, v, lead, out, len);
-    if (!st)
-        size = *len;
-    if (v)
-        avro_plan_give_back(p, size);
-    avro_unlock();
+    json_scratch_init(&scratch);
+    yyjson_mut_doc *d = yyjson_mut_doc_new(&scratch.alc);
+    yyjson_mut_val *v = d ? json_to_value(d, root) : NULL;
+    lm_status st = v ? avro_encode_value(p, v, lead, out, len, err) : no_memory(&w);
+    yyjson_mut_doc_free(d);
     return st;
 }

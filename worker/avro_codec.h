@@ -9,13 +9,13 @@
  * Encoding: each field takes its member; an absent or null member needs a union with null; of a
  * union the first branch that fits the member's type is taken.
  *
- * Threads: any; Avro C runs under avro_lock().
+ * Threads: any; Avro C, which decodes, runs under avro_lock(). Encoding takes no lock.
  */
 #ifndef LORAMILL_WORKER_AVRO_CODEC_H
 #define LORAMILL_WORKER_AVRO_CODEC_H
 
-#include <jansson.h>
 #include "worker/avro_plan.h"
+#include "worker/json_tree.h"
 
 /* Walks the datum without allocating: every length and count lies within the bytes that are left,
  * at most 524,288 values and 4,096 map entries in all, every index in range, nothing behind the
@@ -23,12 +23,18 @@
  * or LM_TOO_LARGE with the path ("params.stop[]"). */
 lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err);
 
-/* Scans, then decodes. The caller json_decref()s. */
+/* Scans, then decodes. Its memory is the scratch's, where there is room: yyjson_doc_free() it
+ * before. */
+lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
+                          struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err);
+/* The same as a tree of jansson's; the caller json_decref()s. */
 lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t **out,
                       struct lm_err *err);
 
 /* malloc'ed bytes, of which the first `lead` are left for the caller to fill. */
-lm_status avro_encode(struct avro_plan *p, const json_t *root, size_t lead, void **out,
+lm_status avro_encode_value(const struct avro_plan *p, yyjson_mut_val *root, size_t lead,
+                            void **out, size_t *len, struct lm_err *err);
+lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
                       size_t *len, struct lm_err *err);
 
 #endif

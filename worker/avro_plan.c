@@ -28,14 +28,11 @@ enum {
     MAX_FIXED = 1024,
     MAX_NAME = 255,
     MAX_SYMBOLS = 1024,
-    KEEP_BYTES = 32 * 1024,     /* many small items may take a hundred times that, once a plan */
 };
 
 struct avro_plan {
     avro_schema_t schema;
-    avro_value_iface_t *class;
-    avro_value_t value;         /* lent; of class once `made` */
-    bool made;
+    struct taker *takers;       /* avro_consume.c's; NULL: none yet */
     const struct avro_node *root;
     struct arena *arena;        /* nodes */
 };
@@ -357,6 +354,7 @@ static lm_status build_node(struct build *b, avro_schema_t s, int depth,
     if (!n)
         return no_memory(b);
     n->type = avro_typeof(s);
+    n->schema = s;
     set_shape(n, s);
     *out = n;
     bool has_children = n->type == AVRO_RECORD || n->type == AVRO_UNION || n->type == AVRO_ARRAY ||
@@ -380,11 +378,7 @@ static lm_status compile(struct avro_plan *p, const char *json, size_t len, stru
         return lm_err_set(err, LM_FORMAT, "Avro refuses the schema: %s", avro_strerror());
     }
     struct build b = { p->arena, 0, err };
-    lm_status st = build_node(&b, p->schema, 0, &p->root);
-    if (st)
-        return st;
-    p->class = avro_generic_class_from_schema(p->schema);
-    return p->class ? LM_OK : no_memory(&b);
+    return build_node(&b, p->schema, 0, &p->root);
 }
 
 lm_status avro_plan_new(const char *json, size_t len, struct avro_plan **out, struct lm_err *err)
@@ -412,10 +406,6 @@ void avro_plan_free(struct avro_plan *p)
     if (!p)
         return;
     avro_lock();
-    if (p->made)
-        avro_value_decref(&p->value);
-    if (p->class)
-        avro_value_iface_decref(p->class);
     if (p->schema)
         avro_schema_decref(p->schema);
     avro_unlock();
@@ -428,18 +418,12 @@ const struct avro_node *avro_plan_root(const struct avro_plan *p)
     return p->root;
 }
 
-avro_value_t *avro_plan_borrow(struct avro_plan *p)
+struct taker **avro_plan_takers(struct avro_plan *p)
 {
-    if (!p->made && avro_generic_value_new(p->class, &p->value) != 0)
-        return NULL;
-    p->made = true;
-    return &p->value;
+    return &p->takers;
 }
 
-void avro_plan_give_back(struct avro_plan *p, size_t bytes)
+struct arena *avro_plan_arena(struct avro_plan *p)
 {
-    if (bytes <= KEEP_BYTES && avro_value_reset(&p->value) == 0)
-        return;
-    avro_value_decref(&p->value);
-    p->made = false;
+    return p->arena;
 }

@@ -10,7 +10,7 @@
  * 16 levels; no array or map whose items take no bytes (5 bytes could claim 10^8 nulls); fixed
  * types of at most 1,024 bytes; names of Avro's form, no field or symbol twice.
  *
- * Threads: a plan is immutable, but for the value that it lends. Avro C is not used outside
+ * Threads: a plan is immutable, but for what decodes with it. Avro C is not used outside
  * avro_lock(), because its error text is one static buffer for the whole process.
  */
 #ifndef LORAMILL_WORKER_AVRO_PLAN_H
@@ -21,6 +21,7 @@
 
 struct avro_node {
     avro_type_t type;           /* never AVRO_LINK */
+    avro_schema_t schema;       /* borrowed from the plan's */
     int n;                      /* fields, branches; 1 for array and map; symbols of an enum */
     int64_t size;               /* bytes of a fixed */
     size_t min_bytes;           /* of its shortest encoding */
@@ -39,10 +40,10 @@ const struct avro_node *avro_plan_root(const struct avro_plan *p);
 void avro_lock(void);
 void avro_unlock(void);
 
-/* An empty value of the schema, which belongs to the plan; both calls under avro_lock(). It keeps
- * its memory from one datum to the next, unless the last one, of `bytes`, was large (SIZE_MAX: or
- * its reading or writing failed). NULL: no memory. */
-avro_value_t *avro_plan_borrow(struct avro_plan *p);
-void avro_plan_give_back(struct avro_plan *p, size_t bytes);
+/* What avro_consume.c decodes with: its to make, in the plan's memory, and to use under
+ * avro_lock(). */
+struct taker;
+struct taker **avro_plan_takers(struct avro_plan *p);
+struct arena *avro_plan_arena(struct avro_plan *p);
 
 #endif

@@ -10,7 +10,7 @@
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
  *
  * Decoding and encoding share nothing that changes: each has a registry client. Encoders (the
- * outbox, and intake for prompts that expired there) take turns under `replies_lock`.
+ * outbox, and intake for prompts that expired there) take turns only to ask for the schema's id.
  */
 #include "worker/codec.h"
 
@@ -157,14 +157,23 @@ static void make_utf8(struct lm_err *err)
     }
 }
 
+static lm_status read_prompt(yyjson_doc *doc, enum encoding enc, const char *model_name,
+                             struct prompt **out, struct lm_err *err)
+{
+    lm_status st = json_prompt_read(yyjson_doc_get_root(doc), enc, model_name, out, err);
+    yyjson_doc_free(doc);
+    return st;
+}
+
 static lm_status decode_json(const char *text, size_t len, const char *model_name,
                              struct prompt **out, struct lm_err *err)
 {
-    json_t *root = NULL;
-    lm_status st = json_parse_object(text, len, &root, err);
+    struct json_scratch scratch;
+    yyjson_doc *doc = NULL;
+    json_scratch_init(&scratch);
+    lm_status st = json_doc_read(text, len, &scratch, &doc, err);
     if (!st)
-        st = json_prompt_read(root, ENCODING_JSON, model_name, out, err);
-    json_decref(root);
+        st = read_prompt(doc, ENCODING_JSON, model_name, out, err);
     if (st)
         make_utf8(err);
     return st;
@@ -195,38 +204,39 @@ static lm_status parse_key(const unsigned char *at, size_t len, const char *wher
                       "and 4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
 }
 
-static lm_status decode_avro_tree(codec *c, const unsigned char *value, size_t len,
-                                  const struct header *id, json_t **out, struct lm_err *err)
+/* The plan of its schema, and where the datum begins. */
+static lm_status find_plan(codec *c, const unsigned char *value, size_t len,
+                           const struct header *id, struct avro_plan **plan, size_t *used,
+                           struct lm_err *err)
 {
     struct schema_key key;
-    size_t used = 0;
-    struct avro_plan *plan = NULL;
-    *out = NULL;
+    *used = 0;
     if (!c->cache)
         return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but the configuration "
                           "has no registry.url");
-    lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, &used, err)
-                      : parse_key(value, len, "the value", &key, &used, err);
-    if (!st && id && used != id->len)
+    lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, used, err)
+                      : parse_key(value, len, "the value", &key, used, err);
+    if (!st && id && *used != id->len)
         st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead "
-                        "of %zu", id->len, used);
+                        "of %zu", id->len, *used);
     if (id)
-        used = 0;
-    if (!st)
-        st = schema_cache_get(c->cache, &key, &plan, err);
-    if (!st)
-        st = avro_decode(plan, value + used, len - used, out, err);
-    return st;
+        *used = 0;
+    return st ? st : schema_cache_get(c->cache, &key, plan, err);
 }
 
 static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
                              const struct header *id, struct prompt **out, struct lm_err *err)
 {
-    json_t *root = NULL;
-    lm_status st = decode_avro_tree(c, value, len, id, &root, err);
+    struct json_scratch scratch;
+    struct avro_plan *plan = NULL;
+    yyjson_doc *doc = NULL;
+    size_t used;
+    json_scratch_init(&scratch);
+    lm_status st = find_plan(c, value, len, id, &plan, &used, err);
     if (!st)
-        st = json_prompt_read(root, ENCODING_AVRO, c->model_name, out, err);
-    json_decref(root);
+        st = avro_decode_doc(plan, value + used, len - used, &scratch, &doc, err);
+    if (!st)
+        st = read_prompt(doc, ENCODING_AVRO, c->model_name, out, err);
     if (st)
         make_utf8(err);
     return st;
@@ -263,9 +273,13 @@ lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struc
         return lm_err_set(err, LM_FORMAT, "no value");
     if (len > c->max_message)
         return lm_err_set(err, LM_TOO_LARGE, "%zu bytes, more than %zu", len, c->max_message);
-    if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
-        return decode_avro_tree(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out,
-                                err);
+    if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO) {
+        struct avro_plan *plan = NULL;
+        size_t used;
+        lm_status st = find_plan(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), &plan,
+                                 &used, err);
+        return st ? st : avro_decode(plan, (const char *)value + used, len - used, out, err);
+    }
     *out = json_loadb(value, len, JSON_ALLOW_NUL, &je);
     return *out ? LM_OK : lm_err_set(err, LM_FORMAT, "not JSON: %s", je.text);
 }
@@ -295,15 +309,16 @@ lm_status codec_prepare_replies(codec *c, struct lm_err *err)
     return st;
 }
 
-static lm_status encode_avro(codec *c, const json_t *root, void **out, size_t *len,
+/* The id is asked for once; after that nothing here is locked for long. */
+static lm_status encode_avro(codec *c, yyjson_mut_val *root, void **out, size_t *len,
                              struct lm_err *err)
 {
     pthread_mutex_lock(&c->replies_lock);
     lm_status st = prepare(c, err);
-    if (!st)
-        st = avro_encode(c->reply_plan, root, ID_BYTES, out, len, err);
     uint32_t id = (uint32_t)c->reply_id;
     pthread_mutex_unlock(&c->replies_lock);
+    if (!st)
+        st = avro_encode_value(c->reply_plan, root, ID_BYTES, out, len, err);
     if (st)
         return st;
     unsigned char *at = *out;
@@ -316,16 +331,19 @@ static lm_status encode_avro(codec *c, const json_t *root, void **out, size_t *l
 lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
                                   void **out, size_t *len, struct lm_err *err)
 {
+    struct json_scratch scratch;
     lm_status st = LM_OK;
     char *text = NULL;
-    json_t *root = completion_json(done);
+    json_scratch_init(&scratch);
+    yyjson_mut_doc *d = yyjson_mut_doc_new(&scratch.alc);
+    yyjson_mut_val *root = d ? completion_value(d, done) : NULL;
     if (root && enc == ENCODING_AVRO) {
         st = encode_avro(c, root, out, len, err);
-    } else if (root && (text = json_print(root, len))) {
+    } else if (root && (text = json_print_value(root, len))) {
         *out = text;
     } else {
         st = lm_err_set(err, LM_NOMEM, "out of memory writing the reply to %s", done->prompt->id);
     }
-    json_decref(root);
+    yyjson_mut_doc_free(d);
     return st;
 }

@@ -6,7 +6,7 @@
  * The loop never blocks for longer than 100 ms (a rebalance apart), whatever the engine does, so
  * max.poll.interval.ms guards only against this thread's own stalls and may be small.
  *
- *   take finished jobs -> ledger        admit or pause        commit when due        poll
+ *   take finished jobs -> ledger    admit or pause    commit when due    poll, up to a burst
  *
  * Offsets are committed in commit.c; partitions come and go in rebalance.c; admission.c pauses.
  */
@@ -294,13 +294,23 @@ static void housekeeping(consumer *c)
     }
 }
 
-static void poll_once(consumer *c, int timeout_ms)
+static bool poll_once(consumer *c, int timeout_ms)
 {
     rd_kafka_message_t *m = rd_kafka_consumer_poll(c->rk, timeout_ms);
-    if (m) {
-        take_message(c, m);
-        rd_kafka_message_destroy(m);
-    }
+    if (!m)
+        return false;
+    take_message(c, m);
+    rd_kafka_message_destroy(m);
+    return true;
+}
+
+/* What is there already comes in one go, until something else is due. */
+static void poll_burst(consumer *c, int timeout_ms)
+{
+    int64_t share = admission_share(c);
+    for (int n = 0; n < LEDGER_BURST && poll_once(c, n ? 0 : timeout_ms); n++)
+        if (c->iso.busy || c->iso.wanted || admission_due(c, share))
+            return;
 }
 
 /* Polls on while what runs finishes, so that the group keeps us. */
@@ -348,7 +358,7 @@ static void *consumer_main(void *arg)
     consumer *c = arg;
     while (!atomic_load(&c->w->stopping)) {
         housekeeping(c);
-        poll_once(c, c->iso.busy ? DRAIN_POLL_MS : POLL_MS);
+        poll_burst(c, c->iso.busy ? DRAIN_POLL_MS : POLL_MS);
     }
     drain_all(c);
     consumer_take_finished(c, 0);

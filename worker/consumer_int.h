@@ -107,6 +107,10 @@ void consumer_to_intake(consumer *c, struct job *j);    /* whose turn in its key
 /* admission.c */
 void admission_control(consumer *c);    /* every turn of the loop */
 void admission_apply(consumer *c);      /* something has changed */
+/* Within a burst: the share of the budgets that it may fill, and whether it has, or is to end for
+ * another reason. */
+int64_t admission_share(const consumer *c);
+bool admission_due(const consumer *c, int64_t share);
 void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *parts);
 
 /* commit.c */

@@ -28,10 +28,8 @@ const struct header *header_find(const struct header *h, int n, const char *name
 
 void header_list_release(struct header_list *l)
 {
-    for (int i = 0; i < l->n; i++) {
-        free((void *)(uintptr_t)l->items[i].name);
-        free((void *)(uintptr_t)l->items[i].value);
-    }
+    for (int i = 0; i < l->n; i++)
+        free((void *)(uintptr_t)l->items[i].name);      /* with its value */
     free(l->items);
     *l = (struct header_list){ 0 };
 }
@@ -40,7 +38,7 @@ static bool list_grow(struct header_list *l)
 {
     if (l->n < l->cap)
         return true;
-    int cap = l->cap ? l->cap * 2 : 16;
+    int cap = l->cap ? l->cap * 4 : 4;
     struct header *grown = lm_reallocarray(l->items, (size_t)cap, sizeof *grown);
     if (!grown)
         return false;
@@ -51,17 +49,17 @@ static bool list_grow(struct header_list *l)
 
 void header_add(struct header_list *l, const char *name, const void *value, size_t len)
 {
-    char *copy_name = lm_strdup(name);
-    void *copy = value ? lm_malloc(len) : NULL;
-    if (!copy_name || (value && !copy) || !list_grow(l)) {
-        free(copy_name);
+    size_t name_size = strlen(name) + 1;
+    char *copy = len < SIZE_MAX / 2 ? lm_malloc(name_size + (value ? len : 0)) : NULL;
+    if (!copy || !list_grow(l)) {
         free(copy);
         l->failed = true;
         return;
     }
+    memcpy(copy, name, name_size);
     if (len && value)
-        memcpy(copy, value, len);
-    l->items[l->n++] = (struct header){ copy_name, copy, value ? len : 0 };
+        memcpy(copy + name_size, value, len);
+    l->items[l->n++] = (struct header){ copy, value ? copy + name_size : NULL, value ? len : 0 };
 }
 
 void header_add_text(struct header_list *l, const char *name, const char *text)

@@ -86,8 +86,10 @@ static bool passed(int64_t deadline_ms, int64_t now_ms)
 static bool past_deadline(const struct job *j)
 {
     const struct prompt *p = j->prompt;
+    if (!p || (!p->deadline_ms && !p->first_token_by_ms))
+        return false;
     int64_t now = lm_wall_ms();
-    return p && (passed(p->deadline_ms, now) || passed(p->first_token_by_ms, now));
+    return passed(p->deadline_ms, now) || passed(p->first_token_by_ms, now);
 }
 
 /* A completion for a prompt that never reached the engine. */
@@ -437,7 +439,7 @@ static void step(intake *in, struct job *j)
         drop(in, j);
         return;
     }
-    if (j->due_us > lm_now_us()) {      /* sent back by the outbox */
+    if (j->due_us && j->due_us > lm_now_us()) {         /* sent back by the outbox */
         job_list_add(&in->later, j, j->due_us);
         return;
     }

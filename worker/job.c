@@ -81,20 +81,17 @@ static void record_copy(struct record *to, const struct record *from, void *bloc
 
 lm_status job_new(struct lease *lease, const struct record *from, struct job **out)
 {
-    struct job *j = lm_calloc(1, sizeof *j);
     size_t bytes = record_bytes(from);
-    void *block = j ? lm_malloc(bytes) : NULL;
-    if (!block) {
-        free(j);
+    struct job *j = lm_malloc(sizeof *j + bytes);
+    if (!j)
         return LM_NOMEM;
-    }
+    memset(j, 0, sizeof *j);
     atomic_init(&j->refs, 1);
     atomic_init(&j->stage, JOB_QUEUED);
     j->lease = lease_ref(lease);
-    j->block = block;
     j->bytes = bytes + sizeof *j;
     j->received_us = lm_now_us();
-    record_copy(&j->record, from, block);
+    record_copy(&j->record, from, j + 1);
     *out = j;
     return LM_OK;
 }
@@ -154,7 +151,6 @@ static void job_free(struct job *j)
     if (j->result)
         engine_result_free(j->result);
     free(j->err);
-    free(j->block);
     lease_unref(j->lease);
     free(j);
 }

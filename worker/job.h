@@ -47,7 +47,7 @@ struct lease *lease_ref(struct lease *l);
 void lease_unref(struct lease *l);
 bool lease_revoked(struct lease *l);
 
-/* What was read, byte for byte; one allocation. value NULL: a tombstone. */
+/* What was read, byte for byte, behind its job. value NULL: a tombstone. */
 struct record {
     const void *key;            /* NULL: none */
     size_t key_len;
@@ -93,7 +93,6 @@ struct job {
     atomic_ullong handle;       /* engine_handle, 0: not known yet */
     struct lease *lease;
     struct record record;
-    void *block;                /* the record's bytes */
     size_t bytes;               /* counted against intake.max_bytes */
     long long tokens;           /* counted against intake.max_tokens; a guess until decoded */
     bool ordered;               /* in key_order.h's table */

@@ -10,10 +10,10 @@
 
 enum { SHOWN_BYTES = 48, HINT_DISTANCE = 2 };
 
-json_t *json_given(const json_t *obj, const char *key)
+yyjson_val *json_given(yyjson_val *obj, const char *key)
 {
-    json_t *v = json_object_get(obj, key);
-    return json_is_null(v) ? NULL : v;
+    yyjson_val *v = yyjson_obj_get(obj, key);
+    return yyjson_is_null(v) ? NULL : v;
 }
 
 /* ---- errors ---------------------------------------------------------------------------- */
@@ -41,28 +41,27 @@ lm_status json_refuse(const struct json_reader *r, lm_status code, const char *k
                       msg);
 }
 
-static void describe(const json_t *v, char *buf, size_t size)
+static void describe(yyjson_val *v, char *buf, size_t size)
 {
-    switch (json_typeof(v)) {
-    case JSON_OBJECT: snprintf(buf, size, "an object"); break;
-    case JSON_ARRAY: snprintf(buf, size, "an array of %zu", json_array_size(v)); break;
-    case JSON_INTEGER: snprintf(buf, size, "%" JSON_INTEGER_FORMAT, json_integer_value(v)); break;
-    case JSON_REAL: snprintf(buf, size, "%g", json_real_value(v)); break;
-    case JSON_TRUE: snprintf(buf, size, "true"); break;
-    case JSON_FALSE: snprintf(buf, size, "false"); break;
-    case JSON_NULL: snprintf(buf, size, "null"); break;
-    case JSON_STRING: {
-        const char *s = json_string_value(v);
-        size_t len = json_string_length(v);
-        snprintf(buf, size, "\"%.*s%s\"", utf8_cut(s, len, SHOWN_BYTES), s,
+    if (yyjson_is_str(v)) {
+        const char *text = yyjson_get_str(v);
+        size_t len = yyjson_get_len(v);
+        snprintf(buf, size, "\"%.*s%s\"", utf8_cut(text, len, SHOWN_BYTES), text,
                  len > SHOWN_BYTES ? "..." : "");
-        break;
-    }
+    } else if (yyjson_is_arr(v)) {
+        snprintf(buf, size, "an array of %zu", yyjson_arr_size(v));
+    } else if (yyjson_is_int(v)) {
+        snprintf(buf, size, "%" PRId64, yyjson_get_sint(v));
+    } else if (yyjson_is_real(v)) {
+        snprintf(buf, size, "%g", yyjson_get_real(v));
+    } else {
+        snprintf(buf, size, "%s", yyjson_is_obj(v) ? "an object" : yyjson_is_null(v) ? "null" :
+                 yyjson_is_true(v) ? "true" : "false");
     }
 }
 
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
-                     const json_t *value)
+                     yyjson_val *value)
 {
     if (!value)
         return json_refuse(r, LM_INVALID, key, "is missing");
@@ -121,13 +120,13 @@ bool json_key_in(const char *const *list, const char *key)
 
 /* ---- typed values ---------------------------------------------------------------------- */
 
-lm_status json_read_string(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_read_string(const struct json_reader *r, const char *key, yyjson_val *v,
                            size_t min, size_t max, const char **out)
 {
-    if (!json_is_string(v))
+    if (!yyjson_is_str(v))
         return json_wrong(r, key, "a string", v);
-    const char *s = json_string_value(v);
-    size_t len = json_string_length(v);
+    const char *s = yyjson_get_str(v);
+    size_t len = yyjson_get_len(v);
     if (len < min)
         return json_refuse(r, LM_INVALID, key, "must not be empty");
     if (len > max)
@@ -138,11 +137,11 @@ lm_status json_read_string(const struct json_reader *r, const char *key, const j
     return *out ? LM_OK : lm_err_set(r->err, LM_NOMEM, "out of memory");
 }
 
-lm_status json_read_int(const struct json_reader *r, const char *key, const json_t *v, int64_t lo,
+lm_status json_read_int(const struct json_reader *r, const char *key, yyjson_val *v, int64_t lo,
                         int64_t hi, int64_t *out)
 {
-    if (json_is_integer(v) && json_integer_value(v) >= lo && json_integer_value(v) <= hi) {
-        *out = json_integer_value(v);
+    if (yyjson_is_int(v) && yyjson_get_sint(v) >= lo && yyjson_get_sint(v) <= hi) {
+        *out = yyjson_get_sint(v);
         return LM_OK;
     }
     char what[96];
@@ -153,20 +152,20 @@ lm_status json_read_int(const struct json_reader *r, const char *key, const json
     return json_wrong(r, key, what, v);
 }
 
-lm_status json_read_bool(const struct json_reader *r, const char *key, const json_t *v, bool *out)
+lm_status json_read_bool(const struct json_reader *r, const char *key, yyjson_val *v, bool *out)
 {
-    if (!json_is_boolean(v))
+    if (!yyjson_is_bool(v))
         return json_wrong(r, key, "true or false", v);
-    *out = json_is_true(v);
+    *out = yyjson_is_true(v);
     return LM_OK;
 }
 
-lm_status json_read_token_ids(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_read_token_ids(const struct json_reader *r, const char *key, yyjson_val *v,
                               size_t min, size_t max, const int32_t **out, int *n)
 {
-    if (!json_is_array(v))
+    if (!yyjson_is_arr(v))
         return json_wrong(r, key, "an array of token ids", v);
-    size_t count = json_array_size(v);
+    size_t count = yyjson_arr_size(v);
     if (count < min)
         return json_refuse(r, LM_INVALID, key, "must not be empty");
     if (count > max)
@@ -175,14 +174,14 @@ lm_status json_read_token_ids(const struct json_reader *r, const char *key, cons
     if (!ids)
         return lm_err_set(r->err, LM_NOMEM, "out of memory");
     for (size_t i = 0; i < count; i++) {
-        const json_t *item = json_array_get(v, i);
-        if (!json_is_integer(item) || json_integer_value(item) < 0 ||
-            json_integer_value(item) > INT32_MAX) {
+        yyjson_val *item = yyjson_arr_get(v, i);
+        if (!yyjson_is_int(item) || yyjson_get_sint(item) < 0 ||
+            yyjson_get_sint(item) > INT32_MAX) {
             char name[64];
             snprintf(name, sizeof name, "%.32s[%zu]", key, i);
             return json_wrong(r, name, "a token id (an integer, at least 0)", item);
         }
-        ids[i] = (int32_t)json_integer_value(item);
+        ids[i] = (int32_t)yyjson_get_sint(item);
     }
     *out = ids;
     *n = (int)count;

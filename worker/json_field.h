@@ -11,7 +11,7 @@
 #ifndef LORAMILL_WORKER_JSON_FIELD_H
 #define LORAMILL_WORKER_JSON_FIELD_H
 
-#include <jansson.h>
+#include <yyjson.h>
 #include "worker/message.h"
 
 struct json_reader {
@@ -21,7 +21,7 @@ struct json_reader {
 };
 
 /* The member, or NULL when it is absent or null. */
-json_t *json_given(const json_t *obj, const char *key);
+yyjson_val *json_given(yyjson_val *obj, const char *key);
 
 /* "<prefix><key> <message>" */
 lm_status json_refuse(const struct json_reader *r, lm_status code, const char *key,
@@ -29,7 +29,7 @@ lm_status json_refuse(const struct json_reader *r, lm_status code, const char *k
 
 /* "<prefix><key> must be <what>, not <value, shortened>", or "is missing" for NULL */
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
-                     const json_t *value);
+                     yyjson_val *value);
 
 /* Unknown key: names it and the nearest of `known` (NULL-terminated) when one is near. */
 lm_status json_unknown(const struct json_reader *r, const char *key, const char *const *known);
@@ -37,14 +37,14 @@ lm_status json_unknown(const struct json_reader *r, const char *key, const char 
 bool json_key_in(const char *const *list, const char *key);     /* NULL-terminated list */
 
 /* A UTF-8 string of min..max bytes without NUL; the copy is in the arena. */
-lm_status json_read_string(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_read_string(const struct json_reader *r, const char *key, yyjson_val *v,
                            size_t min, size_t max, const char **out);
-lm_status json_read_int(const struct json_reader *r, const char *key, const json_t *v, int64_t lo,
+lm_status json_read_int(const struct json_reader *r, const char *key, yyjson_val *v, int64_t lo,
                         int64_t hi, int64_t *out);
-lm_status json_read_bool(const struct json_reader *r, const char *key, const json_t *v, bool *out);
+lm_status json_read_bool(const struct json_reader *r, const char *key, yyjson_val *v, bool *out);
 
 /* An array of 0..INT32_MAX token ids; `min` and `max` bound its length. */
-lm_status json_read_token_ids(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_read_token_ids(const struct json_reader *r, const char *key, yyjson_val *v,
                               size_t min, size_t max, const int32_t **out, int *n);
 
 #endif

@@ -69,10 +69,10 @@ static const char *const not_served[] = {
 /* ---- plain parameters ------------------------------------------------------------------- */
 
 static lm_status read_real(const struct json_reader *r, const struct param_row *row,
-                           const json_t *v, float *out)
+                           yyjson_val *v, float *out)
 {
-    double x = json_number_value(v);
-    if (json_is_number(v) && (row->above ? x > row->lo : x >= row->lo) && x <= row->hi) {
+    double x = yyjson_get_num(v);
+    if (yyjson_is_num(v) && (row->above ? x > row->lo : x >= row->lo) && x <= row->hi) {
         *out = (float)x;
         /* A tiny positive number must not round to the zero that its range excludes. */
         if (!row->above || *out > (float)row->lo)
@@ -85,7 +85,7 @@ static lm_status read_real(const struct json_reader *r, const struct param_row *
 }
 
 static lm_status read_row(const struct json_reader *r, const struct param_row *row,
-                          const json_t *v, struct engine_params *p)
+                          yyjson_val *v, struct engine_params *p)
 {
     char *at = (char *)p + row->offset;
     int64_t i = 0;
@@ -110,31 +110,31 @@ static lm_status read_row(const struct json_reader *r, const struct param_row *r
 
 /* ---- the others ------------------------------------------------------------------------- */
 
-static lm_status read_seed(const struct json_reader *r, const json_t *v, struct engine_params *p)
+static lm_status read_seed(const struct json_reader *r, yyjson_val *v, struct engine_params *p)
 {
-    if (!json_is_integer(v))
+    if (!yyjson_is_int(v))
         return json_wrong(r, "seed", "an integer", v);
     p->has_seed = true;
-    p->seed = (uint64_t)json_integer_value(v);
+    p->seed = (uint64_t)yyjson_get_sint(v);
     return LM_OK;
 }
 
-static lm_status read_stop(const struct json_reader *r, const json_t *v, struct engine_params *p)
+static lm_status read_stop(const struct json_reader *r, yyjson_val *v, struct engine_params *p)
 {
-    if (json_is_string(v)) {
+    if (yyjson_is_str(v)) {
         p->n_stop = 1;
         return json_read_string(r, "stop", v, 1, MAX_STOP_BYTES, &p->stop[0]);
     }
-    if (!json_is_array(v))
+    if (!yyjson_is_arr(v))
         return json_wrong(r, "stop", "a string or an array of strings", v);
-    size_t n = json_array_size(v);
+    size_t n = yyjson_arr_size(v);
     if (n > ENGINE_MAX_STOP)
         return json_refuse(r, LM_TOO_LARGE, "stop", "has %zu entries, more than %d", n,
                            ENGINE_MAX_STOP);
     for (size_t i = 0; i < n; i++) {
         char name[32];
         snprintf(name, sizeof name, "stop[%zu]", i);
-        lm_status st = json_read_string(r, name, json_array_get(v, i), 1, MAX_STOP_BYTES,
+        lm_status st = json_read_string(r, name, yyjson_arr_get(v, i), 1, MAX_STOP_BYTES,
                                         &p->stop[i]);
         if (st)
             return st;
@@ -144,45 +144,46 @@ static lm_status read_stop(const struct json_reader *r, const json_t *v, struct 
 }
 
 /* Completions say `logprobs: 3`; chat says `logprobs: true` with `top_logprobs: 3`. */
-static lm_status read_logprobs(const struct json_reader *r, const json_t *v, const json_t *top,
+static lm_status read_logprobs(const struct json_reader *r, yyjson_val *v, yyjson_val *top,
                                struct engine_params *p)
 {
     int64_t n = 0;
     lm_status st = LM_OK;
-    if (json_is_integer(v) && top)
+    if (yyjson_is_int(v) && top)
         return json_refuse(r, LM_INVALID, "top_logprobs", "goes with logprobs: true, not with a "
                            "count");
-    if (json_is_integer(v))
+    if (yyjson_is_int(v))
         st = json_read_int(r, "logprobs", v, 0, ENGINE_MAX_LOGPROBS, &n);
-    else if (v && !json_is_boolean(v))
+    else if (v && !yyjson_is_bool(v))
         return json_wrong(r, "logprobs", "true, false or a count", v);
     if (!st && top)
         st = json_read_int(r, "top_logprobs", top, 0, ENGINE_MAX_LOGPROBS, &n);
     if (st)
         return st;
-    bool wanted = json_is_true(v) || json_is_integer(v);
+    bool wanted = yyjson_is_true(v) || yyjson_is_int(v);
     if (!wanted && n > 0)
         return json_refuse(r, LM_INVALID, "top_logprobs", "needs logprobs: true");
     p->logprobs = wanted ? (int)n : -1;
     return LM_OK;
 }
 
-static lm_status check_names(const struct json_reader *r, const json_t *obj)
+static lm_status check_names(const struct json_reader *r, yyjson_val *obj)
 {
-    const char *key;
-    json_t *v;
-    json_object_foreach((json_t *)obj, key, v) {
+    yyjson_obj_iter it = yyjson_obj_iter_with(obj);
+    for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
+        const char *key = yyjson_get_str(name);
+        yyjson_val *v = yyjson_obj_iter_get_val(name);
         if (json_key_in(json_param_names, key))
             continue;
         if (!json_key_in(not_served, key))
             return json_unknown(r, key, json_param_names);
-        if (!json_is_null(v))
+        if (!yyjson_is_null(v))
             return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
     }
     return LM_OK;
 }
 
-static lm_status check_together(const struct json_reader *r, const json_t *obj,
+static lm_status check_together(const struct json_reader *r, yyjson_val *obj,
                                 const struct engine_params *p)
 {
     bool chat_name = json_given(obj, "max_completion_tokens");
@@ -199,23 +200,23 @@ static lm_status check_together(const struct json_reader *r, const json_t *obj,
     return LM_OK;
 }
 
-lm_status json_params_read(const struct json_reader *r, const json_t *obj,
+lm_status json_params_read(const struct json_reader *r, yyjson_val *obj,
                            struct engine_params *out)
 {
     engine_params_default(out);
     if (!obj)
         return LM_OK;
     lm_status st = check_names(r, obj);
-    size_t left = json_object_size(obj);        /* most have a few of them */
+    size_t left = yyjson_obj_size(obj);        /* most have a few of them */
     for (size_t i = 0; !st && left > 0 && i < LM_COUNT(rows); i++) {
-        const json_t *v = json_object_get(obj, rows[i].name);
+        yyjson_val *v = yyjson_obj_get(obj, rows[i].name);
         left -= v != NULL;
-        if (v && !json_is_null(v))
+        if (v && !yyjson_is_null(v))
             st = read_row(r, &rows[i], v, out);
     }
-    const json_t *seed = json_given(obj, "seed"), *stop = json_given(obj, "stop");
-    const json_t *ids = json_given(obj, "stop_token_ids");
-    const json_t *logprobs = json_given(obj, "logprobs"), *top = json_given(obj, "top_logprobs");
+    yyjson_val *seed = json_given(obj, "seed"), *stop = json_given(obj, "stop");
+    yyjson_val *ids = json_given(obj, "stop_token_ids");
+    yyjson_val *logprobs = json_given(obj, "logprobs"), *top = json_given(obj, "top_logprobs");
     if (!st && seed)
         st = read_seed(r, seed, out);
     if (!st && stop)

@@ -7,7 +7,7 @@
  * errors, and so are known ones that we don't serve yet. Unknown keys are looked for first: a typo
  * in `id` should read "idd is not a known key", not "id is missing".
  *
- * The object comes from jansson with U+0000 allowed in strings. Only `prompt` may have one (its
+ * The object comes from json_tree.h with U+0000 allowed in strings. Only `prompt` may have one (its
  * length travels with it); everywhere else the engine and Kafka clients take C strings.
  */
 #include "worker/json_prompt.h"
@@ -45,23 +45,23 @@ static lm_status no_memory(const struct json_reader *r)
 
 /* ---- parts shared with loramill batch ---------------------------------------------------- */
 
-lm_status json_text_read(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_text_read(const struct json_reader *r, const char *key, yyjson_val *v,
                          const char **out, size_t *len)
 {
-    if (!json_is_string(v))
+    if (!yyjson_is_str(v))
         return json_wrong(r, key, "a string", v);
-    *len = json_string_length(v);
-    *out = arena_strndup(r->arena, json_string_value(v), *len);
+    *len = yyjson_get_len(v);
+    *out = arena_strndup(r->arena, yyjson_get_str(v), *len);
     return *out ? LM_OK : no_memory(r);
 }
 
-static lm_status read_role(const struct json_reader *r, const json_t *v, const char **out)
+static lm_status read_role(const struct json_reader *r, yyjson_val *v, const char **out)
 {
     static const char *const roles[] = { "system", "user", "assistant" };
     if (!v)
         return json_refuse(r, LM_INVALID, "role", "is missing");
-    for (size_t i = 0; json_is_string(v) && i < LM_COUNT(roles); i++) {
-        if (strcmp(json_string_value(v), roles[i]) == 0) {
+    for (size_t i = 0; yyjson_is_str(v) && i < LM_COUNT(roles); i++) {
+        if (strcmp(yyjson_get_str(v), roles[i]) == 0) {
             *out = roles[i];
             return LM_OK;
         }
@@ -69,16 +69,17 @@ static lm_status read_role(const struct json_reader *r, const json_t *v, const c
     return json_wrong(r, "role", "system, user or assistant", v);
 }
 
-static lm_status read_message(const struct json_reader *r, const json_t *v,
+static lm_status read_message(const struct json_reader *r, yyjson_val *v,
                               struct engine_message *out)
 {
     static const char *const keys[] = { "role", "content", NULL };
     static const char *const later[] = { "name", "tool_calls", "tool_call_id", "function_call",
                                          "refusal", "audio", "reasoning_content", NULL };
-    const char *key;
-    json_t *member;
-    json_object_foreach((json_t *)v, key, member) {
-        if (json_key_in(later, key) && json_is_null(member))
+    yyjson_obj_iter it = yyjson_obj_iter_with(v);
+    for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
+        const char *key = yyjson_get_str(name);
+        yyjson_val *member = yyjson_obj_iter_get_val(name);
+        if (json_key_in(later, key) && yyjson_is_null(member))
             continue;
         if (json_key_in(later, key))
             return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
@@ -88,21 +89,21 @@ static lm_status read_message(const struct json_reader *r, const json_t *v,
     lm_status st = read_role(r, json_given(v, "role"), &out->role);
     if (st)
         return st;
-    const json_t *content = json_given(v, "content");
+    yyjson_val *content = json_given(v, "content");
     if (!content)
         return json_refuse(r, LM_INVALID, "content", "is missing");
-    if (json_is_array(content))
+    if (yyjson_is_arr(content))
         return json_refuse(r, LM_UNSUPPORTED, "content", "as an array of parts is not served yet; "
                            "give one string");
     return json_read_string(r, "content", content, 0, SIZE_MAX, &out->content);
 }
 
-lm_status json_messages_read(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_messages_read(const struct json_reader *r, const char *key, yyjson_val *v,
                              const struct engine_message **out, int *n)
 {
-    if (!json_is_array(v))
+    if (!yyjson_is_arr(v))
         return json_wrong(r, key, "an array of messages", v);
-    size_t count = json_array_size(v);
+    size_t count = yyjson_arr_size(v);
     if (count == 0)
         return json_refuse(r, LM_INVALID, key, "must not be empty");
     if (count > MAX_MESSAGES)
@@ -112,11 +113,11 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, const
     if (!list)
         return no_memory(r);
     for (size_t i = 0; i < count; i++) {
-        const json_t *item = json_array_get(v, i);
+        yyjson_val *item = yyjson_arr_get(v, i);
         char prefix[96];
         snprintf(prefix, sizeof prefix, "%.32s%.32s[%zu].", r->prefix, key, i);
         struct json_reader at = { prefix, r->arena, r->err };
-        if (!json_is_object(item)) {
+        if (!yyjson_is_obj(item)) {
             prefix[strlen(prefix) - 1] = '\0';
             return json_wrong(&at, "", "an object with role and content", item);
         }
@@ -131,11 +132,12 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, const
 
 /* ---- what is asked ----------------------------------------------------------------------- */
 
-static lm_status check_names(const struct json_reader *r, const json_t *root)
+static lm_status check_names(const struct json_reader *r, yyjson_val *root)
 {
-    const char *key;
-    json_t *v;
-    json_object_foreach((json_t *)root, key, v) {
+    yyjson_obj_iter it = yyjson_obj_iter_with(root);
+    for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
+        const char *key = yyjson_get_str(name);
+        yyjson_val *v = yyjson_obj_iter_get_val(name);
         if (json_key_in(known, key))
             continue;
         /* The likeliest mistake of all, since OpenAI's bodies have them at the top. */
@@ -144,17 +146,17 @@ static lm_status check_names(const struct json_reader *r, const json_t *root)
                                "\"params\"");
         if (!json_key_in(not_served, key))
             return json_unknown(r, key, known);
-        if (!json_is_null(v))
+        if (!yyjson_is_null(v))
             return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
     }
     return LM_OK;
 }
 
-static lm_status read_input(const struct json_reader *r, const json_t *root, struct prompt *p)
+static lm_status read_input(const struct json_reader *r, yyjson_val *root, struct prompt *p)
 {
-    const json_t *text = json_given(root, "prompt");
-    const json_t *ids = json_given(root, "prompt_token_ids");
-    const json_t *messages = json_given(root, "messages");
+    yyjson_val *text = json_given(root, "prompt");
+    yyjson_val *ids = json_given(root, "prompt_token_ids");
+    yyjson_val *messages = json_given(root, "messages");
     int given = !!text + !!ids + !!messages;
     if (given == 0)
         return lm_err_set(r->err, LM_INVALID,
@@ -171,13 +173,13 @@ static lm_status read_input(const struct json_reader *r, const json_t *root, str
     return json_messages_read(r, "messages", messages, &p->messages, &p->n_messages);
 }
 
-static lm_status read_context(const struct json_reader *r, const json_t *v, struct prompt *p)
+static lm_status read_context(const struct json_reader *r, yyjson_val *v, struct prompt *p)
 {
     if (!v)
         return LM_OK;
-    if (!json_is_array(v))
+    if (!yyjson_is_arr(v))
         return json_wrong(r, "context", "an array of strings", v);
-    size_t n = json_array_size(v);
+    size_t n = yyjson_arr_size(v);
     if (n > MAX_CONTEXT)
         return json_refuse(r, LM_TOO_LARGE, "context", "has %zu entries, more than %d", n,
                            MAX_CONTEXT);
@@ -190,7 +192,7 @@ static lm_status read_context(const struct json_reader *r, const json_t *v, stru
     for (size_t i = 0; i < n; i++) {
         char name[32];
         snprintf(name, sizeof name, "context[%zu]", i);
-        lm_status st = json_read_string(r, name, json_array_get(v, i), 0, SIZE_MAX, &list[i]);
+        lm_status st = json_read_string(r, name, yyjson_arr_get(v, i), 0, SIZE_MAX, &list[i]);
         if (st)
             return st;
     }
@@ -199,9 +201,9 @@ static lm_status read_context(const struct json_reader *r, const json_t *v, stru
     return LM_OK;
 }
 
-static lm_status read_params(const struct json_reader *r, const json_t *v, struct prompt *p)
+static lm_status read_params(const struct json_reader *r, yyjson_val *v, struct prompt *p)
 {
-    if (v && !json_is_object(v))
+    if (v && !yyjson_is_obj(v))
         return json_wrong(r, "params", "an object", v);
     struct json_reader at = { "params.", r->arena, r->err };
     return json_params_read(&at, v, &p->params);
@@ -209,7 +211,7 @@ static lm_status read_params(const struct json_reader *r, const json_t *v, struc
 
 /* ---- who asks, for whom, when ------------------------------------------------------------ */
 
-static lm_status read_id(const struct json_reader *r, const json_t *v, const char **out)
+static lm_status read_id(const struct json_reader *r, yyjson_val *v, const char **out)
 {
     if (!v)
         return lm_err_set(r->err, LM_INVALID, "id is missing");
@@ -220,11 +222,11 @@ static lm_status read_id(const struct json_reader *r, const json_t *v, const cha
     return st;
 }
 
-static lm_status read_adapter(const struct json_reader *r, const json_t *v, const char **out)
+static lm_status read_adapter(const struct json_reader *r, yyjson_val *v, const char **out)
 {
     if (!v)
         return LM_OK;
-    if (json_is_string(v) && json_string_length(v) == 0)
+    if (yyjson_is_str(v) && yyjson_get_len(v) == 0)
         return json_refuse(r, LM_INVALID, "adapter", "must not be empty; leave it out (or null) "
                            "for the base model");
     lm_status st = json_read_string(r, "adapter", v, 1, ENGINE_ADAPTER_ID_MAX, out);
@@ -234,7 +236,7 @@ static lm_status read_adapter(const struct json_reader *r, const json_t *v, cons
     return st ? lm_err_prefix(r->err, "%sadapter", r->prefix) : LM_OK;
 }
 
-static lm_status read_reply_topic(const struct json_reader *r, const json_t *v, const char **out)
+static lm_status read_reply_topic(const struct json_reader *r, yyjson_val *v, const char **out)
 {
     static const char legal[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
                                 "0123456789._-";
@@ -246,18 +248,18 @@ static lm_status read_reply_topic(const struct json_reader *r, const json_t *v, 
     return st;
 }
 
-static lm_status read_optional(const struct json_reader *r, const json_t *root, const char *key,
+static lm_status read_optional(const struct json_reader *r, yyjson_val *root, const char *key,
                                size_t max, const char **out)
 {
-    const json_t *v = json_given(root, key);
+    yyjson_val *v = json_given(root, key);
     return v ? json_read_string(r, key, v, 1, max, out) : LM_OK;
 }
 
-static lm_status read_numbers(const struct json_reader *r, const json_t *root, struct prompt *p)
+static lm_status read_numbers(const struct json_reader *r, yyjson_val *root, struct prompt *p)
 {
-    const json_t *priority = json_given(root, "priority");
-    const json_t *deadline = json_given(root, "deadline_ms");
-    const json_t *first = json_given(root, "first_token_by_ms");
+    yyjson_val *priority = json_given(root, "priority");
+    yyjson_val *deadline = json_given(root, "deadline_ms");
+    yyjson_val *first = json_given(root, "first_token_by_ms");
     int64_t n = 0;
     lm_status st = priority ? json_read_int(r, "priority", priority, -1000000, 1000000, &n) : LM_OK;
     p->priority = (int)n;
@@ -268,18 +270,18 @@ static lm_status read_numbers(const struct json_reader *r, const json_t *root, s
     return st;
 }
 
-static lm_status read_stream(const struct json_reader *r, const json_t *v, bool *out)
+static lm_status read_stream(const struct json_reader *r, yyjson_val *v, bool *out)
 {
     return v ? json_read_bool(r, "stream", v, out) : LM_OK;
 }
 
-static lm_status read_metadata(const struct json_reader *r, const json_t *v, struct prompt *p)
+static lm_status read_metadata(const struct json_reader *r, yyjson_val *v, struct prompt *p)
 {
     if (!v)
         return LM_OK;
-    if (!json_is_object(v))
+    if (!yyjson_is_obj(v))
         return json_wrong(r, "metadata", "an object of strings", v);
-    size_t n = json_object_size(v);
+    size_t n = yyjson_obj_size(v);
     if (n > MAX_METADATA)
         return json_refuse(r, LM_TOO_LARGE, "metadata", "has %zu entries, more than %d", n,
                            MAX_METADATA);
@@ -287,9 +289,10 @@ static lm_status read_metadata(const struct json_reader *r, const json_t *v, str
     if (!list)
         return no_memory(r);
     struct json_reader at = { "metadata.", r->arena, r->err };
-    const char *key;
-    json_t *value;
-    json_object_foreach((json_t *)v, key, value) {
+    yyjson_obj_iter it = yyjson_obj_iter_with(v);
+    for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
+        const char *key = yyjson_get_str(name);
+        yyjson_val *value = yyjson_obj_iter_get_val(name);
         if (strlen(key) > MAX_NAME)
             return json_refuse(&at, LM_TOO_LARGE, key, "is a key of %zu bytes, more than %d",
                                strlen(key), MAX_NAME);
@@ -316,7 +319,7 @@ static lm_status check_model(const struct json_reader *r, const struct prompt *p
 
 /* ---- the whole ---------------------------------------------------------------------------- */
 
-static lm_status read_all(const struct json_reader *r, const json_t *root, const char *model_name,
+static lm_status read_all(const struct json_reader *r, yyjson_val *root, const char *model_name,
                           struct prompt *p)
 {
     lm_status st;
@@ -337,10 +340,10 @@ static lm_status read_all(const struct json_reader *r, const json_t *root, const
     return check_model(r, p, model_name);
 }
 
-lm_status json_prompt_read(const json_t *root, enum encoding encoding, const char *model_name,
+lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char *model_name,
                            struct prompt **out, struct lm_err *err)
 {
-    if (!json_is_object(root))
+    if (!yyjson_is_obj(root))
         return lm_err_set(err, LM_FORMAT, "a prompt must be a record (object) of named fields");
     struct arena *arena = arena_new();
     struct prompt *p = arena ? arena_alloc(arena, sizeof *p) : NULL;

@@ -12,23 +12,23 @@
 #include "worker/json_field.h"
 
 /* The whole prompt. `model_name`, when not NULL, must equal the prompt's `model` if it has one. */
-lm_status json_prompt_read(const json_t *root, enum encoding encoding, const char *model_name,
+lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char *model_name,
                            struct prompt **out, struct lm_err *err);
 
 /* Sampling parameters under OpenAI's names; `obj` NULL gives the defaults. Every member of obj must
  * be a parameter: take others (model, prompt, ...) out of a request body first. */
-lm_status json_params_read(const struct json_reader *r, const json_t *obj,
+lm_status json_params_read(const struct json_reader *r, yyjson_val *obj,
                            struct engine_params *out);
 
 /* All of those names, NULL-terminated. */
 extern const char *const json_param_names[];
 
 /* [{"role": "system"|"user"|"assistant", "content": string}, ...], at least one. */
-lm_status json_messages_read(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_messages_read(const struct json_reader *r, const char *key, yyjson_val *v,
                              const struct engine_message **out, int *n);
 
 /* A prompt string, which may contain U+0000 (hence the length). */
-lm_status json_text_read(const struct json_reader *r, const char *key, const json_t *v,
+lm_status json_text_read(const struct json_reader *r, const char *key, yyjson_val *v,
                          const char **out, size_t *len);
 
 enum { PROMPT_MAX_TOKENS = 512 * 1024, PROMPT_MAX_ID = 512 };

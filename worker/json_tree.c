@@ -7,17 +7,56 @@
  * counts brackets and commas outside strings. It needs no grammar, since whatever it counts wrong
  * is refused by yyjson afterwards.
  *
- * yyjson works in a piece of our stack where that suffices: its blocks are too large for the
- * allocator's quick lists.
+ * What yyjson does not look at is checked in one walk over its tree, before anyone reads it.
  */
 #include "worker/json_tree.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>
-#include <yyjson.h>
 
-enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, STACK_BYTES = 32 * 1024 };
+#include "worker/bytes.h"
+
+enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24 };
+
+/* ---- scratch ----------------------------------------------------------------------------- */
+
+static bool in_scratch(const struct json_scratch *s, const void *p)
+{
+    return (const char *)p >= s->bytes && (const char *)p < s->bytes + sizeof s->bytes;
+}
+
+static void *scratch_malloc(void *ctx, size_t size)
+{
+    struct json_scratch *s = ctx;
+    if (size > sizeof s->bytes - s->used)
+        return lm_malloc(size);
+    void *p = s->bytes + s->used;
+    s->used = LM_MIN(LM_DIV_UP(s->used + size, 16) * 16, sizeof s->bytes);
+    return p;
+}
+
+static void scratch_free(void *ctx, void *p)
+{
+    if (!in_scratch(ctx, p))
+        free(p);
+}
+
+static void *scratch_realloc(void *ctx, void *p, size_t old, size_t size)
+{
+    if (!in_scratch(ctx, p))
+        return realloc(p, size);
+    void *to = size > old ? scratch_malloc(ctx, size) : p;
+    if (to && to != p)
+        memcpy(to, p, old);
+    return to;
+}
+
+void json_scratch_init(struct json_scratch *s)
+{
+    s->alc = (yyjson_alc){ scratch_malloc, scratch_realloc, scratch_free, s };
+    s->used = 0;
+}
 
 /* ---- strings ----------------------------------------------------------------------------- */
 
@@ -34,22 +73,28 @@ static bool is_ascii(const char *s, size_t n)
     return !(any & 0x8080808080808080u);
 }
 
-/* jansson checks UTF-8 a byte at a time, which is a sixth of the worker's work on an Avro message;
- * most text has nothing to check. */
-json_t *json_text(const char *s, size_t n)
-{
-    return is_ascii(s, n) ? json_stringn_nocheck(s, n) : json_stringn(s, n);
-}
-
+/* Most text has nothing to check. */
 bool json_is_utf8(const char *s, size_t n)
 {
     utf8proc_int32_t c;
     utf8proc_ssize_t used = 0;
+    if (is_ascii(s, n))
+        return true;
     for (size_t i = 0; i < n; i += (size_t)used)
         if ((used = utf8proc_iterate((const utf8proc_uint8_t *)s + i, (utf8proc_ssize_t)(n - i),
                                      &c)) <= 0)
             return false;
     return true;
+}
+
+json_t *json_text(const char *s, size_t n)
+{
+    return json_is_utf8(s, n) ? json_stringn_nocheck(s, n) : NULL;
+}
+
+yyjson_mut_val *json_text_value(yyjson_mut_doc *d, const char *s, size_t n)
+{
+    return json_is_utf8(s, n) ? yyjson_mut_strn(d, s, n) : NULL;
 }
 
 /* ---- text to tree ------------------------------------------------------------------------ */
@@ -76,89 +121,86 @@ static lm_status count_values(const char *text, size_t len, struct lm_err *err)
     return LM_OK;
 }
 
-static json_t *no_memory(struct lm_err *err)
+static lm_status refuse(struct lm_err *err, const char *what, const char *shown)
 {
-    lm_err_set(err, LM_NOMEM, "out of memory reading JSON");
-    return NULL;
+    return lm_err_set(err, LM_FORMAT, "not valid JSON: %s '%.64s'", what, shown);
 }
 
-static json_t *refuse(struct lm_err *err, const char *what, const char *shown)
+static bool same_key(yyjson_val *a, yyjson_val *b)
 {
-    lm_err_set(err, LM_FORMAT, "not valid JSON: %s '%.64s'", what, shown);
-    return NULL;
+    size_t n = yyjson_get_len(a);
+    return n == yyjson_get_len(b) && !memcmp(yyjson_get_str(a), yyjson_get_str(b), n);
 }
 
-static json_t *tree_of(yyjson_val *v, int depth, struct lm_err *err);
-
-static json_t *object_of(yyjson_val *v, int depth, struct lm_err *err)
+static int key_order(const void *pa, const void *pb)
 {
-    json_t *o = json_object();
-    size_t i, n;
-    yyjson_val *name, *value;
-    yyjson_obj_foreach(v, i, n, name, value) {
-        const char *key = yyjson_get_str(name);
-        size_t len = yyjson_get_len(name);
-        json_t *member = NULL;
-        if (!o)
-            return no_memory(err);
-        if (memchr(key, 0, len))
-            refuse(err, "NUL byte in object key", key);
-        else if (json_object_getn(o, key, len))
-            refuse(err, "duplicate object key", key);
-        else if ((member = tree_of(value, depth + 1, err)) &&
-                 json_object_setn_new_nocheck(o, key, len, member) != 0)
-            member = no_memory(err);
-        if (!member) {
-            json_decref(o);
-            return NULL;
-        }
+    yyjson_val *a = *(yyjson_val *const *)pa, *b = *(yyjson_val *const *)pb;
+    size_t la = yyjson_get_len(a), lb = yyjson_get_len(b);
+    return la != lb ? (la < lb ? -1 : 1) : memcmp(yyjson_get_str(a), yyjson_get_str(b), la);
+}
+
+/* Of many keys; sorts them. */
+static lm_status check_keys_sorted(yyjson_val **keys, size_t n, struct lm_err *err)
+{
+    qsort(keys, n, sizeof(yyjson_val *), key_order);
+    for (size_t i = 1; i < n; i++)
+        if (same_key(keys[i - 1], keys[i]))
+            return refuse(err, "duplicate object key", yyjson_get_str(keys[i]));
+    return LM_OK;
+}
+
+static lm_status check_keys(yyjson_val *object, struct lm_err *err)
+{
+    yyjson_val *few[FEW_KEYS], **keys = few, *name;
+    size_t n = yyjson_obj_size(object), at = 0;
+    lm_status st = LM_OK;
+    if (n > FEW_KEYS && !(keys = lm_calloc(n, sizeof(yyjson_val *))))
+        return lm_err_set(err, LM_NOMEM, "out of memory reading JSON");
+    yyjson_obj_iter it = yyjson_obj_iter_with(object);
+    while (!st && (name = yyjson_obj_iter_next(&it)) != NULL) {
+        if (memchr(yyjson_get_str(name), 0, yyjson_get_len(name)))
+            st = refuse(err, "NUL byte in object key", yyjson_get_str(name));
+        for (size_t i = 0; n <= FEW_KEYS && !st && i < at; i++)
+            if (same_key(keys[i], name))
+                st = refuse(err, "duplicate object key", yyjson_get_str(name));
+        keys[at++] = name;
     }
-    return o ? o : no_memory(err);
-}
-
-static json_t *array_of(yyjson_val *v, int depth, struct lm_err *err)
-{
-    json_t *a = json_array();
-    size_t i, n;
-    yyjson_val *value;
-    yyjson_arr_foreach(v, i, n, value) {
-        json_t *item = a ? tree_of(value, depth + 1, err) : no_memory(err);
-        if (item && json_array_append_new(a, item) != 0)
-            item = no_memory(err);
-        if (!item) {
-            json_decref(a);
-            return NULL;
-        }
-    }
-    return a ? a : no_memory(err);
+    if (!st && n > FEW_KEYS)
+        st = check_keys_sorted(keys, n, err);
+    if (keys != few)
+        free(keys);
+    return st;
 }
 
 /* The text of a number that neither an int64 nor a double holds was kept as it is. */
-static json_t *number_of(yyjson_val *v, struct lm_err *err)
+static lm_status check_number(yyjson_val *v, struct lm_err *err)
 {
     if (yyjson_is_raw(v) || (yyjson_is_uint(v) && yyjson_get_uint(v) > INT64_MAX))
         return refuse(err, "too big number", yyjson_is_raw(v) ? yyjson_get_raw(v) : "");
-    json_t *j = yyjson_is_int(v) ? json_integer(yyjson_get_sint(v)) : json_real(yyjson_get_real(v));
-    return j ? j : no_memory(err);
+    return LM_OK;
 }
 
-static json_t *tree_of(yyjson_val *v, int depth, struct lm_err *err)
+static lm_status check_value(yyjson_val *v, int depth, struct lm_err *err)
 {
-    json_t *s;
-    if (depth > MAX_DEPTH && yyjson_is_ctn(v)) {
-        lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels", MAX_DEPTH);
-        return NULL;
+    size_t i, n;
+    yyjson_val *name, *child;
+    lm_status st = LM_OK;
+    if (!yyjson_is_ctn(v))
+        return yyjson_is_str(v) ? LM_OK : check_number(v, err);
+    if (depth > MAX_DEPTH)
+        return lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels", MAX_DEPTH);
+    if (yyjson_is_arr(v)) {
+        yyjson_arr_foreach(v, i, n, child)
+            if ((st = check_value(child, depth + 1, err)))
+                return st;
+        return LM_OK;
     }
-    switch (yyjson_get_type(v)) {
-    case YYJSON_TYPE_OBJ: return object_of(v, depth, err);
-    case YYJSON_TYPE_ARR: return array_of(v, depth, err);
-    case YYJSON_TYPE_NULL: return json_null();
-    case YYJSON_TYPE_BOOL: return json_boolean(yyjson_get_bool(v));
-    case YYJSON_TYPE_STR:
-        s = json_stringn_nocheck(yyjson_get_str(v), yyjson_get_len(v));
-        return s ? s : no_memory(err);
-    default: return number_of(v, err);
-    }
+    if ((st = check_keys(v, err)))
+        return st;
+    yyjson_obj_foreach(v, i, n, name, child)
+        if ((st = check_value(child, depth + 1, err)))
+            return st;
+    return LM_OK;
 }
 
 static lm_status grammar_error(const char *text, size_t len, const yyjson_read_err *e,
@@ -172,48 +214,81 @@ static lm_status grammar_error(const char *text, size_t len, const yyjson_read_e
                       e->msg);
 }
 
-/* The stack suffices for every text that is JSON. One that opens brackets only needs more before
- * yyjson finds it wrong, and must not look like memory that ran out: that is not its sender's. */
-static yyjson_doc *read_doc(const char *text, size_t len, const yyjson_alc *stack, bool small,
-                            yyjson_read_err *e)
+lm_status json_doc_read(const char *text, size_t len, struct json_scratch *s, yyjson_doc **out,
+                        struct lm_err *err)
 {
-    char *in = (char *)(uintptr_t)text;
-    yyjson_doc *doc = NULL;
-    if (small)
-        doc = yyjson_read_opts(in, len, YYJSON_READ_BIGNUM_AS_RAW, stack, e);
-    if (!small || (!doc && e->code == YYJSON_READ_ERROR_MEMORY_ALLOCATION))
-        doc = yyjson_read_opts(in, len, YYJSON_READ_BIGNUM_AS_RAW, NULL, e);
-    return doc;
-}
-
-lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
-{
-    char stack[STACK_BYTES];
-    bool small = yyjson_read_max_memory_usage(len, YYJSON_READ_BIGNUM_AS_RAW) <= sizeof stack;
-    yyjson_alc alc;
-    struct lm_err own;
     yyjson_read_err e;
     lm_status st = len / 2 < MAX_VALUES ? LM_OK : count_values(text, len, err);
     if (st)
         return st;
-    yyjson_alc_pool_init(&alc, stack, sizeof stack);
-    yyjson_doc *doc = read_doc(text, len, &alc, small, &e);
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len, YYJSON_READ_BIGNUM_AS_RAW,
+                                       &s->alc, &e);
     if (!doc)
         return grammar_error(text, len, &e, err);
-    if (!err)
-        err = &own;
     yyjson_val *root = yyjson_doc_get_root(doc);
-    if (yyjson_is_obj(root))
-        st = (*out = object_of(root, 1, err)) ? LM_OK : err->code;
+    st = yyjson_is_obj(root) ? check_value(root, 1, err) :
+         lm_err_set(err, LM_FORMAT, "the message must be a JSON object {...}");
+    if (st)
+        yyjson_doc_free(doc);
     else
-        st = lm_err_set(err, LM_FORMAT, "the message must be a JSON object {...}");
-    yyjson_doc_free(doc);
+        *out = doc;
     return st;
 }
 
-/* ---- tree to text ------------------------------------------------------------------------ */
+lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err)
+{
+    struct json_scratch scratch;
+    yyjson_doc *doc = NULL;
+    json_scratch_init(&scratch);
+    lm_status st = json_doc_read(text, len, &scratch, &doc, err);
+    if (st)
+        return st;
+    *out = json_from_value(yyjson_doc_get_root(doc));
+    yyjson_doc_free(doc);
+    return *out ? LM_OK : lm_err_set(err, LM_NOMEM, "out of memory reading JSON");
+}
 
-static yyjson_mut_val *value_of(yyjson_mut_doc *d, const json_t *j);
+/* ---- from one kind to the other ---------------------------------------------------------- */
+
+static json_t *object_of(yyjson_val *v)
+{
+    json_t *o = json_object();
+    size_t i, n;
+    yyjson_val *name, *value;
+    yyjson_obj_foreach(v, i, n, name, value)
+        if (json_object_setn_new_nocheck(o, yyjson_get_str(name), yyjson_get_len(name),
+                                         json_from_value(value)) != 0) {
+            json_decref(o);
+            return NULL;
+        }
+    return o;
+}
+
+static json_t *array_of(yyjson_val *v)
+{
+    json_t *a = json_array();
+    size_t i, n;
+    yyjson_val *value;
+    yyjson_arr_foreach(v, i, n, value)
+        if (json_array_append_new(a, json_from_value(value)) != 0) {
+            json_decref(a);
+            return NULL;
+        }
+    return a;
+}
+
+json_t *json_from_value(yyjson_val *v)
+{
+    switch (yyjson_get_type(v)) {
+    case YYJSON_TYPE_OBJ: return object_of(v);
+    case YYJSON_TYPE_ARR: return array_of(v);
+    case YYJSON_TYPE_NULL: return json_null();
+    case YYJSON_TYPE_BOOL: return json_boolean(yyjson_get_bool(v));
+    case YYJSON_TYPE_STR: return json_stringn_nocheck(yyjson_get_str(v), yyjson_get_len(v));
+    default: return yyjson_is_int(v) ? json_integer(yyjson_get_sint(v))
+                                     : json_real(yyjson_get_real(v));
+    }
+}
 
 static yyjson_mut_val *members_of(yyjson_mut_doc *d, const json_t *j)
 {
@@ -222,7 +297,7 @@ static yyjson_mut_val *members_of(yyjson_mut_doc *d, const json_t *j)
          it = json_object_iter_next((json_t *)(uintptr_t)j, it)) {
         yyjson_mut_val *key = yyjson_mut_strn(d, json_object_iter_key(it),
                                               json_object_iter_key_len(it));
-        if (!yyjson_mut_obj_add(o, key, value_of(d, json_object_iter_value(it))))
+        if (!yyjson_mut_obj_add(o, key, json_to_value(d, json_object_iter_value(it))))
             return NULL;
     }
     return o;
@@ -232,47 +307,169 @@ static yyjson_mut_val *items_of(yyjson_mut_doc *d, const json_t *j)
 {
     yyjson_mut_val *a = yyjson_mut_arr(d);
     for (size_t i = 0; i < json_array_size(j); i++)
-        if (!yyjson_mut_arr_append(a, value_of(d, json_array_get(j, i))))
+        if (!yyjson_mut_arr_append(a, json_to_value(d, json_array_get(j, i))))
             return NULL;
     return a;
 }
 
-static yyjson_mut_val *real_of(yyjson_mut_doc *d, double x)
+yyjson_mut_val *json_real_value_of(yyjson_mut_doc *d, double x)
 {
     return (double)(float)x == x ? yyjson_mut_float(d, (float)x) : yyjson_mut_double(d, x);
 }
 
 /* Strings stay the tree's. NULL, a failure to whoever adds it to something: there is no memory. */
-static yyjson_mut_val *value_of(yyjson_mut_doc *d, const json_t *j)
+yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j)
 {
     switch (json_typeof(j)) {
     case JSON_OBJECT: return members_of(d, j);
     case JSON_ARRAY: return items_of(d, j);
     case JSON_STRING: return yyjson_mut_strn(d, json_string_value(j), json_string_length(j));
     case JSON_INTEGER: return yyjson_mut_sint(d, json_integer_value(j));
-    case JSON_REAL: return real_of(d, json_real_value(j));
+    case JSON_REAL: return json_real_value_of(d, json_real_value(j));
     case JSON_NULL: return yyjson_mut_null(d);
     default: return yyjson_mut_bool(d, json_is_true(j));
     }
 }
 
-/* yyjson makes room for six bytes a character, and replies wait for their brokers in what we
- * return: the rest goes back. */
-static char *print(const json_t *root, const yyjson_alc *alc, size_t *len)
+/* ---- tree to text ------------------------------------------------------------------------ */
+
+/* A word of eight bytes with its high bits set where a byte is below 0x20, a quote or a backslash;
+ * also where a byte is above 0x7f or behind such a one, which costs a look at them one by one. */
+static uint64_t to_escape(uint64_t w)
 {
-    yyjson_mut_doc *d = yyjson_mut_doc_new(alc);
-    yyjson_mut_val *v = d ? value_of(d, root) : NULL;
-    char *text = v ? yyjson_mut_val_write_opts(v, YYJSON_WRITE_NOFLAG, NULL, len, NULL) : NULL;
-    yyjson_mut_doc_free(d);
-    char *fitting = text ? realloc(text, *len + 1) : NULL;
-    return fitting ? fitting : text;
+    const uint64_t ones = 0x0101010101010101u, high = 0x8080808080808080u;
+    uint64_t quote = w ^ ones * '"', slash = w ^ ones * '\\';
+    return ((w - ones * 0x20) | (quote - ones) | (slash - ones) | w) & high;
+}
+
+/* How many of the first bytes need no escape. */
+static size_t plain_len(const char *s, size_t n)
+{
+    size_t i = 0;
+    for (uint64_t w; i + sizeof w <= n; i += sizeof w) {
+        memcpy(&w, s + i, sizeof w);
+        if (to_escape(w))
+            break;
+    }
+    while (i < n && (unsigned char)s[i] >= 0x20 && s[i] != '"' && s[i] != '\\')
+        i++;
+    return i;
+}
+
+static void print_escaped(struct bytes *b, unsigned char c)
+{
+    static const char hex[] = "0123456789ABCDEF";
+    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
+    const char *known = c ? strchr(from, c) : NULL;
+    if (known)
+        bytes_put(b, (char[]){ '\\', to[known - from] }, 2);
+    else
+        bytes_put(b, (char[]){ '\\', 'u', '0', '0', hex[c >> 4], hex[c & 15] }, 6);
+}
+
+/* Its UTF-8 was checked when it became a value. */
+static void print_string(struct bytes *b, const char *s, size_t n)
+{
+    bytes_put(b, "\"", 1);
+    for (size_t i = 0; i < n;) {
+        size_t plain = plain_len(s + i, n - i);
+        bytes_put(b, s + i, plain);
+        i += plain;
+        if (i < n)
+            print_escaped(b, (unsigned char)s[i++]);
+    }
+    bytes_put(b, "\"", 1);
+}
+
+static void print_int(struct bytes *b, int64_t v)
+{
+    char digits[20], *at = digits + sizeof digits;
+    uint64_t u = v < 0 ? -(uint64_t)v : (uint64_t)v;
+    do
+        *--at = (char)('0' + u % 10);
+    while (u /= 10);
+    if (v < 0)
+        bytes_put(b, "-", 1);
+    bytes_put(b, at, (size_t)(digits + sizeof digits - at));
+}
+
+/* The shortest digits are yyjson's art. */
+static void print_real(struct bytes *b, const yyjson_mut_val *v)
+{
+    char room[1024];
+    yyjson_alc alc;
+    size_t n = 0;
+    yyjson_alc_pool_init(&alc, room, sizeof room);
+    const char *text = yyjson_mut_val_write_opts(v, YYJSON_WRITE_NOFLAG, &alc, &n, NULL);
+    if (text)
+        bytes_put(b, text, n);
+    else
+        b->failed = true;
+}
+
+static void print_value(struct bytes *b, yyjson_mut_val *v);
+
+static void print_object(struct bytes *b, yyjson_mut_val *o)
+{
+    const char *before = "{";
+    yyjson_mut_obj_iter it = yyjson_mut_obj_iter_with(o);
+    for (yyjson_mut_val *key; (key = yyjson_mut_obj_iter_next(&it)) != NULL; before = ",") {
+        bytes_put(b, before, 1);
+        print_string(b, yyjson_mut_get_str(key), yyjson_mut_get_len(key));
+        bytes_put(b, ":", 1);
+        print_value(b, yyjson_mut_obj_iter_get_val(key));
+    }
+    bytes_put(b, "{}", *before == '{' ? 2 : 0);
+    bytes_put(b, "}", *before == '{' ? 0 : 1);
+}
+
+static void print_array(struct bytes *b, yyjson_mut_val *a)
+{
+    const char *before = "[";
+    yyjson_mut_arr_iter it = yyjson_mut_arr_iter_with(a);
+    for (yyjson_mut_val *item; (item = yyjson_mut_arr_iter_next(&it)) != NULL; before = ",") {
+        bytes_put(b, before, 1);
+        print_value(b, item);
+    }
+    bytes_put(b, "[]", *before == '[' ? 2 : 0);
+    bytes_put(b, "]", *before == '[' ? 0 : 1);
+}
+
+/* As deep as we build them. */
+static void print_value(struct bytes *b, yyjson_mut_val *v)
+{
+    switch (yyjson_mut_get_type(v)) {
+    case YYJSON_TYPE_OBJ: print_object(b, v); break;
+    case YYJSON_TYPE_ARR: print_array(b, v); break;
+    case YYJSON_TYPE_STR: print_string(b, yyjson_mut_get_str(v), yyjson_mut_get_len(v)); break;
+    case YYJSON_TYPE_NULL: bytes_put(b, "null", 4); break;
+    case YYJSON_TYPE_BOOL:
+        bytes_put(b, yyjson_mut_is_true(v) ? "true" : "false", yyjson_mut_is_true(v) ? 4 : 5);
+        break;
+    default:
+        if (yyjson_mut_is_int(v))
+            print_int(b, yyjson_mut_get_sint(v));
+        else
+            print_real(b, v);
+    }
+}
+
+char *json_print_value(yyjson_mut_val *root, size_t *len)
+{
+    struct bytes b;
+    bytes_init(&b);
+    print_value(&b, root);
+    *len = b.n;
+    return bytes_take(&b);
 }
 
 char *json_print(const json_t *root, size_t *len)
 {
-    char stack[STACK_BYTES];
-    yyjson_alc alc;
-    yyjson_alc_pool_init(&alc, stack, sizeof stack);
-    char *text = print(root, &alc, len);
-    return text ? text : print(root, NULL, len);
+    struct json_scratch scratch;
+    json_scratch_init(&scratch);
+    yyjson_mut_doc *d = yyjson_mut_doc_new(&scratch.alc);
+    yyjson_mut_val *v = d ? json_to_value(d, root) : NULL;
+    char *text = v ? json_print_value(v, len) : NULL;
+    yyjson_mut_doc_free(d);
+    return text;
 }

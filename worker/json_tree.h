@@ -2,9 +2,10 @@
 /*
  * json_tree.h - messages' JSON: from text to a tree, from a tree to text.
  *
- * Trees are jansson's everywhere. Text of messages, of which a busy worker reads and writes tens of
- * thousands a second, goes through yyjson, which takes a tenth of the time jansson takes; the rest
- * (configurations, models, registries, reports) is jansson's on both sides.
+ * A busy worker reads and writes tens of thousands of messages a second, so their trees are
+ * yyjson's: all of one lies in a few blocks, mostly on the caller's stack, and its strings are not
+ * copied. What is not a message (configurations, models, registries, reports, `loramill batch`) is
+ * jansson's, and both kinds can be made from each other.
  *
  * Threads: no state.
  */
@@ -12,21 +13,45 @@
 #define LORAMILL_WORKER_JSON_TREE_H
 
 #include <jansson.h>
+#include <yyjson.h>
 #include "kernels/base.h"
+
+/* Memory for the tree of a message of common size; what has no room there comes from the heap. Not
+ * to be moved. */
+struct json_scratch {
+    yyjson_alc alc;
+    size_t used;
+    _Alignas(16) char bytes[32 * 1024];
+};
+void json_scratch_init(struct json_scratch *s);
 
 /* RFC 8259, and stricter: at most 32 deep and 524,288 values, no key twice, no U+0000 in a key,
  * integers within int64, finite numbers, nothing behind the end, an object on top. U+0000 in a
- * string is allowed. The caller json_decref()s. Errors: LM_FORMAT, with line and column where the
- * grammar is at fault, or LM_TOO_LARGE. */
+ * string is allowed. yyjson_doc_free() it before the scratch goes. Errors: LM_FORMAT, with line and
+ * column where the grammar is at fault, or LM_TOO_LARGE. */
+lm_status json_doc_read(const char *text, size_t len, struct json_scratch *s, yyjson_doc **out,
+                        struct lm_err *err);
+
+/* The same as a tree of jansson's, which the caller json_decref()s. */
 lm_status json_parse_object(const char *text, size_t len, json_t **out, struct lm_err *err);
+
+/* From one kind to the other. NULL: no memory. A mutable value borrows its strings and keys. */
+json_t *json_from_value(yyjson_val *v);
+yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j);
 
 /* Without white space; *len without the NUL. Numbers have the fewest digits that read back as the
  * same float, where they are one, or double. NULL: no memory. The caller frees. */
 char *json_print(const json_t *root, size_t *len);
+char *json_print_value(yyjson_mut_val *root, size_t *len);
 
-/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. */
-json_t *json_text(const char *s, size_t n);
-/* Which of the two? */
 bool json_is_utf8(const char *s, size_t n);
+
+/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. The second one borrows
+ * them. */
+json_t *json_text(const char *s, size_t n);
+yyjson_mut_val *json_text_value(yyjson_mut_doc *d, const char *s, size_t n);
+
+/* Printed with the fewest digits that read back as the same float, if it is one. */
+yyjson_mut_val *json_real_value_of(yyjson_mut_doc *d, double x);
 
 #endif

@@ -471,9 +471,9 @@ void ledger_committed(ledger *l, const struct ledger_commit *c)
     p->committed_version = LM_MAX(p->committed_version, c->version);
 }
 
-/* Bytes of payload that a stretch of `k` unfinished neighbours can add as runs when some of them end:
- * every second one can become a run of its own, and numbers become longer. One between two runs can
- * only join them. */
+/* Bytes of payload that a stretch of `k` unfinished neighbours can add as runs when some of them
+ * end: every second one can become a run of its own, and numbers become longer. One between two
+ * runs can only join them. */
 static size_t stretch_adds(size_t k, int64_t width, bool at_tail)
 {
     if (k < 2 && !(k && at_tail))

@@ -21,23 +21,57 @@ enum { MAX_CUSTOM_ID = 512, MAX_MODEL = 512 };
 
 /* ---- reading --------------------------------------------------------------------------- */
 
+/* Lines are trees of jansson's, since their bodies are taken apart; what reads prompts wants the
+ * other kind. It lives as long as the request. NULL for NULL. */
+static void *in_arena(void *ctx, size_t size)
+{
+    return arena_alloc(ctx, size);
+}
+
+static void *more_in_arena(void *ctx, void *p, size_t old, size_t size)
+{
+    void *to = arena_alloc(ctx, size);
+    if (to)
+        memcpy(to, p, LM_MIN(old, size));
+    return to;
+}
+
+static void stays_in_arena(void *ctx, void *p)
+{
+    (void)ctx;
+    (void)p;
+}
+
+static yyjson_val *value_of(const struct json_reader *r, const json_t *j)
+{
+    const yyjson_alc alc = { in_arena, more_in_arena, stays_in_arena, r->arena };
+    yyjson_mut_doc *d = j ? yyjson_mut_doc_new(&alc) : NULL;
+    yyjson_mut_val *v = d ? json_to_value(d, j) : NULL;
+    return yyjson_doc_get_root(v ? yyjson_mut_val_imut_copy(v, &alc) : NULL);
+}
+
+static yyjson_val *member_of(const struct json_reader *r, const json_t *o, const char *key)
+{
+    return value_of(r, json_object_get(o, key));
+}
+
 static lm_status read_line_fields(const struct json_reader *r, const json_t *root,
                                   struct openai_request *q)
 {
     static const char *const known[] = { "custom_id", "method", "url", "body", NULL };
     const char *key, *method = NULL, *url = NULL;
     json_t *v;
-    lm_status st = json_read_string(r, "custom_id", json_object_get(root, "custom_id"), 1,
+    lm_status st = json_read_string(r, "custom_id", member_of(r, root, "custom_id"), 1,
                                     MAX_CUSTOM_ID, &q->custom_id);
     json_object_foreach((json_t *)root, key, v)
         if (!st && !json_key_in(known, key))
             st = json_unknown(r, key, known);
     if (!st)
-        st = json_read_string(r, "method", json_object_get(root, "method"), 1, 16, &method);
+        st = json_read_string(r, "method", member_of(r, root, "method"), 1, 16, &method);
     if (!st && strcmp(method, "POST"))
-        return json_wrong(r, "method", "POST", json_object_get(root, "method"));
+        return json_wrong(r, "method", "POST", member_of(r, root, "method"));
     if (!st)
-        st = json_read_string(r, "url", json_object_get(root, "url"), 1, 256, &url);
+        st = json_read_string(r, "url", member_of(r, root, "url"), 1, 256, &url);
     if (st)
         return st;
     if (!strcmp(url, "/v1/completions"))
@@ -46,16 +80,16 @@ static lm_status read_line_fields(const struct json_reader *r, const json_t *roo
         q->kind = OPENAI_CHAT;
     else
         return json_wrong(r, "url", "/v1/completions or /v1/chat/completions",
-                          json_object_get(root, "url"));
+                          member_of(r, root, "url"));
     if (!json_is_object(json_object_get(root, "body")))
-        return json_wrong(r, "body", "an object", json_object_get(root, "body"));
+        return json_wrong(r, "body", "an object", member_of(r, root, "body"));
     return LM_OK;
 }
 
 static lm_status read_model(const struct json_reader *r, const json_t *body,
                             const char *base_model, struct openai_request *q)
 {
-    lm_status st = json_read_string(r, "model", json_object_get(body, "model"), 1, MAX_MODEL,
+    lm_status st = json_read_string(r, "model", member_of(r, body, "model"), 1, MAX_MODEL,
                                     &q->model);
     if (st || !strcmp(q->model, base_model))
         return st;
@@ -104,15 +138,16 @@ static lm_status read_input(const struct json_reader *r, const json_t *body,
         json_array_foreach(messages, i, m)
             if (!st && json_is_object(m))
                 st = flatten_content(r, m);
-        return st ? st : json_messages_read(r, "messages", messages, &q->messages, &q->n_messages);
+        return st ? st : json_messages_read(r, "messages", value_of(r, messages), &q->messages,
+                                            &q->n_messages);
     }
     const json_t *p = json_object_get(body, "prompt");
     if (json_is_string(p))
-        return json_text_read(r, "prompt", p, &q->prompt, &q->prompt_len);
+        return json_text_read(r, "prompt", value_of(r, p), &q->prompt, &q->prompt_len);
     if (json_is_array(p) && !json_is_integer(json_array_get(p, 0)))
         return json_refuse(r, LM_UNSUPPORTED, "prompt", "must be one string or one array of token "
                            "ids; give each prompt a line of its own");
-    return json_read_token_ids(r, "prompt", p, 1, PROMPT_MAX_TOKENS, &q->token_ids,
+    return json_read_token_ids(r, "prompt", value_of(r, p), 1, PROMPT_MAX_TOKENS, &q->token_ids,
                                &q->n_token_ids);
 }
 
@@ -170,7 +205,7 @@ static lm_status read_body(const json_t *root, const char *base_model, struct op
         st = read_input(&r, body, q);
     if (!st)
         st = strip_body(&r, body, q->kind);
-    return st ? st : json_params_read(&r, body, &q->params);
+    return st ? st : json_params_read(&r, value_of(&r, body), &q->params);
 }
 
 lm_status openai_parse(const char *line, size_t len, const char *base_model,
@@ -220,9 +255,30 @@ static json_t *number_json(float lp)
     return json_real(isinf(lp) ? -9999.0 : (double)lp);
 }
 
+/* What the completions' functions make, as a tree of jansson's. */
+static json_t *piece_json(const char *piece, size_t len)
+{
+    yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
+    yyjson_doc *copy = yyjson_mut_val_imut_copy(completion_piece(d, piece, len), NULL);
+    json_t *j = copy ? json_from_value(yyjson_doc_get_root(copy)) : NULL;
+    yyjson_doc_free(copy);
+    yyjson_mut_doc_free(d);
+    return j;
+}
+
+static json_t *logprobs_json(const struct engine_choice *c)
+{
+    yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
+    yyjson_doc *copy = yyjson_mut_val_imut_copy(completion_logprobs(d, c), NULL);
+    json_t *j = copy ? json_from_value(yyjson_doc_get_root(copy)) : NULL;
+    yyjson_doc_free(copy);
+    yyjson_mut_doc_free(d);
+    return j;
+}
+
 static json_t *chat_token_json(const char *piece, size_t len, float logprob)
 {
-    return json_pack("{s:o, s:o, s:o}", "token", completion_piece_json(piece, len), "logprob",
+    return json_pack("{s:o, s:o, s:o}", "token", piece_json(piece, len), "logprob",
                      number_json(logprob), "bytes", bytes_json(piece, len));
 }
 
@@ -250,7 +306,7 @@ static json_t *choice_json(enum openai_kind kind, const struct engine_choice *c)
     json_t *text = json_stringn(c->text, c->text_len);
     if (kind == OPENAI_COMPLETION)
         return json_pack("{s:i, s:o, s:o, s:s}", "index", c->index, "text", text, "logprobs",
-                         completion_logprobs_json(c), "finish_reason",
+                         logprobs_json(c), "finish_reason",
                          engine_reason_name(c->reason));
     return json_pack("{s:i, s:{s:s, s:o}, s:o, s:s}", "index", c->index, "message", "role",
                      "assistant", "content", text, "logprobs", chat_logprobs_json(c),

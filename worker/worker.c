@@ -36,7 +36,7 @@
 #include "worker/log.h"
 #include "worker/watchdog.h"
 
-enum { SUPERVISE_MS = 100, MMAP_ABOVE = 256 * 1024, ARENAS = 4 };
+enum { SUPERVISE_MS = 100, MMAP_ABOVE = 4 << 20, ARENAS = 8, HEAP_STEP = 1 << 20 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -90,14 +90,18 @@ bool worker_gives_up(struct worker *w, struct job *j)
 
 /* ---- start ------------------------------------------------------------------------------ */
 
-/* Messages come and go in buffers of up to a megabyte, allocated by one thread and freed by
+/* Messages come and go in buffers of up to a few megabytes, allocated by one thread and freed by
  * another. glibc learns from that to keep them on its heaps, one for each of some twenty threads,
- * which then grow although the live bytes stay the same. With a threshold that does not move it
- * returns them at once, and few heaps have few holes. tests/soak measures it. */
+ * which then grow although the live bytes stay the same. So the threshold above which it returns
+ * them at once does not move, and heaps are as many as threads are busy, no more. They grow and
+ * shrink by megabytes, for by the default 128 KiB they do it with every few messages, which took a
+ * fifth of the worker's time. tests/soak measures it. */
 static void settle_memory(void)
 {
     mallopt(M_MMAP_THRESHOLD, MMAP_ABOVE);
     mallopt(M_ARENA_MAX, ARENAS);
+    mallopt(M_TOP_PAD, HEAP_STEP);
+    mallopt(M_TRIM_THRESHOLD, 2 * HEAP_STEP);
 }
 
 static const char *or_null(const char *s)

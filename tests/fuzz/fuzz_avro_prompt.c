@@ -23,17 +23,22 @@ static void check(lm_status st, const struct lm_err *err)
 
 static void try_datum(struct avro_plan *plan, const uint8_t *data, size_t size)
 {
+    struct json_scratch scratch;
+    yyjson_doc *doc = NULL;
     json_t *tree = NULL;
     struct prompt *p = NULL;
     void *back = NULL;
     size_t len = 0;
     struct lm_err err = { 0 };
-    lm_status st = avro_decode(plan, data, size, &tree, &err);
+    json_scratch_init(&scratch);
+    lm_status st = avro_decode_doc(plan, data, size, &scratch, &doc, &err);
     check(st, &err);
     if (!st) {
+        tree = json_from_value(yyjson_doc_get_root(doc));
         check(avro_encode(plan, tree, 0, &back, &len, &err), &err);
-        check(json_prompt_read(tree, ENCODING_AVRO, NULL, &p, &err), &err);
+        check(json_prompt_read(yyjson_doc_get_root(doc), ENCODING_AVRO, NULL, &p, &err), &err);
     }
+    yyjson_doc_free(doc);
     free(back);
     prompt_free(p);
     json_decref(tree);

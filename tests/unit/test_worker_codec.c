@@ -294,7 +294,11 @@ static void base_model_reply_has_nulls(void **state)
     done.adapter_digest = NULL;
     done.model = NULL;
     done.result = &empty;
-    json_t *j = completion_json(&done);
+    void *text = NULL;
+    size_t len = 0;
+    assert_int_equal(codec_encode_completion(NULL, &done, ENCODING_JSON, &text, &len, NULL), LM_OK);
+    json_t *j = json_loadb(text, len, 0, NULL);
+    free(text);
     assert_true(json_is_null(json_object_get(j, "adapter")));
     assert_true(json_is_null(json_object_get(j, "adapter_digest")));
     assert_string_equal(json_string_value(json_object_get(j, "model")), "");

@@ -129,6 +129,25 @@ static void damaged_text_is_judged_as_jansson_does(void **state)
     assert_in_range(refused, 5000, 19999);
 }
 
+/* Of few keys each is compared with each, of many the sorted neighbours are. */
+static void a_key_twice_is_found_among_any_number(void **state)
+{
+    (void)state;
+    for (int n = 2; n < 2000; n = n * 3 / 2 + 1) {
+        char text[32 * 2000], *at = text;
+        for (int i = 0; i < n; i++)
+            at += sprintf(at, "%s\"k%d\":%d", i ? "," : "{\"o\":{", i * 7919 % n, i);
+        strcpy(at, "}}");
+        json_t *root = NULL;
+        struct lm_err err = { 0 };
+        assert_int_equal(json_parse_object(text, strlen(text), &root, &err), LM_OK);
+        json_decref(root);
+        sprintf(at, ",\"k%u\":0}}", rnd((uint32_t)n));
+        assert_int_equal(json_parse_object(text, strlen(text), &root, &err), LM_FORMAT);
+        assert_non_null(strstr(err.msg, "duplicate object key"));
+    }
+}
+
 static void floats_have_their_own_digits(void **state)
 {
     (void)state;
@@ -208,6 +227,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(both_ways_agree_with_jansson),
         cmocka_unit_test(damaged_text_is_judged_as_jansson_does),
+        cmocka_unit_test(a_key_twice_is_found_among_any_number),
         cmocka_unit_test(floats_have_their_own_digits),
         cmocka_unit_test(a_text_holds_no_more_memory_than_it_has),
         cmocka_unit_test(limits),

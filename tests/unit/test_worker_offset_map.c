@@ -448,8 +448,8 @@ static void test_crowded(void **state)
 
 /* ---- the brake holds, whoever reads and whatever ends ---------------------------------------- */
 
-/* A reader as fast as can be: it asks after each record, and has so many more on their way when it is
- * told to stop. */
+/* A reader as fast as can be: it asks after each record, and has so many more on their way when it
+ * is told to stop. */
 struct reader {
     ledger *l;
     struct ledger_ref r;
@@ -483,8 +483,9 @@ static void fetch_until_stopped(struct reader *x, size_t most)
 static void finish_some(struct reader *x, uint32_t how, size_t n)
 {
     for (size_t k = 0; k < n && x->n_open > 1; k++) {
-        size_t at = how == 0 ? 0 : how == 1 ? x->n_open - 1 : how == 2 ? LM_MIN(k + 1, x->n_open - 1)
-                                                                       : pick((uint32_t)x->n_open);
+        size_t last = x->n_open - 1;
+        size_t at = how == 0 ? 0 : how == 1 ? last : how == 2 ? LM_MIN(k + 1, last)
+                                                              : pick((uint32_t)x->n_open);
         assert_int_equal(ledger_complete(x->l, x->r, x->open[at], NULL), LM_OK);
         memmove(x->open + at, x->open + at + 1, (--x->n_open - at) * sizeof *x->open);
     }
@@ -535,8 +536,9 @@ static void test_brake_holds(void **state)
     (void)state;
     static int64_t open[READER_MAX];
     for (int h = 0; h < 300; h++) {
-        struct reader x = { .l = ledger_new(NULL, NULL, OFFSET_MAP_MAX - pick(2) * 3000), .open = open,
-                            .next = -1, .gap = (uint32_t[]){ 1, 2, 5, 100 }[pick(4)] };
+        size_t limit = OFFSET_MAP_MAX - pick(2) * 3000;
+        struct reader x = { .l = ledger_new(NULL, NULL, limit), .open = open, .next = -1,
+                            .gap = (uint32_t[]){ 1, 2, 5, 100 }[pick(4)] };
         assert_int_equal(ledger_assign(x.l, "t", 0, 0, &x.r), LM_OK);
         for (int round = 0; round < 6; round++) {
             fetch_until_stopped(&x, pick(3) ? pick(300) : READER_MAX);
@@ -550,8 +552,8 @@ static void test_brake_holds(void **state)
     }
 }
 
-/* One that never ends, and much behind it: the brake lets a reader go on for as long as little is in
- * flight. */
+/* One that never ends, and much behind it: the brake lets a reader go on for as long as little is
+ * in flight. */
 static void test_one_stuck_does_not_brake(void **state)
 {
     (void)state;
