@@ -90,12 +90,20 @@ static inline void conv_widen(float *restrict out, const void *src, size_t n, en
             out[i] = conv_float((uint32_t)half[i] << 16);
 }
 
+/* Twice as fast with AVX2, which not every host has; sanitizers don't bear the choice at start. */
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define CONV_CLONES __attribute__((target_clones("avx2", "default"), unused))
+#else
+#define CONV_CLONES __attribute__((unused))
+#endif
+
 #define CONV_TILE 1024          /* numbers widened at a time: they stay in the nearest cache */
 
 /* A whole row, and its scale; false if it holds a number that is not finite. Magnitudes are
  * compared as integers, which are in the same order. */
-static inline bool conv_scaled_row(uint8_t *restrict out, float *scale, const void *src,
-                                   size_t from, size_t n, enum kn_dtype t)
+CONV_CLONES
+static bool conv_scaled_row(uint8_t *restrict out, float *scale, const void *src, size_t from,
+                            size_t n, enum kn_dtype t)
 {
     const char *in = (const char *)src + from * kn_dtype_size(t);
     float tile[CONV_TILE];

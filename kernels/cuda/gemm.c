@@ -295,6 +295,8 @@ struct tuning {
     const kn_mat *const *w;
     int n_w, at;
     cudaEvent_t from, to;
+    int buckets;
+    int64_t asking_us;          /* for proposals; the rest of the time is measuring */
 };
 
 /* Milliseconds of a few products, each on the next weight; negative when it does not run. */
@@ -324,8 +326,11 @@ static void tune_bucket(struct tuning *t, int m)
     t->a.m = m;
     t->a.w = t->w[0];
     struct plan want = shape_of(&t->a, false), try = want;
+    int64_t t0 = lm_now_us();
     struct plan *p = plan_for(t->st, &want);
     int n = p ? proposals(t->st, &want, found, TUNE_PROPOSALS) : 0;
+    t->asking_us += lm_now_us() - t0;
+    t->buckets++;
     float best = n > 1 ? time_plan(t, p) * TUNE_GAIN : -1;
     for (int i = 1; i < n && best > 0; i++) {
         try.algo = found[i].algo;
@@ -341,6 +346,7 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
 {
     struct tuning t = { .st = cuda_stream_of(s), .a = *a, .w = w, .n_w = n_w };
     struct cuda_device *d = t.st->dev;
+    int64_t t0 = lm_now_us();
     if (a->m <= 0 || n_w <= 0 || a->bias || a->accumulate || !a->x || !a->y)
         return cuda_refuse("gemm_tune", "nothing to measure, or a bias");
     if (w[0]->dtype == KN_E4M3)
@@ -361,5 +367,8 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
         cudaEventDestroy(t.from);
     if (t.to)
         cudaEventDestroy(t.to);
+    lm_log(LM_DEBUG, "kernels", "products with %d x %d, %d sizes: %.0f ms to ask for algorithms, "
+           "%.0f ms to measure them", w[0]->rows, w[0]->cols, t.buckets,
+           (double)t.asking_us / 1e3, (double)(lm_now_us() - t0 - t.asking_us) / 1e3);
     return cuda_check(d, "gemm_tune", e);
 }
