@@ -263,7 +263,8 @@ struct kn_rmsnorm {
     float eps;
 };
 
-/* y[m, n] = x[m, k] W^T (+ bias) (+ y if accumulate); y is act, or float32 if y_f32. */
+/* y[m, n] = x[m, k] W^T (+ bias) (+ y if accumulate); y is act, or float32 if y_f32. x_e4m3: with W
+ * in KN_E4M3, rows of x may be rounded to it as W's are, where that makes the product faster. */
 struct kn_gemm {
     void *y;
     const void *x;
@@ -271,7 +272,7 @@ struct kn_gemm {
     const float *bias;          /* [n] or NULL */
     int m;
     int64_t ldx, ldy;
-    bool accumulate, y_f32;
+    bool accumulate, y_f32, x_e4m3;
 };
 
 /* Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Llama family, with

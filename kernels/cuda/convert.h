@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * convert.h - from a checkpoint's float32, float16 and bfloat16 to what the device keeps, on the
- * host: bf16, rounded once to nearest even; or E4M3 with a scale for a row.
+ * host: bf16 or float16, rounded once to nearest even; or E4M3 with a scale for a row.
  *
  * Loops without branches, so that a compiler makes vector code of them (the Makefile asks for it in
  * mat.c): bits are selected, not jumped around. No CUDA in here: tests/unit/test_convert.c compares
@@ -49,7 +49,20 @@ static inline float conv_from_f16(uint16_t h)
     return conv_float(mag | (all & 0x7f800000) | (uint32_t)(h & 0x8000) << 16);
 }
 
-/* n elements of `src` from the from-th on. */
+/* Infinity from 65520 on. */
+static inline uint16_t conv_f16(float f)
+{
+    const uint32_t u = conv_bits(f), mag = u & 0x7fffffff;
+    const uint32_t tiny = 0u - (mag < 0x38800000), large = 0u - (mag >= 0x47800000);
+    const uint32_t nan = 0u - (mag > 0x7f800000);
+    /* Subnormal: the adder rounds to 2^-24. */
+    const uint32_t sub = conv_bits(conv_float(mag) + 0.5f) - conv_bits(0.5f);
+    const uint32_t normal = (mag + 0xfff + (mag >> 13 & 1) - 0x38000000) >> 13;
+    return (uint16_t)((u >> 16 & 0x8000) |
+                      conv_pick(large, 0x7c00 | (nan & 0x200), conv_pick(tiny, sub, normal)));
+}
+
+/* n elements of `src` from the from-th on, to bf16. */
 static inline void conv_row(uint16_t *restrict out, const void *src, size_t from, size_t n,
                             enum kn_dtype t)
 {
@@ -63,6 +76,23 @@ static inline void conv_row(uint16_t *restrict out, const void *src, size_t from
         const float *in = (const float *)src + from;
         for (size_t i = 0; i < n; i++)
             out[i] = conv_bf16(in[i]);
+    }
+}
+
+/* The same to float16. */
+static inline void conv_row_f16(uint16_t *restrict out, const void *src, size_t from, size_t n,
+                                enum kn_dtype t)
+{
+    if (t == KN_F16) {
+        memcpy(out, (const uint16_t *)src + from, n * sizeof *out);
+    } else if (t == KN_BF16) {
+        const uint16_t *in = (const uint16_t *)src + from;
+        for (size_t i = 0; i < n; i++)
+            out[i] = conv_f16(conv_float((uint32_t)in[i] << 16));
+    } else {
+        const float *in = (const float *)src + from;
+        for (size_t i = 0; i < n; i++)
+            out[i] = conv_f16(in[i]);
     }
 }
 

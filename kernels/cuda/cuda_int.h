@@ -9,7 +9,7 @@
  * arguments is in their stream, allocated with it.
  *
  * Dtypes: activations, KV cache, base weights and adapters are bf16 (the KV cache E4M3 if the pool
- * says so); logits, norms' weights, biases and LoRA intermediates float32; sums are float32 always.
+ * says so, base weights float16 or E4M3 if they were made so); logits, norms' weights, biases and LoRA intermediates float32; sums are float32 always.
  *
  * Errors: a CUDA call that fails goes through cuda_failed(), which logs it once with its name and
  * marks the device; from then on every call on the device gives LM_DEVICE. What only the device can
@@ -80,8 +80,8 @@ struct cuda_event {
     cudaEvent_t e;
 };
 
-/* bf16 [rows][cols], row-major: W^T of y = x W^T as cuBLAS wants it. Rows are 16-byte aligned when
- * cols is a multiple of 8, which every model's are. KN_E4M3: bytes, cols a multiple of 16, and the
+/* bf16 or float16 [rows][cols], row-major: W^T of y = x W^T as cuBLAS wants it. Rows are 16-byte
+ * aligned when cols is a multiple of 8, which every model's are. KN_E4M3: bytes, cols a multiple of 16, and the
  * rows' scales behind them. */
 struct cuda_mat {
     struct kn_mat base;
@@ -184,11 +184,18 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
 /* gemm_few.cu: what gemm.c keeps from cuBLAS */
 bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);
 lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
-/* gemm_fp8.cu: the same for weights in FP8, and rows of those as bf16 */
-bool cuda_gemm_few8_fits(const struct kn_gemm *a);
-lm_status cuda_gemm_few8(struct cuda_stream *st, const struct kn_gemm *a);
+/* gemm_mixed.cu: the same for weights in float16 and E4M3 */
+bool cuda_gemm_mixed_fits(const struct kn_gemm *a);
+lm_status cuda_gemm_mixed(struct cuda_stream *st, const struct kn_gemm *a);
+/* Rows of W in E4M3 as bf16. */
 lm_status cuda_widen_rows(struct cuda_stream *st, const struct cuda_mat *w, int row0, int rows,
                           void *out);
+/* out [m, ldo] = x / scales [m], of a->w's dtype (ldo even). */
+lm_status cuda_convert_x(struct cuda_stream *st, const struct kn_gemm *a, void *out, int64_t ldo,
+                         float *scales);
+/* y = product [m, n] * scale [m] (+ bias) (+ y if accumulate), rounded once. */
+lm_status cuda_unscale(struct cuda_stream *st, const struct kn_gemm *a, const float *product,
+                       const float *scale);
 /* gemm_few.cu: y (float32) = bias, or += bias when accumulating, in every row. */
 lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
 /* y (bf16) = product [m, n] (+ bias) (+ y if accumulate), rounded once. */

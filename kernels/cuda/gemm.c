@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gemm.c - y = x W^T: our own kernel for few rows (gemm_few.cu), cuBLASLt for the rest.
+ * gemm.c - y = x W^T: our own kernels for few rows (gemm_few.cu, gemm_mixed.cu), cuBLASLt for the
+ * rest.
  *
  * cuBLAS thinks in columns: y^T [n, m] = W [n, k] x^T [k, m], where row-major W is a k x n matrix
  * taken transposed, and row-major x and y are k x m and n x m as they are.
@@ -17,6 +18,13 @@
  * cuBLASLt rounds a product to bf16 before it adds what was there. With a bias, or onto an old y,
  * the product goes to the stream's scratch as float32 instead, and one pass adds all and rounds
  * once.
+ *
+ * cuBLASLt multiplies equal types. Beside W in float16, x becomes float16 in the scratch, by rows
+ * with a scale (gemm_mixed.cu), and the product float32 there, which a last pass scales and rounds:
+ * 4 bytes a number of x and 8 a number of y are moved beyond what bf16 moves. W in E4M3 is widened
+ * to bf16; or, if the caller lets x be rounded, x becomes E4M3 and cuBLASLt applies both scales
+ * (outer vectors, a feature of sm_90; elsewhere the heuristics know no algorithm, W is widened and
+ * the stream remembers).
  */
 #include "kernels/cuda/cuda_int.h"
 
@@ -24,11 +32,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define E4M3_MIN 32             /* rows of x beyond which it may become E4M3 */
 #define PLANS 1024              /* a power of two; a full table is emptied and filled anew */
 
 struct plan {
     int m, n, k;                /* m: the bucket; 0: an empty place */
     int64_t ldx, ldy;
+    enum kn_dtype t;            /* of W and x */
     bool f32, onto;
     uint32_t align;             /* bytes that x and y are aligned to, 2 to 256 */
     cublasLtMatmulAlgo_t algo;
@@ -36,6 +46,7 @@ struct plan {
 
 struct cuda_plans {
     int used;
+    bool no_e4m3;               /* cuBLASLt doesn't multiply by outer scales here */
     struct plan plan[PLANS];
 };
 
@@ -73,13 +84,14 @@ static unsigned slot_of(const struct plan *p)
     h = (h ^ (uint64_t)(unsigned)p->n) * 0xbf58476d1ce4e5b9u;
     h = (h ^ (h >> 29) ^ (uint64_t)(unsigned)p->k) * 0x94d049bb133111ebu;
     h = (h ^ (h >> 31) ^ (uint64_t)p->ldx ^ (uint64_t)p->ldy << 20) * 0x9e3779b97f4a7c15u;
-    return (unsigned)(h >> 40) + (unsigned)p->f32 * 7 + (unsigned)p->onto * 13;
+    return (unsigned)(h >> 40) + (unsigned)p->f32 * 7 + (unsigned)p->onto * 13 +
+           (unsigned)p->t * 29;
 }
 
 static bool same_shape(const struct plan *a, const struct plan *b)
 {
     return a->m == b->m && a->n == b->n && a->k == b->k && a->ldx == b->ldx && a->ldy == b->ldy &&
-           a->f32 == b->f32 && a->onto == b->onto && a->align == b->align;
+           a->t == b->t && a->f32 == b->f32 && a->onto == b->onto && a->align == b->align;
 }
 
 /* What cuBLASLt wants to know of one product; lives on the caller's stack. */
@@ -88,17 +100,39 @@ struct product {
     cublasLtMatrixLayoutOpaque_t w, x, y;
 };
 
-static bool describe(struct product *p, const struct plan *shape, int m)
+/* Scales of W's rows and of x's, device memory; E4M3 only. */
+struct scales {
+    const float *w, *x;
+};
+
+static bool describe_scales(struct product *p, const struct scales *s)
 {
-    cudaDataType_t out = shape->f32 ? CUDA_R_32F : CUDA_R_16BF;
+    const int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    cublasLtMatmulDesc_t op = &p->op;
+    return cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode,
+                                          sizeof mode) == 0 &&
+           cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode,
+                                          sizeof mode) == 0 &&
+           cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &s->w,
+                                          sizeof s->w) == 0 &&
+           cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &s->x,
+                                          sizeof s->x) == 0;
+}
+
+static bool describe(struct product *p, const struct plan *shape, int m, const struct scales *s)
+{
+    static const cudaDataType_t types[] = { [KN_BF16] = CUDA_R_16BF, [KN_F16] = CUDA_R_16F,
+                                            [KN_E4M3] = CUDA_R_8F_E4M3 };
+    const cudaDataType_t in = types[shape->t], out = shape->f32 ? CUDA_R_32F : CUDA_R_16BF;
     uint64_t n = (uint64_t)shape->n, k = (uint64_t)shape->k;
     cublasOperation_t trans = CUBLAS_OP_T;
     return cublasLtMatmulDescInit(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F) == 0 &&
            cublasLtMatmulDescSetAttribute(&p->op, CUBLASLT_MATMUL_DESC_TRANSA, &trans,
                                           sizeof trans) == 0 &&
-           cublasLtMatrixLayoutInit(&p->w, CUDA_R_16BF, k, n, (int64_t)k) == 0 &&
-           cublasLtMatrixLayoutInit(&p->x, CUDA_R_16BF, k, (uint64_t)m, shape->ldx) == 0 &&
-           cublasLtMatrixLayoutInit(&p->y, out, n, (uint64_t)m, shape->ldy) == 0;
+           cublasLtMatrixLayoutInit(&p->w, in, k, n, (int64_t)k) == 0 &&
+           cublasLtMatrixLayoutInit(&p->x, in, k, (uint64_t)m, shape->ldx) == 0 &&
+           cublasLtMatrixLayoutInit(&p->y, out, n, (uint64_t)m, shape->ldy) == 0 &&
+           (shape->t != KN_E4M3 || describe_scales(p, s));
 }
 
 static bool prefer(cublasLtMatmulPreference_t pref, uint32_t align)
@@ -126,40 +160,43 @@ static uint32_t align_of(const void *x, const void *y)
 }
 
 /* Up to `max` proposals, the likeliest first. */
-static int proposals(struct cuda_stream *st, const struct plan *p,
+static int proposals(struct cuda_stream *st, const struct plan *p, const struct scales *s,
                      cublasLtMatmulHeuristicResult_t *found, int max)
 {
     struct product d;
     cublasLtMatmulPreferenceOpaque_t pref;
     int n = 0;
-    if (!describe(&d, p, p->m) || !prefer(&pref, p->align) ||
+    if (!describe(&d, p, p->m, s) || !prefer(&pref, p->align) ||
         cublasLtMatmulAlgoGetHeuristic(st->dev->blas, &d.op, &d.w, &d.x, &d.y, &d.y, &pref, max,
                                        found, &n) != 0)
         return 0;
     return n;
 }
 
-static bool ask(struct cuda_stream *st, struct plan *p)
+static bool ask(struct cuda_stream *st, struct plan *p, const struct scales *s)
 {
     cublasLtMatmulHeuristicResult_t found;
-    if (proposals(st, p, &found, 1) != 1 || found.state != CUBLAS_STATUS_SUCCESS)
+    if (proposals(st, p, s, &found, 1) != 1 || found.state != CUBLAS_STATUS_SUCCESS)
         return false;
     p->algo = found.algo;
     return true;
 }
 
-static struct plan *plan_for(struct cuda_stream *st, const struct plan *want)
+static struct plan *plan_for(struct cuda_stream *st, const struct plan *want,
+                             const struct scales *s)
 {
     struct cuda_plans *t = st->plans;
-    if (t->used > PLANS * 3 / 4)
-        memset(t, 0, sizeof *t);
+    if (t->used > PLANS * 3 / 4) {
+        memset(t->plan, 0, sizeof t->plan);
+        t->used = 0;
+    }
     unsigned i = slot_of(want) % PLANS;
     while (t->plan[i].m && !same_shape(&t->plan[i], want))
         i = (i + 1) % PLANS;
     if (t->plan[i].m)
         return &t->plan[i];
     t->plan[i] = *want;
-    if (!ask(st, &t->plan[i])) {
+    if (!ask(st, &t->plan[i], s)) {
         t->plan[i].m = 0;
         return NULL;
     }
@@ -167,14 +204,26 @@ static struct plan *plan_for(struct cuda_stream *st, const struct plan *want)
     return &t->plan[i];
 }
 
-/* ---- the operation --------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------- */
 
-static cublasStatus_t run_plan(struct cuda_stream *st, const struct kn_gemm *a,
-                               const struct plan *p)
+/* A product as cuBLASLt gets it: x of W's dtype. */
+struct job {
+    struct kn_gemm a;
+    const float *x_scale;       /* [m], device memory: W and x are E4M3; else NULL */
+};
+
+static struct scales scales_of(const struct job *j)
+{
+    return (struct scales){ cuda_mat_of(j->a.w)->scale, j->x_scale };
+}
+
+static cublasStatus_t run_plan(struct cuda_stream *st, const struct job *j, const struct plan *p)
 {
     struct product d;
+    const struct scales s = scales_of(j);
+    const struct kn_gemm *a = &j->a;
     const float one = 1, beta = p->onto ? 1 : 0;
-    if (!describe(&d, p, a->m))
+    if (!describe(&d, p, a->m, &s))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     return cublasLtMatmul(st->dev->blas, &d.op, &one, cuda_mat_of(a->w)->data, &d.w, a->x, &d.x,
                           &beta, a->y, &d.y, a->y, &d.y, &p->algo, st->gemm_ws,
@@ -184,67 +233,122 @@ static cublasStatus_t run_plan(struct cuda_stream *st, const struct kn_gemm *a,
 static struct plan shape_of(const struct kn_gemm *a, bool onto)
 {
     return (struct plan){ .m = cuda_bucket(a->m), .n = a->w->rows, .k = a->w->cols, .ldx = a->ldx,
-                          .ldy = a->ldy, .f32 = a->y_f32, .onto = onto,
+                          .ldy = a->ldy, .t = a->w->dtype, .f32 = a->y_f32, .onto = onto,
                           .align = align_of(a->x, a->y) };
 }
 
-static lm_status multiply(struct cuda_stream *st, const struct kn_gemm *a, bool onto)
+static lm_status multiply(struct cuda_stream *st, const struct job *j, bool onto)
 {
+    const struct kn_gemm *a = &j->a;
+    const struct scales s = scales_of(j);
     struct plan want = shape_of(a, onto);
-    const struct plan *p = plan_for(st, &want);
-    cublasStatus_t rc = p ? run_plan(st, a, p) : CUBLAS_STATUS_NOT_SUPPORTED;
+    const struct plan *p = plan_for(st, &want, &s);
+    cublasStatus_t rc = p ? run_plan(st, j, p) : CUBLAS_STATUS_NOT_SUPPORTED;
     if (rc == CUBLAS_STATUS_NOT_SUPPORTED && want.m != a->m) {
         want.m = a->m;          /* odd strides: what fits the bucket need not fit m */
-        rc = ask(st, &want) ? run_plan(st, a, &want) : rc;
+        rc = ask(st, &want, &s) ? run_plan(st, j, &want) : rc;
     }
     if (rc == CUBLAS_STATUS_SUCCESS)
         return cuda_check(st->dev, "gemm", cudaSuccess);
+    if (rc == CUBLAS_STATUS_NOT_SUPPORTED && j->x_scale)
+        return LM_UNSUPPORTED;  /* there is another way */
     lm_log(LM_ERROR, "kernels", "gemm: cuBLASLt: %s (m=%d n=%d k=%d)",
            cublasLtGetStatusString(rc), a->m, want.n, want.k);
     return rc == CUBLAS_STATUS_NOT_SUPPORTED ? LM_UNSUPPORTED
                                              : cuda_failed(st->dev, "gemm", cudaErrorUnknown);
 }
 
-/* In slices of rows that fit the scratch behind its counters. */
+/* What lies in the scratch, behind its counters, for a slice of m rows. */
+struct room {
+    int m;
+    float *scales, *product;
+    void *x;
+    int64_t ldx;
+};
+
+/* For as many rows of `a` as fit: x converted to W's dtype (unless it is that already), and the
+ * product in float32 if it is wanted. m 0: not even one fits. */
+static struct room room_for(struct cuda_stream *st, const struct kn_gemm *a, bool product)
+{
+    const size_t gap = 256, avail = CUDA_SCRATCH_BYTES - CUDA_COUNTER_BYTES - 3 * gap;
+    const enum kn_dtype t = a->w->dtype;
+    struct room r = { .ldx = t == KN_BF16 ? 0 : LM_DIV_UP(a->w->cols, 16) * 16 };
+    const size_t x_row = (size_t)r.ldx * kn_dtype_size(t);
+    const size_t y_row = product ? (size_t)a->w->rows * sizeof(float) : 0;
+    const size_t row = x_row + y_row + sizeof(float);
+    r.m = (int)LM_MIN(avail / row, (size_t)a->m);
+    if (r.m < a->m && r.m > 128)
+        r.m = r.m / 128 * 128;  /* whole tiles */
+    char *at = (char *)st->scratch + CUDA_COUNTER_BYTES;
+    r.scales = (float *)(void *)at;
+    at += LM_DIV_UP((size_t)r.m * sizeof(float), gap) * gap;
+    r.x = at;
+    at += LM_DIV_UP((size_t)r.m * x_row, gap) * gap;
+    r.product = (float *)(void *)at;
+    return r;
+}
+
+/* Rows [m0, m0 + m) of `a`. */
+static struct kn_gemm rows_of(const struct kn_gemm *a, int m0, int m)
+{
+    struct kn_gemm part = *a;
+    part.m = m;
+    part.x = (const uint16_t *)a->x + m0 * a->ldx;
+    part.y = (char *)a->y + (size_t)m0 * (size_t)a->ldy * (a->y_f32 ? 4 : 2);
+    return part;
+}
+
+/* `a` with its x converted, and its product to scratch if that is wanted. */
+static lm_status convert(struct cuda_stream *st, const struct kn_gemm *a, const struct room *r,
+                         bool product, struct job *out)
+{
+    *out = (struct job){ *a, a->w->dtype == KN_E4M3 ? r->scales : NULL };
+    if (product) {
+        out->a.y = r->product;
+        out->a.y_f32 = true;
+        out->a.ldy = a->w->rows;
+    }
+    if (a->w->dtype == KN_BF16)
+        return LM_OK;
+    out->a.x = r->x;
+    out->a.ldx = r->ldx;
+    return cuda_convert_x(st, a, r->x, r->ldx, r->scales);
+}
+
+/* In slices of rows that fit the scratch; y is written by what comes after the product. */
 static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    size_t row = (size_t)a->w->rows * sizeof(float);
-    int fit = (int)LM_MIN((CUDA_SCRATCH_BYTES - CUDA_COUNTER_BYTES) / row, (size_t)INT32_MAX);
-    float *product = (float *)((char *)st->scratch + CUDA_COUNTER_BYTES);
-    lm_status rc = fit > 0 ? LM_OK : LM_UNSUPPORTED;
-    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += fit) {
-        struct kn_gemm part = *a;
-        part.m = LM_MIN(fit, a->m - m0);
-        part.x = (const uint16_t *)a->x + m0 * a->ldx;
-        part.y = product;
-        part.y_f32 = true;
-        part.ldy = a->w->rows;
-        rc = multiply(st, &part, false);
-        part.y = (uint16_t *)a->y + m0 * a->ldy;
-        part.ldy = a->ldy;
+    const struct room r = room_for(st, a, true);
+    lm_status rc = r.m > 0 ? LM_OK : LM_UNSUPPORTED;
+    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += r.m) {
+        const struct kn_gemm part = rows_of(a, m0, LM_MIN(r.m, a->m - m0));
+        struct job j;
+        rc = convert(st, &part, &r, true, &j);
         if (rc == LM_OK)
-            rc = cuda_add_product(st, &part, product);
+            rc = multiply(st, &j, false);
+        if (rc == LM_OK)
+            rc = a->w->dtype == KN_F16 ? cuda_unscale(st, &part, r.product, r.scales)
+                                       : cuda_add_product(st, &part, r.product);
     }
     return rc;
 }
 
-/* Strides are the caller's word no more. */
+/* W and x in bf16. Strides are the caller's word no more. */
 static lm_status product(struct cuda_stream *st, const struct kn_gemm *a)
 {
+    const struct job whole = { *a, NULL };
     if (!a->bias && !a->accumulate)
-        return multiply(st, a, false);
+        return multiply(st, &whole, false);
     if (a->y_f32) {             /* float32 adds up as it is */
         lm_status rc = a->bias ? cuda_bias_rows(st, a) : LM_OK;
-        return rc == LM_OK ? multiply(st, a, true) : rc;
+        return rc == LM_OK ? multiply(st, &whole, true) : rc;
     }
     return multiply_then_add(st, a);
 }
 
-/* Weights in FP8: our own kernel for few rows of x, else slices of them as bf16. */
-static lm_status product_fp8(struct cuda_stream *st, const struct kn_gemm *a)
+/* W in E4M3 as bf16, in slices of its rows. */
+static lm_status product_widened(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    if (cuda_gemm_few8_fits(a))
-        return cuda_gemm_few8(st, a);
     const struct cuda_mat *w = cuda_mat_of(a->w);
     const int fit = (int)(CUDA_WIDE_BYTES / 2 / (size_t)a->w->cols) / 128 * 128;
     if (!st->wide)
@@ -265,6 +369,46 @@ static lm_status product_fp8(struct cuda_stream *st, const struct kn_gemm *a)
     return rc;
 }
 
+/* W and x in E4M3, in slices of rows of x. */
+static lm_status product_e4m3(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    if (a->bias || a->accumulate)
+        return a->y_f32 ? LM_UNSUPPORTED : multiply_then_add(st, a);
+    const struct room r = room_for(st, a, false);
+    lm_status rc = r.m > 0 ? LM_OK : LM_UNSUPPORTED;
+    for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += r.m) {
+        const struct kn_gemm part = rows_of(a, m0, LM_MIN(r.m, a->m - m0));
+        struct job j;
+        rc = convert(st, &part, &r, false, &j);
+        if (rc == LM_OK)
+            rc = multiply(st, &j, false);
+    }
+    return rc;
+}
+
+/* Whether this product would go to cuBLASLt in E4M3. */
+static bool e4m3_fits(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    return a->x_e4m3 && a->w->dtype == KN_E4M3 && a->m > E4M3_MIN && st->dev->cc >= 89 &&
+           !st->plans->no_e4m3 && a->w->rows % 16 == 0 && !(a->y_f32 && (a->bias || a->accumulate));
+}
+
+/* W in float16 or E4M3. */
+static lm_status product_mixed(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    if (e4m3_fits(st, a)) {
+        lm_status rc = product_e4m3(st, a);
+        if (rc != LM_UNSUPPORTED)
+            return rc;
+        lm_log(LM_WARN, "kernels", "gemm: cuBLASLt has no product in FP8 for m=%d n=%d k=%d; "
+                                   "weights are widened from now on", a->m, a->w->rows, a->w->cols);
+        st->plans->no_e4m3 = true;
+    }
+    if (cuda_gemm_mixed_fits(a))
+        return cuda_gemm_mixed(st, a);
+    return a->w->dtype == KN_F16 ? multiply_then_add(st, a) : product_widened(st, a);
+}
+
 lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 {
     struct cuda_stream *st = cuda_stream_of(s);
@@ -277,8 +421,8 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
     struct kn_gemm own = *a;
     own.ldx = LM_MAX(a->ldx, a->w->cols);       /* one row may say what it likes */
     own.ldy = LM_MAX(a->ldy, a->w->rows);
-    if (own.w->dtype == KN_E4M3)
-        return product_fp8(st, &own);
+    if (own.w->dtype != KN_BF16)
+        return product_mixed(st, &own);
     return cuda_gemm_few_fits(st, &own) ? cuda_gemm_few(st, &own) : product(st, &own);
 }
 
@@ -291,7 +435,7 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 
 struct tuning {
     struct cuda_stream *st;
-    struct kn_gemm a;
+    struct job j;
     const kn_mat *const *w;
     int n_w, at;
     cudaEvent_t from, to;
@@ -304,13 +448,13 @@ static float time_plan(struct tuning *t, const struct plan *p)
 {
     const int runs = (int64_t)p->m * p->n * p->k < TUNE_LONG ? TUNE_RUNS : 1;
     float ms = -1;
-    t->a.w = t->w[t->at % t->n_w];
-    if (run_plan(t->st, &t->a, p) != CUBLAS_STATUS_SUCCESS ||
+    t->j.a.w = t->w[t->at % t->n_w];
+    if (run_plan(t->st, &t->j, p) != CUBLAS_STATUS_SUCCESS ||
         cudaEventRecord(t->from, t->st->s) != cudaSuccess)
         return -1;
     for (int i = 0; i < runs; i++) {
-        t->a.w = t->w[++t->at % t->n_w];
-        if (run_plan(t->st, &t->a, p) != CUBLAS_STATUS_SUCCESS)
+        t->j.a.w = t->w[++t->at % t->n_w];
+        if (run_plan(t->st, &t->j, p) != CUBLAS_STATUS_SUCCESS)
             return -1;
     }
     if (cudaEventRecord(t->to, t->st->s) != cudaSuccess ||
@@ -320,15 +464,14 @@ static float time_plan(struct tuning *t, const struct plan *p)
     return ms;
 }
 
-static void tune_bucket(struct tuning *t, int m)
+static void tune_bucket(struct tuning *t)
 {
     cublasLtMatmulHeuristicResult_t found[TUNE_PROPOSALS];
-    t->a.m = m;
-    t->a.w = t->w[0];
-    struct plan want = shape_of(&t->a, false), try = want;
+    const struct scales s = scales_of(&t->j);
+    struct plan want = shape_of(&t->j.a, false), try = want;
     int64_t t0 = lm_now_us();
-    struct plan *p = plan_for(t->st, &want);
-    int n = p ? proposals(t->st, &want, found, TUNE_PROPOSALS) : 0;
+    struct plan *p = plan_for(t->st, &want, &s);
+    int n = p ? proposals(t->st, &want, &s, found, TUNE_PROPOSALS) : 0;
     t->asking_us += lm_now_us() - t0;
     t->buckets++;
     float best = n > 1 ? time_plan(t, p) * TUNE_GAIN : -1;
@@ -342,24 +485,41 @@ static void tune_bucket(struct tuning *t, int m)
     }
 }
 
+/* Of `a` with m rows, if cuBLASLt does that, on operands as the operation would make them. */
+static lm_status tune_rows(struct tuning *t, const struct kn_gemm *a, int m)
+{
+    struct kn_gemm g = *a;
+    g.m = m;
+    g.w = t->w[0];
+    const bool f16 = g.w->dtype == KN_F16;
+    if (g.w->dtype == KN_BF16 ? cuda_gemm_few_fits(t->st, &g)
+                              : f16 ? cuda_gemm_mixed_fits(&g) : !e4m3_fits(t->st, &g))
+        return LM_OK;
+    const struct room r = room_for(t->st, &g, f16);
+    if (g.w->dtype != KN_BF16 && r.m < m) {
+        if (cuda_bucket(r.m) != m)
+            return LM_OK;       /* so many come in slices of fewer */
+        g.m = r.m;
+    }
+    lm_status rc = convert(t->st, &g, &r, f16, &t->j);
+    if (rc == LM_OK)
+        tune_bucket(t);
+    return rc;
+}
+
 lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *const *w, int n_w)
 {
-    struct tuning t = { .st = cuda_stream_of(s), .a = *a, .w = w, .n_w = n_w };
+    struct tuning t = { .st = cuda_stream_of(s), .w = w, .n_w = n_w };
     struct cuda_device *d = t.st->dev;
     int64_t t0 = lm_now_us();
     if (a->m <= 0 || n_w <= 0 || a->bias || a->accumulate || !a->x || !a->y)
         return cuda_refuse("gemm_tune", "nothing to measure, or a bias");
-    if (w[0]->dtype == KN_E4M3)
-        return LM_OK;
     cudaError_t e = cudaEventCreate(&t.from);
     if (e == cudaSuccess)
         e = cudaEventCreate(&t.to);
-    for (int m = 1; m <= a->m && e == cudaSuccess; m = cuda_bucket(m) + 1) {
-        t.a.m = m;
-        t.a.w = w[0];
-        if (!cuda_gemm_few_fits(t.st, &t.a))
-            tune_bucket(&t, LM_MIN(cuda_bucket(m), a->m));
-    }
+    lm_status rc = LM_OK;
+    for (int m = 1; m <= a->m && e == cudaSuccess && rc == LM_OK; m = cuda_bucket(m) + 1)
+        rc = tune_rows(&t, a, LM_MIN(cuda_bucket(m), a->m));
     cudaGetLastError();         /* a proposal that did not run is no failure; a broken stream is */
     if (e == cudaSuccess)
         e = cudaStreamSynchronize(t.st->s);
@@ -370,5 +530,5 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
     lm_log(LM_DEBUG, "kernels", "products with %d x %d, %d sizes: %.0f ms to ask for algorithms, "
            "%.0f ms to measure them", w[0]->rows, w[0]->cols, t.buckets,
            (double)t.asking_us / 1e3, (double)(lm_now_us() - t0 - t.asking_us) / 1e3);
-    return cuda_check(d, "gemm_tune", e);
+    return rc == LM_OK ? cuda_check(d, "gemm_tune", e) : rc;
 }

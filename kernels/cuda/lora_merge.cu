@@ -16,6 +16,7 @@ struct merge_launch {
     struct kn_lora_merge a;
     uint16_t *w;
     int64_t ld;
+    bool f16;                   /* the weight's numbers; else bf16 */
     int rank_cap;               /* of what a directory may say */
     int32_t *fault;
 };
@@ -63,7 +64,8 @@ __global__ static void __launch_bounds__(WARPS * 32) merge_kernel(
             if (i0 + r >= a->out || k0 + e >= a->in)
                 continue;
             uint16_t *w = p.w + (a->row0 + i0 + r) * p.ld + k0 + e;
-            *w = (uint16_t)bf16_pack(bf16_lo(*w) + va.scale * acc[r][e], 0);
+            const float sum = (p.f16 ? f16_lo(*w) : bf16_lo(*w)) + va.scale * acc[r][e];
+            *w = (uint16_t)(p.f16 ? f16_pack(sum, 0) : bf16_pack(sum, 0));
         }
 }
 
@@ -80,9 +82,10 @@ extern "C" lm_status cuda_op_lora_merge(kn_stream *s, const struct kn_lora_merge
     p.a = *a;
     p.w = (uint16_t *)cuda_mat_of(a->w)->data;
     p.ld = a->w->cols;
+    p.f16 = a->w->dtype == KN_F16;
     p.rank_cap = INT32_MAX;
     p.fault = st->dev->fault;
-    if (a->w->dtype != KN_BF16)
+    if (a->w->dtype == KN_E4M3)
         return LM_UNSUPPORTED;
     return cuda_launch(st, "lora_merge", merge_kernel,
                        dim3((unsigned)LM_DIV_UP(a->in, COLS),

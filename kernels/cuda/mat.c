@@ -1,16 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mat.c - base weights on the device: bf16, row-major; or E4M3 with a scale for each row.
+ * mat.c - base weights on the device: bf16 or float16, row-major; or E4M3 with a scale for each
+ * row.
  *
- * Whatever dtype a checkpoint stores, the device keeps bf16, the activations' dtype, rounded once
- * to nearest even on the way (as a bf16 run of any framework does). kn_mat.dtype says so. KN_E4M3
- * is asked for by name: rows are scaled and rounded here, on the uploading thread.
+ * float16 is kept as it is; float32 becomes bf16, the activations' dtype, rounded once to nearest
+ * even on the way (as a bf16 run of any framework does). kn_mat.dtype says so. KN_E4M3 is asked for
+ * by name: rows are scaled and rounded here, on the uploading thread.
  *
- * Pinned bf16 (what the engine's uploading threads read files into) is sent off as it lies. All
- * else goes through pinned buffers of our own, converted on the way if it must be, each sent while
- * the next is being filled. Lanes let several threads upload at once, each with a stream of its
- * own, and a pair of buffers once it needs them; a lane is taken under the lock and used without
- * it.
+ * Pinned numbers of the matrix's own type (pinned: what the engine's uploading threads read files
+ * into) are sent off as they lie. All else goes through pinned buffers of our own, converted on the
+ * way if it must be, each sent while the next is being filled. Lanes let several threads upload at
+ * once, each with a stream of its own, and a pair of buffers once it needs them; a lane is taken
+ * under the lock and used without it.
  */
 #include "kernels/cuda/cuda_int.h"
 
@@ -139,7 +140,7 @@ lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_m
     if (!m)
         return lm_err_set(err, LM_NOMEM, "out of memory for a matrix");
     m->base = (struct kn_mat){ .be = &kn_backend_cuda, .rows = rows, .cols = cols,
-                               .dtype = t == KN_E4M3 ? KN_E4M3 : KN_BF16 };
+                               .dtype = t == KN_F32 ? KN_BF16 : t };
     m->dev = cuda_device_of(dev);
     if (t == KN_E4M3)
         __atomic_store_n(&m->dev->fp8_weights, 1, __ATOMIC_RELAXED);
@@ -186,12 +187,14 @@ static cudaError_t send(struct cuda_mat *m, struct lane *l, int which, const str
 {
     uint16_t *buffer = l->buffer[which];
     size_t width = (size_t)cols * sizeof *buffer, pitch = (size_t)m->base.cols * sizeof *buffer;
+    void (*const convert)(uint16_t *restrict, const void *, size_t, size_t, enum kn_dtype) =
+        m->base.dtype == KN_F16 ? conv_row_f16 : conv_row;
     cudaError_t e = cudaEventSynchronize(l->sent[which]);
     if (e != cudaSuccess)
         return e;
     for (int i = 0; i < rows; i++)
-        conv_row(buffer + (size_t)i * (size_t)cols, r->src,
-                    (size_t)(r0 + i) * r->ld + (size_t)c0, (size_t)cols, r->t);
+        convert(buffer + (size_t)i * (size_t)cols, r->src, (size_t)(r0 + i) * r->ld + (size_t)c0,
+                (size_t)cols, r->t);
     uint16_t *dst = (uint16_t *)m->data + (size_t)(r->row0 + r0) * (size_t)m->base.cols +
                     (size_t)(r->col0 + c0);
     e = cudaMemcpy2DAsync(dst, pitch, buffer, width, width, (size_t)rows, cudaMemcpyHostToDevice,
@@ -199,7 +202,7 @@ static cudaError_t send(struct cuda_mat *m, struct lane *l, int which, const str
     return e == cudaSuccess ? cudaEventRecord(l->sent[which], l->s) : e;
 }
 
-/* From where it lies: it is pinned, and bf16. */
+/* From where it lies: it is pinned, and of the matrix's type. */
 static cudaError_t send_pinned(struct cuda_mat *m, struct lane *l, const struct rect *r)
 {
     const size_t elem = sizeof(uint16_t), pitch = (size_t)m->base.cols * elem;
@@ -224,7 +227,7 @@ static bool is_pinned(const void *p)
 
 static cudaError_t send_all(struct cuda_mat *m, struct lane *l, const struct rect *r)
 {
-    if (r->t == KN_BF16 && is_pinned(r->src))
+    if (r->t == m->base.dtype && is_pinned(r->src))
         return send_pinned(m, l, r);
     const int room = (int)(BUFFER_BYTES / sizeof(uint16_t));
     const int cols_a_go = LM_MIN(r->cols, room), rows_a_go = room / cols_a_go;

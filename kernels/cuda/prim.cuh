@@ -9,6 +9,9 @@
  *     A [16][16]   a[0] row g, columns 2t 2t+1    a[1] row g+8    a[2], a[3] the same, columns + 8
  *     B [16][8]    b[0] rows 2t 2t+1, column g    b[1] rows + 8
  *     C [16][8]    c[0] c[1] row g, columns 2t 2t+1               c[2] c[3] row g+8
+ * of mma.m16n8k8 in tf32 the same C, and
+ *     A [16][8]    a[0] row g, column t           a[1] row g+8    a[2], a[3] the same, column + 4
+ *     B [8][8]     b[0] row t, column g           b[1] row + 4
  */
 #ifndef LORAMILL_KERNELS_PRIM_CUH
 #define LORAMILL_KERNELS_PRIM_CUH
@@ -75,6 +78,35 @@ __device__ static inline void ldmatrix_trans(uint32_t r[4], const void *row)
 __device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* Two halves of float16; `lo` comes first in memory. Packing rounds to nearest even. */
+__device__ static inline float f16_lo(uint32_t pair)
+{
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((uint16_t)pair));
+    return r;
+}
+
+__device__ static inline float f16_hi(uint32_t pair)
+{
+    return f16_lo(pair >> 16);
+}
+
+__device__ static inline uint32_t f16_pack(float lo, float hi)
+{
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+/* Floats whose last 13 bits are zero. */
+__device__ static inline void mma_tf32(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -46,6 +46,21 @@ copy_rows(bf16 *out, const bf16 *in, const int32_t *idx, int limit, int hidden,
         dst[i] = bad ? pack<VEC>{} : src[i];
 }
 
+/* The same from a table in float16. */
+__global__ static void embed_f16(uint16_t *out, const uint16_t *in, const int32_t *idx, int limit,
+                                 int hidden, int32_t *fault)
+{
+    cuda_wait_prior();
+    int64_t from = idx[blockIdx.x];
+    bool bad = from < 0 || from >= limit;
+    if (bad && threadIdx.x == 0)
+        cuda_report(fault, CUDA_FAULT_TOKEN);
+    uint16_t *dst = out + (int64_t)blockIdx.x * hidden;
+    const uint16_t *src = in + (bad ? 0 : from) * hidden;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
+        dst[i] = bad ? 0 : (uint16_t)bf16_pack(f16_lo(src[i]), 0);
+}
+
 static lm_status launch_copy(struct cuda_stream *st, const char *op, void *out, const void *in,
                              const int32_t *idx, int limit, int n, int hidden)
 {
@@ -63,7 +78,12 @@ extern "C" lm_status cuda_op_embed(kn_stream *s, const struct kn_embed *a)
         return cuda_refuse("embed", "null pointer, or hidden differs from the table's columns");
     if (a->n == 0)
         return LM_OK;
-    return launch_copy(cuda_stream_of(s), "embed", a->out, cuda_mat_of(a->table)->data, a->ids,
+    struct cuda_stream *st = cuda_stream_of(s);
+    if (a->table->dtype == KN_F16)
+        return cuda_launch(st, "embed", embed_f16, dim3(a->n), dim3(threads_for(a->hidden, 256)), 0,
+                           (uint16_t *)a->out, (const uint16_t *)cuda_mat_of(a->table)->data,
+                           a->ids, a->table->rows, a->hidden, st->dev->fault);
+    return launch_copy(st, "embed", a->out, cuda_mat_of(a->table)->data, a->ids,
                        a->table->rows, a->n, a->hidden);
 }
 
@@ -304,11 +324,14 @@ __device__ static inline float fill_value(int64_t i, int cols, uint64_t seed)
     return (float)(z >> 40) * 0x1p-23f - 1.0f;
 }
 
-__global__ static void fill(bf16 *out, int64_t n, int cols, uint64_t seed, float scale)
+template <bool F16>
+__global__ static void fill(uint16_t *out, int64_t n, int cols, uint64_t seed, float scale)
 {
     int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step)
-        out[i] = __float2bfloat16(fill_value(i, cols, seed) * scale);
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+        float v = fill_value(i, cols, seed) * scale;
+        out[i] = (uint16_t)(F16 ? f16_pack(v, 0) : bf16_pack(v, 0));
+    }
 }
 
 /* E4M3: every row's scale is that of the largest number there can be. */
@@ -332,8 +355,10 @@ extern "C" lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct
     const unsigned grid = (unsigned)LM_MIN((n + 255) / 256, 65536);
     if (w->scale)
         fill_e4m3<<<grid, 256>>>((uint8_t *)w->data, w->scale, n, m->cols, seed, scale);
+    else if (m->dtype == KN_F16)
+        fill<true><<<grid, 256>>>((uint16_t *)w->data, n, m->cols, seed, scale);
     else
-        fill<<<grid, 256>>>((bf16 *)w->data, n, m->cols, seed, scale);
+        fill<false><<<grid, 256>>>((uint16_t *)w->data, n, m->cols, seed, scale);
     cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess)
         e = cudaDeviceSynchronize();

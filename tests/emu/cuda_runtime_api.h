@@ -48,9 +48,12 @@
 #define cuda_gemm_few_fits emu_gemm_few_fits
 #define cuda_bias_rows emu_bias_rows
 #define cuda_add_product emu_add_product
-#define cuda_gemm_few8 emu_gemm_few8
-#define cuda_gemm_few8_fits emu_gemm_few8_fits
+#define cuda_gemm_mixed emu_gemm_mixed
+#define cuda_gemm_mixed_fits emu_gemm_mixed_fits
 #define cuda_widen_rows emu_widen_rows
+#define cuda_convert_x emu_convert_x
+#define cuda_unscale emu_unscale
+#define cuda_op_lora_merge emu_op_lora_merge
 #define cuda_attn_prefill emu_attn_prefill
 #define cuda_attn_wgmma emu_attn_wgmma
 #define cuda_attn_wgmma_fits emu_attn_wgmma_fits
@@ -208,6 +211,7 @@ static inline float __fdividef(float a, float b) { return a / b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 static inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+static inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static inline uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* ---- launching ------------------------------------------------------------------------- */

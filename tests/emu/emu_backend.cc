@@ -61,7 +61,7 @@ static lm_status emu_stream_sync(kn_stream *, struct lm_err *)
 static lm_status emu_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                              struct lm_err *err)
 {
-    if (t != KN_E4M3 && t != KN_BF16)
+    if (t == KN_F32)
         return kn_backend_cpu.mat_new(dev, t, rows, cols, out, err);
     struct cuda_mat *m = (struct cuda_mat *)calloc(1, sizeof *m);
     m->base = { &backend, t, rows, cols };
@@ -80,6 +80,18 @@ static void emu_mat_free(kn_mat *base)
     free(m);
 }
 
+static void put_scaled(struct cuda_mat *m, int r, const float *row)
+{
+    const int cols = m->base.cols;
+    float most = 0;
+    for (int c = 0; c < cols; c++)
+        most = fmaxf(most, fabsf(row[c]));
+    m->scale[r] = most > 0 ? most / 448 : 1;
+    for (int c = 0; c < cols; c++)
+        ((uint8_t *)m->data)[(size_t)r * (size_t)cols + (size_t)c] =
+            (uint8_t)e4m3_bits(row[c] / m->scale[r]);
+}
+
 /* Whole rows of float32 only. */
 static lm_status emu_mat_upload(kn_mat *base, int row0, int, int rows, int cols, const void *src,
                                 enum kn_dtype, size_t ld, struct lm_err *)
@@ -87,18 +99,12 @@ static lm_status emu_mat_upload(kn_mat *base, int row0, int, int rows, int cols,
     struct cuda_mat *m = (struct cuda_mat *)base;
     for (int r = 0; r < rows; r++) {
         const float *row = (const float *)src + (size_t)r * ld;
-        float most = 0;
+        uint16_t *half = (uint16_t *)m->data + (size_t)(row0 + r) * (size_t)cols;
+        if (m->scale)
+            put_scaled(m, row0 + r, row);
         for (int c = 0; !m->scale && c < cols; c++)
-            ((uint16_t *)m->data)[(size_t)(row0 + r) * (size_t)cols + (size_t)c] =
-                (uint16_t)bf16_pack(row[c], 0);
-        if (!m->scale)
-            continue;
-        for (int c = 0; c < cols; c++)
-            most = fmaxf(most, fabsf(row[c]));
-        m->scale[row0 + r] = most > 0 ? most / 448 : 1;
-        for (int c = 0; c < cols; c++)
-            ((uint8_t *)m->data)[(size_t)(row0 + r) * (size_t)cols + (size_t)c] =
-                (uint8_t)e4m3_bits(row[c] / m->scale[row0 + r]);
+            half[c] = (uint16_t)(base->dtype == KN_F16 ? f16_pack(row[c], 0)
+                                                       : bf16_pack(row[c], 0));
     }
     return LM_OK;
 }
@@ -125,16 +131,64 @@ static void multiply_widened(struct cuda_stream *st, const struct kn_gemm *a)
     free(wide);
 }
 
+static float number_at(const void *p, int64_t i, enum kn_dtype t)
+{
+    if (t == KN_F16)
+        return f16_lo(((const uint16_t *)p)[i]);
+    const uint32_t b = ((const uint8_t *)p)[i];
+    return bf16_lo(e4m3_pair(b, b, 0, 0));
+}
+
+/* What cuBLASLt does with x as W is. */
+static void multiply_converted(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    const struct cuda_mat *w = cuda_mat_of(a->w);
+    const int k = w->base.cols, n = w->base.rows, ld = (k + 15) / 16 * 16;
+    const enum kn_dtype t = w->base.dtype;
+    const size_t rows = (size_t)a->m;
+    void *x = calloc(rows * (size_t)ld + 1, 2);
+    float *scale = (float *)malloc((rows + 1) * sizeof(float));
+    float *one = (float *)malloc((rows + 1) * sizeof(float));
+    float *product = (float *)aligned_alloc(16, (rows * (size_t)n * 4 + 31) / 16 * 16);
+    cuda_convert_x(st, a, x, ld, scale);
+    for (int i = 0; i < a->m; i++) {
+        one[i] = 1;
+        for (int j = 0; j < n; j++) {
+            float v = 0;
+            for (int l = 0; l < k; l++)
+                v += number_at(x, (int64_t)i * ld + l, t) *
+                     number_at(w->data, (int64_t)j * k + l, t);
+            product[i * n + j] = w->scale ? v * scale[i] * w->scale[j] : v;
+        }
+    }
+    cuda_unscale(st, a, product, w->scale ? one : scale);
+    free(x), free(scale), free(one), free(product);
+}
+
 static lm_status emu_gemm(kn_stream *s, const struct kn_gemm *a)
 {
-    if (a->w->dtype == KN_BF16 && cuda_gemm_few_fits(cuda_stream_of(s), a))
-        return cuda_gemm_few(cuda_stream_of(s), a);
-    if (a->w->dtype != KN_E4M3)
-        return LM_UNSUPPORTED;
-    if (cuda_gemm_few8_fits(a))
-        return cuda_gemm_few8(cuda_stream_of(s), a);
-    multiply_widened(cuda_stream_of(s), a);
+    struct cuda_stream *st = cuda_stream_of(s);
+    if (a->w->dtype == KN_F32)
+        return kn_backend_cpu.gemm(s, a);
+    if (a->w->dtype == KN_BF16)
+        return cuda_gemm_few_fits(st, a) ? cuda_gemm_few(st, a) : LM_UNSUPPORTED;
+    if (cuda_gemm_mixed_fits(a))
+        return cuda_gemm_mixed(st, a);
+    if (a->w->dtype == KN_F16 || a->x_e4m3)
+        multiply_converted(st, a);
+    else
+        multiply_widened(st, a);
     return LM_OK;
+}
+
+static lm_status emu_embed(kn_stream *s, const struct kn_embed *a)
+{
+    return a->table->be == &backend ? cuda_op_embed(s, a) : kn_backend_cpu.embed(s, a);
+}
+
+static lm_status emu_merge(kn_stream *s, const struct kn_lora_merge *a)
+{
+    return a->w->be == &backend ? cuda_op_lora_merge(s, a) : kn_backend_cpu.lora_merge(s, a);
 }
 
 extern "C" int emu_take_fault(void)
@@ -160,6 +214,8 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.mat_free = emu_mat_free;
     backend.mat_upload = emu_mat_upload;
     backend.gemm = emu_gemm;
+    backend.embed = emu_embed;
+    backend.lora_merge = emu_merge;
     backend.rmsnorm = cuda_op_rmsnorm;
     backend.silu_mul = cuda_op_silu_mul;
     backend.gather_rows = cuda_op_gather_rows;

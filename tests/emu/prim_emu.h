@@ -99,6 +99,75 @@ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]
     emu_warp(&f, sizeof f, c, 16, emu_mma, NULL);
 }
 
+static inline float f16_lo(uint32_t pair)
+{
+    const int exp = pair >> 10 & 31, man = pair & 1023;
+    float f = exp == 31 ? (man ? NAN : INFINITY)
+                        : exp ? ldexpf((float)(1024 + man), exp - 25) : ldexpf((float)man, -24);
+    return pair & 0x8000 ? -f : f;
+}
+
+static inline float f16_hi(uint32_t pair)
+{
+    return f16_lo(pair >> 16);
+}
+
+/* By its definition: the nearest multiple of the place's unit, ties to even. */
+static inline uint32_t emu_f16_bits(float f)
+{
+    const uint32_t sign = __float_as_uint(f) >> 16 & 0x8000;
+    const float mag = fabsf(f);
+    if (mag != mag)
+        return 0x7fff;
+    int e = 0;
+    if (mag > 0)
+        (void)frexpf(mag, &e);                          /* mag < 2^e */
+    e = e < -13 ? -13 : e;
+    const float units = mag > 1e6f ? 4096 : rintf(ldexpf(mag, 11 - e));     /* up to 2048 */
+    const float rounded = ldexpf(units, e - 11);
+    if (rounded > 65504)
+        return sign | 0x7c00;
+    return sign | (units < 1024 ? (uint32_t)units
+                                : (uint32_t)((e + 14) << 10) + (uint32_t)units - 1024);
+}
+
+static inline uint32_t f16_pack(float lo, float hi)
+{
+    return emu_f16_bits(lo) | emu_f16_bits(hi) << 16;
+}
+
+static inline void emu_mma8(const void *ins[32], void *outs[32], void *)
+{
+    static float a[16][8], b[8][8];
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        int g = l / 4, t = l % 4;
+        for (int i = 0; i < 4; i++)
+            a[g + 8 * (i & 1)][t + 4 * (i >> 1)] = __uint_as_float(f->a[i] & ~0x1fffu);
+        for (int i = 0; i < 2; i++)
+            b[t + 4 * i][g] = __uint_as_float(f->b[i] & ~0x1fffu);
+    }
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        for (int i = 0; i < 4; i++) {
+            int row = l / 4 + 8 * (i >> 1), col = 2 * (l % 4) + (i & 1);
+            float sum = f->c[i];
+            for (int k = 0; k < 8; k++)
+                sum += a[row][k] * b[k][col];
+            ((float *)outs[l])[i] = sum;
+        }
+    }
+}
+
+static inline void mma_tf32(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    struct emu_frags f;
+    memcpy(f.a, a, sizeof f.a);
+    memcpy(f.b, b, sizeof f.b);
+    memcpy(f.c, c, sizeof f.c);
+    emu_warp(&f, sizeof f, c, 16, emu_mma8, NULL);
+}
+
 static inline void cp_async16(void *dst, const void *src, bool valid)
 {
     emu_copy_later(dst, valid ? src : NULL, 16);

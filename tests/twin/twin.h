@@ -71,6 +71,8 @@ bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
 bool twin_gemm_fp8(struct twin *c);
 bool twin_gate_up(struct twin *c);
+bool twin_gemm_x_e4m3(struct twin *c);
+bool twin_gemm_f16(struct twin *c);        /* embed too */
 
 #ifdef __cplusplus
 }

@@ -551,7 +551,8 @@ static void check_untargeted(struct twin *c)
 /* ---- merge ----------------------------------------------------------------------------- */
 
 /* The weight after the merge, [in, out] transposed, read through a product with the identity. */
-static float *merge_side(struct bed *t, int which, const float *w, int rows, int layer)
+static float *merge_side(struct bed *t, int which, enum kn_dtype type, const float *w, int rows,
+                         int layer)
 {
     struct twin *c = t->c;
     struct side *s = which == 0 ? &c->gpu : &c->cpu;
@@ -561,7 +562,7 @@ static float *merge_side(struct bed *t, int which, const float *w, int rows, int
     float *eye = calloc(in * in, sizeof *eye), *out = malloc(in * (size_t)rows * sizeof *out);
     for (size_t i = 0; i < in; i++)
         eye[i * in + i] = 1;
-    twin_status(c, kn_mat_new(s->dev, KN_BF16, rows, t->in, &m, &err), LM_OK, "mat_new");
+    twin_status(c, kn_mat_new(s->dev, type, rows, t->in, &m, &err), LM_OK, "mat_new");
     twin_status(c, kn_mat_upload(m, 0, 0, rows, t->in, w, KN_F32, in, &err), LM_OK, "mat_upload");
     struct kn_lora_merge a = {
         .w = m, .row0 = rows - t->out[0], .in = t->in, .out = t->out[0],
@@ -580,21 +581,23 @@ static float *merge_side(struct bed *t, int which, const float *w, int rows, int
     return out;
 }
 
-/* Both sides round float32 sums to bf16 once: where the sums straddle a border they are one unit
- * apart, 2^-7 of the value. */
-static void check_merge(struct twin *c)
+/* Both sides round float32 sums to the weight's type once: where the sums straddle a border they
+ * are one unit apart, 2^-7 of the value in bf16 and 2^-10 in float16. */
+static void check_merge(struct twin *c, enum kn_dtype type)
 {
     static const int ranks[] = { 1, 16, 33 };
     static struct bed t;
+    const double unit = type == KN_F16 ? 0x1p-10 : 0x1p-7;
     for (size_t i = 0; i < LM_COUNT(ranks); i++) {
         const int rows = 72 + 16;
-        twin_case(c, "lora: merge of rank %d", ranks[i]);
+        twin_case(c, "lora: merge of rank %d in %s", ranks[i], kn_dtype_name(type));
         bed_open(&t, c, 96, (int[]){ 72 }, 1, 4096, 64, 1, &ranks[i], 1);
         float *w = tw_floats((size_t)(rows * t.in));
-        float *got = merge_side(&t, 0, w, rows, 1), *want = merge_side(&t, 1, w, rows, 1);
+        float *got = merge_side(&t, 0, type, w, rows, 1);
+        float *want = merge_side(&t, 1, type, w, rows, 1);
         for (int k = 0; k < t.in * rows; k++)
             twin_near(c, "w", k / rows, k % rows, got[k], want[k],
-                      fabs((double)want[k]) * 0x1p-7 + 1e-5);
+                      fabs((double)want[k]) * unit + 1e-5);
         free(w), free(got), free(want);
         bed_close(&t);
     }
@@ -603,10 +606,10 @@ static void check_merge(struct twin *c)
 bool twin_lora(struct twin *c)
 {
     bool good = true;
-    if (!c->slow) {             /* the emulated device has no base weights */
-        check_merge(c);
-        good &= twin_end(c, "lora, merge");
-    }
+    if (!c->slow)               /* the emulated device has the CPU's weights in bf16 */
+        check_merge(c, KN_BF16);
+    check_merge(c, KN_F16);
+    good &= twin_end(c, "lora, merge");
     check_axes(c);
     good &= twin_end(c, "lora, axes");
     check_layouts(c);

@@ -28,8 +28,24 @@ static void all_halves(void)
         half[i] = (uint16_t)i;
 }
 
+static bool is_nan16(uint16_t h)
+{
+    return (h & 0x7fff) > 0x7c00;
+}
+
+static void check_f16(const void *src, enum kn_dtype t)
+{
+    conv_row_f16(out, src, 0, N, t);
+    for (int i = 0; i < N; i++) {
+        const uint16_t want = cpu_f32_to_f16(wide[i]);
+        if (is_nan16(want) ? !is_nan16(out[i]) : out[i] != want)
+            fail_msg("%a: %04x, not %04x", (double)wide[i], out[i], want);
+    }
+}
+
 static void check_f32(void)
 {
+    check_f16(wide, KN_F32);
     conv_row(out, wide, 0, N, KN_F32);
     for (int i = 0; i < N; i++)
         if (out[i] != cpu_f32_to_bf16(wide[i]))
@@ -48,7 +64,8 @@ static void float32(void **state)
     for (uint32_t top = 0; top < 1u << 12; top++)       /* sign, exponent, 3 bits of mantissa */
         for (uint32_t k = 0; k < 256; k++) {
             const uint32_t edge[] = { 0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x7ffff, 0x80000,
-                                      0x80001, 0xfffff, 0x17fff, 0x18000, 0x18001, 0x10000 };
+                                      0x80001, 0xfffff, 0x17fff, 0x18000, 0x18001, 0x10000, 0xfff,
+                                      0x1000, 0x1001, 0x2fff, 0x3000, 0x3001 };
             x = x * 1664525 + 1013904223;
             uint32_t low = k < LM_COUNT(edge) ? edge[k] : x >> 12;
             wide[n++] = conv_float(top << 20 | (low & 0xfffff));
@@ -71,6 +88,12 @@ static void halves(void **state)
     conv_row(out, half, 5, N - 5, KN_BF16);
     for (int i = 5; i < N; i++)
         assert_int_equal(out[i - 5], i);
+    conv_row_f16(out, half, 5, N - 5, KN_F16);
+    for (int i = 5; i < N; i++)
+        assert_int_equal(out[i - 5], i);
+    for (int i = 0; i < N; i++)
+        wide[i] = cpu_bf16_to_f32(half[i]);
+    check_f16(half, KN_BF16);
 }
 
 static float element(enum kn_dtype t, int i)

@@ -65,6 +65,18 @@ static void gemm_fp8(void **state)
     run(twin_gemm_fp8, 80);
 }
 
+static void gemm_x_e4m3(void **state)
+{
+    (void)state;
+    run(twin_gemm_x_e4m3, 90);
+}
+
+static void gemm_f16(void **state)
+{
+    (void)state;
+    run(twin_gemm_f16, 80);
+}
+
 static void gate_up(void **state)
 {
     (void)state;
@@ -81,6 +93,8 @@ int main(void)
         cmocka_unit_test(rows),
         cmocka_unit_test(gemm_fp8),
         cmocka_unit_test(gate_up),
+        cmocka_unit_test(gemm_x_e4m3),
+        cmocka_unit_test(gemm_f16),
     };
     return cmocka_run_group_tests_name("kernels: cuda, emulated", tests, NULL, NULL);
 }
