@@ -102,7 +102,7 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
     struct forward_params fp = {
         .model = p->model, .weights = &c->weights, .dev = p->dev, .shard = { 0, 1 },
         .max_tokens = p->max_step_tokens, .block_tokens = p->block_tokens,
-        .lora_rows = c->lora_rows,
+        .lora_rows = c->lora_rows, .x_e4m3 = p->weights == ENGINE_WEIGHTS_FP8_DYNAMIC,
     };
     struct step_params sp = {
         .model = p->model, .dev = p->dev, .max_tokens = p->max_step_tokens,
@@ -141,11 +141,12 @@ static lm_status open_all(struct core *c, struct lm_err *err)
 {
     const struct core_params *p = &c->p;
     const struct shard whole = { 0, 1 };
+    const enum weights_as as = p->weights == ENGINE_WEIGHTS_AUTO ? WEIGHTS_STORED
+                               : p->weights == ENGINE_WEIGHTS_BF16 ? WEIGHTS_BF16 : WEIGHTS_FP8;
     struct open_times t = { .begun = lm_now_us() };
     lm_status st = p->files
-                       ? weights_load(p->files, p->model, p->dev, whole, p->fp8_weights,
-                                      &c->weights, err)
-                       : weights_fill(p->model, p->dev, whole, p->fp8_weights, &c->weights, err);
+                       ? weights_load(p->files, p->model, p->dev, whole, as, &c->weights, err)
+                       : weights_fill(p->model, p->dev, whole, as, &c->weights, err);
     t.matrices = lm_now_us();
     if (st == LM_OK)
         st = open_steps(c, err);

@@ -22,7 +22,7 @@ struct core_params {
     size_t pool_bytes;          /* 0: choose */
     int block_tokens, max_seqs, max_step_tokens, max_waiting, max_model_len;
     enum kn_kv kv;
-    bool fp8_weights;
+    enum engine_weights weights;
     struct engine_policy policy;
 };
 

@@ -57,6 +57,21 @@ struct engine {
 
 /* ---- opening --------------------------------------------------------------------------- */
 
+bool engine_weights_parse(const char *name, enum engine_weights *out)
+{
+    static const char *const names[] = {
+        [ENGINE_WEIGHTS_AUTO] = "auto", [ENGINE_WEIGHTS_BF16] = "bf16",
+        [ENGINE_WEIGHTS_FP8] = "fp8", [ENGINE_WEIGHTS_FP8_DYNAMIC] = "fp8-dynamic",
+    };
+    for (size_t i = 0; i < LM_COUNT(names); i++) {
+        if (strcmp(name, names[i]))
+            continue;
+        *out = (enum engine_weights)i;
+        return true;
+    }
+    return false;
+}
+
 void engine_policy_default(struct engine_policy *p)
 {
     *p = (struct engine_policy){
@@ -116,10 +131,10 @@ static lm_status check_config(struct engine_config *c, struct lm_err *err)
     if (c->block_tokens > 1024 || (c->block_tokens & (c->block_tokens - 1)))
         return lm_err_set(err, LM_INVALID, "block_tokens is %d; it must be a power of two up to "
                                            "1024", c->block_tokens);
-    if ((unsigned)c->weights > ENGINE_WEIGHTS_FP8)
-        return lm_err_set(err, LM_INVALID, "weights is %d; they are kept as stored or in FP8",
+    if ((unsigned)c->weights > ENGINE_WEIGHTS_FP8_DYNAMIC)
+        return lm_err_set(err, LM_INVALID, "weights is %d; they are kept as stored, in bf16 or FP8",
                           (int)c->weights);
-    if (c->weights == ENGINE_WEIGHTS_FP8 && c->policy && c->policy->merge)
+    if (c->weights >= ENGINE_WEIGHTS_FP8 && c->policy && c->policy->merge)
         return lm_err_set(err, LM_INVALID, "weights in FP8 can't take a merged adapter: it would "
                                            "be rounded to FP8 with them");
     if ((unsigned)c->kv > ENGINE_KV_FP8)
@@ -218,7 +233,7 @@ static lm_status open_core(engine *e, struct lm_err *err)
         .max_step_tokens = c->max_step_tokens, .max_waiting = c->max_waiting,
         .max_model_len = c->max_model_len,
         .kv = c->kv == ENGINE_KV_FP8 ? KN_KV_E4M3 : KN_KV_NATIVE,
-        .fp8_weights = c->weights == ENGINE_WEIGHTS_FP8,
+        .weights = c->weights,
     };
     engine_policy_default(&p.policy);
     if (c->policy)

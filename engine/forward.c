@@ -208,8 +208,11 @@ lm_status forward_tune(struct forward *f, kn_stream *s, struct lm_err *err)
     if (!w)
         return lm_err_set(err, LM_NOMEM, "no memory for measuring");
     lm_status st = LM_OK;
-    for (size_t i = 0; i < LM_COUNT(layer) && st == LM_OK && all->n_layers > 0; i++)
-        st = tune_layers(f, s, &layer[i].a, w, layer[i].pick);
+    for (size_t i = 0; i < LM_COUNT(layer) && st == LM_OK && all->n_layers > 0; i++) {
+        struct kn_gemm a = layer[i].a;
+        a.x_e4m3 = f->p.x_e4m3;
+        st = tune_layers(f, s, &a, w, layer[i].pick);
+    }
     w[0] = all->lm_head;
     if (st == LM_OK)
         st = kn_gemm_tune(s, &head, w, 1);
@@ -242,7 +245,7 @@ static lm_status gemm(const struct run *r, void *y, int64_t ldy, const void *x, 
                       const kn_mat *w, const float *bias)
 {
     struct kn_gemm a = { .y = y, .x = x, .w = w, .bias = bias, .m = r->b->n_tok, .ldx = ldx,
-                         .ldy = ldy };
+                         .ldy = ldy, .x_e4m3 = r->f->p.x_e4m3 };
     return kn_op_gemm(r->s, &a);
 }
 
@@ -335,7 +338,7 @@ static lm_status ffn_half(const struct run *r, const struct layer_weights *w)
     const struct kn_silu_mul silu = { f->act, f->gate_up, r->b->n_tok, f->ffn };
     const struct kn_gate_up both = {
         { .y = f->gate_up, .x = f->x, .w = w->gate_up, .m = r->b->n_tok, .ldx = c->hidden,
-          .ldy = 2 * f->ffn },
+          .ldy = 2 * f->ffn, .x_e4m3 = f->p.x_e4m3 },
         f->act,
     };
     if (load[KN_GATE].rank_sum > 0 || load[KN_UP].rank_sum > 0) {

@@ -44,6 +44,7 @@ struct forward_params {
     int max_tokens;             /* of one step */
     int64_t lora_rows;          /* of one step: sum over segments of n_tok * rank_max */
     int block_tokens;
+    bool x_e4m3;                /* of the layers' products, where it makes them faster */
 };
 
 struct forward;

@@ -29,7 +29,7 @@
 struct loader {
     const struct model_config *cfg;
     struct shard shard;
-    bool fp8;
+    enum weights_as as;
     safetensors *st;            /* NULL: tensors are made up */
     struct st_tensor stand_in;  /* what want() answers then */
     uint64_t seed;
@@ -225,9 +225,12 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
         cols = part[i].split_cols ? part[i].cols / world : part[i].cols;
         dtype = i == 0 || t[i]->dtype == dtype ? t[i]->dtype : KN_F32;
     }
-    const bool fp8 = l->fp8 && layer >= 0;
-    lm_status st = kn_mat_new(l->w->dev, fp8 ? KN_E4M3 : dtype, rows, cols, out, l->err);
-    if (st == LM_OK && fp8)
+    if (l->as == WEIGHTS_BF16)
+        dtype = KN_BF16;
+    else if (l->as == WEIGHTS_FP8 && layer >= 0)
+        dtype = KN_E4M3;
+    lm_status st = kn_mat_new(l->w->dev, dtype, rows, cols, out, l->err);
+    if (st == LM_OK && l->as != WEIGHTS_STORED)
         l->w->bytes = before + kn_mat_bytes(*out);
     if (st == LM_OK && !l->st)
         return kn_mat_fill(*out, ++l->seed, FILL_SCALE, l->err);
@@ -369,10 +372,11 @@ static lm_status load_all(struct loader *l)
 
 /* `files` NULL: without. */
 static lm_status make(safetensors *files, const struct model_config *cfg, kn_device *dev,
-                      struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
+                      struct shard shard, enum weights_as as, struct weights *out,
+                      struct lm_err *err)
 {
     *out = (struct weights){ .dev = dev, .files = files };
-    struct loader l = { .cfg = cfg, .shard = shard, .fp8 = fp8, .st = files, .w = out, .err = err };
+    struct loader l = { .cfg = cfg, .shard = shard, .as = as, .st = files, .w = out, .err = err };
     lm_status st = check_shard(cfg, shard, err);
     if (st == LM_OK && files)
         st = upload_new(files, dev, &out->upload, err);
@@ -407,15 +411,16 @@ lm_status weights_wait(struct weights *w, struct lm_err *err)
 }
 
 lm_status weights_load(safetensors *files, const struct model_config *cfg, kn_device *dev,
-                       struct shard shard, bool fp8, struct weights *out, struct lm_err *err)
+                       struct shard shard, enum weights_as as, struct weights *out,
+                       struct lm_err *err)
 {
-    return make(files, cfg, dev, shard, fp8, out, err);
+    return make(files, cfg, dev, shard, as, out, err);
 }
 
-lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,
-                       struct weights *out, struct lm_err *err)
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+                       enum weights_as as, struct weights *out, struct lm_err *err)
 {
-    return make(NULL, cfg, dev, shard, fp8, out, err);
+    return make(NULL, cfg, dev, shard, as, out, err);
 }
 
 static void layer_release(kn_device *dev, struct layer_weights *w)

@@ -37,22 +37,27 @@ struct weights {
     kn_mat *embed;              /* [vocab, hidden] */
     kn_mat *lm_head;            /* [vocab, hidden]; the same matrix when tied */
     float *final_norm;          /* [hidden] */
-    size_t bytes;               /* as stored, E4M3 as kept */
+    size_t bytes;               /* as stored, or as kept if that was asked for */
     struct upload *upload;      /* while matrices are being filled, */
     struct safetensors *files;  /* from these; else NULL */
 };
 
+/* What becomes of the checkpoint's numbers: the device's choice; all matrices bf16; the layers' in
+ * KN_E4M3, embeddings and head the device's choice. */
+enum weights_as { WEIGHTS_STORED, WEIGHTS_BF16, WEIGHTS_FP8 };
+
 /* Reads a checkpoint's files, and closes them in any case. LM_MISMATCH names the tensor that is
- * missing, of the wrong shape or dtype, or not part of the architecture. `fp8`: the layers'
- * matrices are kept as KN_E4M3. On failure nothing is left behind.
+ * missing, of the wrong shape or dtype, or not part of the architecture. On failure nothing is left
+ * behind.
  *
  * When it returns, everything exists and the vectors are there, but matrices are still being filled
  * by threads: weights_wait() before their values count. */
 lm_status weights_load(struct safetensors *files, const struct model_config *cfg, kn_device *dev,
-                       struct shard shard, bool fp8, struct weights *out, struct lm_err *err);
+                       struct shard shard, enum weights_as as, struct weights *out,
+                       struct lm_err *err);
 /* The same shapes with random values (none at all on a simulated device): for measuring. */
-lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard, bool fp8,
-                       struct weights *out, struct lm_err *err);
+lm_status weights_fill(const struct model_config *cfg, kn_device *dev, struct shard shard,
+                       enum weights_as as, struct weights *out, struct lm_err *err);
 /* Until all is there. LM_IO (a file that can't be read), LM_INVALID, LM_DEVICE name the tensor;
  * then the caller releases. */
 lm_status weights_wait(struct weights *w, struct lm_err *err);

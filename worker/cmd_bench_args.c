@@ -60,7 +60,7 @@ static const struct bench_option options[] = {
     { "max-step-tokens", COUNT, AT(max_step_tokens), "N", "tokens in a step" },
     { "block-tokens", COUNT, AT(block_tokens), "N", "tokens of KV cache in a block" },
     { "kv-dtype", KV, 0, "TYPE", "of the KV cache: auto or fp8" },
-    { "weights-dtype", WEIGHTS, 0, "TYPE", "of the layers' matrices: auto or fp8" },
+    { "weights-dtype", WEIGHTS, 0, "TYPE", "of matrices: auto, bf16, fp8 or fp8-dynamic" },
     { "pool-bytes", BYTES, AT(pool_bytes), "N", "KV cache and adapters together" },
     { "preempt", PREEMPT, 0, "HOW", "cheaper, recompute or swap" },
     { "swap-bytes", BYTES, POLICY(swap_bytes), "N", "host memory for swapped KV" },
@@ -195,10 +195,7 @@ static bool take(struct bench_args *a, const struct bench_option *o, const char 
         good = parse_fp8(text, &fp8);
         a->kv = fp8 ? ENGINE_KV_FP8 : ENGINE_KV_AUTO;
         return good;
-    case WEIGHTS:
-        good = parse_fp8(text, &fp8);
-        a->weights = fp8 ? ENGINE_WEIGHTS_FP8 : ENGINE_WEIGHTS_AUTO;
-        return good;
+    case WEIGHTS: return engine_weights_parse(text, &a->weights);
     case PREEMPT: return parse_preempt(text, &a->policy.preempt);
     case ON: *(bool *)at = true; return true;
     case OFF: *(bool *)at = false; return true;

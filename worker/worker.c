@@ -142,9 +142,9 @@ static lm_status open_engine(struct worker *w, struct lm_err *err)
         .host_adapter_bytes = (size_t)c->adapters_host_bytes,
         .max_adapter_bytes = (size_t)c->adapters_max_bytes,
         .kv = !strcmp(c->kv_dtype, "fp8") ? ENGINE_KV_FP8 : ENGINE_KV_AUTO,
-        .weights = !strcmp(c->weights_dtype, "fp8") ? ENGINE_WEIGHTS_FP8 : ENGINE_WEIGHTS_AUTO,
         .policy = &policy, .echo = !strcmp(c->engine_mode, "echo"),
     };
+    (void)engine_weights_parse(c->weights_dtype, &e.weights);   /* the table has its names only */
     int64_t start = lm_now_us();
     lm_status st = engine_open(&e, &w->engine, err);
     if (st)

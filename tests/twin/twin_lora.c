@@ -606,7 +606,7 @@ static void check_merge(struct twin *c, enum kn_dtype type)
 bool twin_lora(struct twin *c)
 {
     bool good = true;
-    if (!c->slow)               /* the emulated device has the CPU's weights in bf16 */
+    if (!c->slow)               /* the emulated device multiplies few rows in bf16 */
         check_merge(c, KN_BF16);
     check_merge(c, KN_F16);
     good &= twin_end(c, "lora, merge");

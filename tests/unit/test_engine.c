@@ -451,10 +451,14 @@ static void refuses_bad_openings(void **state)
     engine_policy_default(&merge);
     merge.merge = true;
     cfg = fixture_config(SPM_TINY);
-    cfg.weights = ENGINE_WEIGHTS_FP8;
     cfg.policy = &merge;
+    for (int w = ENGINE_WEIGHTS_FP8; w <= ENGINE_WEIGHTS_FP8_DYNAMIC; w++) {
+        cfg.weights = (enum engine_weights)w;
+        assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
+        assert_non_null(strstr(err.msg, "merged"));
+    }
+    cfg.weights = (enum engine_weights)(ENGINE_WEIGHTS_FP8_DYNAMIC + 1);
     assert_int_equal(engine_open(&cfg, &e, &err), LM_INVALID);
-    assert_non_null(strstr(err.msg, "merged"));
 }
 
 static void refuse_policy(const struct engine_policy *p, const char *words)
