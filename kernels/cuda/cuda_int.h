@@ -9,7 +9,8 @@
  * arguments is in their stream, allocated with it.
  *
  * Dtypes: activations, KV cache, base weights and adapters are bf16 (the KV cache E4M3 if the pool
- * says so, base weights float16 or E4M3 if they were made so); logits, norms' weights, biases and LoRA intermediates float32; sums are float32 always.
+ * says so, base weights float16 or E4M3 if they were made so); logits, norms' weights, biases and
+ * LoRA intermediates float32; sums are float32 always.
  *
  * Errors: a CUDA call that fails goes through cuda_failed(), which logs it once with its name and
  * marks the device; from then on every call on the device gives LM_DEVICE. What only the device can
@@ -81,8 +82,8 @@ struct cuda_event {
 };
 
 /* bf16 or float16 [rows][cols], row-major: W^T of y = x W^T as cuBLAS wants it. Rows are 16-byte
- * aligned when cols is a multiple of 8, which every model's are. KN_E4M3: bytes, cols a multiple of 16, and the
- * rows' scales behind them. */
+ * aligned when cols is a multiple of 8, which every model's are. KN_E4M3: bytes, cols a multiple of
+ * 16, and the rows' scales behind them. */
 struct cuda_mat {
     struct kn_mat base;
     struct cuda_device *dev;

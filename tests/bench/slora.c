@@ -359,7 +359,8 @@ static void open_world(struct world *w, const char *sim, const char *shape, cons
     if (trace_load(trace, &w->trace, &err) != LM_OK ||
         model_config_load_file(shape, &w->model, &err) != LM_OK ||
         kn_open("sim", &p, &w->dev, &err) != LM_OK ||
-        weights_fill(&w->model, w->dev, (struct shard){ 0, 1 }, WEIGHTS_STORED, &w->weights, &err) != LM_OK)
+        weights_fill(&w->model, w->dev, (struct shard){ 0, 1 }, WEIGHTS_STORED, &w->weights,
+                     &err) != LM_OK)
         die("opening", &err);
     w->batch_tokens = LM_MAX(w->cells / 6, MAX_REQUEST);
     w->meta_bytes = 1 << 20;

@@ -43,6 +43,7 @@ static void run_bench(struct gpu_check *c)
 {
     bench_ceilings(c);
     bench_gemm(c);
+    bench_gemm_mixed(c);
     bench_rows(c);
     bench_sample(c);
     bench_attention(c);
@@ -64,6 +65,7 @@ static const struct {
     { "lora", check_lora },
     { "ceilings", bench_ceilings },
     { "bench-gemm", bench_gemm },
+    { "bench-gemm-mixed", bench_gemm_mixed },
     { "bench-rows", bench_rows },
     { "bench-sample", bench_sample },
     { "bench-attention", bench_attention },

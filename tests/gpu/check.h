@@ -107,6 +107,7 @@ void check_golden(struct gpu_check *c);         /* the whole engine, on the smal
 void bench_ceilings(struct gpu_check *c);
 void bench_rows(struct gpu_check *c);
 void bench_gemm(struct gpu_check *c);
+void bench_gemm_mixed(struct gpu_check *c);     /* float16 and E4M3 */
 void bench_sample(struct gpu_check *c);
 void bench_attention(struct gpu_check *c);
 void bench_lora(struct gpu_check *c);

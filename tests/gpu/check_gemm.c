@@ -26,10 +26,10 @@ static void check_case(struct gpu_check *c, const struct gemm_case *t, kn_mat *g
     float *dbias = dev_put(c, bias, (size_t)t->n * sizeof *bias);
     if (t->f32)
         yf = dev_put(c, y.cpu, ny * sizeof *y.cpu);
-    struct kn_gemm a = { t->f32 ? (void *)yf : y.gpu, x.gpu, g, t->bias ? dbias : NULL, t->m, ldx,
-                         ldy, t->accumulate, t->f32 };
-    struct kn_gemm b = { y.cpu, x.cpu, h, t->bias ? bias : NULL, t->m, ldx, ldy, t->accumulate,
-                         t->f32 };
+    struct kn_gemm a = { .y = t->f32 ? (void *)yf : y.gpu, .x = x.gpu, .w = g, .m = t->m,
+                         .bias = t->bias ? dbias : NULL, .ldx = ldx, .ldy = ldy,
+                         .accumulate = t->accumulate, .y_f32 = t->f32 }, b = a;
+    b.y = y.cpu, b.x = x.cpu, b.w = h, b.bias = t->bias ? bias : NULL;
     lm_status st = kn_op_gemm(c->gs, &a);
     must(kn_op_gemm(c->cs, &b), "gemm");
     if (t->f32) {
@@ -61,8 +61,8 @@ static void check_company(struct gpu_check *c, int m, int n, int k, kn_mat *g)
     must(kn_copy(c->gs, (char *)z.gpu + (size_t)at * row, (char *)x.gpu + (size_t)at * row, row),
          "copy");
     struct pair y1 = pair_new(c, (size_t)m * (size_t)n), y2 = pair_new(c, (size_t)m * (size_t)n);
-    struct kn_gemm a = { y1.gpu, x.gpu, g, NULL, m, k, n, false, false };
-    struct kn_gemm b = { y2.gpu, z.gpu, g, NULL, m, k, n, false, false };
+    struct kn_gemm a = { .y = y1.gpu, .x = x.gpu, .w = g, .m = m, .ldx = k, .ldy = n }, b = a;
+    b.y = y2.gpu, b.x = z.gpu;
     must(kn_op_gemm(c->gs, &a), "gemm");
     must(kn_op_gemm(c->gs, &b), "gemm");
     float *r1 = pair_get(c, &y1), *r2 = pair_get(c, &y2);
@@ -75,6 +75,34 @@ static void check_company(struct gpu_check *c, int m, int n, int k, kn_mat *g)
     pair_free(c, &y2);
     free(r1);
     free(r2);
+}
+
+/* Weights in float16 and E4M3: against the twin, and a row in any company. */
+static void check_mixed(struct gpu_check *c)
+{
+    static const int ms[] = { 8, 16, 32, 64, 200 };
+    static const enum kn_dtype types[] = { KN_F16, KN_E4M3 };
+    struct lm_err err;
+    struct twin t;
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gemm in other types: streams")) {
+        check_that(c, twin_gemm_fp8(&t), "gemm in E4M3 equals its CPU twin");
+        check_that(c, twin_gemm_x_e4m3(&t), "gemm in E4M3 of x in E4M3 equals its CPU twin");
+        check_that(c, twin_gemm_f16(&t), "gemm and embed in float16 equal their CPU twins");
+    }
+    twin_close(&t);
+    for (int i = 0; i < 2; i++) {
+        kn_mat *w = NULL;
+        kn_stream *own = NULL, *was = c->gs;
+        must(kn_mat_new(c->cuda, types[i], 4096, 1024, &w, &err), "mat_new");
+        must(kn_mat_fill(w, 7, 1, &err), "mat_fill");
+        must(kn_stream_new(c->cuda, &own, &err), "stream_new");     /* it knows of FP8 weights */
+        c->gs = own;
+        for (size_t k = 0; k < LM_COUNT(ms); k++)
+            check_company(c, ms[k], 4096, 1024, w);
+        c->gs = was;
+        kn_stream_free(own);
+        kn_mat_free(w);
+    }
 }
 
 void check_gemm(struct gpu_check *c)
@@ -99,16 +127,16 @@ void check_gemm(struct gpu_check *c)
         kn_mat_free(g);
         kn_mat_free(h);
     }
+    check_mixed(c);
     struct twin t;
-    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gemm in E4M3: streams"))
-        check_that(c, twin_gemm_fp8(&t), "gemm in E4M3 equals its CPU twin");
-    twin_close(&t);
     if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gate_up: streams"))
         check_that(c, twin_gate_up(&t), "gate_up equals a product and its activation");
     twin_close(&t);
 }
 
 /* ---- speed ----------------------------------------------------------------------------- */
+
+/* As the engine runs it: tuned, on random numbers, weights colder than L2 holds. */
 
 #define COPIES 8                /* of the weight: more than L2 holds */
 
@@ -117,6 +145,14 @@ struct gemm_run {
     kn_mat *w[COPIES];
     void *out;                  /* gate_up's, [m, f] */
     int f;
+};
+
+struct bench_kind {
+    const char *name;
+    enum kn_dtype t;
+    bool x_e4m3;
+    const int *ms, n_ms;
+    void *out;                  /* not NULL: gate_up is measured there */
 };
 
 static lm_status one_gemm(struct gpu_check *c, void *ctx, int i)
@@ -158,25 +194,45 @@ static void bench_gate_up(struct gpu_check *c, struct gemm_run *r, int n, int k)
     }
 }
 
-/* Weights in E4M3, which few rows of x read as they are. */
-static void bench_fp8(struct gpu_check *c, void *y, const void *x, int n, int k)
+static void bench_rows_of(struct gpu_check *c, const struct bench_kind *b, struct gemm_run *r,
+                          int m)
 {
-    static const int ms[] = { 1, 8, 16, 32 };
-    struct gemm_run r = { 0 };
+    const int n = r->w[0]->rows, k = r->w[0]->cols;
+    const double size = b->t == KN_E4M3 ? 1 : 2;
+    char name[80];
+    r->a.m = m;
+    double us = time_op(c, one_gemm, r, m > 1000 ? COPIES : 3 * COPIES);
+    double bytes = size * n * k + 2.0 * m * (n + k), flops = 2.0 * m * n * k;
+    snprintf(name, sizeof name, "gemm%s m=%d, %d x %d", b->name, m, n, k);
+    figure(c, name, us, "us", "\"gbps\": %.0f, \"tflops\": %.1f, \"share\": %.2f",
+           bytes / us / 1e3, flops / us / 1e6,
+           fmax(bytes / us / 1e3 / c->gbps, flops / us / 1e6 / c->tflops));
+}
+
+static void bench_shape(struct gpu_check *c, const struct bench_kind *b, void *y, const void *x,
+                        int n, int k)
+{
+    struct gemm_run r = { .a = { .y = y, .x = x, .ldx = k, .ldy = n, .x_e4m3 = b->x_e4m3 } };
+    const kn_mat *all[COPIES];
     struct lm_err err;
+    kn_stream *own = NULL, *was = c->gs;
     for (int i = 0; i < COPIES; i++) {
-        must(kn_mat_new(c->cuda, KN_E4M3, n, k, &r.w[i], &err), "mat_new");
+        must(kn_mat_new(c->cuda, b->t, n, k, &r.w[i], &err), "mat_new");
         must(kn_mat_fill(r.w[i], 1 + (uint64_t)i, 1, &err), "mat_fill");
+        all[i] = r.w[i];
     }
-    for (size_t i = 0; i < LM_COUNT(ms); i++) {
-        char name[64];
-        r.a = (struct kn_gemm){ .y = y, .x = x, .m = ms[i], .ldx = k, .ldy = n };
-        double us = time_op(c, one_gemm, &r, 3 * COPIES);
-        double bytes = (double)n * k + 2.0 * ms[i] * (n + k);
-        snprintf(name, sizeof name, "gemm in E4M3 m=%d, %d x %d", ms[i], n, k);
-        figure(c, name, us, "us", "\"gbps\": %.0f, \"share\": %.2f", bytes / us / 1e3,
-               bytes / us / 1e3 / c->gbps);
+    must(kn_stream_new(c->cuda, &own, &err), "stream_new");
+    c->gs = own;
+    r.a.m = b->ms[b->n_ms - 1];
+    must(kn_gemm_tune(own, &r.a, all, COPIES), "gemm_tune");
+    for (int i = 0; i < b->n_ms; i++)
+        bench_rows_of(c, b, &r, b->ms[i]);
+    if (b->out && (n == 22016 || n == 28672)) {
+        r.out = b->out, r.f = n / 2;
+        bench_gate_up(c, &r, n, k);
     }
+    c->gs = was;
+    kn_stream_free(own);
     for (int i = 0; i < COPIES; i++)
         kn_mat_free(r.w[i]);
 }
@@ -186,40 +242,35 @@ void bench_gemm(struct gpu_check *c)
     static const int shapes[][2] = { { 4096, 4096 }, { 12288, 4096 }, { 6144, 4096 },
                                      { 22016, 4096 }, { 28672, 4096 }, { 4096, 11008 },
                                      { 4096, 14336 }, { 32000, 4096 } };
-    static const int ms[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096 };
-    struct lm_err err;
+    static const int ms[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096 };
     void *x = dev_new(c, (size_t)4096 * 14336 * 2), *y = dev_new(c, (size_t)4096 * 32000 * 2);
     void *out = dev_new(c, (size_t)256 * 14336 * 2);
+    const struct bench_kind kind = { "", KN_BF16, false, ms, LM_COUNT(ms), out };
     fill_random(c, x, 4096, 14336);
-    for (size_t s = 0; s < LM_COUNT(shapes); s++) {
-        struct gemm_run r = { 0 };
-        int n = shapes[s][0], k = shapes[s][1];
-        for (int i = 0; i < COPIES; i++) {
-            must(kn_mat_new(c->cuda, KN_BF16, n, k, &r.w[i], &err), "mat_new");
-            must(kn_mat_fill(r.w[i], 1 + (uint64_t)i, 1, &err), "mat_fill");
-        }
-        for (size_t i = 0; i < LM_COUNT(ms); i++) {
-            int m = ms[i];
-            char name[64];
-            r.a = (struct kn_gemm){ .y = y, .x = x, .m = m, .ldx = k, .ldy = n };
-            double us = time_op(c, one_gemm, &r, m > 1000 ? COPIES : 3 * COPIES);
-            double bytes = 2.0 * ((double)n * k + (double)m * (n + k)), flops = 2.0 * m * n * k;
-            snprintf(name, sizeof name, "gemm m=%d, %d x %d", m, n, k);
-            figure(c, name, us, "us", "\"gbps\": %.0f, \"tflops\": %.1f, \"share\": %.2f",
-                   bytes / us / 1e3, flops / us / 1e6,
-                   fmax(bytes / us / 1e3 / c->gbps, flops / us / 1e6 / c->tflops));
-        }
-        if (n == 22016 || n == 28672) {
-            r.out = out, r.f = n / 2;
-            bench_gate_up(c, &r, n, k);
-        }
-        for (int i = 0; i < COPIES; i++)
-            kn_mat_free(r.w[i]);
-    }
-    bench_fp8(c, y, x, 4096, 4096);
-    bench_fp8(c, y, x, 22016, 4096);
-    bench_fp8(c, y, x, 4096, 11008);
+    for (size_t s = 0; s < LM_COUNT(shapes); s++)
+        bench_shape(c, &kind, y, x, shapes[s][0], shapes[s][1]);
     dev_free(c, x);
     dev_free(c, y);
     dev_free(c, out);
+}
+
+/* Weights of other types than x, beside bf16 in the same run. */
+void bench_gemm_mixed(struct gpu_check *c)
+{
+    static const int shapes[][2] = { { 4096, 4096 }, { 12288, 4096 }, { 22016, 4096 },
+                                     { 4096, 11008 } };
+    static const int ms[] = { 1, 8, 16, 32, 64, 256, 2048 };
+    static const struct bench_kind kinds[] = {
+        { " beside", KN_BF16, false, ms, LM_COUNT(ms), NULL },
+        { " in float16", KN_F16, false, ms, LM_COUNT(ms), NULL },
+        { " in E4M3", KN_E4M3, false, ms, LM_COUNT(ms), NULL },
+        { " in E4M3, x too,", KN_E4M3, true, ms, LM_COUNT(ms), NULL },
+    };
+    void *x = dev_new(c, (size_t)2048 * 11008 * 2), *y = dev_new(c, (size_t)2048 * 22016 * 2);
+    fill_random(c, x, 2048, 11008);
+    for (size_t s = 0; s < LM_COUNT(shapes); s++)
+        for (size_t i = 0; i < LM_COUNT(kinds); i++)
+            bench_shape(c, &kinds[i], y, x, shapes[s][0], shapes[s][1]);
+    dev_free(c, x);
+    dev_free(c, y);
 }

@@ -38,6 +38,20 @@ struct golden_case {
     float *want;                /* log-probability of each of ids[1..] */
 };
 
+/* How the engine is opened, and what its lines say of it. */
+static const struct variety {
+    const char *says;
+    enum engine_kv kv;
+    enum engine_weights weights;
+    bool fp8;                   /* then only errors are judged, as those of E4M3 */
+} plain = { "", ENGINE_KV_AUTO, ENGINE_WEIGHTS_AUTO, false },
+  rounded = { ", weights in bf16", ENGINE_KV_AUTO, ENGINE_WEIGHTS_BF16, false },
+  in_fp8[] = {
+    { ", KV cache in E4M3", ENGINE_KV_FP8, ENGINE_WEIGHTS_AUTO, true },
+    { ", weights in E4M3", ENGINE_KV_AUTO, ENGINE_WEIGHTS_FP8, true },
+    { ", weights and activations in E4M3", ENGINE_KV_AUTO, ENGINE_WEIGHTS_FP8_DYNAMIC, true },
+};
+
 struct suite {
     struct gpu_check *c;
     const char *name;
@@ -46,7 +60,8 @@ struct suite {
     int n;
     float *error;               /* of every scored token */
     int n_errors, room, agreed, greedy;
-    bool trained, fp8;          /* fp8: the KV cache in E4M3 */
+    bool trained;
+    const struct variety *as;
     float *base;                /* of the base model's among them */
     int n_base, base_agreed, base_greedy;
 };
@@ -219,14 +234,14 @@ static void judge_base(struct suite *s, const struct peer *p)
     double largest = at(s->base, s->n_base, 1), median = at(s->base, s->n_base, 0.5);
     double agreement = s->base_greedy ? (double)s->base_agreed / s->base_greedy : 0;
     check_that(s->c, largest <= LARGEST_RATIO * p->largest,
-               "%s: base, largest error %.3g, transformers' in bf16 %.3g", s->name, largest,
-               p->largest);
+               "%s%s: base, largest error %.3g, transformers' in bf16 %.3g", s->name, s->as->says,
+               largest, p->largest);
     if (!s->trained) {
         check_that(s->c, median <= LARGEST_RATIO * p->median,
-                   "%s: base, median error %.2g, transformers' in bf16 %.2g", s->name, median,
-                   p->median);
-        printf("# %s: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%\n",
-               s->name, 100 * agreement, 100 * p->agreement);
+                   "%s%s: base, median error %.2g, transformers' in bf16 %.2g", s->name,
+                   s->as->says, median, p->median);
+        printf("# %s%s: base, teacher-forced agreement %.2f %%, transformers' in bf16 %.2f %%\n",
+               s->name, s->as->says, 100 * agreement, 100 * p->agreement);
         pooled.tokens += s->base_greedy;
         pooled.agreed += s->base_agreed;
         pooled.peer_agreed += p->agreement * s->base_greedy;
@@ -241,21 +256,20 @@ static void judge(struct suite *s)
     double agreement = s->greedy ? (double)s->agreed / s->greedy : 0;
     struct peer p = peer_of(s->name);
     char name[128];
-    if (s->fp8) {
+    if (s->as->fp8) {
         double off = at(s->base, s->n_base, 0.5);
         check_that(s->c, off <= FP8_TO_BF16 * p.median,
-                   "%s, KV cache in E4M3: base, median error %.2g, transformers' in bf16 %.2g",
-                   s->name, off, p.median);
+                   "%s%s: base, median error %.2g, transformers' in bf16 %.2g",
+                   s->name, s->as->says, off, p.median);
     } else if (s->trained) {
         check_that(s->c, median <= MEDIAN_LIMIT, "%s: median log-probability error %.2g", s->name,
                    median);
         check_that(s->c, agreement >= AGREEMENT_LIMIT,
                    "%s: teacher-forced greedy agreement %.2f %%", s->name, 100 * agreement);
     }
-    if (p.largest > 0 && !s->fp8)
+    if (p.largest > 0 && !s->as->fp8)
         judge_base(s, &p);
-    snprintf(name, sizeof name, "golden %s%s: largest error", s->name,
-             s->fp8 ? ", KV cache in E4M3" : "");
+    snprintf(name, sizeof name, "golden %s%s: largest error", s->name, s->as->says);
     figure(s->c, name, largest, "nats", "\"median\": %.3g, \"agreement\": %.4f, \"base\": %.3g, "
            "\"base_median\": %.3g, \"peer_base\": %.3g, \"peer_median\": %.3g", median, agreement,
            at(s->base, s->n_base, 1), at(s->base, s->n_base, 0.5), p.largest, p.median);
@@ -280,7 +294,8 @@ static void link_files(const char *from, const char *to, const char *only)
 }
 
 static void run_suite(struct gpu_check *c, const char *name, const char *model,
-                      const char *adapters, const char *golden, bool trained, bool fp8)
+                      const char *adapters, const char *golden, bool trained,
+                      const struct variety *as)
 {
     struct suite *s = calloc(1, sizeof *s);
     struct lm_err err = { 0 };
@@ -288,14 +303,14 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
     s->c = c;
     s->name = name;
     s->trained = trained;
-    s->fp8 = fp8;
+    s->as = as;
     if (!mkdtemp(dir) || !read_cases(s, golden))
         return;
     link_files(model, dir, NULL);
     link_files("tests/models/spm-tiny", dir, "tokenizer");
     struct engine_config cfg = { .model_dir = dir, .backend = c->cuda ? "cuda" : "cpu",
                                  .max_waiting = MAX_CASES, .pool_bytes = (size_t)256 << 20,
-                                 .kv = fp8 ? ENGINE_KV_FP8 : ENGINE_KV_AUTO };
+                                 .kv = as->kv, .weights = as->weights };
     if (engine_open(&cfg, &s->e, &err) != LM_OK) {
         check_that(c, false, "%s: %s", name, err.msg);
     } else {
@@ -312,6 +327,17 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
     free(s);
 }
 
+/* "mistral" is a checkpoint in float16, which is kept; here it is rounded. */
+static void check_rounded(struct gpu_check *c)
+{
+    static const char dir[] = "tests/fixtures/families/mistral";
+    char model[64], adapters[64], golden[64];
+    snprintf(model, sizeof model, "%s/model", dir);
+    snprintf(adapters, sizeof adapters, "%s/adapters", dir);
+    snprintf(golden, sizeof golden, "%s/golden.safetensors", dir);
+    run_suite(c, "mistral", model, adapters, golden, false, &rounded);
+}
+
 void check_golden(struct gpu_check *c)
 {
     static const char *const families[] = { "llama2", "llama3", "mistral", "qwen2",
@@ -324,18 +350,20 @@ void check_golden(struct gpu_check *c)
         snprintf(adapters, sizeof adapters, "tests/fixtures/families/%s/adapters", families[i]);
         snprintf(golden, sizeof golden, "tests/fixtures/families/%s/golden.safetensors",
                  families[i]);
-        run_suite(c, families[i], model, adapters, golden, false, false);
+        run_suite(c, families[i], model, adapters, golden, false, &plain);
     }
     if (pooled.tokens > 0)
         check_that(c, pooled.agreed >= pooled.peer_agreed,
                    "families: base, teacher-forced agreement %.2f %%, transformers' %.2f %%",
                    100.0 * pooled.agreed / pooled.tokens,
                    100 * pooled.peer_agreed / pooled.tokens);
+    check_rounded(c);
     for (size_t i = 0; i < LM_COUNT(shipped); i++) {
         snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
         snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);
         snprintf(golden, sizeof golden, "tests/golden/%s.safetensors", shipped[i]);
-        run_suite(c, shipped[i], model, adapters, golden, true, false);
-        run_suite(c, shipped[i], model, adapters, golden, true, true);
+        run_suite(c, shipped[i], model, adapters, golden, true, &plain);
+        for (size_t k = 0; k < LM_COUNT(in_fp8); k++)
+            run_suite(c, shipped[i], model, adapters, golden, true, &in_fp8[k]);
     }
 }

@@ -202,11 +202,14 @@ decode() {
         bench 60 "decode $shape, batch $b" --load-format dummy --shape ops/shapes/$shape.json \
             --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
     done
-    for b in 1 32; do
+    for b in 1 32 256; do
         bench 60 "decode $shape, batch $b, weights in fp8" --load-format dummy \
             --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 \
             --weights-dtype fp8 || st=1
     done
+    bench 60 "decode $shape, batch 256, weights in fp8-dynamic" --load-format dummy \
+        --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 256 --repeat 1 \
+        --weights-dtype fp8-dynamic || st=1
     shape=llama-3.1-8b
     bench 60 "decode $shape, batch 32, 32 adapters" --load-format dummy \
         --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 \
@@ -253,6 +256,7 @@ more_traces() {
     trace 7b-0-all llama-2-7b 0 8 --max-seqs 1000 || st=1
     trace 7b-0-kv8-all llama-2-7b 0 8 --kv-dtype fp8 --max-seqs 1000 || st=1
     trace 7b-0-w8 llama-2-7b 0 8 --weights-dtype fp8 || st=1
+    trace 7b-0-w8x8 llama-2-7b 0 8 --weights-dtype fp8-dynamic || st=1
     return $st
 }
 
