@@ -263,7 +263,8 @@ static lm_status lora(const struct run *r, void *y, int64_t ldy, const void *x, 
             a.part[a.n_parts++] = part[i];
     if (a.n_parts == 0)
         return LM_OK;
-    return kn_op_lora(r->s, &a);
+    TRY(kn_op_lora_shrink(r->s, &a));
+    return kn_op_lora_expand(r->s, &a);
 }
 
 static lm_status reduce(const struct run *r)

@@ -292,12 +292,3 @@ lm_status kn_op_gate_up(kn_stream *s, const struct kn_gate_up *a)
     st = kn_op_gemm(s, &a->gemm);
     return st == LM_OK ? kn_op_silu_mul(s, &silu) : st;
 }
-
-lm_status kn_op_lora(kn_stream *s, const struct kn_lora *a)
-{
-    lm_status st = s->be->lora ? s->be->lora(s, a) : LM_UNSUPPORTED;
-    if (st != LM_UNSUPPORTED)
-        return st;
-    st = kn_op_lora_shrink(s, a);
-    return st == LM_OK ? kn_op_lora_expand(s, a) : st;
-}

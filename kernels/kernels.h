@@ -373,8 +373,7 @@ struct kn_lora_part {
 
 /* Shrink: h = x A^T for every part of every segment. The row of token t of segment s and part p is
  *     h + n_parts * (seg.h0 + (t - seg.tok0) * seg.rank_max) + p * seg.rank_max.
- * Expand: y += scale * h B. Two operations, so that a communicator can step between them; where
- * none does, kn_op_lora() is both, to the last bit, and leaves anything in h. */
+ * Expand: y += scale * h B. Two operations, so that a communicator can step between them. */
 struct kn_lora {
     float *h;                   /* [batch.h_rows * n_parts] */
     const void *x;              /* [n_tok, in], shrink only */
@@ -437,9 +436,7 @@ size_t kn_sample_workspace(kn_device *dev, int max_rows, int vocab);
     X(sample, sample)
 
 /* Two of those in one, for backends that have it cheaper so. */
-#define KN_FUSED_OPS(X)                                                                        \
-    X(gate_up, gate_up)                                                                        \
-    X(lora, lora)
+#define KN_FUSED_OPS(X) X(gate_up, gate_up)
 
 #define X(op, args) lm_status kn_op_##op(kn_stream *s, const struct kn_##args *a);
 KN_OPS(X)

@@ -218,7 +218,7 @@ size_t cuda_sample_workspace(kn_device *dev, int max_rows, int vocab);
  *     rope.cu         rope_kv
  *     attention.cu    attention
  *     gemm_few.cu     gate_up
- *     lora.cu         lora_shrink lora_expand lora
+ *     lora.cu         lora_shrink lora_expand
  *     lora_merge.cu   lora_merge
  *     sample.cu       sample
  */

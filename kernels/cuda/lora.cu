@@ -593,22 +593,6 @@ extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
     return few ? cuda_lora_expand_few(st, &p) : launch_expand(st, &p);
 }
 
-extern "C" lm_status cuda_op_lora(kn_stream *s, const struct kn_lora *a)
-{
-    struct cuda_stream *st = cuda_stream_of(s);
-    struct lora_launch p;
-    if (a->batch.n_segs > 0 && (!a->x || !a->y || (a->batch.n_tok > 1 && a->ldx < a->in)))
-        return cuda_refuse("lora", "no x or y, or a row stride shorter than a row");
-    lm_status rc = prepare(st, a, "lora", &p);
-    if (rc != LM_OK || p.n_active == 0)
-        return rc;
-    /* One flag serves x and y; the rare odd one goes the long way. */
-    p.aligned = a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0 && y_aligned(a, 8);
-    if (a->batch.n_tok > LONG_STEP || !p.aligned || !cuda_lora_fused_fits(st, &p))
-        return LM_UNSUPPORTED;
-    return cuda_lora_fused(st, &p);
-}
-
 template <class S> static cudaError_t allow_shrink(void)
 {
     return cudaFuncSetAttribute(shrink_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -55,22 +55,17 @@ __device__ static inline bool matrix_valid(const struct kn_lora_matrix *m, int r
            (int64_t)m->per_cell * m->chunk_bytes <= cell_bytes;
 }
 
-/* A module's directory entry; NULL (reported) when the way there is damaged. */
-__device__ static inline const struct kn_lora_entry *
-lora_entry(const struct kn_pool *pool, int layer, const int32_t *ids, enum kn_module module,
-           int32_t *fault)
+/* False: not targeted, or damaged (reported). `b` picks B. */
+__device__ static inline bool lora_find(const struct kn_pool *pool, int layer, const int32_t *ids,
+                                        enum kn_module module, int rank_max, bool b,
+                                        int32_t *fault, struct lora_view *v)
 {
     const int per_cell = (int)(pool->block_bytes / (int64_t)sizeof(struct kn_lora_row));
     const char *cell = per_cell ? cell_at(pool, ids, layer / per_cell, fault) : NULL;
-    return cell ? &((const struct kn_lora_row *)cell)[layer % per_cell].module[module] : NULL;
-}
-
-/* One matrix of an entry, `b` picks B. False: not targeted, or damaged (reported). */
-__device__ static inline bool lora_view_of(const struct kn_lora_entry *e,
-                                           const struct kn_pool *pool, const int32_t *ids,
-                                           int rank_max, bool b, int32_t *fault,
-                                           struct lora_view *v)
-{
+    if (!cell)
+        return false;
+    const struct kn_lora_entry *e =
+        &((const struct kn_lora_row *)cell)[layer % per_cell].module[module];
     v->pool = pool;
     v->ids = ids;
     v->rank = e->rank;
@@ -83,14 +78,6 @@ __device__ static inline bool lora_view_of(const struct kn_lora_entry *e,
         return false;
     }
     return true;
-}
-
-__device__ static inline bool lora_find(const struct kn_pool *pool, int layer, const int32_t *ids,
-                                        enum kn_module module, int rank_max, bool b,
-                                        int32_t *fault, struct lora_view *v)
-{
-    const struct kn_lora_entry *e = lora_entry(pool, layer, ids, module, fault);
-    return e && lora_view_of(e, pool, ids, rank_max, b, fault, v);
 }
 
 /* The [rank][width] elements of chunk c; NULL (reported) when the directory leads nowhere. */
@@ -152,10 +139,14 @@ static inline unsigned lora_token_tiles(struct lora_launch *p, int tile)
 /* Steps of few tokens; the launch is prepared but for geometry. */
 lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p);
 lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p);
-/* Both at once, where a step is so small that launches are what it costs. */
-bool cuda_lora_fused_fits(const struct cuda_stream *st, const struct lora_launch *p);
-lm_status cuda_lora_fused(struct cuda_stream *st, struct lora_launch *p);
 cudaError_t cuda_lora_few_init(void);
+
+/* Seven elements move down, `e` comes last. */
+__device__ static inline uint4 push_element(const uint4 v, uint32_t e)
+{
+    return make_uint4(v.x >> 16 | v.y << 16, v.y >> 16 | v.z << 16, v.z >> 16 | v.w << 16,
+                      v.w >> 16 | e << 16);
+}
 
 /* Eight elements, zeros beyond n. */
 __device__ static inline uint4 load8(const uint16_t *p, int n, bool aligned)
@@ -164,11 +155,11 @@ __device__ static inline uint4 load8(const uint16_t *p, int n, bool aligned)
         return make_uint4(0, 0, 0, 0);
     if (aligned && n >= 8)
         return *(const uint4 *)p;
-    uint32_t w[4] = { 0, 0, 0, 0 };
+    uint4 v = make_uint4(0, 0, 0, 0);
+#pragma unroll 1                /* rare: that the code is small is what counts */
     for (int i = 0; i < 8; i++)
-        if (i < n)
-            w[i / 2] |= (uint32_t)p[i] << (i % 2 * 16);
-    return make_uint4(w[0], w[1], w[2], w[3]);
+        v = push_element(v, i < n ? p[i] : 0);
+    return v;
 }
 
 #endif

@@ -13,12 +13,9 @@
  * those tokens goes through shared memory. Each result is summed in an order that depends on the
  * adapter alone.
  *
- * Fused: where segments have one token, ranks are at most 8 and blocks for all of them fit the
- * device at once, both are one launch: a block does the shrink of one segment and part, and with h
- * in shared memory its expand. B's rows are on their way while A is being summed, and there is one
- * start and one search for the matrices instead of two. Where blocks are fewer than SMs several
- * share a part's columns, each with a shrink of its own (A comes from L2 the second time). The
- * sums are those of the other two kernels, to the last bit.
+ * Code that no layout of ours needs is kept small and out of line (loops over elements that are not
+ * unrolled). These kernels run for 2 to 10 us and start cold: their instructions come from memory
+ * like everything else, and 140 KB of them cost more than the adapter did (SPEED.md).
  */
 #include "kernels/cuda/lora.cuh"
 
@@ -74,13 +71,24 @@ __device__ static inline struct feature_group group_at(const struct few_shrink *
 __device__ static inline void load_rows(const struct few_shrink *k, const struct feature_group *g,
                                         uint4 w[ROWS])
 {
+    const int width = k->v.m.width;
 #pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-        if (g->a && j < k->rows && k->wide)
-            w[j] = load_once(g->a + j * k->v.m.width);
-        else
-            w[j] = load8(g->a + j * k->v.m.width, g->a && j < k->rows ? g->left : 0, false);
+    for (int j = 0; j < ROWS; j++)
+        w[j] = make_uint4(0, 0, 0, 0);
+    if (!g->a)
+        return;
+    if (__builtin_expect(k->wide, true)) {
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            if (j < k->rows)
+                w[j] = load_once(g->a + j * width);
+        return;
     }
+#pragma unroll 1
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            w[j] = push_element(w[j], i < g->left && j < k->rows ? g->a[j * width + i] : 0);
 }
 
 /* All threads together. */
@@ -210,7 +218,7 @@ __global__ static void __launch_bounds__(THREADS, 512 / THREADS) shrink_few_kern
 
 #define EXPAND_WARPS 4
 #define COLS 256                /* output features a warp */
-#define BATCH 8                 /* rank rows on their way */
+#define BATCH 8                 /* rank rows on their way; ROWS */
 
 struct few_expand {
     const struct lora_launch *p;
@@ -218,7 +226,7 @@ struct few_expand {
     struct lora_view v;
     int tok0, n_tok, part, out;
     int col;                    /* the lane's first column of the part */
-    const uint16_t *b;          /* B's row 0 at col; NULL when it must be read one by one */
+    const uint16_t *b;          /* B's row 0 at col; NULL: beyond the part, or one by one */
 };
 
 /* Where B lies at the lane's columns, if it can be read 16 bytes at a time. */
@@ -232,21 +240,36 @@ __device__ static inline void find_b(struct few_expand *w)
     }
 }
 
+/* Row j at the lane's columns, where find_b() found them. */
 __device__ static inline uint4 load_b(const struct few_expand *w, int j)
 {
+    return j < w->v.rank ? load_once(w->b + j * w->v.m.width) : make_uint4(0, 0, 0, 0);
+}
+
+/* Rows j0 .. j0 + 7; element by element where the layout asks for it, which none of our own does:
+ * that part is for being small. */
+__device__ static inline void load_b8(const struct few_expand *w, int j0, uint4 b[BATCH])
+{
     const int width = w->v.m.width;
-    if (j >= w->v.rank || w->col >= w->out)
-        return make_uint4(0, 0, 0, 0);
-    if (w->b)
-        return load_once(w->b + j * width);
-    uint32_t e[4] = { 0, 0, 0, 0 };
-    for (int i = 0; i < 8 && w->col + i < w->out; i++) {
-        int c = (w->col + i) / width;
-        const uint16_t *chunk = lora_chunk(&w->v, c, w->p->fault);
-        if (chunk)
-            e[i / 2] |= (uint32_t)chunk[j * width + w->col + i - c * width] << (i % 2 * 16);
+#pragma unroll
+    for (int j = 0; j < BATCH; j++)
+        b[j] = make_uint4(0, 0, 0, 0);
+    if (__builtin_expect(w->b != NULL, true)) {
+#pragma unroll
+        for (int j = 0; j < BATCH; j++)
+            b[j] = load_b(w, j0 + j);
+        return;
     }
-    return make_uint4(e[0], e[1], e[2], e[3]);
+    if (w->col >= w->out)
+        return;
+#pragma unroll 1
+    for (int i = w->col; i < w->col + 8; i++) {
+        const uint16_t *chunk = i < w->out ? lora_chunk(&w->v, i / width, w->p->fault) : NULL;
+#pragma unroll
+        for (int j = 0; j < BATCH; j++)
+            b[j] = push_element(b[j], chunk && j0 + j < w->v.rank
+                                          ? chunk[(j0 + j) * width + i % width] : 0);
+    }
 }
 
 __device__ static inline void add_row(float acc[8], const uint4 b, float h)
@@ -319,9 +342,7 @@ __device__ static inline void expand_columns(const struct few_expand *w, float *
 {
     float acc[T][8] = {};
     uint4 b[BATCH], y[T];
-#pragma unroll
-    for (int j = 0; j < BATCH; j++)
-        b[j] = load_b(w, j);
+    load_b8(w, 0, b);
     cuda_wait_prior();
 #pragma unroll
     for (int t = 0; t < T; t++)
@@ -331,12 +352,15 @@ __device__ static inline void expand_columns(const struct few_expand *w, float *
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             const uint4 row = b[j];
-            b[j] = load_b(w, j0 + BATCH + j);
+            if (w->b)
+                b[j] = load_b(w, j0 + BATCH + j);
 #pragma unroll
             for (int t = 0; t < T; t++)
                 if (t < w->n_tok && j0 + j < w->v.rank)
                     add_row(acc[t], row, h[t * w->p->smem_rows + j0 + j]);
         }
+        if (!w->b)
+            load_b8(w, j0 + BATCH, b);
     }
 #pragma unroll
     for (int t = 0; t < T; t++)
@@ -370,113 +394,6 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
     }
     find_b(&w);
     expand_columns<T>(&w, (float *)smem + threadIdx.x / 32 * T * p.smem_rows);
-}
-
-/* ---- fused ----------------------------------------------------------------------------- */
-
-/* Columns of a part that this thread takes at a time, and B there: all of its rows. */
-struct fused_slab {
-    struct few_expand w;
-    uint4 b[ROWS], y;
-};
-
-__device__ static inline void load_slab(struct fused_slab *s, int col)
-{
-    s->w.col = col;
-    find_b(&s->w);
-#pragma unroll
-    for (int j = 0; j < ROWS; j++)
-        s->b[j] = load_b(&s->w, j);
-}
-
-__device__ static inline void load_slab_y(struct fused_slab *s)
-{
-    s->y = load8(few_y(&s->w, 0), min(8, s->w.out - s->w.col), s->w.p->aligned);
-}
-
-__device__ static inline void finish_slab(const struct fused_slab *s, const float *h)
-{
-    float acc[8] = {};
-#pragma unroll
-    for (int j = 0; j < ROWS; j++)
-        if (j < s->w.v.rank)
-            add_row(acc, s->b[j], h[j]);
-    if (s->w.col < s->w.out)
-        write_y(&s->w, 0, s->y, acc);
-}
-
-/* The block's h from its threads' sums, in the order of shrink_few_kernel. */
-template <int THREADS>
-__device__ static inline void sum_block(const float acc[ROWS], float sum[THREADS / 32][ROWS],
-                                        float h[ROWS])
-{
-    const int lane = (int)threadIdx.x % 32;
-    float s = warp_sum8(acc, lane);
-    if (lane % 4 == 0)
-        sum[threadIdx.x / 32][lane >> 2] = s;
-    __syncthreads();
-    if (threadIdx.x < ROWS) {
-        float all = 0;
-        for (int w = 0; w < THREADS / 32; w++)
-            all += sum[w][threadIdx.x];
-        h[threadIdx.x] = all;
-    }
-    __syncthreads();
-}
-
-/* Grid: slices of columns, parts, segments. Two slabs of B are on their way at a time. */
-template <int THREADS>
-__global__ static void __launch_bounds__(THREADS, 1) fused_kernel(
-    const __grid_constant__ struct lora_launch p)
-{
-    __shared__ const uint16_t *chunks[FEW_CHUNKS];
-    __shared__ float sum[THREADS / 32][ROWS], h[ROWS];
-    constexpr bool EARLY = THREADS <= 256;      /* there are registers for B beside A */
-    const struct kn_lora *a = &p.a;
-    struct few_shrink k;
-    struct fused_slab s[2];
-    cuda_allow_next();
-    k.p = &p;
-    k.seg = &a->batch.segs[blockIdx.z];
-    k.tok0 = k.seg->tok0, k.n_tok = 1, k.j0 = 0;
-    s[0].w.p = &p;
-    s[0].w.seg = k.seg;
-    s[0].w.tok0 = k.tok0, s[0].w.n_tok = 1;
-    s[0].w.part = p.active[blockIdx.y];
-    s[0].w.out = a->part[s[0].w.part].out;
-    const int32_t *ids = a->batch.block_ids + k.seg->block0;
-    const struct kn_lora_entry *e =
-        k.seg->n_tok == 1 ? lora_entry(&a->pool, a->layer, ids, a->part[s[0].w.part].module,
-                                       p.fault) : NULL;
-    const int most = min(ROWS, k.seg->rank_max);
-    if (!e || !lora_view_of(e, &a->pool, ids, most, false, p.fault, &k.v) ||
-        !lora_view_of(e, &a->pool, ids, most, true, p.fault, &s[0].w.v)) {
-        cuda_wait_prior();
-        return;
-    }
-    const int step = (int)gridDim.x * THREADS * 8;
-    int col = ((int)blockIdx.x * THREADS + (int)threadIdx.x) * 8;
-    float acc[1][ROWS] = {};
-    s[1].w = s[0].w;
-    k.rows = k.v.rank;
-    find_groups<THREADS>(&k, chunks);
-    if (EARLY)
-        load_slab(&s[0], col);
-    sum_groups<1, 2, THREADS>(&k, acc);         /* waits for the kernel in front */
-    if (!EARLY)
-        load_slab(&s[0], col);
-    load_slab_y(&s[0]);
-    load_slab(&s[1], col + step);
-    load_slab_y(&s[1]);
-    sum_block<THREADS>(acc[0], sum, h);
-    for (; col < s[0].w.out; col += 2 * step) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            finish_slab(&s[i], h);
-            load_slab(&s[i], col + (2 + i) * step);
-            load_slab_y(&s[i]);
-        }
-    }
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
@@ -529,27 +446,4 @@ lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p)
     if (p->a.batch.max_seg_tok == 1 || p->a.batch.max_rank > 512)
         return launch_expand<1>(st, p);
     return p->a.batch.max_seg_tok == 2 ? launch_expand<2>(st, p) : launch_expand<4>(st, p);
-}
-
-bool cuda_lora_fused_fits(const struct cuda_stream *st, const struct lora_launch *p)
-{
-    return p->a.batch.max_seg_tok == 1 && p->a.batch.max_rank <= ROWS &&
-           p->a.batch.n_segs * p->n_active <= st->dev->sms;
-}
-
-template <int THREADS> static lm_status launch_fused(struct cuda_stream *st, struct lora_launch *p)
-{
-    const int units = p->a.batch.n_segs * p->n_active;
-    int slabs = 1;
-    for (int i = 0; i < p->n_active; i++)
-        slabs = LM_MAX(slabs, LM_DIV_UP(p->a.part[p->active[i]].out, THREADS * 8));
-    dim3 grid((unsigned)LM_MIN(slabs, st->dev->sms / units), (unsigned)p->n_active,
-              (unsigned)p->a.batch.n_segs);
-    return cuda_launch(st, "lora", fused_kernel<THREADS>, grid, dim3(THREADS), 0, *p);
-}
-
-/* As many threads as the shrink of its own has: the order of its sums. */
-lm_status cuda_lora_fused(struct cuda_stream *st, struct lora_launch *p)
-{
-    return p->a.in > SHORT_ROW ? launch_fused<512>(st, p) : launch_fused<256>(st, p);
 }

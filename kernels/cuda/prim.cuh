@@ -198,7 +198,7 @@ __device__ static inline uint16_t e4m3_pack(float lo, float hi)
 
 __device__ static inline float silu_mul_of(float gate, float up)
 {
-    return gate / (1.0f + __expf(-gate)) * up;
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
 __device__ static inline float quad_max(float x)

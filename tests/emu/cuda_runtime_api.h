@@ -27,7 +27,6 @@
 #define cuda_op_attention emu_op_attention
 #define cuda_op_lora_shrink emu_op_lora_shrink
 #define cuda_op_lora_expand emu_op_lora_expand
-#define cuda_op_lora emu_op_lora
 #define cuda_op_gate_up emu_op_gate_up
 #define cuda_op_sample emu_op_sample
 #define cuda_op_embed emu_op_embed
@@ -41,8 +40,6 @@
 #define cuda_lora_few_init emu_lora_few_init
 #define cuda_lora_shrink_few emu_lora_shrink_few
 #define cuda_lora_expand_few emu_lora_expand_few
-#define cuda_lora_fused_fits emu_lora_fused_fits
-#define cuda_lora_fused emu_lora_fused
 #define cuda_attn_decode emu_attn_decode
 #define cuda_gemm_few emu_gemm_few
 #define cuda_gemm_few_fits emu_gemm_few_fits

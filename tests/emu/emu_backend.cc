@@ -224,7 +224,6 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     backend.attention = cuda_op_attention;
     backend.lora_shrink = cuda_op_lora_shrink;
     backend.lora_expand = cuda_op_lora_expand;
-    backend.lora = cuda_op_lora;
     backend.gate_up = cuda_op_gate_up;
     struct cuda_device *d = (struct cuda_device *)calloc(1, sizeof *d);
     d->base.be = &backend;

@@ -151,13 +151,6 @@ static lm_status one_both(struct gpu_check *c, void *ctx, int i)
     return st == LM_OK ? one_expand(c, ctx, i) : st;
 }
 
-static lm_status one_whole(struct gpu_check *c, void *ctx, int i)
-{
-    struct lora_run *r = ctx;
-    r->a.layer = i % r->layers;
-    return kn_op_lora(c->gs, &r->a);
-}
-
 static void report(struct gpu_check *c, const char *what, const char *shape, double us,
                    double bytes)
 {
@@ -181,10 +174,8 @@ static void bench_one(struct gpu_check *c, const char *shape, int n_segs, int se
     report(c, "lora_expand", shape, time_op(c, one_expand, &r, n), r.bytes_b + 4 * n_tok * y);
     double ideal = (r.bytes_a + r.bytes_b + 2 * n_tok * in + 4 * n_tok * y) / c->gbps / 1e3;
     char name[128];
-    snprintf(name, sizeof name, "lora, shrink then expand, %s", shape);
+    snprintf(name, sizeof name, "lora both %s", shape);
     figure(c, name, time_op(c, one_both, &r, n), "us", "\"ideal_us\": %.2f", ideal);
-    snprintf(name, sizeof name, "lora, as a step does it, %s", shape);
-    figure(c, name, time_op(c, one_whole, &r, n), "us", "\"ideal_us\": %.2f", ideal);
     run_close(c, &r);
 }
 

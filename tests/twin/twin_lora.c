@@ -195,8 +195,6 @@ static void bed_close(struct bed *t)
 
 struct batch {
     int n, layer, ldx, ldy, n_segs, max_seg, max_rank;
-    int gap;                    /* columns of y before each part */
-    bool whole;                 /* by kn_op_lora(), too: the same bits */
     int64_t h_rows;
     int who[MAX_TOKENS];        /* adapter of each token, -1: base only */
     struct kn_lora_seg segs[MAX_TOKENS];
@@ -230,20 +228,6 @@ static void batch_segments(struct batch *b, const struct bed *t)
     }
 }
 
-/* Both operations at once, on a y as it was: what they gave one by one. */
-static void run_whole(const struct batch *b, struct side *s, struct twin *c, struct kn_lora *a)
-{
-    const size_t n_y = (size_t)b->n * (size_t)b->ldy;
-    float *got = malloc((n_y + 1) * sizeof *got), *want = malloc((n_y + 1) * sizeof *want);
-    side_get_act(c, s, a->y, want, n_y);
-    a->y = side_put_act(c, s, b->y, n_y);
-    twin_status(c, kn_op_lora(s->s, a), LM_OK, "lora");
-    side_get_act(c, s, a->y, got, n_y);
-    if (memcmp(got, want, n_y * sizeof *got))
-        twin_fail(c, "lora differs from shrink and expand");
-    free(got), free(want);
-}
-
 static void run_side(struct batch *b, struct bed *t, int which)
 {
     struct twin *c = t->c;
@@ -265,7 +249,7 @@ static void run_side(struct batch *b, struct bed *t, int which)
                    .max_rank = b->max_rank, .h_rows = b->h_rows },
     };
     memcpy(a.batch.load, b->load, sizeof b->load);
-    for (int p = 0, col = b->gap; p < t->n_parts; col += t->out[p++] + b->gap)
+    for (int p = 0, col = 2; p < t->n_parts; col += t->out[p++] + 2)
         a.part[p] = (struct kn_lora_part){ (enum kn_module)p, col, t->out[p] };
     twin_status(c, kn_op_lora_shrink(s->s, &a), LM_OK, "lora_shrink");
     twin_status(c, kn_op_lora_expand(s->s, &a), LM_OK, "lora_expand");
@@ -273,28 +257,19 @@ static void run_side(struct batch *b, struct bed *t, int which)
     b->got[which] = malloc((n_y + 1) * sizeof(float));
     side_get(c, s, a.h, b->h[which], n_h * sizeof(float));
     side_get_act(c, s, a.y, b->got[which], n_y);
-    if (b->whole)
-        run_whole(b, s, c, &a);
     free(segs);
-}
-
-static void batch_open_at(struct batch *b, const struct bed *t, const int *who, int n, int layer,
-                          int odd, int gap)
-{
-    *b = (struct batch){ .n = n, .layer = layer, .ldx = t->in + odd, .ldy = 2 * gap + odd,
-                         .gap = gap };
-    for (int p = 0; p < t->n_parts; p++)
-        b->ldy += t->out[p] + gap;
-    memcpy(b->who, who, (size_t)n * sizeof *who);
-    batch_segments(b, t);
-    b->x = tw_floats((size_t)n * (size_t)b->ldx);
-    b->y = tw_floats((size_t)n * (size_t)b->ldy);
 }
 
 static void batch_open(struct batch *b, const struct bed *t, const int *who, int n, int layer,
                        int odd)
 {
-    batch_open_at(b, t, who, n, layer, odd, 2);
+    *b = (struct batch){ .n = n, .layer = layer, .ldx = t->in + odd, .ldy = 4 + odd };
+    for (int p = 0; p < t->n_parts; p++)
+        b->ldy += t->out[p] + 2;
+    memcpy(b->who, who, (size_t)n * sizeof *who);
+    batch_segments(b, t);
+    b->x = tw_floats((size_t)n * (size_t)b->ldx);
+    b->y = tw_floats((size_t)n * (size_t)b->ldy);
 }
 
 static void batch_close(struct batch *b)
@@ -311,7 +286,7 @@ static void compare_rows(const struct batch *b, const struct bed *t, const struc
 {
     const struct adapter *ad = &t->ad[b->who[tok]];
     double *hm = malloc((size_t)ad->rank_max * sizeof *hm);
-    for (int p = 0, col = b->gap; p < t->n_parts; col += t->out[p++] + b->gap) {
+    for (int p = 0, col = 2; p < t->n_parts; col += t->out[p++] + 2) {
         const int rank = ad->rank[b->layer][p];
         const float *a = ad->a[b->layer][p], *w = ad->b[b->layer][p];
         int64_t h0 = t->n_parts * (seg->h0 + (int64_t)(tok - seg->tok0) * seg->rank_max) +
@@ -342,7 +317,7 @@ static void compare_rest(const struct batch *b, const struct bed *t, int tok)
 {
     for (int i = 0; i < b->ldy; i++) {
         bool mine = false;
-        for (int p = 0, col = b->gap; p < t->n_parts; col += t->out[p++] + b->gap)
+        for (int p = 0, col = 2; p < t->n_parts; col += t->out[p++] + 2)
             mine = mine || (b->who[tok] >= 0 && i >= col && i < col + t->out[p]);
         if (!mine && b->got[0][tok * b->ldy + i] != b->y[tok * b->ldy + i])
             twin_fail(t->c, "y [%d, %d] was not ours to change", tok, i);
@@ -497,37 +472,6 @@ static void check_company(struct twin *c)
     }
 }
 
-/* Steps for which shrink and expand are one launch: a token an adapter, rank 8 at most, rows that
- * allow vectors; one slab of columns, several, and several blocks that share them. */
-static void check_whole(struct twin *c)
-{
-    static const struct { int in, out[3], parts, segs, width; } cases[] = {
-        { 96, { 72, 40, 40 }, 3, 2, 64 }, { 200, { 16 }, 1, 1, 7 },
-        { 1024, { 2048, 64 }, 2, 3, 512 }, { 256, { 9000 }, 1, 8, 512 },
-        { 256, { 9000 }, 1, 2, 512 }, { 6200, { 72 }, 1, 2, 512 }, { 9216, { 12296 }, 1, 3, 512 },
-    };
-    static const int ranks[] = { 8, 3, 1, 7 };
-    static struct bed t;
-    static struct batch b;
-    int who[12];
-    for (size_t i = 0; i < LM_COUNT(cases); i++) {
-        const int n = cases[i].segs + 2;
-        twin_case(c, "lora at once: %d features to %d, %d parts, %d segments", cases[i].in,
-                  cases[i].out[0], cases[i].parts, cases[i].segs);
-        bed_open(&t, c, cases[i].in, cases[i].out, cases[i].parts, 8192, cases[i].width,
-                 cases[i].segs, ranks, LM_COUNT(ranks));
-        for (int k = 0; k < n; k++)
-            who[k] = k == 1 || k == n - 1 ? -1 : k < 1 ? k : k - 1;
-        for (int layer = 0; layer < LAYERS; layer++) {
-            batch_open_at(&b, &t, who, n, layer, 0, 8);
-            b.whole = true;
-            batch_run(&b, &t);
-            batch_close(&b);
-        }
-        bed_close(&t);
-    }
-}
-
 /* Nobody targets part 0: it is left out of the launch. */
 static void check_untargeted(struct twin *c)
 {
@@ -618,8 +562,6 @@ bool twin_lora(struct twin *c)
     good &= twin_end(c, "lora, ranks");
     check_prefill(c);
     good &= twin_end(c, "lora, prefill");
-    check_whole(c);
-    good &= twin_end(c, "lora, both at once");
     check_company(c);
     check_untargeted(c);
     good &= twin_end(c, "lora, company");
