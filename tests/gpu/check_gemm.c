@@ -197,7 +197,7 @@ static void bench_gate_up(struct gpu_check *c, struct gemm_run *r, int n, int k)
 static void bench_rows_of(struct gpu_check *c, const struct bench_kind *b, struct gemm_run *r,
                           int m)
 {
-    const int n = r->w[0]->rows, k = r->w[0]->cols;
+    const int n = (int)r->a.ldy, k = (int)r->a.ldx;
     const double size = b->t == KN_E4M3 ? 1 : 2;
     char name[80];
     r->a.m = m;
