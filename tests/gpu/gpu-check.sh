@@ -10,17 +10,18 @@
 #   STEPS='a b'    only these steps of the part: checks golden memcheck speed first-token load decode
 #                  traces more-traces
 #   TRACES='a b'   only these traces, as patterns: 7b-* 7b-1000-mixed 8b-32 (see traces() below)
-#   BUDGET=N       seconds; what would begin later is left out, and what runs by then is stopped
+#   BUDGET=N       seconds; what would not be done by then is left out, and said to be
 #   RESULTS=DIR    one JSON line a figure goes to DIR/gpu-check.jsonl (default: build)
 #
 # Runs the prebuilt build/gpu/gpu-check if it is there, else builds it. Each part prints its lines
-# even if a later one fails; what matters most comes first. Exit status: 0 all well, 1 a part failed
-# or had to be left out, 2 no GPU or nothing to run.
+# even if a later one fails; what matters most comes first. Exit status: 0 all that ran is well, 1 a
+# part failed, 2 no GPU or nothing to run.
 set -u
 cd "$(dirname "$0")/../.."
 : "${PART:=smoke}" "${RESULTS:=build}" "${STEPS:=}" "${TRACES:=*}"
 bin=build/gpu/gpu-check
 failed=0
+left_out=0
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'gpu-check: %s\n' "$*" >&2; exit 2; }
@@ -72,7 +73,7 @@ step() {
     [ -z "$STEPS" ] || [[ " $STEPS " == *" $1 "* ]] || return
     say "$2"
     if [ "$(within 10)" -lt 10 ]; then
-        failed=1
+        left_out=1
         printf '== %s: not run, the budget of %d s is spent\n' "$2" "$BUDGET"
         return
     fi
@@ -109,11 +110,12 @@ memcheck() {
 bench() {
     local limit label=$2 out st
     limit=$(within "$1")
-    shift 2
-    if [ "$limit" -lt 10 ]; then
-        printf 'not ok - %s: not run, the budget of %d s is spent\n' "$label" "$BUDGET"
-        return 1
+    if [ "$limit" -lt $(($1 * 2 / 5)) ]; then
+        left_out=1
+        printf '# %s: not run, of the budget of %d s %d are left\n' "$label" "$BUDGET" "$limit"
+        return 0
     fi
+    shift 2
     out=$(timeout -k 5 "$limit" "$bin" loramill bench --backend cuda "$@" 2> "$RESULTS/gpu-check.err")
     st=$?
     if [ $st -ne 0 ]; then
@@ -255,8 +257,8 @@ more_traces() {
     trace 7b-0-kv8 llama-2-7b 0 8 --kv-dtype fp8 || st=1
     trace 7b-0-all llama-2-7b 0 8 --max-seqs 1000 || st=1
     trace 7b-0-kv8-all llama-2-7b 0 8 --kv-dtype fp8 --max-seqs 1000 || st=1
-    trace 7b-0-w8 llama-2-7b 0 8 --weights-dtype fp8 || st=1
     trace 7b-0-w8x8 llama-2-7b 0 8 --weights-dtype fp8-dynamic || st=1
+    trace 7b-0-w8 llama-2-7b 0 8 --weights-dtype fp8 || st=1
     return $st
 }
 
@@ -279,10 +281,11 @@ smoke) order="checks golden memcheck" ;;
 kernels) order="checks speed" ;;
 start) order="first load" ;;
 trace) order="traces decode more" ;;
-full) order="checks golden first traces decode load speed more memcheck" ;;
+full) order="checks golden first traces decode load speed memcheck more" ;;
 esac
 for part in $order; do
     "part_$part"
 done
 [ $failed -eq 0 ] && say "all passed" || say "something failed"
+[ $left_out -eq 0 ] || say "some was left out: the budget of $BUDGET s was too short for it"
 exit $failed
