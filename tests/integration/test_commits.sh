@@ -10,7 +10,6 @@
 infra_begin commits
 KAFKA_EXTRA=offset.metadata.max.bytes=30 PROXIED=1 kafka_start 1 || die "the broker started"
 topic_create astray 2; topic_create astray-replies 1; topic_create dead 1
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 cat > "$RUN/worker.properties" <<P
 engine.mode=echo
 delivery.mode=exactly-once
@@ -30,12 +29,8 @@ P
 
 # The end of a transaction (EndTxn is 26) goes astray in a proxy: its answer is lost; then it is held
 # up for 6 s, while the client gives it up after 2 s, sends it again, and goes on with later ones.
-ended() { case $(ps -o stat= -p "$1") in ''|Z*) return 0 ;; *) return 1 ;; esac; }
 echo pass > "$RUN/proxy.mode"
 spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
-start_worker() {    # LOG [PROPERTY]
-    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" ${2:+--set "$2"}; W=$!
-}
 load() {            # COUNT: a hundred a second
     "$PYTHON" - "$BOOTSTRAP" "$1" <<'P'
 import json, sys, time
@@ -48,8 +43,7 @@ for i in range(int(sys.argv[2])):
 assert not p.flush(20)
 P
 }
-has() { grep -q "$1" "$RUN/$2.log"; }
-start_worker astray "kafka.bootstrap.servers=$PROXY_BOOTSTRAP"
+start_worker worker-astray "kafka.bootstrap.servers=$PROXY_BOOTSTRAP"
 wait_until 20 has 'assigned astray' worker-astray
 load 1500 & L=$!
 sleep 2; echo "lose 26 astray" > "$RUN/proxy.mode"
@@ -70,7 +64,7 @@ cat "$RUN/verify.log"
 d produce astray 1500 500
 wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
 kill -STOP "$W"; OLD=$W
-start_worker astray-twin; TWIN=$W
+start_worker worker-astray-twin; TWIN=$W
 check "stopped in a commit: the twin answers all" d wait astray-replies 2000 60
 echo pass > "$RUN/proxy.mode"; sleep 1; kill -CONT "$OLD"
 check "the old one ends when it wakes" wait_until 40 ended "$OLD"
@@ -81,7 +75,7 @@ d produce astray 2000 200
 check "the twin goes on" d wait astray-replies 2200 30
 d verify astray-replies 0 2200 0 > "$RUN/verify.log" || FAILED=1
 cat "$RUN/verify.log"
-kill -TERM "$TWIN"; wait "$TWIN"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]
+stop "$TWIN" "the twin"
 
 # Killed in the middle of a commit: the offsets of its partition can't be had until the broker ends that
 # transaction. The worker that gets the partition commits meanwhile what it finishes of the one that it keeps:
@@ -90,12 +84,11 @@ topic_create heir 2; topic_create heir-replies 1
 ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
 port=$(free_ports 1)
 heir() {            # NAME BOOTSTRAP [TRANSACTION-TIMEOUT]
-    spawn "$RUN/worker-$1.log" "$LORAMILL" worker -c "$RUN/worker.properties" --set "worker.name=$1" \
-        --set "kafka.bootstrap.servers=$2" --set topics.prompts=heir --set topics.replies=heir-replies \
-        --set group.id=heir --set "adapters.url=http://127.0.0.1:$port/{adapter}" \
-        --set "adapters.cache_dir=$RUN/cache" --set retry.backoff_ms=50 --set retry.backoff_max_ms=100 \
-        --set "kafka.producer.transaction.timeout.ms=${3:-10000}" \
-        --set commit.map_max_bytes=0 --set poison.max_attempts=0; W=$!      # no metadata: the first is taken
+    start_worker "worker-$1" "worker.name=$1" "kafka.bootstrap.servers=$2" topics.prompts=heir \
+        topics.replies=heir-replies group.id=heir "adapters.url=http://127.0.0.1:$port/{adapter}" \
+        "adapters.cache_dir=$RUN/cache" retry.backoff_ms=50 retry.backoff_max_ms=100 \
+        "kafka.producer.transaction.timeout.ms=${3:-10000}" \
+        commit.map_max_bytes=0 poison.max_attempts=0    # no metadata: the first is taken
     wait_until 30 has 'assigned heir' "worker-$1" || die "worker $1 has partitions"
 }
 tries() { grep -c 'committed offsets: ' "$RUN/worker-heir.log"; }

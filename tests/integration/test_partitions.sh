@@ -8,12 +8,11 @@
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin partitions
 kafka_start 1 || die "the broker started"
-d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 p() { "$PYTHON" tests/integration/partitions.py "$BOOTSTRAP" "$@"; }
 STORE_PORT=$(free_ports 1) HTTP=$(free_ports 1)
 ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
 topic_create replies 2; topic_create dead 1
-cat > "$RUN/base.properties" <<P
+cat > "$RUN/worker.properties" <<P
 engine.mode=echo
 adapters.url=http://127.0.0.1:$STORE_PORT/{adapter}
 adapters.cache_dir=$RUN/cache
@@ -28,17 +27,11 @@ kafka.bootstrap.servers=$BOOTSTRAP
 kafka.session.timeout.ms=6000
 kafka.heartbeat.interval.ms=500
 P
-PROGRAM=("$LORAMILL" worker)
 # worker NAME TOPIC [KEY=VALUE]...; the topic is the group too; $W is its pid
 worker() {
-    local name=$1 topic=$2 set=(); shift 2
-    for s in "worker.name=$name" "topics.prompts=$topic" "group.id=$topic" http.port=0 "$@"; do set+=(--set "$s"); done
-    spawn "$RUN/worker-$name.log" "${PROGRAM[@]}" -c "$RUN/base.properties" "${set[@]}"
-    W=$!
-    wait_until 30 grep -qE "assigned $topic" "$RUN/worker-$name.log" || die "worker $name has partitions"
+    start_worker "worker-$1" "worker.name=$1" "topics.prompts=$2" "group.id=$2" http.port=0 "${@:3}"
+    wait_until 30 grep -qE "assigned $2" "$RUN/worker-$1.log" || die "worker $1 has partitions"
 }
-stop() { kill -TERM "$1"; wait "$1"; check "$2 ends with status 0 (got $?)" [ $? -eq 0 ]; }
-metric() { curl -sf "http://127.0.0.1:$HTTP/metrics" | awk -v m="loramill_$1" 'index($1, m) == 1 { print int($2) }' | head -1; }
 lag_is_zero() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag "$1" "$1" | awk '{ n++; if ($2 != $4) bad = 1 } END { exit bad || !n }'; }
 # The store: prompts that name an adapter wait until it is there.
 store_up() {
