@@ -77,9 +77,9 @@ int main(int argc, char **argv)
         { "check.crcs", "true" }, { "fetch.queue.backoff.ms", "10" }, { NULL, NULL },
     };
     static const char *const producer[][2] = {
-        { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "5" },
+        { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "20" },
         { "partitioner", "murmur2_random" }, { "compression.type", "lz4" },
-        { "batch.size", "65536" }, { NULL, NULL },
+        { "batch.size", "262144" }, { NULL, NULL },
     };
     if (argc != 5)
         return 2;
