@@ -34,7 +34,9 @@ extern "C" cudaError_t cuda_attention_init(void)
     cudaError_t e = cuda_attn_decode_init();
     if (e == cudaSuccess)
         e = cuda_attn_prefill_init();
-    return e == cudaSuccess ? cuda_attn_wgmma_init() : e;
+    if (e == cudaSuccess)
+        e = cuda_attn_wgmma_init();
+    return e == cudaSuccess ? cuda_attn_tma_init() : e;
 }
 
 static int log2_of(int x)
@@ -117,5 +119,10 @@ extern "C" lm_status cuda_op_attention(kn_stream *s, const struct kn_attention *
     lm_status rc = cuda_attn_decode(st, &p, LM_DIV_UP(keys, 16));
     if (rc != LM_OK || a->max_q == 1)
         return rc;
+    if (cuda_attn_tma_fits(st, &p)) {
+        rc = cuda_attn_tma(st, &p);
+        if (rc != LM_UNSUPPORTED)
+            return rc;
+    }
     return cuda_attn_wgmma_fits(st, &p) ? cuda_attn_wgmma(st, &p) : cuda_attn_prefill(st, &p);
 }

@@ -80,12 +80,16 @@ __device__ static inline int block_of(const struct attn_launch *p, const int32_t
 cudaError_t cuda_attn_decode_init(void);
 cudaError_t cuda_attn_prefill_init(void);
 cudaError_t cuda_attn_wgmma_init(void);
+cudaError_t cuda_attn_tma_init(void);
 
 lm_status cuda_attn_decode(struct cuda_stream *st, const struct attn_launch *p, int max_tiles);
 lm_status cuda_attn_prefill(struct cuda_stream *st, const struct attn_launch *p);
 /* The same on Hopper, for the head sizes that fit. */
 bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch *p);
 lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p);
+/* The same with a warp of its own for copies, for bf16 pools in blocks of 8 tokens and more. */
+bool cuda_attn_tma_fits(const struct cuda_stream *st, const struct attn_launch *p);
+lm_status cuda_attn_tma(struct cuda_stream *st, const struct attn_launch *p);
 
 /*
  * How a decode row's keys are divided, from its own length and the batch bucket only, so that

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * attn_prefill.cuh - what the two prefill kernels share: finding work, copies, masks, softmax.
+ * attn_prefill.cuh - what the three prefill kernels share: finding work, copies, masks, softmax.
  *
  * A work item is one kv head and S::ROWS rows of one sequence; a row is a query token and one of
  * the kv head's query heads, heads innermost, so that grouped heads share every load of K and V.
@@ -261,6 +261,19 @@ __device__ static inline void rescale(struct prefill_acc<S> *acc, const float ke
         for (int d = 0; d < S::HD / 8; d++) {
             acc->o[m][d][0] *= keep[m][0], acc->o[m][d][1] *= keep[m][0];
             acc->o[m][d][2] *= keep[m][1], acc->o[m][d][3] *= keep[m][1];
+        }
+}
+
+/* Weights as the left side of a product by wgmma. */
+template <int NT>
+__device__ static inline void pack(uint32_t (&w)[NT / 2][4], const float (&s)[NT][4])
+{
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *x = s[2 * k + (i >> 1)] + (i & 1) * 2;
+            w[k][i] = bf16_pack(x[0], x[1]);
         }
 }
 

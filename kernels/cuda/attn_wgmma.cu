@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * attn_wgmma.cu - prefill attention on Hopper's asynchronous tensor cores (sm_90a; after
- * FlashAttention-3, arXiv 2407.08608), head_dim 128.
+ * FlashAttention-3, arXiv 2407.08608), head_dim 128, E4M3 pools: bf16 pools have attn_tma.cu.
  *
  * Two groups of four warps own 64 rows each. Scores are products of Q and K in shared memory, the
  * weights stay in registers as the left side of the second product, V is read transposed. All
- * threads copy: K of the next tile while scores are computed, V while values are. Running scores a
- * tile ahead of values, to have a product beside each softmax, was slower (SPEED.md).
+ * threads copy: K of the next tile while scores are computed, V while values are.
  */
 #include "kernels/cuda/attn_prefill.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -48,18 +47,6 @@ __device__ static inline void start_values(float (&o)[S::HD / 8][4],
     for (int ks = 0; ks < S::KEYS / 16; ks++)
         wgmma_rs(o, p[ks], wgmma_desc(v + ks * 2048, S::KEYS * 128, 1024));
     wgmma_commit();
-}
-
-template <int NT>
-__device__ static inline void pack(uint32_t (&p)[NT / 2][4], const float (&s)[NT][4])
-{
-#pragma unroll
-    for (int k = 0; k < NT / 2; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *x = s[2 * k + (i >> 1)] + (i & 1) * 2;
-            p[k][i] = bf16_pack(x[0], x[1]);
-        }
 }
 
 /* A tile whose copies are all but the newest LEFT groups is there, this thread's part and everyone
@@ -152,7 +139,7 @@ template <class S> static lm_status launch(struct cuda_stream *st, const struct 
 /* At head_dim 64 mma.sync is as fast (SPEED.md). */
 bool cuda_attn_wgmma_fits(const struct cuda_stream *st, const struct attn_launch *p)
 {
-    return st->dev->cc == 90 && p->a.head_dim == 128;
+    return st->dev->cc == 90 && p->a.head_dim == 128 && p->a.pool.kv == KN_KV_E4M3;
 }
 
 template <class S> static cudaError_t allow(void)
@@ -163,12 +150,10 @@ template <class S> static cudaError_t allow(void)
 
 cudaError_t cuda_attn_wgmma_init(void)
 {
-    cudaError_t e = allow<struct wgmma_shape<128, 2>>();
-    return e == cudaSuccess ? allow<struct wgmma_shape<128, 1>>() : e;
+    return allow<struct wgmma_shape<128, 1>>();
 }
 
 lm_status cuda_attn_wgmma(struct cuda_stream *st, const struct attn_launch *p)
 {
-    return p->a.pool.kv == KN_KV_E4M3 ? launch<struct wgmma_shape<128, 1>>(st, p)
-                                      : launch<struct wgmma_shape<128, 2>>(st, p);
+    return launch<struct wgmma_shape<128, 1>>(st, p);
 }

@@ -57,12 +57,18 @@ struct cuda_device {
     size_t l2_bytes;
     char name[64];
     void *blas;                 /* cublasLtHandle_t */
+    void *encode;               /* the driver's encoder of tensor maps, or NULL (tensor_map.c) */
     struct cuda_staging *staging;
     int32_t *fault_host;        /* mapped: what a kernel reported, 0 = nothing */
     int32_t *fault;             /* the same word, as kernels see it */
     int failed;                 /* atomic: a CUDA call failed; nothing here can be trusted */
     int fp8_weights;            /* atomic: streams made from now on need room to widen them */
 };
+
+/* What the copy engine of sm_90 must know of a tensor to fetch boxes of it (tensor_map.c). */
+struct cuda_tensor_map {
+    unsigned char opaque[128];
+} __attribute__((aligned(64)));
 
 struct cuda_stream {
     struct kn_stream base;
@@ -159,6 +165,19 @@ lm_status cuda_mat_fill(kn_mat *m, uint64_t seed, float scale, struct lm_err *er
 size_t cuda_mat_bytes(const kn_mat *m);
 lm_status cuda_mat_save(kn_stream *s, void *dst, const kn_mat *m);
 lm_status cuda_mat_restore(kn_stream *s, kn_mat *m, const void *src);
+
+/* tensor_map.c */
+void cuda_tensor_map_init(struct cuda_device *d);
+/* A tensor of 2-byte elements, innermost dimension first, and the boxes that are fetched of it,
+ * which are 64 elements wide and swizzled by 128 bytes. Strides come in any order, after 2. */
+struct cuda_tensor {
+    const void *base;
+    int64_t size[5], stride[5];         /* elements; bytes */
+    int box[5];
+};
+/* False if the driver knows no tensor maps, or refuses this one. */
+bool cuda_tensor_map_make(struct cuda_device *d, struct cuda_tensor_map *map,
+                          const struct cuda_tensor *t);
 
 /* graph.c */
 struct cuda_graphs *cuda_graphs_new(void);

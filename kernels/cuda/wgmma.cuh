@@ -49,6 +49,14 @@ template <int N> __device__ static inline void wgmma_wait(void)
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
 }
 
+/* The compiler has these numbers ready before it goes on. */
+template <int NT> __device__ static inline void wgmma_hold(float (&d)[NT][4])
+{
+#pragma unroll
+    for (int i = 0; i < NT; i++)
+        asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]));
+}
+
 #define W4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define W16(i) W4(i), W4(i + 1), W4(i + 2), W4(i + 3)
 

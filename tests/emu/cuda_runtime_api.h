@@ -55,6 +55,10 @@
 #define cuda_attn_wgmma emu_attn_wgmma
 #define cuda_attn_wgmma_fits emu_attn_wgmma_fits
 #define cuda_attn_wgmma_init emu_attn_wgmma_init
+#define cuda_attn_tma emu_attn_tma
+#define cuda_attn_tma_fits emu_attn_tma_fits
+#define cuda_attn_tma_init emu_attn_tma_init
+#define cuda_tensor_map_make emu_tensor_map_make
 #define cuda_attn_decode_init emu_attn_decode_init
 #define cuda_attn_prefill_init emu_attn_prefill_init
 
@@ -102,6 +106,12 @@ void emu_warp(const void *in, size_t in_size, void *out, size_t out_size, emu_wa
 void emu_copy_later(void *dst, const void *src, size_t n);      /* src NULL: zeros */
 void emu_copy_commit(void);
 void emu_copy_wait(int left);
+
+/* Barrier objects in shared memory, and copies that land when one of them is waited for. */
+void emu_mbar_init(uint64_t *bar, int arrivals);
+void emu_mbar_arrive(uint64_t *bar, int expect_bytes);
+void emu_mbar_wait(uint64_t *bar, int parity);
+void emu_bulk_copy(uint64_t *bar, int bytes, bool aligned, std::function<void()> land);
 
 static inline void __syncthreads(void) { emu_barrier(); }
 static inline void __threadfence(void) {}

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -82,7 +83,22 @@ struct warp {
     unsigned generation;
 };
 
+/* An mbarrier, in its 8 bytes. */
+struct mbar {
+    int16_t pending, arrivals;
+    uint32_t phase : 1;
+    int32_t bytes : 31;         /* announced, and not landed */
+};
+static_assert(sizeof(struct mbar) == 8, "an mbarrier has 8 bytes");
+
+struct bulk {
+    uint64_t *bar;
+    int bytes;
+    std::function<void()> land;
+};
+
 dim3 threadIdx, blockIdx, blockDim, gridDim;
+static std::vector<struct bulk> bulks;
 static struct fiber fibers[MAX_THREADS];
 static struct warp warps[MAX_THREADS / 32];
 static context scheduler;
@@ -163,6 +179,76 @@ void emu_copy_wait(int left)
     c.erase(c.begin(), c.begin() + (long)i);
 }
 
+/* ---- barrier objects ------------------------------------------------------------------- */
+
+static struct mbar mbar_get(const uint64_t *bar)
+{
+    struct mbar m;
+    memcpy(&m, bar, sizeof m);
+    return m;
+}
+
+static void mbar_put(uint64_t *bar, struct mbar m)
+{
+    if (m.pending == 0 && m.bytes == 0) {
+        m.phase ^= 1;
+        m.pending = m.arrivals;
+    }
+    moved = true;
+    memcpy(bar, &m, sizeof m);
+}
+
+void emu_mbar_init(uint64_t *bar, int arrivals)
+{
+    struct mbar m = {};
+    m.pending = m.arrivals = (int16_t)arrivals;
+    memcpy(bar, &m, sizeof m);
+}
+
+void emu_mbar_arrive(uint64_t *bar, int expect_bytes)
+{
+    struct mbar m = mbar_get(bar);
+    if (m.pending == 0) {
+        fprintf(stderr, "emulator: more arrivals than a barrier was made for\n");
+        abort();
+    }
+    m.pending--;
+    m.bytes += expect_bytes;
+    mbar_put(bar, m);
+}
+
+void emu_bulk_copy(uint64_t *bar, int bytes, bool aligned, std::function<void()> land)
+{
+    if (!aligned) {
+        fprintf(stderr, "emulator: a bulk copy to an unaligned address\n");
+        abort();
+    }
+    bulks.push_back({ bar, bytes, land });
+}
+
+static void land_bulks(uint64_t *bar)
+{
+    for (size_t i = 0; i < bulks.size();)
+        if (bulks[i].bar == bar) {
+            bulks[i].land();
+            struct mbar m = mbar_get(bar);
+            m.bytes -= bulks[i].bytes;
+            bulks.erase(bulks.begin() + (long)i);
+            mbar_put(bar, m);
+        } else {
+            i++;
+        }
+}
+
+void emu_mbar_wait(uint64_t *bar, int parity)
+{
+    land_bulks(bar);
+    while (mbar_get(bar).phase == (uint32_t)(parity & 1)) {
+        yield();
+        land_bulks(bar);
+    }
+}
+
 static void fiber_main(void)
 {
     (*kernel_body)();
@@ -216,6 +302,10 @@ static void run_block(dim3 block, dim3 dim)
                     block.x, block.y, block.z, n_fibers - n_done);
             abort();
         }
+    }
+    if (!bulks.empty()) {
+        fprintf(stderr, "emulator: a block ended with bulk copies under way\n");
+        abort();
     }
 }
 

@@ -8,6 +8,7 @@ static inline void wgmma_writes_done(void) {}
 static inline void wgmma_begin(void) {}
 static inline void wgmma_commit(void) {}
 template <int N> static inline void wgmma_wait(void) {}
+template <int NT> static inline void wgmma_hold(float (&)[NT][4]) {}
 
 struct emu_desc {
     uint32_t start, lead, stride;       /* bytes */

@@ -62,6 +62,7 @@ static const struct {
     { "gemm", check_gemm },
     { "sample", check_sample },
     { "attention", check_attention },
+    { "prefill", check_prefill },
     { "lora", check_lora },
     { "ceilings", bench_ceilings },
     { "bench-gemm", bench_gemm },
@@ -69,6 +70,7 @@ static const struct {
     { "bench-rows", bench_rows },
     { "bench-sample", bench_sample },
     { "bench-attention", bench_attention },
+    { "bench-prefill", bench_prefills },
     { "bench-lora", bench_lora },
 };
 

@@ -101,6 +101,7 @@ void check_rows(struct gpu_check *c);
 void check_gemm(struct gpu_check *c);
 void check_sample(struct gpu_check *c);
 void check_attention(struct gpu_check *c);      /* rope_kv too */
+void check_prefill(struct gpu_check *c);        /* a part of it */
 void check_lora(struct gpu_check *c);           /* merge too */
 void check_golden(struct gpu_check *c);         /* the whole engine, on the small models */
 
@@ -109,6 +110,7 @@ void bench_rows(struct gpu_check *c);
 void bench_gemm(struct gpu_check *c);
 void bench_gemm_mixed(struct gpu_check *c);     /* float16 and E4M3 */
 void bench_sample(struct gpu_check *c);
+void bench_prefills(struct gpu_check *c);       /* a part of bench_attention() */
 void bench_attention(struct gpu_check *c);
 void bench_lora(struct gpu_check *c);
 

@@ -18,6 +18,14 @@ void check_attention(struct gpu_check *c)
     twin_close(&t);
 }
 
+void check_prefill(struct gpu_check *c)
+{
+    struct twin t;
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "prefill: streams"))
+        check_that(c, twin_prefill(&t), "prefill equals its CPU twin");
+    twin_close(&t);
+}
+
 /* ---- speed ----------------------------------------------------------------------------- */
 
 struct attn_run {
@@ -126,6 +134,10 @@ static void bench_prefill(struct gpu_check *c, enum kn_kv type, int n, int n_q, 
     struct attn_run r;
     char name[96];
     run_open(c, &r, type, n, n_q, kv, q_heads, kv_heads, hd);
+    fill_random(c, r.mem[1], n * n_q, (q_heads + 2 * kv_heads) * hd);
+    if (type == KN_KV_NATIVE)
+        fill_random(c, r.mem[0], (int)(r.layers * r.a.pool.num_blocks *
+                                       (r.a.pool.block_bytes / 2048)), 1024);
     double us = time_op(c, one_attention, &r, 4);
     double pairs = (double)n * n_q * (kv - n_q + (n_q + 1) / 2.0);
     double flops = 4.0 * pairs * q_heads * hd;
@@ -134,6 +146,18 @@ static void bench_prefill(struct gpu_check *c, enum kn_kv type, int n, int n_q, 
     figure(c, name, us, "us", "\"tflops\": %.1f, \"share\": %.3f", flops / us / 1e6,
            flops / us / 1e6 / c->tflops);
     run_close(c, &r);
+}
+
+void bench_prefills(struct gpu_check *c)
+{
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 32, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 4, 2048, 2048, 32, 32, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 8192, 8192, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 32, 128);
+    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 16384, 32, 8, 128);
+    bench_prefill(c, KN_KV_NATIVE, 4, 2048, 2048, 32, 8, 64);
 }
 
 void bench_attention(struct gpu_check *c)
@@ -154,13 +178,7 @@ void bench_attention(struct gpu_check *c)
     bench_decode(c, KN_KV_NATIVE, 2, 65536, 32, 8, 128);
     bench_decode(c, KN_KV_NATIVE, 128, 1024, 28, 4, 128);
     bench_decode(c, KN_KV_NATIVE, 128, 1024, 32, 8, 64);
-    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 32, 128);
-    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 2048, 32, 8, 128);
-    bench_prefill(c, KN_KV_NATIVE, 1, 8192, 8192, 32, 8, 128);
-    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 32, 128);
-    bench_prefill(c, KN_KV_NATIVE, 32, 256, 256, 32, 8, 128);
-    bench_prefill(c, KN_KV_NATIVE, 1, 2048, 16384, 32, 8, 128);
-    bench_prefill(c, KN_KV_NATIVE, 4, 2048, 2048, 32, 8, 64);
+    bench_prefills(c);
     bench_decode(c, KN_KV_E4M3, 256, 512, 32, 32, 128);
     bench_decode(c, KN_KV_E4M3, 256, 512, 32, 8, 128);
     bench_decode(c, KN_KV_E4M3, 32, 512, 32, 8, 128);

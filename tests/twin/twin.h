@@ -66,6 +66,7 @@ float tw_round(float x);                 /* rounded to it */
 uint16_t tw_bits(float x);
 
 bool twin_attention(struct twin *c);
+bool twin_prefill(struct twin *c);      /* what of it has several tiles */
 bool twin_lora(struct twin *c);
 bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);

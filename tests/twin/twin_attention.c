@@ -221,6 +221,20 @@ static void check_lengths(struct twin *c)
     }
 }
 
+/* Several tiles of keys and of rows: chunks behind a past, ends within a block (the
+ * rest of which is NaN), windows that begin within a tile, blocks larger than a tile. */
+static void check_tiles(struct twin *c)
+{
+    static const struct shape shapes[] = {
+        { 2, 2, 128, 16, 0 }, { 6, 2, 128, 8, 0 }, { 2, 1, 128, 32, 170 }, { 2, 1, 128, 256, 0 },
+        { 7, 1, 128, 16, 50 }, { 4, 2, 64, 16, 0 }, { 2, 1, 64, 8, 170 }, { 2, 2, 64, 256, 0 },
+    };
+    for (size_t i = 0; i < LM_COUNT(shapes); i++) {
+        struct seqs q = { 4, { 411, 300, 1, 256 }, { 150, 300, 1, 2 } };
+        compare(c, shapes[i], &q, "tiles");
+    }
+}
+
 static void check_long(struct twin *c)
 {
     struct seqs d = { 2, { c->slow ? 900 : 33000, 700 }, { 1, 1 } };
@@ -365,6 +379,7 @@ static bool check_all(struct twin *c)
         { check_blocks, "attention, block sizes", "attention in E4M3, block sizes" },
         { check_windows, "attention, windows", "attention in E4M3, windows" },
         { check_lengths, "attention, lengths", "attention in E4M3, lengths" },
+        { check_tiles, "attention, tiles", "attention in E4M3, tiles" },
         { check_long, "attention, long", "attention in E4M3, long" },
         { check_many_heads, "attention, many heads", "attention in E4M3, many heads" },
         { check_company, "attention, company", "attention in E4M3, company" },
@@ -386,4 +401,14 @@ bool twin_attention(struct twin *c)
     good &= check_all(c);
     kv = KN_KV_NATIVE;
     return good;
+}
+
+bool twin_prefill(struct twin *c)
+{
+    check_tiles(c);
+    bool good = twin_end(c, "attention, tiles");
+    struct seqs p = { 3, { 2900, 2100, 700 }, { 300, 2100, 2 } };
+    if (!c->slow)
+        compare(c, (struct shape){ 8, 2, 128, 16, 0 }, &p, "long prefill");
+    return good & twin_end(c, "attention, long prefill");
 }
