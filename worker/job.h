@@ -85,6 +85,12 @@ struct outgoing {
     int64_t first_sent_us;
 };
 
+/* What is counted of a reply when it is acknowledged. */
+struct reply_tally {
+    enum engine_reason reason;
+    int prompt_tokens, cached_tokens, completion_tokens;
+};
+
 struct job {
     struct job *next;           /* in at most one queue or list */
     struct worker *worker;      /* whose it is; for callbacks */
@@ -99,7 +105,8 @@ struct job {
     struct prompt *prompt;
     engine_adapter *adapter;
     struct reply_route route;
-    struct engine_result *result;
+    struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */
+    struct reply_tally tally;
     struct lm_err *err;         /* NULL: none */
     enum job_outcome outcome;
     struct outgoing out;

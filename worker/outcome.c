@@ -217,15 +217,36 @@ static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc
     return st;
 }
 
-void worker_count_reply(struct worker *w, const struct engine_result *r)
+void worker_count_reply(struct worker *w, const struct reply_tally *t)
 {
     struct metrics *m = &w->metrics;
-    enum engine_reason reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP;
-    metric_add(reason == ENGINE_EXPIRED ? &m->expired :
-               reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
-    metric_add(&m->prompt_tokens, (uint64_t)r->prompt_tokens);
-    metric_add(&m->cached_tokens, (uint64_t)r->cached_tokens);
-    metric_add(&m->completion_tokens, (uint64_t)r->completion_tokens);
+    metric_add(t->reason == ENGINE_EXPIRED ? &m->expired :
+               t->reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
+    metric_add(&m->prompt_tokens, (uint64_t)t->prompt_tokens);
+    metric_add(&m->cached_tokens, (uint64_t)t->cached_tokens);
+    metric_add(&m->completion_tokens, (uint64_t)t->completion_tokens);
+}
+
+static void tally(struct job *j)
+{
+    const struct engine_result *r = j->result;
+    j->tally = (struct reply_tally){
+        .reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP,
+        .prompt_tokens = r->prompt_tokens, .cached_tokens = r->cached_tokens,
+        .completion_tokens = r->completion_tokens,
+    };
+}
+
+/* A reply may wait for its broker for long, among thousands. What it was made of is let go, unless
+ * it may be needed again: for a claim, for a notice, or to be found by an order to cancel. */
+static void forget_sources(const struct worker *w, struct job *j)
+{
+    if (w->claims || w->cancels || w->cfg->errors_reply)
+        return;
+    engine_result_free(j->result);
+    prompt_free(j->prompt);
+    j->result = NULL;
+    j->prompt = NULL;
 }
 
 /* Fills all of j->out but the value. */
@@ -261,10 +282,13 @@ lm_status worker_reply(struct worker *w, struct job *j)
     }
     if ((st = address_reply(w, j, enc)))
         return st;
-    if (claim)
+    tally(j);
+    if (claim) {
         claims_put(w->claims, j);
-    else
-        producer_send(w->producer, j);
+        return LM_OK;
+    }
+    forget_sources(w, j);
+    producer_send(w->producer, j);
     return LM_OK;
 }
 

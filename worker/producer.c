@@ -235,7 +235,7 @@ static void acknowledged(producer *p, struct job *j)
     else
         metric_add(&m->reply_bytes, j->out.len);
     if (j->outcome == OUTCOME_REPLY)
-        worker_count_reply(p->w, j->result);
+        worker_count_reply(p->w, &j->tally);
     worker_end_job(p->w, j, j->outcome);
 }
 

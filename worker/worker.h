@@ -113,7 +113,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
 void worker_left_engine(struct worker *w, struct job *j);
 
 /* The reply is acknowledged. */
-void worker_count_reply(struct worker *w, const struct engine_result *r);
+void worker_count_reply(struct worker *w, const struct reply_tally *t);
 
 /* The reply lies in the object store: produces the record that says so. As worker_reply(). */
 lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim);
