@@ -161,8 +161,8 @@ __device__ static inline float warp_sum8(const float v[ROWS], int lane)
     return quad_sum(c);
 }
 
-template <int T, int U, int THREADS>
-__global__ static void __launch_bounds__(THREADS, 512 / THREADS) shrink_few_kernel(
+template <int T, int U, int THREADS, int RESIDENT>
+__global__ static void __launch_bounds__(THREADS, RESIDENT) shrink_few_kernel(
     const __grid_constant__ struct lora_launch p)
 {
     __shared__ const uint16_t *chunks[FEW_CHUNKS];
@@ -398,18 +398,23 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
 
 /* ---- host ------------------------------------------------------------------------------ */
 
-template <int T, int U, int THREADS>
+template <int T, int U, int THREADS, int RESIDENT = 512 / THREADS>
 static lm_status launch_shrink(struct cuda_stream *st, struct lora_launch *p)
 {
     dim3 grid((unsigned)LM_DIV_UP(p->a.batch.max_rank, ROWS), (unsigned)p->n_active,
               lora_token_tiles(p, T));
-    return cuda_launch(st, "lora_shrink", shrink_few_kernel<T, U, THREADS>, grid, dim3(THREADS), 0,
-                       *p);
+    return cuda_launch(st, "lora_shrink", shrink_few_kernel<T, U, THREADS, RESIDENT>, grid,
+                       dim3(THREADS), 0, *p);
 }
 
 lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p)
 {
     const bool wide = p->a.in > SHORT_ROW;
+    const int blocks = LM_DIV_UP(p->a.batch.max_rank, ROWS) * p->n_active * p->a.batch.n_segs;
+    /* A third block an SM, each with half as much on its way, where two would leave a tail. */
+    if (p->a.batch.max_seg_tok == 1 && !wide && blocks > 2 * st->dev->sms &&
+        blocks <= 3 * st->dev->sms)
+        return launch_shrink<1, 1, 256, 3>(st, p);
     if (p->a.batch.max_seg_tok == 1)
         return wide ? launch_shrink<1, 2, 512>(st, p) : launch_shrink<1, 2, 256>(st, p);
     if (p->a.batch.max_seg_tok == 2)

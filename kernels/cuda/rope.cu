@@ -21,15 +21,27 @@ struct rope_launch {
     int bt_shift;
 };
 
-/* Dynamic NTK: the base grows with the sequence's length. Rare, so it may be slow. */
-__device__ static float frequency(const struct kn_rope_kv *a, int tok, int j)
+#ifdef KN_EMU
+#define RARE
+#else
+#define RARE __noinline__       /* out of the way: what starts cold fetches its code, too */
+#endif
+
+/* Dynamic NTK: the base grows with the sequence's length, `times` its limit. */
+__device__ RARE static float grown_frequency(float base0, float factor, double times, double d,
+                                             int j)
+{
+    double grow = factor * times - (factor - 1.0);
+    double base = base0 * pow(grow, d / (d - 2.0));
+    return (float)(1.0 / pow(base, 2.0 * j / d));
+}
+
+__device__ static inline float frequency(const struct kn_rope_kv *a, int tok, int j)
 {
     if (!a->dyn_len || a->dyn_len[tok] <= a->dyn_max)
         return a->inv_freq[j];
-    double d = a->head_dim;
-    double grow = (double)a->dyn_factor * a->dyn_len[tok] / a->dyn_max - (a->dyn_factor - 1.0);
-    double base = a->dyn_base * pow(grow, d / (d - 2.0));
-    return (float)(1.0 / pow(base, 2.0 * j / d));
+    return grown_frequency(a->dyn_base, a->dyn_factor, (double)a->dyn_len[tok] / a->dyn_max,
+                           a->head_dim, j);
 }
 
 /* 1 / rms of the head, 1 without a norm. */
@@ -127,10 +139,9 @@ __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
     for (int h = (int)blockIdx.y * WARPS + warp; h < heads; h += stride) {
         uint16_t *x = qkv + h * hd;
         int kh = h - a->q_heads;
-        if (kh < 0) {
-            rotate_head<EB>(a, x, a->q_norm, c, s, NULL, lane);
-        } else if (kh < a->kv_heads) {
-            rotate_head<EB>(a, x, a->k_norm, c, s, rows ? rows + kh * head_bytes : NULL, lane);
+        if (kh < a->kv_heads) {
+            rotate_head<EB>(a, x, kh < 0 ? a->q_norm : a->k_norm, c, s,
+                            kh >= 0 && rows ? rows + kh * head_bytes : NULL, lane);
         } else if (rows) {
             char *dst = rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2;
             for (int i = lane; i < half; i += 32)
