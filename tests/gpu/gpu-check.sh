@@ -202,7 +202,7 @@ decode() {
     local b st=0 shape=llama-2-7b
     for b in 1 32 256; do
         bench 60 "decode $shape, batch $b" --load-format dummy --shape ops/shapes/$shape.json \
-            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
+            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 --weights-dtype bf16 || st=1
     done
     for b in 1 32 256; do
         bench 60 "decode $shape, batch $b, weights in fp8" --load-format dummy \
@@ -220,7 +220,7 @@ decode() {
 }
 
 # trace NAME SHAPE ADAPTERS RANKS [OPTION...]: 1,000 requests at once, 256 running unless an option
-# says otherwise. The name is what TRACES picks by.
+# says otherwise; weights in bf16 likewise. The name is what TRACES picks by.
 trace() {
     local name=$1 shape=$2 adapters=$3 ranks=$4 file pattern picked=
     shift 4
@@ -233,7 +233,9 @@ trace() {
     [ -n "$picked" ] || return 0
     file=$RESULTS/trace-$adapters-$ranks.csv
     python3 tests/gpu/make_trace.py "$adapters" "$ranks" > "$file" || return 1
-    bench 120 "trace $shape, $adapters adapters of rank $ranks${*:+, $*}" --load-format dummy \
+    local what="trace $shape, $adapters adapters of rank $ranks${*:+, $*}"
+    [[ $* == *--weights-dtype* ]] || set -- "$@" --weights-dtype bf16
+    bench 120 "$what" --load-format dummy \
         --shape "ops/shapes/$shape.json" --trace "$file" --max-seqs 256 --max-step-tokens 4096 \
         --no-prefix-cache --json --host-adapter-bytes 200000000000 "$@"
 }
