@@ -137,12 +137,28 @@ static void log_times(const struct open_times *t, int64_t now)
            (double)(now - t->pool) / 1e6);
 }
 
+/* Where activations are bf16, float16's three bits more buy next to no accuracy, and cost time
+ * (docs/cuda.md). */
+static enum weights_as weights_as(const struct core_params *p)
+{
+    struct kn_props props;
+    switch (p->weights) {
+    case ENGINE_WEIGHTS_AUTO:
+        kn_props(p->dev, &props);
+        return props.act == KN_BF16 ? WEIGHTS_BF16 : WEIGHTS_STORED;
+    case ENGINE_WEIGHTS_STORED: return WEIGHTS_STORED;
+    case ENGINE_WEIGHTS_BF16: return WEIGHTS_BF16;
+    case ENGINE_WEIGHTS_FP8:
+    case ENGINE_WEIGHTS_FP8_DYNAMIC: break;
+    }
+    return WEIGHTS_FP8;
+}
+
 static lm_status open_all(struct core *c, struct lm_err *err)
 {
     const struct core_params *p = &c->p;
     const struct shard whole = { 0, 1 };
-    const enum weights_as as = p->weights == ENGINE_WEIGHTS_AUTO ? WEIGHTS_STORED
-                               : p->weights == ENGINE_WEIGHTS_BF16 ? WEIGHTS_BF16 : WEIGHTS_FP8;
+    const enum weights_as as = weights_as(p);
     struct open_times t = { .begun = lm_now_us() };
     lm_status st = p->files
                        ? weights_load(p->files, p->model, p->dev, whole, as, &c->weights, err)

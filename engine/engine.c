@@ -60,7 +60,8 @@ struct engine {
 bool engine_weights_parse(const char *name, enum engine_weights *out)
 {
     static const char *const names[] = {
-        [ENGINE_WEIGHTS_AUTO] = "auto", [ENGINE_WEIGHTS_BF16] = "bf16",
+        [ENGINE_WEIGHTS_AUTO] = "auto", [ENGINE_WEIGHTS_STORED] = "stored",
+        [ENGINE_WEIGHTS_BF16] = "bf16",
         [ENGINE_WEIGHTS_FP8] = "fp8", [ENGINE_WEIGHTS_FP8_DYNAMIC] = "fp8-dynamic",
     };
     for (size_t i = 0; i < LM_COUNT(names); i++) {

@@ -42,14 +42,16 @@ enum engine_preempt { ENGINE_PREEMPT_CHEAPER, ENGINE_PREEMPT_RECOMPUTE, ENGINE_P
  * 1): half the bytes of bf16 a token, so twice the tokens in the pool and half the reads. */
 enum engine_kv { ENGINE_KV_AUTO, ENGINE_KV_FP8 };
 
-/* Numbers of the base weights: as stored (float32 as bf16 on a GPU); rounded to bf16; or the
+/* Numbers of the base weights: the device's choice (bf16 where activations are bf16, on a GPU; else
+ * as stored); as stored (on a GPU float16 stays, float32 becomes bf16); rounded to bf16; or the
  * layers' matrices in FP8 (E4M3, a scale for each output channel, found at load), with embeddings,
  * head, norms, biases and adapters as they are. FP8_DYNAMIC lets what those matrices are multiplied
  * by become FP8 too, with a scale for each token, where a device is faster with both. */
 enum engine_weights {
-    ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_BF16, ENGINE_WEIGHTS_FP8, ENGINE_WEIGHTS_FP8_DYNAMIC,
+    ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_STORED, ENGINE_WEIGHTS_BF16,
+    ENGINE_WEIGHTS_FP8, ENGINE_WEIGHTS_FP8_DYNAMIC,
 };
-/* By its name, "auto", "bf16", "fp8" or "fp8-dynamic"; false if it is none. */
+/* By its name, "auto", "stored", "bf16", "fp8" or "fp8-dynamic"; false if it is none. */
 bool engine_weights_parse(const char *name, enum engine_weights *out);
 
 /* What the scheduler prefers. No policy changes what is answered, only when and at what cost;

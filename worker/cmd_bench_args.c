@@ -60,7 +60,7 @@ static const struct bench_option options[] = {
     { "max-step-tokens", COUNT, AT(max_step_tokens), "N", "tokens in a step" },
     { "block-tokens", COUNT, AT(block_tokens), "N", "tokens of KV cache in a block" },
     { "kv-dtype", KV, 0, "TYPE", "of the KV cache: auto or fp8" },
-    { "weights-dtype", WEIGHTS, 0, "TYPE", "of matrices: auto, bf16, fp8 or fp8-dynamic" },
+    { "weights-dtype", WEIGHTS, 0, "TYPE", "of matrices: auto, stored, bf16, fp8 or fp8-dynamic" },
     { "pool-bytes", BYTES, AT(pool_bytes), "N", "KV cache and adapters together" },
     { "preempt", PREEMPT, 0, "HOW", "cheaper, recompute or swap" },
     { "swap-bytes", BYTES, POLICY(swap_bytes), "N", "host memory for swapped KV" },

@@ -40,14 +40,15 @@ static const struct config_property model_rows[] = {
     CHOICE("engine.kv_dtype", kv_dtype, "auto", "auto|fp8",
         "Numbers of the KV cache. `auto`: bfloat16 on a GPU, float32 on a CPU. `fp8`: E4M3, which "
         "takes half the memory of bfloat16, for twice the tokens, at some loss of accuracy."),
-    CHOICE("engine.weights_dtype", weights_dtype, "auto", "auto|bf16|fp8|fp8-dynamic",
-        "Numbers of the base weights. `auto`: as the checkpoint stores them (float32 as bfloat16 "
-        "on a GPU). `bf16`: rounded to bfloat16; on a GPU the fast choice for a float16 "
-        "checkpoint. `fp8`: the layers' matrices are rounded to E4M3 when they are loaded, with a "
-        "scale for each output channel: half the memory, at some loss of accuracy; activations are "
-        "not. `fp8-dynamic`: in steps of more than 32 tokens activations are too, with a scale for "
-        "each token, on GPUs that multiply FP8 (compute capability 9.0): faster, less accurate. "
-        "FP8 not with engine.merge."),
+    CHOICE("engine.weights_dtype", weights_dtype, "auto", "auto|stored|bf16|fp8|fp8-dynamic",
+        "Numbers of the base weights. `auto`: bfloat16 on a GPU, as the checkpoint stores "
+        "them on a CPU. `stored`: float16 stays float16 on a GPU too, which is slower there "
+        "(float32 becomes bfloat16 still). `bf16`: rounded to bfloat16 everywhere. `fp8`: the "
+        "layers' matrices are rounded to E4M3 when they are loaded, with a scale for each "
+        "output channel: half the memory, at some loss of accuracy; activations are not. "
+        "`fp8-dynamic`: in steps of more than 32 tokens activations are too, with a scale for "
+        "each token, on GPUs that multiply FP8 (compute capability 9.0): faster, less "
+        "accurate. FP8 not with engine.merge."),
     INT("engine.max_seqs", max_seqs, "0", 0, 65536,
         "Sequences in one step; 0: the engine's default (256)."),
     INT("engine.max_step_tokens", max_step_tokens, "0", 0, 1 << 20,

@@ -45,7 +45,7 @@ static const struct variety {
     enum engine_weights weights;
     bool fp8;                   /* then only errors are judged, as those of E4M3 */
 } plain = { "", ENGINE_KV_AUTO, ENGINE_WEIGHTS_AUTO, false },
-  rounded = { ", weights in bf16", ENGINE_KV_AUTO, ENGINE_WEIGHTS_BF16, false },
+  stored = { ", weights as stored", ENGINE_KV_AUTO, ENGINE_WEIGHTS_STORED, false },
   in_fp8[] = {
     { ", KV cache in E4M3", ENGINE_KV_FP8, ENGINE_WEIGHTS_AUTO, true },
     { ", weights in E4M3", ENGINE_KV_AUTO, ENGINE_WEIGHTS_FP8, true },
@@ -327,15 +327,15 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
     free(s);
 }
 
-/* "mistral" is a checkpoint in float16, which is kept; here it is rounded. */
-static void check_rounded(struct gpu_check *c)
+/* "mistral" is a checkpoint in float16, which becomes bf16 above; here it is kept. */
+static void check_stored(struct gpu_check *c)
 {
     static const char dir[] = "tests/fixtures/families/mistral";
     char model[64], adapters[64], golden[64];
     snprintf(model, sizeof model, "%s/model", dir);
     snprintf(adapters, sizeof adapters, "%s/adapters", dir);
     snprintf(golden, sizeof golden, "%s/golden.safetensors", dir);
-    run_suite(c, "mistral", model, adapters, golden, false, &rounded);
+    run_suite(c, "mistral", model, adapters, golden, false, &stored);
 }
 
 void check_golden(struct gpu_check *c)
@@ -357,7 +357,7 @@ void check_golden(struct gpu_check *c)
                    "families: base, teacher-forced agreement %.2f %%, transformers' %.2f %%",
                    100.0 * pooled.agreed / pooled.tokens,
                    100 * pooled.peer_agreed / pooled.tokens);
-    check_rounded(c);
+    check_stored(c);
     for (size_t i = 0; i < LM_COUNT(shipped); i++) {
         snprintf(model, sizeof model, "tests/models/%s", shipped[i]);
         snprintf(adapters, sizeof adapters, "tests/models/%s-adapters", shipped[i]);

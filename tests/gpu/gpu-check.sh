@@ -202,8 +202,11 @@ decode() {
     local b st=0 shape=llama-2-7b
     for b in 1 32 256; do
         bench 60 "decode $shape, batch $b" --load-format dummy --shape ops/shapes/$shape.json \
-            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 --weights-dtype bf16 || st=1
+            --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
     done
+    bench 60 "decode $shape, batch 256, weights in float16" --load-format dummy \
+        --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 256 --repeat 1 \
+        --weights-dtype stored || st=1
     for b in 1 32 256; do
         bench 60 "decode $shape, batch $b, weights in fp8" --load-format dummy \
             --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 \
@@ -234,7 +237,6 @@ trace() {
     file=$RESULTS/trace-$adapters-$ranks.csv
     python3 tests/gpu/make_trace.py "$adapters" "$ranks" > "$file" || return 1
     local what="trace $shape, $adapters adapters of rank $ranks${*:+, $*}"
-    [[ $* == *--weights-dtype* ]] || set -- "$@" --weights-dtype bf16
     bench 120 "$what" --load-format dummy \
         --shape "ops/shapes/$shape.json" --trace "$file" --max-seqs 256 --max-step-tokens 4096 \
         --no-prefix-cache --json --host-adapter-bytes 200000000000 "$@"

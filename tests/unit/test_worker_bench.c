@@ -133,6 +133,7 @@ static void options_are_checked(void **state)
     assert_int_equal(a.weights, ENGINE_WEIGHTS_FP8);
     assert_int_equal(arguments("--weights-dtype fp8-dynamic").weights, ENGINE_WEIGHTS_FP8_DYNAMIC);
     assert_int_equal(arguments("--weights-dtype bf16").weights, ENGINE_WEIGHTS_BF16);
+    assert_int_equal(arguments("--weights-dtype stored").weights, ENGINE_WEIGHTS_STORED);
     assert_int_equal(a.modules, 0x41);
     assert_true(a.pool_bytes == (size_t)2 << 30 && !a.policy.group && !a.policy.fair);
     assert_true(a.slo_s == 6 && !a.abort_late && a.policy.prefetch);
