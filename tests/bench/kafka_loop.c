@@ -77,7 +77,7 @@ int main(int argc, char **argv)
         { "check.crcs", "true" }, { "fetch.queue.backoff.ms", "10" }, { NULL, NULL },
     };
     static const char *const producer[][2] = {
-        { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "20" },
+        { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "5" },
         { "partitioner", "murmur2_random" }, { "compression.type", "lz4" },
         { "batch.size", "262144" }, { NULL, NULL },
     };
