@@ -173,8 +173,9 @@ lm_status json_read_token_ids(const struct json_reader *r, const char *key, yyjs
     int32_t *ids = arena_alloc(r->arena, count * sizeof *ids);
     if (!ids)
         return lm_err_set(r->err, LM_NOMEM, "out of memory");
+    yyjson_arr_iter it = yyjson_arr_iter_with(v);
     for (size_t i = 0; i < count; i++) {
-        yyjson_val *item = yyjson_arr_get(v, i);
+        yyjson_val *item = yyjson_arr_iter_next(&it);
         if (!yyjson_is_int(item) || yyjson_get_sint(item) < 0 ||
             yyjson_get_sint(item) > INT32_MAX) {
             char name[64];

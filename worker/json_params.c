@@ -131,10 +131,11 @@ static lm_status read_stop(const struct json_reader *r, yyjson_val *v, struct en
     if (n > ENGINE_MAX_STOP)
         return json_refuse(r, LM_TOO_LARGE, "stop", "has %zu entries, more than %d", n,
                            ENGINE_MAX_STOP);
+    yyjson_arr_iter it = yyjson_arr_iter_with(v);
     for (size_t i = 0; i < n; i++) {
         char name[32];
         snprintf(name, sizeof name, "stop[%zu]", i);
-        lm_status st = json_read_string(r, name, yyjson_arr_get(v, i), 1, MAX_STOP_BYTES,
+        lm_status st = json_read_string(r, name, yyjson_arr_iter_next(&it), 1, MAX_STOP_BYTES,
                                         &p->stop[i]);
         if (st)
             return st;

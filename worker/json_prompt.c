@@ -112,8 +112,9 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, yyjso
     struct engine_message *list = arena_alloc(r->arena, count * sizeof *list);
     if (!list)
         return no_memory(r);
+    yyjson_arr_iter it = yyjson_arr_iter_with(v);
     for (size_t i = 0; i < count; i++) {
-        yyjson_val *item = yyjson_arr_get(v, i);
+        yyjson_val *item = yyjson_arr_iter_next(&it);
         char prefix[96];
         snprintf(prefix, sizeof prefix, "%.32s%.32s[%zu].", r->prefix, key, i);
         struct json_reader at = { prefix, r->arena, r->err };
@@ -189,10 +190,11 @@ static lm_status read_context(const struct json_reader *r, yyjson_val *v, struct
     const char **list = arena_alloc(r->arena, n * sizeof *list);
     if (!list)
         return no_memory(r);
+    yyjson_arr_iter it = yyjson_arr_iter_with(v);
     for (size_t i = 0; i < n; i++) {
         char name[32];
         snprintf(name, sizeof name, "context[%zu]", i);
-        lm_status st = json_read_string(r, name, yyjson_arr_get(v, i), 0, SIZE_MAX, &list[i]);
+        lm_status st = json_read_string(r, name, yyjson_arr_iter_next(&it), 0, SIZE_MAX, &list[i]);
         if (st)
             return st;
     }

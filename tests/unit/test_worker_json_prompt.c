@@ -377,6 +377,8 @@ static void caps_hold(void **state)
                     "nested deeper than 32 levels");
     refuse_repeated("{\"id\": \"1\", \"prompt_token_ids\": [0", ",0", 7000000, "]}", LM_TOO_LARGE,
                     "more than 524288 values");
+    refuse_repeated("{\"id\": \"1\", \"prompt_token_ids\": [0", ",0", 400000, ",[1]]}", LM_INVALID,
+                    "prompt_token_ids[400001] must be a token id");
     refuse_repeated("{\"id\": \"", "a", 513, "\", \"prompt\": \"x\"}", LM_TOO_LARGE,
                     "id has 513 bytes, more than 512");
     refuse_repeated("{" P ", \"adapter\": \"", "a", 257, "\"}", LM_TOO_LARGE,
