@@ -36,19 +36,25 @@ static bool of_part(const struct job *j, const struct assigned *a)
     return !j->parent && j->lease->ref.slot == a->ref.slot && j->lease->ref.epoch == a->ref.epoch;
 }
 
-/* Takes the highest staged offset of the partition out again, if it lies beyond the watermark: what
- * lies below needs no room in the map. */
-static bool unstage_last(consumer *c, struct stage *s, const struct assigned *a, int64_t watermark)
+/* Of what the stage holds of the partition beyond the watermark the farther half, by offset, is
+ * taken out again, so that thousands without room take a dozen looks at the map. What lies below
+ * the watermark needs no room. False: nothing lies beyond. */
+static bool unstage_far(consumer *c, struct stage *s, const struct assigned *a, int64_t watermark)
 {
-    size_t last = s->n;
+    int64_t last = -1;
     for (size_t i = 0; i < s->n; i++)
-        if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
-            (last == s->n || s->jobs[i]->record.offset > s->jobs[last]->record.offset))
-            last = i;
-    if (last == s->n || s->jobs[last]->record.offset < watermark)
+        if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a))
+            last = LM_MAX(last, s->jobs[i]->record.offset);
+    if (last < 0 || last < watermark)
         return false;
-    s->verdicts[last] = STAGE_WAIT;
-    ledger_stage(c->ledger, a->ref, s->jobs[last]->record.offset, false);
+    for (size_t i = 0; i < s->n; i++) {
+        int64_t offset = s->jobs[i]->record.offset;
+        if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
+            offset >= watermark + (last - watermark) / 2) {
+            s->verdicts[i] = STAGE_WAIT;
+            ledger_stage(c->ledger, a->ref, offset, false);
+        }
+    }
     return true;
 }
 
@@ -60,7 +66,7 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
     /* Without maps nothing is due until the watermark moves, and yet some may be staged. */
     while (ledger_due(c->ledger, a->ref, true, &due) || !c->map_limit) {
         ledger_map(c->ledger, &due, true, map, &whole);
-        if (whole || !unstage_last(c, s, a, due.offset))
+        if (whole || !unstage_far(c, s, a, due.offset))
             break;
     }
     if (!commit_due(c, a, true, &due))

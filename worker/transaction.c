@@ -105,14 +105,14 @@ static void take_ready(struct tx *t)
 }
 
 /* Back to the front, in order. */
-static void put_back(struct tx *t, const enum stage_verdict which)
+static void put_back(struct tx *t)
 {
     struct job *later = t->ready;
     t->ready = NULL;
     t->tail = &t->ready;
     t->n_ready = 0;
     for (size_t i = 0; i < t->stage.n; i++)
-        if (t->stage.jobs[i] && t->stage.verdicts[i] == which) {
+        if (t->stage.jobs[i] && t->stage.verdicts[i] == STAGE_IN) {
             make_ready(t, t->stage.jobs[i]);
             t->stage.jobs[i] = NULL;
         }
@@ -120,6 +120,20 @@ static void put_back(struct tx *t, const enum stage_verdict which)
         next = later->next;
         make_ready(t, later);
     }
+}
+
+/* What the map has no room for goes behind the others: the prompt that it waits for may be one of
+ * these, and a transaction holds only so many. True: there is such. */
+static bool put_behind(struct tx *t)
+{
+    bool any = false;
+    for (size_t i = 0; i < t->stage.n; i++)
+        if (t->stage.jobs[i] && t->stage.verdicts[i] == STAGE_WAIT) {
+            make_ready(t, t->stage.jobs[i]);
+            t->stage.jobs[i] = NULL;
+            any = true;
+        }
+    return any;
 }
 
 static void drop(struct tx *t, struct job *j)
@@ -415,7 +429,7 @@ static void after_abort(struct tx *t, bool going)
             producer_judge(t->p, j);
         }
     }
-    put_back(t, STAGE_IN);
+    put_back(t);
 }
 
 static void finish(struct tx *t, enum fate fate)
@@ -451,9 +465,12 @@ static bool anything_in(const struct stage *s)
 static enum fate run_staged(struct tx *t)
 {
     drop_gone(t);
-    put_back(t, STAGE_WAIT);
-    if (!anything_in(&t->stage))
+    bool wait = put_behind(t);
+    if (!anything_in(&t->stage)) {
+        if (wait)               /* however many are ready, what they wait for takes a moment */
+            t->not_before_us = lm_now_us() + IDLE_MS * 1000;
         return COMMITTED;
+    }
     enum fate fate = run(t);
     if (fate == UNKNOWN)
         fate = find_out(t);
