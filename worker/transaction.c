@@ -52,6 +52,7 @@ enum {
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
     TIMEOUTS_MOST = 2,
+    FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
 
 enum fate { COMMITTED, ABORTED, UNKNOWN, HOPELESS };
@@ -88,13 +89,17 @@ static void take_ready(struct tx *t)
     t->tail = &t->ready;
     t->n_ready = 0;
     t->stage.n = 0;
-    size_t bytes = 0, most = (size_t)t->w->cfg->transaction_max_messages;
+    /* After each failure half as many: a full one may need more time than a transaction has, on a
+     * slow way to the brokers, and would need it again. */
+    int less = LM_MIN(t->failures, FAILURES_COUNTED);
+    size_t bytes = 0, most_bytes = MAX_BYTES >> less;
+    size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
     /* One that was refused before goes alone. */
     bool alone = all && all->out.attempts > 0;
     for (struct job *j = all, *next; j; j = next) {
         next = j->next;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
-                                              bytes < MAX_BYTES;
+                                              bytes < most_bytes;
         if (!fits) {
             make_ready(t, j);
             continue;
