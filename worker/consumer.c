@@ -353,12 +353,18 @@ static void close_consumer(consumer *c)
     rd_kafka_queue_destroy(q);
 }
 
+/* Whose turn it is, of suspects or of a key's prompts, waits no longer than this for the thread. */
+static int poll_ms(const consumer *c)
+{
+    return c->iso.busy || (c->order && key_order_waiting(c->order)) ? DRAIN_POLL_MS : POLL_MS;
+}
+
 static void *consumer_main(void *arg)
 {
     consumer *c = arg;
     while (!atomic_load(&c->w->stopping)) {
         housekeeping(c);
-        poll_burst(c, c->iso.busy ? DRAIN_POLL_MS : POLL_MS);
+        poll_burst(c, poll_ms(c));
     }
     drain_all(c);
     consumer_take_finished(c, 0);
