@@ -18,7 +18,7 @@
 #include "worker/json_tree.h"
 
 /* Walks the datum without allocating: every length and count lies within the bytes that are left,
- * at most 524,288 values and 4,096 map entries in all, every index in range, nothing behind the
+ * at most 524,288 values in all and 256 entries a map, every index in range, nothing behind the
  * end. What passes is decoded by Avro C without failing and in bounded memory. Errors: LM_FORMAT
  * or LM_TOO_LARGE with the path ("params.stop[]"). */
 lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err);

@@ -477,7 +477,26 @@ static void counts_are_capped(void **state)
     json_t *tree = NULL;
     struct lm_err err = { 0 };
     assert_int_equal(avro_decode(p, data, 5000 * 2 + 3, &tree, &err), LM_TOO_LARGE);
-    assert_non_null(strstr(err.msg, "more than 4096 map entries"));
+    assert_non_null(strstr(err.msg, "a map of more than 256 entries"));
+    free(data);
+    avro_plan_free(p);
+}
+
+/* As a reply of 1,000 tokens with 20 log-probabilities each has them. */
+static void many_small_maps_are_read(void **state)
+{
+    enum { MAPS = 1000, BYTES = 1 + 2 * 21 + 1 };
+    (void)state;
+    struct avro_plan *p = plan_of(FIELD("{\"type\":\"array\",\"items\":{\"type\":\"map\","
+                                        "\"values\":\"boolean\"}}"));
+    unsigned char *data = calloc(MAPS, BYTES + 1);
+    memcpy(data, "\xd0\x0f", 2);
+    for (size_t i = 0; i < MAPS; i++)
+        data[2 + i * BYTES] = 2 * 21;   /* pairs of "" and false */
+    json_t *tree = NULL;
+    struct lm_err err = { 0 };
+    assert_int_equal(avro_decode(p, data, 2 + MAPS * BYTES + 1, &tree, &err), LM_OK);
+    json_decref(tree);
     free(data);
     avro_plan_free(p);
 }
@@ -712,6 +731,7 @@ int main(void)
         cmocka_unit_test(text_that_is_not_utf8_is_refused),
         cmocka_unit_test(bombs_cost_nothing),
         cmocka_unit_test(counts_are_capped),
+        cmocka_unit_test(many_small_maps_are_read),
         cmocka_unit_test(prompts_of_fastavro_are_read),
         cmocka_unit_test(prompts_of_java_are_read),
         cmocka_unit_test(completions_equal_fastavros),
