@@ -266,6 +266,8 @@ static void revoke_now(consumer *c, const rd_kafka_topic_partition_list_t *parts
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
         consumer_take_finished(c, DRAIN_POLL_MS);
         staging_serve(c);
+        commit_serve(c, 0);
+        commit_tick(c);
     }
     if (parts->cnt)
         let_go(c, parts, start, false);
