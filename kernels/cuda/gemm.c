@@ -10,7 +10,9 @@
  * (one thread uses a stream, so there is no lock). The bucket, not m, picks it: a row comes out the
  * same whatever the number of its neighbours inside a bucket. cuda_gemm_tune() measures what the
  * heuristics propose, before the first step; without it their first proposal is taken. They are off
- * by 5 to 15 % for one shape in five on Hopper, most often by splitting a long k.
+ * by 5 to 15 % for one shape in five on Hopper, most often by splitting a long k. Where a product
+ * comes in slices of rows, all of them go by the choice for the first: a row's neighbours decide
+ * which slice it is in, and how many rows the last one has.
  *
  * Parts of a split k are added in float32 only: rounded to bf16 before they meet, they would cost
  * more than the result's own rounding.
@@ -210,6 +212,7 @@ static struct plan *plan_for(struct cuda_stream *st, const struct plan *want,
 struct job {
     struct kn_gemm a;
     const float *x_scale;       /* [m], device memory: W and x are E4M3; else NULL */
+    int rows;                   /* that a plan is for: m, or that of the first of its slices */
 };
 
 static struct scales scales_of(const struct job *j)
@@ -230,18 +233,19 @@ static cublasStatus_t run_plan(struct cuda_stream *st, const struct job *j, cons
                           CUDA_GEMM_WS_BYTES, st->s);
 }
 
-static struct plan shape_of(const struct kn_gemm *a, bool onto)
+static struct plan shape_of(const struct job *j, bool onto)
 {
-    return (struct plan){ .m = cuda_bucket(a->m), .n = a->w->rows, .k = a->w->cols, .ldx = a->ldx,
-                          .ldy = a->ldy, .t = a->w->dtype, .f32 = a->y_f32, .onto = onto,
-                          .align = align_of(a->x, a->y) };
+    const struct kn_gemm *a = &j->a;
+    return (struct plan){ .m = cuda_bucket(j->rows), .n = a->w->rows, .k = a->w->cols,
+                          .ldx = a->ldx, .ldy = a->ldy, .t = a->w->dtype, .f32 = a->y_f32,
+                          .onto = onto, .align = align_of(a->x, a->y) };
 }
 
 static lm_status multiply(struct cuda_stream *st, const struct job *j, bool onto)
 {
     const struct kn_gemm *a = &j->a;
     const struct scales s = scales_of(j);
-    struct plan want = shape_of(a, onto);
+    struct plan want = shape_of(j, onto);
     const struct plan *p = plan_for(st, &want, &s);
     cublasStatus_t rc = p ? run_plan(st, j, p) : CUBLAS_STATUS_NOT_SUPPORTED;
     if (rc == CUBLAS_STATUS_NOT_SUPPORTED && want.m != a->m) {
@@ -302,7 +306,7 @@ static struct kn_gemm rows_of(const struct kn_gemm *a, int m0, int m)
 static lm_status convert(struct cuda_stream *st, const struct kn_gemm *a, const struct room *r,
                          bool product, struct job *out)
 {
-    *out = (struct job){ *a, a->w->dtype == KN_E4M3 ? r->scales : NULL };
+    *out = (struct job){ *a, a->w->dtype == KN_E4M3 ? r->scales : NULL, r->m };
     if (product) {
         out->a.y = r->product;
         out->a.y_f32 = true;
@@ -336,7 +340,7 @@ static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm 
 /* W and x in bf16. Strides are the caller's word no more. */
 static lm_status product(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    const struct job whole = { *a, NULL };
+    const struct job whole = { *a, NULL, a->m };
     if (!a->bias && !a->accumulate)
         return multiply(st, &whole, false);
     if (a->y_f32) {             /* float32 adds up as it is */
@@ -468,7 +472,7 @@ static void tune_bucket(struct tuning *t)
 {
     cublasLtMatmulHeuristicResult_t found[TUNE_PROPOSALS];
     const struct scales s = scales_of(&t->j);
-    struct plan want = shape_of(&t->j.a, false), try = want;
+    struct plan want = shape_of(&t->j, false), try = want;
     int64_t t0 = lm_now_us();
     struct plan *p = plan_for(t->st, &want, &s);
     int n = p ? proposals(t->st, &want, &s, found, TUNE_PROPOSALS) : 0;
