@@ -22,6 +22,10 @@ cd "$(dirname "$0")/../.."
 bin=build/gpu/gpu-check
 failed=0
 left_out=0
+matched=0
+asked=0
+picked=0
+ran=0
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'gpu-check: %s\n' "$*" >&2; exit 2; }
@@ -61,9 +65,10 @@ for d in site.getsitepackages() + [p for p in sys.path if p.endswith("-packages"
 find_cublas
 
 SECONDS=0
-# within LIMIT: that many seconds, or what is left of the budget.
+# within LIMIT: that many seconds, or what is left of the budget; never 0, which is no limit at all.
 within() {
     local left=$((BUDGET - SECONDS))
+    [ $left -gt 0 ] || left=1
     echo $(($1 < left ? $1 : left))
 }
 
@@ -71,6 +76,7 @@ within() {
 step() {
     local start=$SECONDS st
     [ -z "$STEPS" ] || [[ " $STEPS " == *" $1 "* ]] || return
+    matched=1
     say "$2"
     if [ "$(within 10)" -lt 10 ]; then
         left_out=1
@@ -99,6 +105,7 @@ memcheck() {
     if printf '%s' "$out" | grep -qE 'Device not supported|No kernels were launched'; then
         echo "memcheck was not run: compute-sanitizer does not accept this device"
     elif [ $st -eq 124 ]; then
+        left_out=1
         echo "memcheck was not finished in its time"
     else
         printf '%s\n' "$out" | grep -E '^not ok|=========|passed' | tail -n 15
@@ -107,8 +114,10 @@ memcheck() {
 }
 
 # bench LIMIT LABEL ARGUMENTS...: `loramill bench` on the GPU; its JSON lines go to the results too.
+# Sets `ran`: 0 where the budget has no time for it, which is no failure.
 bench() {
     local limit label=$2 out st
+    ran=0
     limit=$(within "$1")
     if [ "$limit" -lt $(($1 * 2 / 5)) ]; then
         left_out=1
@@ -116,6 +125,7 @@ bench() {
         return 0
     fi
     shift 2
+    ran=1
     out=$(timeout -k 5 "$limit" "$bin" loramill bench --backend cuda "$@" 2> "$RESULTS/gpu-check.err")
     st=$?
     if [ $st -ne 0 ]; then
@@ -134,7 +144,7 @@ first_token() {
     for shape in llama-2-7b llama-2-7b llama-3.1-8b; do
         bench 30 "first token, $shape" --load-format dummy --shape ops/shapes/$shape.json --start \
             --max-step-tokens 4096 || st=1
-        opening
+        [ $ran -eq 0 ] || opening
     done
     return $st
 }
@@ -154,6 +164,7 @@ ratio() {
 # loading LABEL DIR SECONDS_READING BYTES
 loading() {
     bench 60 "$1" --model "$2" --start --max-step-tokens 4096 || return 1
+    [ $ran -eq 1 ] || return 0
     opening
     ratio "$1" "$3" "$4"
 }
@@ -225,15 +236,17 @@ decode() {
 # trace NAME SHAPE ADAPTERS RANKS [OPTION...]: 1,000 requests at once, 256 running unless an option
 # says otherwise; weights in bf16 likewise. The name is what TRACES picks by.
 trace() {
-    local name=$1 shape=$2 adapters=$3 ranks=$4 file pattern picked=
+    local name=$1 shape=$2 adapters=$3 ranks=$4 file pattern mine=
     shift 4
+    asked=1
     set -f
     for pattern in $TRACES; do
         # shellcheck disable=SC2254
-        case $name in $pattern) picked=1 ;; esac
+        case $name in $pattern) mine=1 ;; esac
     done
     set +f
-    [ -n "$picked" ] || return 0
+    [ -n "$mine" ] || return 0
+    picked=1
     file=$RESULTS/trace-$adapters-$ranks.csv
     python3 tests/gpu/make_trace.py "$adapters" "$ranks" > "$file" || return 1
     local what="trace $shape, $adapters adapters of rank $ranks${*:+, $*}"
@@ -290,6 +303,8 @@ esac
 for part in $order; do
     "part_$part"
 done
+[ $matched -eq 1 ] || die "part $PART has none of the steps '$STEPS'; nothing was checked"
+[ $asked -eq $picked ] || die "no trace is called '$TRACES'"
 [ $failed -eq 0 ] && say "all passed" || say "something failed"
 [ $left_out -eq 0 ] || say "some was left out: the budget of $BUDGET s was too short for it"
 exit $failed
