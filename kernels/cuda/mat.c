@@ -127,6 +127,13 @@ static size_t scales_at(const kn_mat *m)
     return LM_DIV_UP((size_t)m->rows * (size_t)m->cols, 256) * 256;
 }
 
+/* To its end: cudaMemset() only starts it, on a stream that uploads don't wait for. */
+static cudaError_t clear_matrix(const struct cuda_mat *m)
+{
+    cudaError_t e = cudaMemset(m->data, 0, cuda_mat_bytes(&m->base));
+    return e == cudaSuccess ? cudaStreamSynchronize(cudaStreamLegacy) : e;
+}
+
 lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_mat **out,
                        struct lm_err *err)
 {
@@ -145,8 +152,7 @@ lm_status cuda_mat_new(kn_device *dev, enum kn_dtype t, int rows, int cols, kn_m
     if (t == KN_E4M3)
         __atomic_store_n(&m->dev->fp8_weights, 1, __ATOMIC_RELAXED);
     lm_status st = kn_alloc(dev, cuda_mat_bytes(&m->base), &m->data, err);
-    if (st == LM_OK && cuda_check(m->dev, "clearing a matrix",
-                                  cudaMemset(m->data, 0, cuda_mat_bytes(&m->base))) != LM_OK)
+    if (st == LM_OK && cuda_check(m->dev, "clearing a matrix", clear_matrix(m)) != LM_OK)
         st = lm_err_set(err, LM_DEVICE, "cannot clear a matrix of %d x %d", rows, cols);
     if (st != LM_OK) {
         kn_free(dev, m->data);
