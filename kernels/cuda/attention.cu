@@ -29,14 +29,14 @@ extern "C" size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_t
     return LM_DIV_UP(n, 64) * 64;
 }
 
-extern "C" cudaError_t cuda_attention_init(void)
+extern "C" cudaError_t cuda_attention_init(const struct cuda_device *d)
 {
-    cudaError_t e = cuda_attn_decode_init();
+    cudaError_t e = cuda_attn_decode_init(d);
     if (e == cudaSuccess)
         e = cuda_attn_prefill_init();
-    if (e == cudaSuccess)
+    if (e == cudaSuccess && d->cc == 90)
         e = cuda_attn_wgmma_init();
-    return e == cudaSuccess ? cuda_attn_tma_init() : e;
+    return e == cudaSuccess && d->cc == 90 ? cuda_attn_tma_init() : e;
 }
 
 static int log2_of(int x)

@@ -77,8 +77,9 @@ __device__ static inline int block_of(const struct attn_launch *p, const int32_t
 }
 
 /* Once a device: kernels that use more than 48 KiB of shared memory must ask for it. */
-cudaError_t cuda_attn_decode_init(void);
+cudaError_t cuda_attn_decode_init(const struct cuda_device *d);
 cudaError_t cuda_attn_prefill_init(void);
+/* Where the device is of the kind they are for. */
 cudaError_t cuda_attn_wgmma_init(void);
 cudaError_t cuda_attn_tma_init(void);
 

@@ -435,9 +435,17 @@ __global__ static void __launch_bounds__(WARPS * 32) decode_kernel(
     merge_splits<HD>(&p, &it);
 }
 
+/* May a block have the rings, and the little that is declared beside them? */
+template <int HD, int EB> static bool rings_fit(const struct cuda_device *d)
+{
+    return (size_t)decode_shape<HD, EB>::SMEM + 1024 <= d->smem_block;
+}
+
 template <int HD, int EB>
 static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int max_tiles)
 {
+    if (!rings_fit<HD, EB>(st->dev))
+        return LM_UNSUPPORTED;
     /* The most splits that any sequence of at most max_tiles tiles may have. */
     int splits = 1;
     for (int t = max_tiles; t > 0 && t > max_tiles - DECODE_MAX_TILES; t--)
@@ -450,20 +458,22 @@ static lm_status launch(struct cuda_stream *st, const struct attn_launch *p, int
                        dim3(WARPS * 32), decode_shape<HD, EB>::SMEM, *p);
 }
 
-template <int HD, int EB> static cudaError_t allow(void)
+template <int HD, int EB> static cudaError_t allow(const struct cuda_device *d)
 {
+    if (!rings_fit<HD, EB>(d))
+        return cudaSuccess;
     return cudaFuncSetAttribute(decode_kernel<HD, EB>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 decode_shape<HD, EB>::SMEM);
 }
 
-cudaError_t cuda_attn_decode_init(void)
+cudaError_t cuda_attn_decode_init(const struct cuda_device *d)
 {
     cudaError_t e = cudaSuccess;
 #define X(hd)                                                                                  \
     if (e == cudaSuccess)                                                                      \
-        e = allow<hd, 2>();                                                                    \
+        e = allow<hd, 2>(d);                                                                   \
     if (e == cudaSuccess)                                                                      \
-        e = allow<hd, 1>();
+        e = allow<hd, 1>(d);
     CUDA_HEAD_DIMS(X)
 #undef X
     return e;

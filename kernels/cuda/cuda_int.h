@@ -221,9 +221,11 @@ lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
 /* y (bf16) = product [m, n] (+ bias) (+ y if accumulate), rounded once. */
 lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a, const float *product);
 
-/* Once a device: kernels that use more than 48 KiB of shared memory ask for it. */
-cudaError_t cuda_attention_init(void);
-cudaError_t cuda_lora_init(void);
+/* Once a device: kernels that use more than 48 KiB of shared memory ask for it, as far as blocks of
+ * this device may have it (227 KiB on sm_90, 163 on sm_80, 99 on the rest of 8.x); what would need
+ * more is not launched there. */
+cudaError_t cuda_attention_init(const struct cuda_device *d);
+cudaError_t cuda_lora_init(const struct cuda_device *d);
 
 /* attention.cu, sample.cu */
 size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,

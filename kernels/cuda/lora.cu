@@ -559,6 +559,12 @@ extern "C" lm_status cuda_op_lora_shrink(kn_stream *s, const struct kn_lora *a)
                                   : launch_shrink<shrink_wide>(st, &p);
 }
 
+/* Bytes of B that a block keeps of so many rank rows. */
+static size_t stationary_bytes(int ranks)
+{
+    return (size_t)(EXPAND_WARPS * LM_DIV_UP(ranks, 16) * 16 * SLAB * 2);
+}
+
 static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
 {
     int tasks = 0;
@@ -567,7 +573,7 @@ static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
     dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(p, LONG_TILE));
     p->smem_rows = LM_DIV_UP(p->a.batch.max_rank, 16) * 16;
     return cuda_launch(st, "lora_expand", expand_kernel, grid, dim3(EXPAND_WARPS * 32),
-                       (size_t)(EXPAND_WARPS * p->smem_rows * SLAB * 2), *p);
+                       stationary_bytes(p->smem_rows), *p);
 }
 
 /* Does every row of y, at every part, allow loads of `unit` elements? */
@@ -588,7 +594,8 @@ extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
     lm_status rc = prepare(st, a, "lora_expand", &p);
     if (rc != LM_OK || p.n_active == 0)
         return rc;
-    const bool few = a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX;
+    const bool few = a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX ||
+                     stationary_bytes(a->batch.max_rank) > st->dev->smem_block;
     p.aligned = y_aligned(a, few ? 8 : 4);
     return few ? cuda_lora_expand_few(st, &p) : launch_expand(st, &p);
 }
@@ -599,7 +606,7 @@ template <class S> static cudaError_t allow_shrink(void)
                                 S::SMEM);
 }
 
-extern "C" cudaError_t cuda_lora_init(void)
+extern "C" cudaError_t cuda_lora_init(const struct cuda_device *d)
 {
     cudaError_t e = allow_shrink<shrink_long>();
     if (e == cudaSuccess)
@@ -608,6 +615,6 @@ extern "C" cudaError_t cuda_lora_init(void)
         e = cuda_lora_few_init();
     if (e == cudaSuccess)
         e = cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 EXPAND_WARPS * STATIONARY_MAX * SLAB * 2);
+                                 (int)LM_MIN(stationary_bytes(STATIONARY_MAX), d->smem_block));
     return e;
 }

@@ -238,5 +238,6 @@ extern "C" kn_device *emu_device_new(int sms, int cc)
     d->fault = d->fault_host = &fault_word;
     d->sms = sms;
     d->cc = cc;
+    d->smem_block = 227 << 10;
     return &d->base;
 }
