@@ -304,7 +304,8 @@ static void run_suite(struct gpu_check *c, const char *name, const char *model,
     s->name = name;
     s->trained = trained;
     s->as = as;
-    if (!mkdtemp(dir) || !read_cases(s, golden))
+    if (!check_that(c, mkdtemp(dir) != NULL, "%s: a folder for the model", name) ||
+        !read_cases(s, golden))
         return;
     link_files(model, dir, NULL);
     link_files("tests/models/spm-tiny", dir, "tokenizer");
