@@ -79,12 +79,22 @@ static int cheapest_splits(int64_t items, int64_t slots)
     return best;
 }
 
+/* A row's splits may follow the bucket, not the number of its neighbours. Below the GEMM's first
+ * bucket of eight they are 1, 2, 4 and 8: few sequences need many splits to fill the device. */
+static int seq_bucket(int n)
+{
+    for (int b = 1; b <= 8; b *= 2)
+        if (n <= b)
+            return b;
+    return cuda_bucket(n);
+}
+
 /* Splits for this bucket, and where partial results go. */
 static void plan_splits(struct cuda_stream *st, struct attn_launch *p)
 {
     const struct kn_attention *a = &p->a;
     const int group = a->q_heads / a->kv_heads;
-    const int64_t items = (int64_t)a->n_seqs * a->kv_heads * p->row_tiles;
+    const int64_t items = (int64_t)seq_bucket(a->n_seqs) * a->kv_heads * p->row_tiles;
     const int64_t rows = items * LM_MIN(group, 16);
     const int64_t room = (int64_t)(CUDA_SCRATCH_BYTES - CUDA_COUNTER_BYTES);
     int64_t fit = room / (rows * (a->head_dim + 2) * (int64_t)sizeof(float));

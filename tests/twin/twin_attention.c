@@ -267,13 +267,15 @@ static void check_many_heads(struct twin *c)
     compare(c, (struct shape){ 32, 16, 128, 16, 0 }, &m, "many heads");
 }
 
-/* A sequence's rows are the same to the last bit whatever its neighbours do. */
-static void company_of(struct twin *c, struct shape h, int row)
+/* A sequence's rows are the same to the last bit whatever its neighbours do, and if one of them is
+ * gone. */
+static void company_of(struct twin *c, struct shape h, int row, int n)
 {
     struct input a, b;
     struct seqs qa = { 4, { row, 40, 77, 5 }, { 1, 40, 1, 1 } }, qb = qa;
     qb.len[1] = 150, qb.n_q[1] = 1, qb.len[2] = c->slow ? 300 : 3000, qb.n_q[3] = 2;
-    twin_case(c, "attention: a row of %d keys in other company", row);
+    qb.n = n;
+    twin_case(c, "attention: a row of %d keys in company of %d", row, n);
     input_make(&a, h, &qa);
     input_make(&b, h, &qb);
     memcpy(b.kv, a.kv, (size_t)qa.len[0] * (size_t)a.width * sizeof(float));
@@ -287,8 +289,9 @@ static void company_of(struct twin *c, struct shape h, int row)
 
 static void check_company(struct twin *c)
 {
-    company_of(c, (struct shape){ 8, 2, 64, 16, 0 }, 230);
-    company_of(c, (struct shape){ 128, 128, 16, 16, 0 }, 90);
+    company_of(c, (struct shape){ 8, 2, 64, 16, 0 }, 230, 4);
+    company_of(c, (struct shape){ 128, 128, 16, 16, 0 }, 90, 4);
+    company_of(c, (struct shape){ 32, 32, 64, 16, 0 }, 700, 3);
 }
 
 /* ---- rope ------------------------------------------------------------------------------ */
