@@ -203,6 +203,21 @@ static lm_status load_vector(struct loader *l, int layer, const char *suffix, in
 
 /* ---- matrices -------------------------------------------------------------------------- */
 
+/* What a matrix's numbers become; layer < 0: embeddings and head. */
+static enum kn_dtype kept_as(const struct loader *l, int layer, enum kn_dtype stored)
+{
+    struct kn_props props;
+    switch (l->as) {
+    case WEIGHTS_STORED: return stored;
+    case WEIGHTS_BF16: return KN_BF16;
+    case WEIGHTS_FP8: break;
+    }
+    if (layer >= 0)
+        return KN_E4M3;
+    kn_props(l->w->dev, &props);
+    return props.act == KN_BF16 ? KN_BF16 : stored;
+}
+
 /* A matrix from up to three tensors stacked by rows; each gives its shard of rows or columns. */
 struct part {
     const char *suffix;
@@ -225,10 +240,7 @@ static lm_status load_matrix(struct loader *l, int layer, const struct part *par
         cols = part[i].split_cols ? part[i].cols / world : part[i].cols;
         dtype = i == 0 || t[i]->dtype == dtype ? t[i]->dtype : KN_F32;
     }
-    if (l->as == WEIGHTS_BF16)
-        dtype = KN_BF16;
-    else if (l->as == WEIGHTS_FP8 && layer >= 0)
-        dtype = KN_E4M3;
+    dtype = kept_as(l, layer, dtype);
     lm_status st = kn_mat_new(l->w->dev, dtype, rows, cols, out, l->err);
     if (st == LM_OK && l->as != WEIGHTS_STORED)
         l->w->bytes = before + kn_mat_bytes(*out);

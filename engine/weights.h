@@ -42,8 +42,8 @@ struct weights {
     struct safetensors *files;  /* from these; else NULL */
 };
 
-/* What becomes of the checkpoint's numbers: the device's choice; all matrices bf16; the layers' in
- * KN_E4M3, embeddings and head the device's choice. */
+/* What becomes of the checkpoint's numbers: as stored (float32 as bf16 on a GPU); all matrices
+ * bf16; the layers' in KN_E4M3, embeddings and head bf16 where activations are, else as stored. */
 enum weights_as { WEIGHTS_STORED, WEIGHTS_BF16, WEIGHTS_FP8 };
 
 /* Reads a checkpoint's files, and closes them in any case. LM_MISMATCH names the tensor that is
