@@ -242,8 +242,8 @@ static void bench_upload(struct gpu_check *c)
         must(kn_mat_upload(m, 0, 0, rows, cols, src[i / 2], KN_BF16, (size_t)cols, &err), "upload");
         double us = (double)(lm_now_us() - t0);
         if (i % 2)
-            figure(c, "mat_upload, one thread", (double)bytes / us / 1e3, "GB/s", "%s",
-                   i / 2 ? "pinned bf16" : "bf16");
+            figure(c, "mat_upload, one thread", (double)bytes / us / 1e3, "GB/s",
+                   "\"from\": \"%s\"", i / 2 ? "pinned memory" : "pageable memory");
     }
     kn_mat_free(m);
     free(src[0]);
