@@ -47,10 +47,11 @@ static void world_init(struct world *w)
     struct lm_err err = { 0 };
     struct kn_open_params p = { .threads = 1 };
     memset(w, 0, sizeof *w);
-    snprintf(w->dir, sizeof w->dir, "/tmp/upload-XXXXXX");
-    assert_non_null(mkdtemp(w->dir));
+    char dir[] = "/tmp/upload-XXXXXX";
+    assert_non_null(mkdtemp(dir));
+    snprintf(w->dir, sizeof w->dir, "%s", dir);
     for (int i = 0; i < 3; i++)
-        snprintf(w->path[i], sizeof w->path[i], "%s/%s", w->dir, names[i]);
+        snprintf(w->path[i], sizeof w->path[i], "%s/%s", dir, names[i]);
     st_writer_add(&one, "a", "F32", ROWS, COLS, 1);
     st_writer_add(&one, "b", "BF16", ROWS, COLS, 2);
     st_writer_add(&two, "c", "F16", ROWS, COLS, 3);
