@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "worker/cmd_bench.h"
 
@@ -29,7 +30,7 @@ struct bench_option {
 static const struct bench_option options[] = {
     { NULL, TEXT, 0, "What is measured", NULL },
     { "model", TEXT, AT(model), "DIR", "Hugging Face model folder" },
-    { "shape", TEXT, AT(shape), "FILE", "instead: a config.json; weights are made up" },
+    { "shape", TEXT, AT(shape), "NAME", "instead: of ops/shapes, or config.json; made-up weights" },
     { "load-format", TEXT, 0, "dummy", "accepted beside --shape, as others spell it" },
     { "backend", TEXT, AT(backend), "NAME", "cpu or cuda; default: cuda where a device works" },
     { "sim", TEXT, AT(sim), "FILE", "a device description: time is simulated" },
@@ -83,7 +84,7 @@ static const struct bench_option options[] = {
 
 static int usage(FILE *f, int status)
 {
-    fprintf(f, "usage: loramill bench (--model DIR | --shape FILE) [--trace FILE] [OPTION]...\n");
+    fprintf(f, "usage: loramill bench (--model DIR | --shape NAME) [--trace FILE] [OPTION]...\n");
     for (size_t i = 0; i < LM_COUNT(options); i++) {
         const struct bench_option *o = &options[i];
         char left[48];
@@ -181,6 +182,24 @@ static bool parse_fp8(const char *text, bool *fp8)
     return *fp8 || !strcmp(text, "auto");
 }
 
+/* A name is looked up in ops/shapes, here or beside the program's folder; the rest is a file. */
+static const char *find_shape(const char *name)
+{
+    static char path[512];
+    char exe[256];
+    if (strchr(name, '/') || strstr(name, ".json"))
+        return name;
+    snprintf(path, sizeof path, "ops/shapes/%.100s.json", name);
+    if (!access(path, R_OK))
+        return path;
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    exe[n > 0 ? n : 0] = '\0';
+    char *end = strrchr(exe, '/');
+    snprintf(path, sizeof path, "%.*s/../ops/shapes/%.100s.json", end ? (int)(end - exe) : 0, exe,
+             name);
+    return access(path, R_OK) ? name : path;
+}
+
 static bool take(struct bench_args *a, const struct bench_option *o, const char *text)
 {
     void *at = (char *)a + o->offset;
@@ -205,7 +224,7 @@ static bool take(struct bench_args *a, const struct bench_option *o, const char 
     }
     if (!strcmp(o->name, "load-format"))
         return !strcmp(text, "dummy");
-    *(const char **)at = text;
+    *(const char **)at = strcmp(o->name, "shape") ? text : find_shape(text);
     return true;
 }
 
