@@ -190,6 +190,8 @@ static lm_status load_texts(engine *e, struct lm_err *err)
     const char *dir = e->cfg.model_dir;
     lm_status st = dir ? model_config_load(dir, &e->model, err)
                        : model_config_load_file(e->cfg.shape, &e->model, err);
+    if (st == LM_OK && !dir && e->cfg.shape_layers > 0)
+        e->model.n_layers = LM_MIN(e->model.n_layers, e->cfg.shape_layers);
     if (st == LM_OK && dir)
         st = tokenizer_load(dir, &e->tok, err);
     if (st == LM_OK && dir)

@@ -101,6 +101,7 @@ struct engine_config {
     const struct engine_policy *policy; /* NULL: the default */
     const char *shape;          /* instead of model_dir: a config.json alone. Weights are random, so
                                  * only speed means anything; no tokenizer: token ids in and out */
+    int shape_layers;           /* of the shape's, only the first so many; 0: all */
     const char *sim;            /* a device description: time is simulated (backend "sim") */
     bool manual;                /* no engine thread: the caller runs engine_pump() */
     bool echo;                  /* no model: answer each prompt with itself. For measuring the road

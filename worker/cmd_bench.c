@@ -251,7 +251,7 @@ static lm_status fixed_figures(struct bench *b, struct lm_err *err)
     struct engine_config cfg = {
         .model_dir = a->model, .shape = a->shape, .backend = a->backend, .sim = a->sim,
         .threads = a->threads, .pool_bytes = a->pool_bytes, .block_tokens = a->block_tokens,
-        .kv = a->kv, .weights = a->weights,
+        .kv = a->kv, .weights = a->weights, .shape_layers = a->layers,
         .max_seqs = a->max_seqs ? a->max_seqs : a->batch, .max_step_tokens = a->max_step_tokens,
         .max_waiting = a->batch + 1, .host_adapter_bytes = a->host_adapter_bytes,
         .policy = &a->policy,

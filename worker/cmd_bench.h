@@ -22,6 +22,7 @@
 struct bench_args {
     const char *model, *shape, *sim, *trace, *adapters, *backend, *label, *outcomes;
     int threads, prompt_tokens, tokens, batch, repeat;
+    int layers;                 /* of the shape; 0: all */
     int dummy, rank;            /* stand-ins for adapters in the fixed figures */
     unsigned modules;           /* of stand-ins */
     enum engine_kv kv;

@@ -31,6 +31,7 @@ static const struct bench_option options[] = {
     { NULL, TEXT, 0, "What is measured", NULL },
     { "model", TEXT, AT(model), "DIR", "Hugging Face model folder" },
     { "shape", TEXT, AT(shape), "NAME", "instead: of ops/shapes, or config.json; made-up weights" },
+    { "layers", COUNT, AT(layers), "N", "only so many layers of --shape (70B does not fit)" },
     { "load-format", TEXT, 0, "dummy", "accepted beside --shape, as others spell it" },
     { "backend", TEXT, AT(backend), "NAME", "cpu or cuda; default: cuda where a device works" },
     { "sim", TEXT, AT(sim), "FILE", "a device description: time is simulated" },

@@ -518,7 +518,7 @@ static lm_status open_engine(struct runner *r)
     struct engine_config c = {
         .model_dir = a->model, .shape = a->shape, .backend = a->backend, .sim = a->sim,
         .threads = a->threads, .pool_bytes = a->pool_bytes, .block_tokens = a->block_tokens,
-        .kv = a->kv, .weights = a->weights,
+        .kv = a->kv, .weights = a->weights, .shape_layers = a->layers,
         .max_seqs = a->max_seqs, .max_step_tokens = a->max_step_tokens,
         .max_waiting = LM_MIN(LM_MAX(LM_MAX(r->t->n, a->warm_up), 1024), 1 << 18),
         .policy = &a->policy, .host_adapter_bytes = a->host_adapter_bytes,

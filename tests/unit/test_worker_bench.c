@@ -133,6 +133,7 @@ static void options_are_checked(void **state)
     assert_int_equal(a.weights, ENGINE_WEIGHTS_FP8);
     assert_int_equal(arguments("--weights-dtype fp8-dynamic").weights, ENGINE_WEIGHTS_FP8_DYNAMIC);
     assert_string_equal(arguments("--shape llama-2-7b").shape, "ops/shapes/llama-2-7b.json");
+    assert_int_equal(arguments("--layers 8").layers, 8);
     assert_string_equal(arguments("--shape a/b").shape, "a/b");
     assert_string_equal(arguments("--shape nosuch").shape, "nosuch");
     assert_int_equal(arguments("--weights-dtype bf16").weights, ENGINE_WEIGHTS_BF16);
