@@ -28,7 +28,7 @@
  */
 #include "kernels/cuda/attn_prefill.cuh"
 #include "kernels/cuda/hopper.cuh"
-#include "kernels/cuda/wgmma.cuh"
+#include "kernels/cuda/attn_wgmma.cuh"
 
 template <int HD_> struct tma_shape {
     static constexpr int HD = HD_, EB = 2, MT = 1, KEYS = 128, LAG = 8;
@@ -248,32 +248,6 @@ __device__ static inline void fetch_keys(const struct attn_launch *p,
 }
 
 /* ---- warps 4 to 11: attention -------------------------------------------------------------- */
-
-/* s [64, KEYS] = this group's rows of q by k. */
-template <class S>
-__device__ static inline void start_scores(float (&s)[S::KEYS / 8][4], const unsigned char *q,
-                                           const unsigned char *k)
-{
-    wgmma_begin();
-#pragma unroll
-    for (int ks = 0; ks < S::HD / 16; ks++)
-        wgmma_ss(s, wgmma_desc(q + ks / 4 * S::ROWS * 128 + ks % 4 * 32, 16, 1024),
-                 wgmma_desc(k + ks / 4 * S::PANEL + ks % 4 * 32, 16, S::EIGHT), ks > 0);
-    wgmma_commit();
-}
-
-/* o [64, HD] += weights by v. */
-template <class S>
-__device__ static inline void start_values(float (&o)[S::HD / 8][4],
-                                           const uint32_t (&w)[S::KEYS / 16][4],
-                                           const unsigned char *v)
-{
-    wgmma_begin();
-#pragma unroll
-    for (int ks = 0; ks < S::KEYS / 16; ks++)
-        wgmma_rs(o, w[ks], wgmma_desc(v + ks * 2 * S::EIGHT, S::PANEL, S::EIGHT));
-    wgmma_commit();
-}
 
 /* As soften(), but the maximum moves only when it is behind by more than LAG. */
 template <class S>

@@ -8,12 +8,14 @@
  * threads copy: K of the next tile while scores are computed, V while values are.
  */
 #include "kernels/cuda/attn_prefill.cuh"
-#include "kernels/cuda/wgmma.cuh"
+#include "kernels/cuda/attn_wgmma.cuh"
 
 template <int HD_, int EB_> struct wgmma_shape {
     static constexpr int HD = HD_, EB = EB_, WARPS = 8, THREADS = WARPS * 32, MT = 1;
     static constexpr int ROWS = WARPS * 16;
     static constexpr int KEYS = 128;
+    /* K and V in shared memory: from panel to panel, from 8 keys to the next. */
+    static constexpr int PANEL = KEYS * 128, EIGHT = 1024;
     /* Panels of 64 dims, one after the other. */
     template <int N> __device__ static inline int at(int row, int piece)
     {
@@ -22,32 +24,6 @@ template <int HD_, int EB_> struct wgmma_shape {
 };
 
 #if defined(KN_EMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/* s [64, KEYS] = this group's rows of q by k. */
-template <class S>
-__device__ static inline void start_scores(float (&s)[S::KEYS / 8][4], const unsigned char *q,
-                                           const unsigned char *k)
-{
-    wgmma_begin();
-#pragma unroll
-    for (int ks = 0; ks < S::HD / 16; ks++)
-        wgmma_ss(s, wgmma_desc(q + ks / 4 * S::ROWS * 128 + ks % 4 * 32, 16, 1024),
-                 wgmma_desc(k + ks / 4 * S::KEYS * 128 + ks % 4 * 32, 16, 1024), ks > 0);
-    wgmma_commit();
-}
-
-/* o [64, HD] += weights by v. */
-template <class S>
-__device__ static inline void start_values(float (&o)[S::HD / 8][4],
-                                           const uint32_t (&p)[S::KEYS / 16][4],
-                                           const unsigned char *v)
-{
-    wgmma_begin();
-#pragma unroll
-    for (int ks = 0; ks < S::KEYS / 16; ks++)
-        wgmma_rs(o, p[ks], wgmma_desc(v + ks * 2048, S::KEYS * 128, 1024));
-    wgmma_commit();
-}
 
 /* A tile whose copies are all but the newest LEFT groups is there, this thread's part and everyone
  * else's. */
