@@ -5,8 +5,6 @@
  */
 #include "worker/client_stats.h"
 
-#include <jansson.h>
-
 #include "worker/metrics.h"
 
 static long long number(const json_t *o, const char *key)
@@ -45,10 +43,9 @@ static void add_fetched(const json_t *topics, long long v[CLIENT_STATS])
         }
 }
 
-bool client_stats_take(struct client_stats *s, const char *json, size_t len)
+bool client_stats_read(struct client_stats *s, const json_t *root)
 {
     long long v[CLIENT_STATS] = { 0 };
-    json_t *root = json_loadb(json, len, 0, NULL);
     const json_t *brokers = json_object_get(root, "brokers");
     bool good = json_is_object(brokers);
     if (good) {
@@ -59,6 +56,13 @@ bool client_stats_take(struct client_stats *s, const char *json, size_t len)
         for (int i = 0; i < CLIENT_STATS; i++)
             atomic_store_explicit(&s->values[i], v[i], memory_order_relaxed);
     }
+    return good;
+}
+
+bool client_stats_take(struct client_stats *s, const char *json, size_t len)
+{
+    json_t *root = json_loadb(json, len, 0, NULL);
+    bool good = client_stats_read(s, root);
     json_decref(root);
     return good;
 }

@@ -17,6 +17,8 @@
 #include <stddef.h>
 #include <stdio.h>
 
+#include <jansson.h>
+
 enum client_stat {
     CLIENT_RTT_US,              /* highest 99th percentile of a broker's round trip */
     CLIENT_THROTTLE_MS,         /* highest average of a broker's throttling */
@@ -31,6 +33,7 @@ struct client_stats { atomic_llong values[CLIENT_STATS]; };
 
 /* Reads the library's text. False: it is not what we know; nothing changes. */
 bool client_stats_take(struct client_stats *s, const char *json, size_t len);
+bool client_stats_read(struct client_stats *s, const json_t *root);     /* the same, parsed */
 
 /* Prometheus text, label client="consumer" and "producer". */
 void client_stats_write(const struct client_stats *consumer, const struct client_stats *producer,

@@ -203,8 +203,8 @@ static void write_group(struct metrics *m, FILE *f)
     counter(f, P "transactions_total", "Committed transactions.", &m->transactions);
     counter(f, P "transaction_aborts_total", "Aborted transactions; what they held is sent again.",
             &m->transaction_aborts);
-    counter(f, P "producer_rebuilds_total", "Producers replaced because a transaction's fate was "
-            "unknown.", &m->producer_rebuilds);
+    counter(f, P "producer_rebuilds_total", "Producers replaced: a transaction's fate was "
+            "unknown, or they kept to the leaders of before.", &m->producer_rebuilds);
 }
 
 void metrics_write(struct metrics *m, const struct metrics_labels *l, FILE *f)

@@ -31,6 +31,9 @@
  * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
  * has committed; what is said above about failed deliveries holds there too.
  *
+ * At-least-once: a client that keeps to a leader which a partition has no more (leaders.h) is
+ * replaced, see renew().
+ *
  * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
  * and everything else happen on the producer thread. The value is not copied by the library: it
  * belongs to the job, which nobody frees before its report.
@@ -51,6 +54,8 @@ enum {
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
+    RENEW_DRAIN_MS = 2000,
+    RENEW_PURGE_MS = 5000,
 };
 
 /* ---- sending ---------------------------------------------------------------------------- */
@@ -106,7 +111,13 @@ bool producer_send_records(producer *p, struct job *j)
 
 void producer_send(producer *p, struct job *j)
 {
-    if (p->exactly_once || producer_send_records(p, j))
+    bool judge = p->exactly_once;
+    if (!judge) {
+        pthread_mutex_lock(&p->swap);
+        judge = producer_send_records(p, j);
+        pthread_mutex_unlock(&p->swap);
+    }
+    if (judge)
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -251,6 +262,8 @@ void producer_judge(producer *p, struct job *j)
     }
     if (!worst) {
         acknowledged(p, j);
+    } else if (purged(worst) && p->renewing) {
+        job_list_add(&p->taken_back, j, 0);
     } else if (purged(worst) || atomic_load(&p->end)) {
         worker_end_job(p->w, j, OUTCOME_DROPPED);
     } else if (worst == RD_KAFKA_RESP_ERR__QUEUE_FULL) {
@@ -281,6 +294,8 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 {
     producer *p = opaque;
     char text[512];
+    if (rk != p->rk)
+        return;                 /* it is being replaced */
     credentials_error(p->w->credentials, err);
     if (err == RD_KAFKA_RESP_ERR__FATAL && p->exactly_once) {
         lm_log(LM_WARN, "producer", "%s", reason);      /* transaction.c decides */
@@ -294,10 +309,64 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
 
 static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
 {
-    (void)rk;
     producer *p = opaque;
-    client_stats_take(&p->w->producer_stats, json, len);
+    json_t *root = json_loadb(json, len, 0, NULL);
+    if (rk == p->rk) {
+        client_stats_read(&p->w->producer_stats, root);
+        if (!p->exactly_once)
+            p->n_stuck = leaders_stuck(&p->leaders, root, p->stuck, LEADERS_STUCK_MOST);
+    }
+    json_decref(root);
     return 0;                   /* the library's to free */
+}
+
+/* ---- clients ---------------------------------------------------------------------------- */
+
+static int64_t conf_int(const rd_kafka_conf_t *conf, const char *key)
+{
+    char text[32];
+    size_t n = sizeof text;
+    if (rd_kafka_conf_get(conf, key, text, &n) != RD_KAFKA_CONF_OK)
+        return 0;
+    return strtoll(text, NULL, 10);
+}
+
+static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
+{
+    rd_kafka_conf_t *conf;
+    lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
+    if (st)
+        return st;
+    p->batch_bytes = conf_int(conf, "batch.size");
+    p->transaction_timeout_ms = conf_int(conf, "transaction.timeout.ms");
+    rd_kafka_conf_set_opaque(conf, p);
+    rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
+    rd_kafka_conf_set_error_cb(conf, on_error);
+    rd_kafka_conf_set_stats_cb(conf, on_stats);
+    if (p->exactly_once)
+        unanswered_watch(&p->unanswered, conf);
+    st = kafka_open(RD_KAFKA_PRODUCER, conf, out, err);
+    if (!st)
+        credentials_attach(p->w->credentials, *out, CONFIG_PRODUCER);
+    return st;
+}
+
+static void close_client(producer *p, rd_kafka_t *rk)
+{
+    credentials_detach(p->w->credentials, rk);
+    rd_kafka_destroy(rk);
+}
+
+lm_status producer_open(producer *p, struct lm_err *err)
+{
+    return open_client(p, &p->rk, err);
+}
+
+void producer_close(producer *p)
+{
+    if (p->rk)
+        close_client(p, p->rk);
+    p->rk = NULL;
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -315,12 +384,74 @@ static void serve_again(producer *p)
     }
 }
 
+/* ---- a new client (at-least-once) ------------------------------------------------------- */
+
+/* Reports of the old one, until it has none to give: what the brokers take they may take yet, the
+ * rest is taken back. While it drains the new one is served as ever. */
+static bool drain_old(producer *p, rd_kafka_t *old)
+{
+    int64_t end = lm_now_us() + RENEW_DRAIN_MS * 1000;
+    while (rd_kafka_outq_len(old) > 0 && lm_now_us() < end && !atomic_load(&p->end)) {
+        rd_kafka_poll(old, 10);
+        rd_kafka_poll(p->rk, 0);
+        serve_again(p);
+    }
+    rd_kafka_purge(old, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    end = lm_now_us() + RENEW_PURGE_MS * 1000;
+    while (rd_kafka_outq_len(old) > 0 && lm_now_us() < end)
+        rd_kafka_poll(old, 10);
+    return rd_kafka_outq_len(old) == 0;
+}
+
+/* Other threads send with the new client from here on. What the old one had not delivered is sent
+ * again when it is gone, and no sooner: until then it may read the records. Some of that may be in
+ * the topic already, under the same id. */
+static void renew(producer *p)
+{
+    struct lm_err err;
+    rd_kafka_t *old = p->rk, *fresh;
+    if (open_client(p, &fresh, &err)) {
+        lm_log(LM_WARN, "producer", "no new producer: %s", err.msg);
+        return;
+    }
+    metric_add(&p->w->metrics.producer_rebuilds, 1);
+    pthread_mutex_lock(&p->swap);
+    p->rk = fresh;
+    pthread_mutex_unlock(&p->swap);
+    leaders_release(&p->leaders);
+    p->renewing = true;
+    bool whole = drain_old(p, old);
+    atomic_store(&p->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
+    close_client(p, old);
+    atomic_store(&p->w->closing_producer_us, 0);
+    p->renewing = false;
+    if (!whole)
+        worker_fail(p->w, LM_STATE, "the old producer does not give its records back");
+    for (struct job *j = job_list_take_all(&p->taken_back), *next; j; j = next) {
+        next = j->next;
+        job_list_add(&p->later, j, 0);
+    }
+}
+
+static void look_at_leaders(producer *p)
+{
+    size_t n = p->n_stuck, i;
+    p->n_stuck = 0;
+    if (!n || (i = leaders_moved(p->rk, p->stuck, n)) == n)
+        return;
+    lm_log(LM_WARN, "producer", "%s [%d]: records wait for broker %d, which does not lead it any "
+           "more; a new producer asks anew", p->stuck[i].topic, (int)p->stuck[i].partition,
+           (int)p->stuck[i].leader);
+    renew(p);
+}
+
 static void *producer_main(void *arg)
 {
     producer *p = arg;
     while (!atomic_load(&p->end)) {
         rd_kafka_poll(p->rk, job_list_wait_ms(&p->later, lm_now_us(), POLL_MS));
         serve_again(p);
+        look_at_leaders(p);
     }
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
@@ -336,44 +467,6 @@ static void *producer_main(void *arg)
 
 /* ---- life ------------------------------------------------------------------------------- */
 
-static int64_t conf_int(const rd_kafka_conf_t *conf, const char *key)
-{
-    char text[32];
-    size_t n = sizeof text;
-    if (rd_kafka_conf_get(conf, key, text, &n) != RD_KAFKA_CONF_OK)
-        return 0;
-    return strtoll(text, NULL, 10);
-}
-
-lm_status producer_open(producer *p, struct lm_err *err)
-{
-    rd_kafka_conf_t *conf;
-    lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
-    if (st)
-        return st;
-    p->batch_bytes = conf_int(conf, "batch.size");
-    p->transaction_timeout_ms = conf_int(conf, "transaction.timeout.ms");
-    rd_kafka_conf_set_opaque(conf, p);
-    rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
-    rd_kafka_conf_set_error_cb(conf, on_error);
-    rd_kafka_conf_set_stats_cb(conf, on_stats);
-    if (p->exactly_once)
-        unanswered_watch(&p->unanswered, conf);
-    st = kafka_open(RD_KAFKA_PRODUCER, conf, &p->rk, err);
-    if (!st)
-        credentials_attach(p->w->credentials, p->rk, CONFIG_PRODUCER);
-    return st;
-}
-
-void producer_close(producer *p)
-{
-    if (!p->rk)
-        return;
-    credentials_detach(p->w->credentials, p->rk);
-    rd_kafka_destroy(p->rk);
-    p->rk = NULL;
-}
-
 lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
 {
     producer *p = lm_calloc(1, sizeof *p);
@@ -382,15 +475,14 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
     p->w = w;
     p->exactly_once = config_exactly_once(w->cfg);
     job_queue_init(&p->again);
+    pthread_mutex_init(&p->swap, NULL);
     lm_status st = producer_open(p, err);
     p->started = !st && !pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main :
                                         producer_main, p);
     if (!st && !p->started)
         st = lm_err_set(err, LM_NOMEM, "can't start the producer thread");
     if (st) {
-        producer_close(p);
-        job_queue_release(&p->again);
-        free(p);
+        producer_free(p);
         return st;
     }
     *out = p;
@@ -422,5 +514,7 @@ void producer_free(producer *p)
         return;
     producer_close(p);
     job_queue_release(&p->again);
+    leaders_release(&p->leaders);
+    pthread_mutex_destroy(&p->swap);
     free(p);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * producer_int.h - what producer.c and transaction.c share. Everything but `again` and `end`
- * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`.
+ * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`
+ * while it holds `swap`, with which the producer thread replaces it.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H
@@ -9,6 +10,7 @@
 #include <librdkafka/rdkafka.h>
 
 #include "worker/kafka_conf.h"
+#include "worker/leaders.h"
 #include "worker/unanswered.h"
 #include "worker/worker.h"
 
@@ -17,12 +19,18 @@ enum { TRANSACTION_LAST_MS = 5000 };
 
 struct producer {
     struct worker *w;
-    rd_kafka_t *rk;             /* exactly-once: replaced when a transaction's fate is unknown */
+    rd_kafka_t *rk;             /* replaced: when a transaction's fate is unknown, or a leader */
+    pthread_mutex_t swap;
     pthread_t thread;
     bool started;
     /* At-least-once: could not be queued. Exactly-once: everything to be sent. */
     struct job_queue again;
     struct job_list later;
+    struct leaders leaders;     /* at-least-once */
+    struct stuck stuck[LEADERS_STUCK_MOST];
+    size_t n_stuck;
+    bool renewing;              /* the client before `rk` is being let go */
+    struct job_list taken_back; /* ... what it had not delivered */
     atomic_bool end;
     atomic_bool over;           /* its thread has ended */
     atomic_bool want_offsets;   /* a transaction now, if only for offsets */

@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_leaders.c - which partitions of a producer are stuck, by statistics of the form that
+ * librdkafka's STATISTICS.md gives, and whether the brokers name another leader for them. That a
+ * worker gets over it is test_brokers.sh's to prove.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "worker/leaders.h"
+
+/* One topic of two partitions: how many were queued, and acknowledged, on each. */
+static json_t *stats(int waiting, int msgs0, int acked0, int msgs1, int acked1)
+{
+    char text[600];
+    snprintf(text, sizeof text, "{\"msg_cnt\": %d, \"topics\": {\"side\": {\"partitions\": {"
+             "\"0\": {\"partition\": 0, \"leader\": 1, \"msgs\": %d, \"acked_msgid\": %d},"
+             "\"1\": {\"partition\": 1, \"leader\": 2, \"msgs\": %d, \"acked_msgid\": %d},"
+             "\"-1\": {\"partition\": -1, \"leader\": -1, \"msgs\": 5, \"acked_msgid\": 0}}}}}",
+             waiting, msgs0, acked0, msgs1, acked1);
+    return json_loads(text, 0, NULL);
+}
+
+/* What the next statistics are taken for. */
+static size_t look(struct leaders *l, json_t *root, struct stuck *out, size_t most)
+{
+    size_t n = leaders_stuck(l, root, out, most);
+    json_decref(root);
+    return n;
+}
+
+static void stuck_is_what_has_not_moved_since(void **state)
+{
+    (void)state;
+    struct leaders l = { 0 };
+    struct stuck s[2];
+    assert_int_equal(look(&l, stats(3, 10, 7, 5, 5), s, 2), 0);         /* the first time */
+    assert_int_equal(look(&l, stats(4, 11, 8, 6, 5), s, 2), 0);         /* 0 moves, 1 is new */
+    assert_int_equal(look(&l, stats(9, 15, 10, 9, 5), s, 2), 1);
+    assert_string_equal(s[0].topic, "side");
+    assert_int_equal(s[0].partition, 1);
+    assert_int_equal(s[0].leader, 2);
+    assert_int_equal(look(&l, stats(9, 15, 10, 9, 5), s, 2), 2);
+    assert_int_equal(look(&l, stats(9, 15, 10, 9, 5), s, 1), 1);        /* no room for more */
+    assert_int_equal(look(&l, stats(4, 15, 11, 9, 9), s, 2), 0);
+    leaders_release(&l);
+}
+
+/* A record that was given up leaves a gap for ever; nothing waits for it. */
+static void nothing_waits(void **state)
+{
+    (void)state;
+    struct leaders l = { 0 };
+    struct stuck s[2];
+    assert_int_equal(look(&l, stats(0, 10, 7, 5, 5), s, 2), 0);
+    assert_int_equal(look(&l, stats(0, 10, 7, 5, 5), s, 2), 0);
+    assert_int_equal(look(&l, stats(1, 11, 7, 5, 5), s, 2), 0);
+    assert_int_equal(look(&l, stats(1, 11, 7, 5, 5), s, 2), 1);
+    leaders_release(&l);
+}
+
+static void other_texts(void **state)
+{
+    (void)state;
+    static const char *const texts[] = { "[]", "{}", "{\"msg_cnt\": \"x\"}",
+        "{\"msg_cnt\": 1, \"topics\": 3}", "{\"msg_cnt\": 1, \"topics\": {\"a\": []}}",
+        "{\"msg_cnt\": 1, \"topics\": {\"a\": {\"partitions\": {\"0\": 7}}}}" };
+    struct leaders l = { 0 };
+    struct stuck s[2];
+    for (size_t i = 0; i < 2 * (sizeof texts / sizeof *texts); i++)
+        assert_int_equal(look(&l, json_loads(texts[i / 2], 0, NULL), s, 2), 0);
+    assert_int_equal(look(&l, NULL, s, 2), 0);
+    leaders_release(&l);
+}
+
+static bool differ(const char *topic, rd_kafka_resp_err_t err, int id, int leader)
+{
+    const struct stuck s = { .topic = "side", .partition = 3, .leader = 1 };
+    char name[8];
+    snprintf(name, sizeof name, "%s", topic);
+    rd_kafka_metadata_partition_t p[2] = { { .id = 7, .leader = 9 }, { .id = id,
+                                           .leader = leader } };
+    rd_kafka_metadata_topic_t t = { .topic = name, .partition_cnt = 2, .partitions = p,
+                                    .err = err };
+    const rd_kafka_metadata_t md = { .topic_cnt = 1, .topics = &t };
+    return leaders_differ(&s, &md);
+}
+
+static void another_leads(void **state)
+{
+    (void)state;
+    assert_true(differ("side", 0, 3, 2));
+    assert_false(differ("side", 0, 3, 1));
+    assert_false(differ("side", 0, 3, -1));         /* nobody does */
+    assert_false(differ("side", 0, 4, 2));
+    assert_false(differ("else", 0, 3, 2));
+    assert_false(differ("side", RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART, 3, 2));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(stuck_is_what_has_not_moved_since), cmocka_unit_test(nothing_waits),
+        cmocka_unit_test(other_texts), cmocka_unit_test(another_leads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * leaders.c - see leaders.h. The format is librdkafka's STATISTICS.md. A record is numbered by its
+ * partition as it is queued: `msgs` were, and `acked_msgid` is the last one that was acknowledged.
+ * The partition's own count of what waits leaves out what its broker's thread has taken up.
+ */
+#include "worker/leaders.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { ASK_MS = 1000 };
+
+static long long number(const json_t *o, const char *key)
+{
+    return (long long)json_number_value(json_object_get(o, key));
+}
+
+/* Notes it for the next time. True: it waited the last time too, and nothing has moved since. */
+static bool waits(const struct leaders *l, json_t *now, const char *topic, const json_t *p)
+{
+    char name[320];
+    long long acked = number(p, "acked_msgid");
+    if (number(p, "msgs") == acked)
+        return false;
+    snprintf(name, sizeof name, "%s [%lld]", topic, number(p, "partition"));
+    json_object_set_new(now, name, json_integer(acked));
+    const json_t *before = json_object_get(l->last, name);
+    return before && json_integer_value(before) == acked;
+}
+
+size_t leaders_stuck(struct leaders *l, const json_t *stats, struct stuck *out, size_t most)
+{
+    const char *topic, *id;
+    json_t *t, *p, *now = json_object();
+    size_t n = 0;
+    if (number(stats, "msg_cnt") > 0)
+        json_object_foreach(json_object_get(stats, "topics"), topic, t)
+            json_object_foreach(json_object_get(t, "partitions"), id, p) {
+                if (number(p, "partition") < 0 || !waits(l, now, topic, p) || n == most)
+                    continue;
+                out[n] = (struct stuck){ .partition = (int32_t)number(p, "partition"),
+                                         .leader = (int32_t)number(p, "leader") };
+                snprintf(out[n++].topic, sizeof out->topic, "%s", topic);
+            }
+    leaders_release(l);
+    l->last = now;
+    return n;
+}
+
+void leaders_release(struct leaders *l)
+{
+    json_decref(l->last);
+    l->last = NULL;
+}
+
+bool leaders_differ(const struct stuck *s, const rd_kafka_metadata_t *md)
+{
+    for (int t = 0; t < md->topic_cnt; t++) {
+        const rd_kafka_metadata_topic_t *topic = &md->topics[t];
+        if (topic->err || strcmp(topic->topic, s->topic) != 0)
+            continue;
+        for (int i = 0; i < topic->partition_cnt; i++) {
+            const rd_kafka_metadata_partition_t *p = &topic->partitions[i];
+            if (p->id == s->partition)
+                return p->leader >= 0 && p->leader != s->leader;
+        }
+    }
+    return false;
+}
+
+/* NULL: nobody has answered. */
+static const rd_kafka_metadata_t *ask(rd_kafka_t *rk, const char *name)
+{
+    const rd_kafka_metadata_t *md = NULL;
+    rd_kafka_topic_t *topic = rd_kafka_topic_new(rk, name, NULL);
+    if (!topic || rd_kafka_metadata(rk, 0, topic, &md, ASK_MS))
+        md = NULL;
+    if (topic)
+        rd_kafka_topic_destroy(topic);
+    return md;
+}
+
+size_t leaders_moved(rd_kafka_t *rk, const struct stuck *s, size_t n)
+{
+    for (size_t i = 0, next; i < n; i = next) {
+        const rd_kafka_metadata_t *md = ask(rk, s[i].topic);
+        if (!md)
+            return n;
+        size_t found = n;
+        for (next = i; next < n && !strcmp(s[next].topic, s[i].topic); next++)
+            if (found == n && leaders_differ(&s[next], md))
+                found = next;
+        rd_kafka_metadata_destroy(md);
+        if (found < n)
+            return found;
+    }
+    return n;
+}
