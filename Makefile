@@ -136,7 +136,7 @@ BIN     := $(BUILD)/loramill
 THREADED   := test_engine test_upload $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
     $(addprefix test_worker_,avro batch_job codec dev fatal group_protocol outbox registry store submit \
-    watchdog)
+    transaction watchdog)
 ONE_THREAD := $(filter-out $(THREADED),$(basename $(notdir $(UNIT_SRC) $(FUZZ_SRC))))
 # WORKER=0 and `thread` leave some out; tests/run says which.
 ALL_SRC  := $(wildcard tests/unit/test_*.c tests/fuzz/fuzz_*.c)

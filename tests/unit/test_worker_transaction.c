@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_transaction.c - which finished prompts exactly-once puts into one transaction, and
+ * which next when one has failed or had no room. The real producer thread and the real staging, a
+ * client library whose transactions end as the test says; the test plays the consumer thread.
+ * What real brokers make of it: tests/integration/test_exactly_once.sh, test_commits.sh.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "consumer_world.h"
+#include "worker/producer_int.h"
+
+enum { MOST_US = 20 * 1000000 };
+
+/* ---- the client library ----------------------------------------------------------------- */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static char said[2048];         /* of each transaction: its prompts' offsets, and how it ended */
+static char sizes[256];         /* ... and how many they were */
+static int records, fail_next;
+
+/* A number, unless it is -1, and words. */
+static void say(char *text, size_t size, long long n, const char *words)
+{
+    pthread_mutex_lock(&lock);
+    size_t at = strlen(text);
+    if (n >= 0)
+        at += (size_t)snprintf(text + at, size - at, "%lld", n);
+    if (at < size)
+        snprintf(text + at, size - at, "%s ", words);
+    pthread_mutex_unlock(&lock);
+}
+
+/* These win over the shared library's. */
+rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    return NULL;
+}
+
+rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
+{
+    (void)rk;
+    records = 0;
+    return NULL;
+}
+
+rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
+{
+    const struct outgoing *o = NULL;
+    va_list ap;
+    va_start(ap, rk);
+    for (int type; (type = va_arg(ap, int)) != RD_KAFKA_VTYPE_END;)
+        if (type == RD_KAFKA_VTYPE_TOPIC) {
+            (void)va_arg(ap, const char *);
+        } else if (type == RD_KAFKA_VTYPE_PARTITION) {
+            (void)va_arg(ap, int32_t);
+        } else if (type == RD_KAFKA_VTYPE_KEY || type == RD_KAFKA_VTYPE_VALUE) {
+            (void)va_arg(ap, void *);
+            (void)va_arg(ap, size_t);
+        } else if (type == RD_KAFKA_VTYPE_HEADERS) {
+            rd_kafka_headers_destroy(va_arg(ap, rd_kafka_headers_t *));
+        } else if (type == RD_KAFKA_VTYPE_OPAQUE) {
+            o = va_arg(ap, void *);
+        } else {
+            abort();
+        }
+    va_end(ap);
+    records++;
+    say(said, sizeof said, o->job->record.offset, "");
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
+    rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *offsets,
+    const rd_kafka_consumer_group_metadata_t *group, int timeout_ms)
+{
+    (void)rk;
+    (void)offsets;
+    (void)group;
+    (void)timeout_ms;
+    return NULL;
+}
+
+rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    bool fails = fail_next > 0;
+    fail_next -= fails;
+    say(said, sizeof said, -1, fails ? "aborted," : "committed,");
+    say(sizes, sizeof sizes, records, "");
+    return fails ? rd_kafka_error_new(RD_KAFKA_RESP_ERR__TIMED_OUT, "as the test says") : NULL;
+}
+
+rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    return NULL;
+}
+
+int rd_kafka_error_txn_requires_abort(const rd_kafka_error_t *e)
+{
+    (void)e;
+    return 1;
+}
+
+int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    return 0;
+}
+
+rd_kafka_resp_err_t rd_kafka_purge(rd_kafka_t *rk, int flags)
+{
+    (void)rk;
+    (void)flags;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+/* ---- the worker ------------------------------------------------------------------------- */
+
+static struct world *x;
+static struct producer p;
+static int asked;               /* how often the producer thread wanted to stage */
+
+static int open_world(void **state)
+{
+    (void)state;
+    x = world_open();
+    x->cfg.commit_interval_ms = 3600000;
+    x->cfg.retry_backoff_max_ms = 1;
+    x->cfg.transaction_interval_ms = 1;
+    x->c.exactly_once = true;
+    x->w.consumer = &x->c;
+    atomic_store(&x->w.started, true);
+    p = (struct producer){ .w = &x->w, .exactly_once = true };
+    job_queue_init(&p.again);
+    said[0] = sizes[0] = '\0';
+    asked = fail_next = 0;
+    return 0;
+}
+
+static void begin(void)
+{
+    assert_int_equal(pthread_create(&p.thread, NULL, transaction_main, &p), 0);
+}
+
+static int close_world(void **state)
+{
+    (void)state;
+    atomic_store(&p.end, true);
+    while (!atomic_load(&p.over))
+        staging_serve(&x->c);
+    pthread_join(p.thread, NULL);
+    consumer_take_finished(&x->c, 0);
+    job_queue_release(&p.again);
+    world_close(x);
+    return 0;
+}
+
+/* Reads prompts; `jobs` are theirs. */
+static void read_prompts(struct job **jobs, int first, int n)
+{
+    for (int i = first; i < first + n; i++) {
+        jobs[i] = world_deliver(x, i, NULL);
+        jobs[i]->worker = &x->w;
+        jobs[i]->outcome = OUTCOME_REPLY;
+        x->c.held++;
+    }
+}
+
+static void finish(struct job **jobs, int first, int n)
+{
+    for (int i = first; i < first + n; i++)
+        producer_send(&p, jobs[i]);
+}
+
+static void turn(void)
+{
+    pthread_mutex_lock(&x->c.staging.lock);
+    asked += x->c.staging.asked && x->c.staging.what == STAGING_STAGE;
+    pthread_mutex_unlock(&x->c.staging.lock);
+    staging_serve(&x->c);
+    consumer_take_finished(&x->c, 1);
+}
+
+static void until_in_flight(int n)
+{
+    for (int64_t end = lm_now_us() + MOST_US; (int)ledger_in_flight(x->c.ledger) > n; turn())
+        if (lm_now_us() > end)
+            fail_msg("%d are not committed: %s", (int)ledger_in_flight(x->c.ledger), said);
+}
+
+/* ---- tests ------------------------------------------------------------------------------ */
+
+/* There is no map, and a transaction's worth of prompts waits for earlier ones that end later. */
+static void what_has_no_room_lets_others_pass(void **state)
+{
+    (void)state;
+    struct job *jobs[9];
+    x->cfg.transaction_max_messages = 4;
+    x->c.map_limit = 0;
+    ledger_set_map_limit(x->c.ledger, 0);
+    read_prompts(jobs, 0, 9);
+    finish(jobs, 5, 4);
+    begin();
+    while (asked < 3)
+        turn();
+    assert_string_equal(said, "");
+    finish(jobs, 0, 5);
+    until_in_flight(0);
+}
+
+/* ... and while nothing else is there they are looked at every 100 ms, not all the time. */
+static void what_has_no_room_is_looked_at_now_and_then(void **state)
+{
+    (void)state;
+    struct job *jobs[9];
+    x->cfg.transaction_max_messages = 4;
+    x->c.map_limit = 0;
+    ledger_set_map_limit(x->c.ledger, 0);
+    read_prompts(jobs, 0, 9);
+    finish(jobs, 5, 4);
+    begin();
+    int64_t start = lm_now_us();
+    while (lm_now_us() - start < 700000)
+        turn();
+    assert_in_range(asked, 1, 2 + (lm_now_us() - start) / 100000);
+    assert_string_equal(said, "");
+}
+
+/* Each failure in a row halves the next one, by number ... */
+static void a_transaction_that_failed_is_followed_by_a_smaller_one(void **state)
+{
+    (void)state;
+    struct job *jobs[65];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.transaction_interval_ms = 3600000;       /* only full ones */
+    fail_next = 8;
+    read_prompts(jobs, 0, 65);
+    finish(jobs, 0, 64);
+    begin();
+    until_in_flight(64);
+    assert_string_equal(sizes, "64 32 16 8 4 2 1 1 1 ");
+    finish(jobs, 64, 1);
+    until_in_flight(0);                             /* and after one that is committed it is over */
+    assert_string_equal(sizes, "64 32 16 8 4 2 1 1 1 64 ");
+}
+
+/* ... and by bytes. */
+static void a_transaction_that_failed_is_followed_by_a_shorter_one(void **state)
+{
+    (void)state;
+    struct job *jobs[64];
+    x->cfg.transaction_max_messages = 64;
+    fail_next = 7;
+    read_prompts(jobs, 0, 64);
+    for (int i = 0; i < 64; i++)
+        jobs[i]->out.len = 1 << 20;
+    finish(jobs, 0, 64);
+    begin();
+    until_in_flight(0);
+    assert_string_equal(sizes, "32 16 8 4 2 1 1 1 32 31 ");
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, open_world, close_world)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(what_has_no_room_lets_others_pass), TEST(what_has_no_room_is_looked_at_now_and_then),
+        TEST(a_transaction_that_failed_is_followed_by_a_smaller_one),
+        TEST(a_transaction_that_failed_is_followed_by_a_shorter_one),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
