@@ -354,7 +354,7 @@ static void close_consumer(consumer *c)
 }
 
 /* Whose turn it is, of suspects or of a key's prompts, waits no longer than this for the thread. */
-static int poll_ms(const consumer *c)
+int consumer_poll_ms(const consumer *c)
 {
     return c->iso.busy || (c->order && key_order_waiting(c->order)) ? DRAIN_POLL_MS : POLL_MS;
 }
@@ -364,7 +364,7 @@ static void *consumer_main(void *arg)
     consumer *c = arg;
     while (!atomic_load(&c->w->stopping)) {
         housekeeping(c);
-        poll_burst(c, poll_ms(c));
+        poll_burst(c, consumer_poll_ms(c));
     }
     drain_all(c);
     consumer_take_finished(c, 0);
