@@ -60,6 +60,7 @@ struct staging {
     struct stage *asked;
     enum staging_what what;
     bool closed;
+    const struct stage *open;   /* with offsets, and its end is not known; the consumer thread's */
 };
 
 struct consumer {
@@ -161,6 +162,8 @@ void isolation_drop(consumer *c, struct assigned *a);   /* before the partition'
 /* staging.c */
 void staging_init(struct staging *g);
 void staging_serve(consumer *c);        /* the producer thread's request, if there is one */
+/* Does the transaction under way hold offsets of any of these? It may yet be committed. */
+bool staging_holds(const consumer *c, const rd_kafka_topic_partition_list_t *parts);
 void staging_close(consumer *c);        /* refuses all later ones */
 void staging_release(struct staging *g);
 /* blocking.c: for how long (microseconds) the partition's first unfinished prompt has been here

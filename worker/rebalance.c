@@ -145,6 +145,17 @@ static void *ask_group(void *arg)
     return NULL;
 }
 
+/* What the callback's wait leaves to do: all but reading. */
+static void work_on(consumer *c)
+{
+    atomic_store(&c->w->consumer_beat_us, lm_now_us());
+    consumer_take_finished(c, DRAIN_POLL_MS);
+    staging_serve(c);
+    isolation_serve(c);
+    commit_serve(c, 0);
+    commit_tick(c);
+}
+
 /* One try. The group's answer takes as long as the transaction of an owner that died is open, so
  * another thread waits for it: this one commits what the partitions that stay have finished, as
  * ever. Should it die now, no more is done again than at any other time. */
@@ -157,16 +168,19 @@ static rd_kafka_resp_err_t ask_committed(consumer *c, rd_kafka_topic_partition_l
         ask_group(&q);
         return q.error;
     }
-    while (!atomic_load(&q.answered)) {
-        atomic_store(&c->w->consumer_beat_us, lm_now_us());
-        consumer_take_finished(c, DRAIN_POLL_MS);
-        staging_serve(c);
-        isolation_serve(c);
-        commit_serve(c, 0);
-        commit_tick(c);
-    }
+    while (!atomic_load(&q.answered))
+        work_on(c);
     pthread_join(asking, NULL);
     return q.error;
+}
+
+/* A partition that was lost and is ours again, while the transaction that holds its offsets is
+ * under way: that may be committed yet, after the group has told us an offset from before it. The
+ * group does not always refuse it: under KIP-848 we may be the member of the same epoch. */
+static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t *l, int64_t end)
+{
+    while (staging_holds(c, l) && lm_now_us() < end && !atomic_load(&c->w->stopping))
+        work_on(c);
 }
 
 /* The group's offsets with their maps. False: the broker doesn't answer. */
@@ -174,6 +188,7 @@ static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
     int64_t end = lm_now_us() + (int64_t)COMMITTED_BUDGET_MS * 1000;
+    await_transaction(c, l, end);
     for (int ms = COMMITTED_FIRST_MS; e && lm_now_us() < end && !atomic_load(&c->w->stopping);
          ms = LM_MIN(ms * 2, COMMITTED_MOST_MS)) {
         if ((e = ask_committed(c, l, ms)))

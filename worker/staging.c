@@ -86,10 +86,12 @@ static void serve_stage(consumer *c, struct stage *s)
     stage_jobs(c, s);
     for (size_t i = 0; i < c->n_parts; i++)
         stage_offset(c, s, &c->parts[i]);
+    c->staging.open = s->n_commits ? s : NULL;
 }
 
 static void serve_settle(consumer *c, struct stage *s, bool committed)
 {
+    c->staging.open = NULL;
     for (size_t i = 0; i < s->n_commits; i++) {
         isolation_answered(c, s->commits[i].ref, committed);
         if (committed)
@@ -119,6 +121,17 @@ void staging_serve(consumer *c)
         pthread_cond_signal(&g->served);
     }
     pthread_mutex_unlock(&g->lock);
+}
+
+bool staging_holds(const consumer *c, const rd_kafka_topic_partition_list_t *parts)
+{
+    const struct stage *s = c->staging.open;
+    for (int i = 0; s && i < parts->cnt; i++)
+        for (int k = 0; k < s->offsets->cnt; k++)
+            if (s->offsets->elems[k].partition == parts->elems[i].partition &&
+                !strcmp(s->offsets->elems[k].topic, parts->elems[i].topic))
+                return true;
+    return false;
 }
 
 void staging_init(struct staging *g)

@@ -13,8 +13,9 @@ of it grows old enough to be compacted in a run.
 
 A process holds a partition from its line "assigned" until it dies, says "lost" or "revoked", or
 another process says "assigned", whichever is first: a process that was stopped, or cut off, learns
-late that the group has gone on without it. That is its tenure. Held at its end: what it had put
-into the engine and the group's offsets did not cover.
+late that the group has gone on without it. That is its tenure; of one that dies while it drains what
+is revoked, until it dies. Held at its end: what it had put into the engine and the group's offsets
+did not cover.
 
   1. Of the generations of a prompt at most one is without excuse. An excuse: the tenure ended
      before the prompt's progress was committed.
@@ -51,6 +52,7 @@ from chaos import client, decode_map, say, varint
 FOREVER = float("inf")
 CLOCK = 0.005           # stamps have milliseconds
 ANSWER = 1              # seconds: of a commit, on a busy machine
+DRAIN = 3               # seconds: revoke.drain_ms of the workers, and a commit
 RECOVERY = 10           # seconds: kafka.socket.timeout.ms of the workers
 STAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{3})Z (\w+ +\[[^]]*\] \w+): (.*)")
 FAILS = re.compile(r"ERROR .* worker$")
@@ -156,7 +158,8 @@ class Process:
     def ended(self, when, cause):
         self.end = when
         for t in self.tenures:
-            if t.end == FOREVER:
+            draining = t.cause == "revoked" and cause == "killed" and when - t.end < DRAIN
+            if t.end == FOREVER or draining:
                 t.end, t.cause = when, cause
 
 

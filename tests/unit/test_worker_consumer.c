@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_consumer.c - how long the consumer thread waits while others wait for it, and that
- * it commits while a revocation drains. The test plays that thread. What a group makes of it:
- * tests/integration/test_flow.sh, test_partitions.sh.
+ * test_worker_consumer.c - how long the consumer thread waits while others wait for it, that it
+ * commits while a revocation drains, and asks for offsets when no transaction is about to change
+ * them. The test plays that thread. What a group makes of it: tests/integration/test_flow.sh,
+ * test_partitions.sh.
  */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <time.h>
 
 #include <cmocka.h>
 
@@ -38,6 +40,23 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
         job_set_stage(running, JOB_READY);
     }
     return RD_KAFKA_RESP_ERR__WAIT_COORD;
+}
+
+static atomic_bool transaction_over;    /* the one that holds the offset of the partition */
+static int asked_before, asked_after;
+
+rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *l,
+                                       int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    if (atomic_load(&transaction_over))
+        asked_after++;
+    else
+        asked_before++;
+    for (int i = 0; i < l->cnt; i++)
+        l->elems[i].offset = 1;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
 static struct job *deliver(struct world *x, int64_t offset, const char *key)
@@ -120,11 +139,82 @@ static void an_eager_revocation_commits_while_it_drains(void **state)
     world_close(x);
 }
 
+struct transaction { struct world *x; struct stage s; bool committed; };
+
+/* The producer thread, whose transaction takes a while. */
+static void *end_transaction(void *arg)
+{
+    struct transaction *t = arg;
+    nanosleep(&(struct timespec){ .tv_nsec = 200 * 1000000 }, NULL);
+    atomic_store(&transaction_over, true);
+    consumer_settle(&t->x->c, &t->s, t->committed);
+    return NULL;
+}
+
+/* A partition is lost and comes back while the transaction with its offset is under way: what the
+ * group says of it before the end is not what it will say. */
+static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool committed)
+{
+    char none[] = "";
+    struct world *x = world_open();
+    struct assigned *parts = lm_calloc(1, sizeof *parts);       /* the consumer's; it grows */
+    *parts = x->part;
+    lease_ref(parts->lease);
+    x->c.parts = parts;
+    x->c.exactly_once = true;
+    x->cfg.topics_priorities = none;
+    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
+    x->w.consumer = &x->c;
+    struct job *j = deliver(x, 0, NULL);
+    struct job *jobs[] = { j };
+    enum stage_verdict verdicts[1];
+    struct transaction t = { .x = x, .s = { .jobs = jobs, .verdicts = verdicts, .n = 1 },
+                             .committed = committed };
+    x->c.staging.asked = &t.s;
+    staging_serve(&x->c);
+    assert_int_equal(t.s.n_commits, 1);
+    rebalance_remove(&x->c, &x->c.parts[0]);
+    asked_before = asked_after = 0;
+    atomic_store(&transaction_over, false);
+    pthread_t producer;
+    assert_int_equal(pthread_create(&producer, NULL, end_transaction, &t), 0);
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, "t", same_partition ? 0 : 1);
+    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
+    assert_int_equal(asked_before, same_partition ? 0 : 1);
+    assert_int_equal(asked_after, same_partition ? 1 : 0);
+    while (!atomic_load(&transaction_over) || x->c.staging.open)
+        staging_serve(&x->c);
+    pthread_join(producer, NULL);
+    rd_kafka_topic_partition_list_destroy(l);
+    stage_release(&t.s);
+    job_unref(j);
+    rebalance_remove(&x->c, &x->c.parts[0]);
+    free(x->c.parts);
+    rd_kafka_queue_destroy(x->c.commit_queue);
+    world_close(x);
+}
+
+static void a_partition_that_comes_back_waits_for_its_transaction(void **state)
+{
+    (void)state;
+    offsets_are_asked_for_after_a_transaction(true, true);
+    offsets_are_asked_for_after_a_transaction(true, false);
+}
+
+static void another_partition_does_not(void **state)
+{
+    (void)state;
+    offsets_are_asked_for_after_a_transaction(false, true);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_key_does_not_wait_for_records), cmocka_unit_test(suspects_do_not_either),
         cmocka_unit_test(an_eager_revocation_commits_while_it_drains),
+        cmocka_unit_test(a_partition_that_comes_back_waits_for_its_transaction),
+        cmocka_unit_test(another_partition_does_not),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
