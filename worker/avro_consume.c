@@ -1,24 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * avro_consume.c - Avro C reads a datum and hands us its values one by one, which become a JSON
- * tree; see avro_codec.h.
+ * avro_consume.c - a datum becomes a JSON tree: we walk it, Avro C reads each of its values; see
+ * avro_codec.h.
  *
  * Avro C's reader/writer resolution has no defaults (its source says so), so a schema that gained
  * an optional field could not be read by an older producer's data and the other way round. We
  * therefore read by the writer's schema and take fields by name; what is missing gets the defaults
  * of json_prompt.c.
  *
- * Avro C walks the schema and calls back with each value: nothing is built in between. A plan has a
- * taker for each of its nodes. A schema is no circle, so a node is at one place of a datum at a
- * time, and its taker can hold what is being filled there.
+ * A plan has a taker for each of its nodes. A schema is no circle, so a node is at one place of a
+ * datum at a time, and its taker can hold what is being filled there.
  *
  *   record, map, array   makes its container and hands it to its owner, then is the owner of what
  *                        comes inside
  *   union                lets the branch take its place: same owner, same key
- *   the others           hand a value to their owner
+ *   the others           Avro C reads the value and calls back; the taker hands it to its owner
+ *
+ * Most fields of a prompt are null, and say no more than the number of a branch. Avro C would call
+ * back three times for each; so where values lie is found here, in bytes that avro_scan() has
+ * proved, and Avro C is shown one value's bytes at a time, no more.
  *
  * Ownership in Avro C: a string or bytes that a callback is given are the callback's to free, a
- * map's key and a fixed are not.
+ * fixed is not.
  */
 #include <avro.h>
 #include <avro/consumer.h>
@@ -37,10 +40,12 @@ struct taker {
     struct taker *owner;        /* the record, map or array around it; NULL: the whole datum */
     const char *key;            /* of a record's field */
     yyjson_mut_val *now;        /* a record's, map's or array's container */
-    const char *map_key;        /* a map's current one */
+    yyjson_mut_val *map_key;    /* a map's current one */
 };
 
 struct datum {
+    const unsigned char *at;    /* proved to hold what the plan says */
+    avro_reader_t reader;       /* of one value at a time */
     yyjson_mut_doc *doc;
     yyjson_mut_val *root;
     struct lm_err err;
@@ -52,7 +57,7 @@ static const char *name_in_owner(const struct taker *t)
 {
     if (t->owner->node->type == AVRO_ARRAY)
         return "[]";
-    return t->owner->node->type == AVRO_MAP ? t->owner->map_key : t->key;
+    return t->owner->node->type == AVRO_MAP ? yyjson_mut_get_str(t->owner->map_key) : t->key;
 }
 
 static int refuse(struct datum *d, const struct taker *t, lm_status code, const char *what)
@@ -92,15 +97,12 @@ static yyjson_mut_val *text_of(struct datum *d, const struct taker *t, const cha
 /* Of a key that comes twice the last one counts. */
 static int give_to_map(struct datum *d, struct taker *t, yyjson_mut_val *v)
 {
-    const char *key = t->owner->map_key;
-    yyjson_mut_val *name = text_of(d, t, key, strlen(key), "has a name that is not valid UTF-8");
-    if (!name)
-        return EINVAL;
+    yyjson_mut_val *key = t->owner->map_key;
     if (yyjson_mut_is_null(v)) {
-        yyjson_mut_obj_remove_key(t->owner->now, key);
+        yyjson_mut_obj_remove(t->owner->now, key);
         return 0;
     }
-    return yyjson_mut_obj_put(t->owner->now, name, v) ? 0 : no_memory(d);
+    return yyjson_mut_obj_put(t->owner->now, key, v) ? 0 : no_memory(d);
 }
 
 /* A null member is left out. */
@@ -116,12 +118,6 @@ static int give(struct datum *d, struct taker *t, yyjson_mut_val *v)
     else if (good && !yyjson_mut_is_null(v))
         good = yyjson_mut_obj_add(t->owner->now, yyjson_mut_str(d->doc, t->key), v);
     return good ? 0 : no_memory(d);
-}
-
-static int take_null(avro_consumer_t *c, void *ud)
-{
-    struct datum *d = ud;
-    return give(d, (struct taker *)c, yyjson_mut_null(d->doc));
 }
 
 static int take_boolean(avro_consumer_t *c, int v, void *ud)
@@ -185,79 +181,12 @@ static int take_bytes(avro_consumer_t *c, const void *bytes, size_t n, void *ud)
     return take_fixed(c, NULL, 0, ud);
 }
 
-/* ---- containers ----------------------------------------------------------------------------- */
-
-/* Handed over when it begins; it is filled where it lies. */
-static int open_container(struct datum *d, struct taker *t, yyjson_mut_val *v)
-{
-    t->now = v;
-    return give(d, t, v);
-}
-
-static int take_record(avro_consumer_t *c, void *ud)
-{
-    struct datum *d = ud;
-    return open_container(d, (struct taker *)c, yyjson_mut_obj(d->doc));
-}
-
-static int next_in(struct taker *t, unsigned int i, avro_consumer_t **out, void **out_ud, void *ud)
-{
-    *out = &t->child[i]->base;
-    *out_ud = ud;
-    return 0;
-}
-
-static int take_field(avro_consumer_t *c, unsigned int i, avro_consumer_t **out, void **out_ud,
-                      void *ud)
-{
-    return next_in((struct taker *)c, i, out, out_ud, ud);
-}
-
-static int take_branch(avro_consumer_t *c, unsigned int i, avro_consumer_t **out, void **out_ud,
-                       void *ud)
-{
-    return next_in((struct taker *)c, i, out, out_ud, ud);
-}
-
-static int take_array_block(avro_consumer_t *c, int first, unsigned int n, void *ud)
-{
-    struct datum *d = ud;
-    (void)n;
-    return first ? open_container(d, (struct taker *)c, yyjson_mut_arr(d->doc)) : 0;
-}
-
-static int take_item(avro_consumer_t *c, unsigned int i, avro_consumer_t **out, void **out_ud,
-                     void *ud)
-{
-    (void)i;
-    return next_in((struct taker *)c, 0, out, out_ud, ud);
-}
-
-static int take_map_block(avro_consumer_t *c, int first, unsigned int n, void *ud)
-{
-    struct datum *d = ud;
-    (void)n;
-    return first ? open_container(d, (struct taker *)c, yyjson_mut_obj(d->doc)) : 0;
-}
-
-static int take_entry(avro_consumer_t *c, unsigned int i, const char *key, avro_consumer_t **out,
-                      void **out_ud, void *ud)
-{
-    struct taker *t = (struct taker *)c;
-    (void)i;
-    t->map_key = key;
-    return next_in(t, 0, out, out_ud, ud);
-}
-
 /* ---- takers --------------------------------------------------------------------------------- */
 
 static const avro_consumer_t callbacks = {
     .boolean_value = take_boolean, .bytes_value = take_bytes, .double_value = take_double,
     .float_value = take_float, .int_value = take_int, .long_value = take_long,
-    .null_value = take_null, .string_value = take_string, .enum_value = take_enum,
-    .fixed_value = take_fixed, .array_start_block = take_array_block, .array_element = take_item,
-    .map_start_block = take_map_block, .map_element = take_entry, .record_start = take_record,
-    .record_field = take_field, .union_branch = take_branch,
+    .string_value = take_string, .enum_value = take_enum, .fixed_value = take_fixed,
 };
 
 /* For the node and all below it. NULL: no memory. */
@@ -283,18 +212,130 @@ static struct taker *make_taker(struct arena *a, const struct avro_node *n, stru
     return t;
 }
 
+/* ---- the walk ------------------------------------------------------------------------------- */
+
+static int take(struct datum *d, struct taker *t);
+
+static int64_t next_long(struct datum *d)
+{
+    uint64_t v = 0;
+    for (int shift = 0;; shift += 7) {
+        uint64_t byte = *d->at++;
+        v |= (byte & 0x7f) << shift;
+        if (byte < 0x80)
+            return (int64_t)(v >> 1) ^ -(int64_t)(v & 1);
+    }
+}
+
+/* Handed over when it begins; it is filled where it lies. */
+static int open_container(struct datum *d, struct taker *t, yyjson_mut_val *v)
+{
+    t->now = v;
+    return give(d, t, v);
+}
+
+static bool is_null(const struct datum *d, const struct avro_node *n)
+{
+    return n->type == AVRO_UNION && !(*d->at & 0x81) && n->child[*d->at >> 1]->type == AVRO_NULL;
+}
+
+static int take_record(struct datum *d, struct taker *t)
+{
+    int bad = open_container(d, t, yyjson_mut_obj(d->doc));
+    for (int i = 0; !bad && i < t->node->n; i++) {
+        if (is_null(d, t->node->child[i]))
+            d->at++;            /* left out */
+        else
+            bad = take(d, t->child[i]);
+    }
+    return bad;
+}
+
+static int take_key(struct datum *d, struct taker *t)
+{
+    size_t n = (size_t)next_long(d);
+    const char *key = (const char *)d->at;
+    d->at += n;
+    t->map_key = yyjson_mut_strncpy(d->doc, key, n);
+    if (!t->map_key)
+        return no_memory(d);
+    return json_is_utf8(key, n) ? 0 : refuse(d, t->child[0], LM_FORMAT,
+                                             "has a name that is not valid UTF-8");
+}
+
+static int take_items(struct datum *d, struct taker *t)
+{
+    bool map = t->node->type == AVRO_MAP;
+    int bad = open_container(d, t, map ? yyjson_mut_obj(d->doc) : yyjson_mut_arr(d->doc));
+    for (int64_t n; !bad && (n = next_long(d)) != 0;) {
+        if (n < 0)
+            next_long(d);       /* the block's bytes */
+        for (n = n < 0 ? -n : n; !bad && n > 0; n--) {
+            bad = map ? take_key(d, t) : 0;
+            if (!bad)
+                bad = take(d, t->child[0]);
+        }
+    }
+    return bad;
+}
+
+/* Moves over a value that is no container, and returns its bytes. */
+static size_t value_bytes(struct datum *d, const struct avro_node *n)
+{
+    const unsigned char *start = d->at;
+    switch (n->type) {
+    case AVRO_BOOLEAN: d->at += 1; break;
+    case AVRO_FLOAT: d->at += 4; break;
+    case AVRO_DOUBLE: d->at += 8; break;
+    case AVRO_FIXED: d->at += n->size; break;
+    case AVRO_STRING:
+    case AVRO_BYTES: {
+        int64_t len = next_long(d);
+        d->at += len;
+        break;
+    }
+    default: next_long(d);      /* int, long, the index of an enum's symbol */
+    }
+    return (size_t)(d->at - start);
+}
+
+static int take_value(struct datum *d, struct taker *t)
+{
+    const char *value = (const char *)d->at;
+    size_t n = value_bytes(d, t->node);
+    avro_reader_memory_set_source(d->reader, value, (int64_t)n);
+    return avro_consume_binary(d->reader, &t->base, d);
+}
+
+static int take(struct datum *d, struct taker *t)
+{
+    while (t->node->type == AVRO_UNION)
+        t = t->child[next_long(d)];
+    switch (t->node->type) {
+    case AVRO_NULL: return give(d, t, yyjson_mut_null(d->doc));
+    case AVRO_RECORD: return take_record(d, t);
+    case AVRO_ARRAY:
+    case AVRO_MAP: return take_items(d, t);
+    default: return take_value(d, t);
+    }
+}
+
 /* ---- the whole ------------------------------------------------------------------------------ */
 
 /* The tree that was built becomes one that can be read: one block. */
-static lm_status read_datum(struct taker *root, const void *data, size_t len,
-                            struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err)
+static lm_status read_datum(struct taker *root, const void *data, struct json_scratch *scratch,
+                            yyjson_doc **out, struct lm_err *err)
 {
-    struct datum d = { .doc = yyjson_mut_doc_new(&scratch->alc) };
-    avro_reader_t reader = avro_reader_memory(data, (int64_t)len);
-    bool good = d.doc && reader && !avro_consume_binary(reader, &root->base, &d) && d.root &&
+    struct datum d;
+    d.at = data;
+    d.root = NULL;
+    d.err.code = LM_OK;
+    d.doc = yyjson_mut_doc_new(&scratch->alc);
+    d.reader = avro_reader_memory("", 0);
+    bool good = d.doc && d.reader && !take(&d, root) && d.root &&
                 (*out = yyjson_mut_val_imut_copy(d.root, &scratch->alc));
-    if (reader)
-        avro_reader_free(reader);
+    if (d.reader)
+        avro_reader_free(d.reader);
     yyjson_mut_doc_free(d.doc);
     if (good)
         return LM_OK;
@@ -313,7 +354,7 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
     struct taker **root = avro_plan_takers(p);
     if (!*root)
         *root = make_taker(avro_plan_arena(p), avro_plan_root(p), NULL, NULL);
-    st = *root ? read_datum(*root, data, len, scratch, out, err)
+    st = *root ? read_datum(*root, data, scratch, out, err)
                : lm_err_set(err, LM_NOMEM, "out of memory");
     avro_unlock();
     return st;

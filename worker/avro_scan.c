@@ -42,6 +42,11 @@ static lm_status refuse(struct scan *s, lm_status code, const char *fmt, ...)
     return lm_err_set(s->err, code, "Avro datum, %s: %s", path, msg);
 }
 
+static lm_status too_many(struct scan *s)
+{
+    return refuse(s, LM_TOO_LARGE, "more than %d values", MAX_VALUES);
+}
+
 /* Variable-length zig-zag, at most 10 bytes and 64 bits (Avro specification, "Binary encoding"). */
 static lm_status scan_long(struct scan *s, int64_t *out)
 {
@@ -161,15 +166,32 @@ static lm_status scan_items(struct scan *s, const struct avro_node *n)
     return st;
 }
 
+/* Most fields of a prompt are null: a union's branch of one byte, and nothing behind it. */
+static bool scan_null(struct scan *s, const struct avro_node *n)
+{
+    if (n->type != AVRO_UNION || s->at == s->end || (*s->at & 0x81))
+        return false;
+    int i = *s->at >> 1;
+    if (i >= n->n || n->child[i]->type != AVRO_NULL)
+        return false;
+    s->at++;
+    s->values += 2;
+    return true;
+}
+
 static lm_status scan_record(struct scan *s, const struct avro_node *n)
 {
     lm_status st = LM_OK;
     s->path.n++;
     for (int i = 0; !st && i < n->n; i++) {
+        if (scan_null(s, n->child[i]))
+            continue;
         s->path.at[s->path.n - 1] = n->name[i];
         st = scan_node(s, n->child[i]);
     }
     s->path.n--;
+    if (!st && s->values > MAX_VALUES)
+        return too_many(s);
     return st;
 }
 
@@ -203,7 +225,7 @@ static lm_status scan_node(struct scan *s, const struct avro_node *n)
 {
     int64_t ignored;
     if (++s->values > MAX_VALUES)
-        return refuse(s, LM_TOO_LARGE, "more than %d values", MAX_VALUES);
+        return too_many(s);
     switch (n->type) {
     case AVRO_NULL: return LM_OK;
     case AVRO_BOOLEAN: return scan_boolean(s);

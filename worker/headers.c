@@ -139,6 +139,13 @@ static lm_status read_partition(const struct header *h, int32_t *out, struct lm_
     return LM_OK;
 }
 
+static void copy_text(char *to, size_t cap, const char *from)
+{
+    size_t n = strnlen(from, cap - 1);
+    memcpy(to, from, n);
+    to[n] = '\0';
+}
+
 lm_status reply_route(const struct header *h, int n, const struct header_names *names,
                       const char *field, const char *dflt, const char *allowed,
                       struct reply_route *out, struct lm_err *err)
@@ -153,7 +160,7 @@ lm_status reply_route(const struct header *h, int n, const struct header_names *
     } else {
         struct header given = { "reply_topic", field, field ? strlen(field) : 0 };
         if (!field)
-            snprintf(out->topic, sizeof out->topic, "%s", dflt);
+            copy_text(out->topic, sizeof out->topic, dflt);
         else if ((st = read_topic(&given, out->topic, sizeof out->topic, err)))
             return st;
     }

@@ -113,7 +113,7 @@ lm_status json_unknown(const struct json_reader *r, const char *key, const char 
 bool json_key_in(const char *const *list, const char *key)
 {
     for (; *list; list++)
-        if (strcmp(*list, key) == 0)
+        if (**list == *key && strcmp(*list, key) == 0)
             return true;
     return false;
 }

@@ -26,11 +26,21 @@ enum {
     MAX_METADATA_VALUE = 8192,
 };
 
-static const char *const known[] = {
-    "id", "adapter", "prompt", "prompt_token_ids", "messages", "context", "params", "priority",
-    "deadline_ms", "first_token_by_ms", "tenant", "reply_topic", "correlation_id", "model",
-    "stream", "metadata", NULL
+enum key {
+    ID, ADAPTER, PROMPT, TOKEN_IDS, MESSAGES, CONTEXT, PARAMS, PRIORITY, DEADLINE, FIRST_TOKEN_BY,
+    TENANT, REPLY_TOPIC, CORRELATION_ID, MODEL, STREAM, METADATA, KEYS
 };
+
+static const char *const known[] = {
+    [ID] = "id", [ADAPTER] = "adapter", [PROMPT] = "prompt", [TOKEN_IDS] = "prompt_token_ids",
+    [MESSAGES] = "messages", [CONTEXT] = "context", [PARAMS] = "params", [PRIORITY] = "priority",
+    [DEADLINE] = "deadline_ms", [FIRST_TOKEN_BY] = "first_token_by_ms", [TENANT] = "tenant",
+    [REPLY_TOPIC] = "reply_topic", [CORRELATION_ID] = "correlation_id", [MODEL] = "model",
+    [STREAM] = "stream", [METADATA] = "metadata", [KEYS] = NULL
+};
+
+/* A prompt's members by their keys, found in one pass. NULL: absent, or null. */
+struct members { yyjson_val *of[KEYS]; };
 
 static const char *const not_served[] = {
     "adapter_version", "adapter_digest", "response_format", "structured_outputs", "tools",
@@ -133,31 +143,46 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, yyjso
 
 /* ---- what is asked ----------------------------------------------------------------------- */
 
-static lm_status check_names(const struct json_reader *r, yyjson_val *root)
+static enum key key_of(const char *name)
+{
+    for (enum key k = 0; k < KEYS; k++)
+        if (*known[k] == *name && !strcmp(known[k], name))
+            return k;
+    return KEYS;
+}
+
+static lm_status unknown_member(const struct json_reader *r, const char *key, yyjson_val *v)
+{
+    /* The likeliest mistake of all, since OpenAI's bodies have them at the top. */
+    if (json_key_in(json_param_names, key))
+        return json_refuse(r, LM_INVALID, key, "is a sampling parameter; it goes into \"params\"");
+    if (!json_key_in(not_served, key))
+        return json_unknown(r, key, known);
+    return yyjson_is_null(v) ? LM_OK : json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; "
+                                                   "leave it out");
+}
+
+static lm_status find_members(const struct json_reader *r, yyjson_val *root, struct members *m)
 {
     yyjson_obj_iter it = yyjson_obj_iter_with(root);
+    *m = (struct members){ { NULL } };
     for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
-        const char *key = yyjson_get_str(name);
+        const char *text = yyjson_get_str(name);
         yyjson_val *v = yyjson_obj_iter_get_val(name);
-        if (json_key_in(known, key))
-            continue;
-        /* The likeliest mistake of all, since OpenAI's bodies have them at the top. */
-        if (json_key_in(json_param_names, key))
-            return json_refuse(r, LM_INVALID, key, "is a sampling parameter; it goes into "
-                               "\"params\"");
-        if (!json_key_in(not_served, key))
-            return json_unknown(r, key, known);
-        if (!yyjson_is_null(v))
-            return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
+        enum key k = key_of(text);
+        lm_status st = k == KEYS ? unknown_member(r, text, v) : LM_OK;
+        if (st)
+            return st;
+        if (k != KEYS && !yyjson_is_null(v))
+            m->of[k] = v;
     }
     return LM_OK;
 }
 
-static lm_status read_input(const struct json_reader *r, yyjson_val *root, struct prompt *p)
+static lm_status read_input(const struct json_reader *r, const struct members *m,
+                            struct prompt *p)
 {
-    yyjson_val *text = json_given(root, "prompt");
-    yyjson_val *ids = json_given(root, "prompt_token_ids");
-    yyjson_val *messages = json_given(root, "messages");
+    yyjson_val *text = m->of[PROMPT], *ids = m->of[TOKEN_IDS], *messages = m->of[MESSAGES];
     int given = !!text + !!ids + !!messages;
     if (given == 0)
         return lm_err_set(r->err, LM_INVALID,
@@ -250,18 +275,17 @@ static lm_status read_reply_topic(const struct json_reader *r, yyjson_val *v, co
     return st;
 }
 
-static lm_status read_optional(const struct json_reader *r, yyjson_val *root, const char *key,
+static lm_status read_optional(const struct json_reader *r, const struct members *m, enum key k,
                                size_t max, const char **out)
 {
-    yyjson_val *v = json_given(root, key);
-    return v ? json_read_string(r, key, v, 1, max, out) : LM_OK;
+    return m->of[k] ? json_read_string(r, known[k], m->of[k], 1, max, out) : LM_OK;
 }
 
-static lm_status read_numbers(const struct json_reader *r, yyjson_val *root, struct prompt *p)
+static lm_status read_numbers(const struct json_reader *r, const struct members *m,
+                              struct prompt *p)
 {
-    yyjson_val *priority = json_given(root, "priority");
-    yyjson_val *deadline = json_given(root, "deadline_ms");
-    yyjson_val *first = json_given(root, "first_token_by_ms");
+    yyjson_val *priority = m->of[PRIORITY], *deadline = m->of[DEADLINE];
+    yyjson_val *first = m->of[FIRST_TOKEN_BY];
     int64_t n = 0;
     lm_status st = priority ? json_read_int(r, "priority", priority, -1000000, 1000000, &n) : LM_OK;
     p->priority = (int)n;
@@ -324,20 +348,21 @@ static lm_status check_model(const struct json_reader *r, const struct prompt *p
 static lm_status read_all(const struct json_reader *r, yyjson_val *root, const char *model_name,
                           struct prompt *p)
 {
+    struct members m;
     lm_status st;
-    if ((st = check_names(r, root)) ||
-        (st = read_id(r, json_given(root, "id"), &p->id)) ||
-        (st = read_adapter(r, json_given(root, "adapter"), &p->adapter)) ||
-        (st = read_input(r, root, p)) ||
-        (st = read_context(r, json_given(root, "context"), p)) ||
-        (st = read_params(r, json_given(root, "params"), p)) ||
-        (st = read_numbers(r, root, p)) ||
-        (st = read_optional(r, root, "tenant", MAX_NAME, &p->tenant)) ||
-        (st = read_reply_topic(r, json_given(root, "reply_topic"), &p->reply_topic)) ||
-        (st = read_optional(r, root, "correlation_id", MAX_CORRELATION, &p->correlation_id)) ||
-        (st = read_optional(r, root, "model", MAX_NAME, &p->model)) ||
-        (st = read_stream(r, json_given(root, "stream"), &p->stream)) ||
-        (st = read_metadata(r, json_given(root, "metadata"), p)))
+    if ((st = find_members(r, root, &m)) ||
+        (st = read_id(r, m.of[ID], &p->id)) ||
+        (st = read_adapter(r, m.of[ADAPTER], &p->adapter)) ||
+        (st = read_input(r, &m, p)) ||
+        (st = read_context(r, m.of[CONTEXT], p)) ||
+        (st = read_params(r, m.of[PARAMS], p)) ||
+        (st = read_numbers(r, &m, p)) ||
+        (st = read_optional(r, &m, TENANT, MAX_NAME, &p->tenant)) ||
+        (st = read_reply_topic(r, m.of[REPLY_TOPIC], &p->reply_topic)) ||
+        (st = read_optional(r, &m, CORRELATION_ID, MAX_CORRELATION, &p->correlation_id)) ||
+        (st = read_optional(r, &m, MODEL, MAX_NAME, &p->model)) ||
+        (st = read_stream(r, m.of[STREAM], &p->stream)) ||
+        (st = read_metadata(r, m.of[METADATA], p)))
         return st;
     return check_model(r, p, model_name);
 }
