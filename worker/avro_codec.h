@@ -32,8 +32,6 @@ lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t 
                       struct lm_err *err);
 
 /* malloc'ed bytes, of which the first `lead` are left for the caller to fill. */
-lm_status avro_encode_value(const struct avro_plan *p, yyjson_mut_val *root, size_t lead,
-                            void **out, size_t *len, struct lm_err *err);
 lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
                       size_t *len, struct lm_err *err);
 

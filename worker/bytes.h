@@ -56,6 +56,14 @@ static inline void bytes_put(struct bytes *b, const void *from, size_t n)
     b->n += to ? n : 0;
 }
 
+static inline void bytes_byte(struct bytes *b, char c)
+{
+    char *to = bytes_room(b, 1);
+    if (to)
+        *to = c;
+    b->n += to ? 1 : 0;
+}
+
 static inline void bytes_drop(struct bytes *b)
 {
     if (b->at != b->first)

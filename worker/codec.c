@@ -3,8 +3,8 @@
  * codec.c - picks the encoding of a record, and the one road from bytes to prompt and from
  * completion to bytes. See codec.h for the contract.
  *
- * Both encodings meet in a JSON tree: Avro is decoded into one by field name, and written from one,
- * so that all rules live once, in json_prompt.c and json_completion.c.
+ * All rules live once: Avro is decoded into a JSON tree by field name, so that json_prompt.c reads
+ * both encodings, and json_completion.c writes both through message_out.h.
  *
  * Framing is Confluent's: a schema id is 0x00 and four bytes, big-endian, or 0x01 and a 16-byte
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
@@ -310,40 +310,39 @@ lm_status codec_prepare_replies(codec *c, struct lm_err *err)
 }
 
 /* The id is asked for once; after that nothing here is locked for long. */
-static lm_status encode_avro(codec *c, yyjson_mut_val *root, void **out, size_t *len,
-                             struct lm_err *err)
+static lm_status reply_id(codec *c, uint32_t *id, struct lm_err *err)
 {
     pthread_mutex_lock(&c->replies_lock);
     lm_status st = prepare(c, err);
-    uint32_t id = (uint32_t)c->reply_id;
+    *id = (uint32_t)c->reply_id;
     pthread_mutex_unlock(&c->replies_lock);
-    if (!st)
-        st = avro_encode_value(c->reply_plan, root, ID_BYTES, out, len, err);
-    if (st)
-        return st;
-    unsigned char *at = *out;
+    return st;
+}
+
+static void write_id(unsigned char *at, uint32_t id)
+{
     at[0] = MAGIC_ID;
     for (int i = 0; i < 4; i++)
         at[1 + i] = (unsigned char)(id >> (24 - 8 * i));
-    return LM_OK;
 }
 
 lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
                                   void **out, size_t *len, struct lm_err *err)
 {
-    struct json_scratch scratch;
-    lm_status st = LM_OK;
-    char *text = NULL;
-    json_scratch_init(&scratch);
-    yyjson_mut_doc *d = yyjson_mut_doc_new(&scratch.alc);
-    yyjson_mut_val *root = d ? completion_value(d, done) : NULL;
-    if (root && enc == ENCODING_AVRO) {
-        st = encode_avro(c, root, out, len, err);
-    } else if (root && (text = json_print_value(root, len))) {
-        *out = text;
-    } else {
-        st = lm_err_set(err, LM_NOMEM, "out of memory writing the reply to %s", done->prompt->id);
-    }
-    yyjson_mut_doc_free(d);
-    return st;
+    struct message_out o;
+    uint32_t id = 0;
+    lm_status st = enc == ENCODING_AVRO ? reply_id(c, &id, err) : LM_OK;
+    if (st)
+        return st;
+    if (enc == ENCODING_AVRO)
+        out_avro(&o, c->reply_plan, ID_BYTES);
+    else
+        out_json(&o);
+    completion_write(&o, done);
+    st = out_take(&o, out, len, err);
+    if (st)
+        return lm_err_prefix(err, "the reply to %s", done->prompt->id);
+    if (enc == ENCODING_AVRO)
+        write_id(*out, id);
+    return LM_OK;
 }

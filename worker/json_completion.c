@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * json_completion.c - a completion as a JSON tree; see json_completion.h.
+ * json_completion.c - a completion, written in either encoding; see json_completion.h.
  *
- * A NULL that is added to a tree is a failure: so errors are counted in one flag and looked at
- * once. Keys are ours, or came out of a JSON tree, so nobody need check them again.
+ * Members come in the order of schemas/completion.avsc, which message_out.h asks for. Keys of ours
+ * need no escapes.
  */
 #include "worker/json_completion.h"
 
@@ -17,59 +17,97 @@
 /* A log-probability of minus infinity has no JSON; vLLM sends this number, so clients know it. */
 #define LOGPROB_FLOOR (-9999.0)
 
-/* False: a failure. The key is borrowed. */
-static bool put(yyjson_mut_doc *d, yyjson_mut_val *o, const char *key, yyjson_mut_val *v)
+static void put_text(struct message_out *o, const char *s)
 {
-    return yyjson_mut_obj_add(o, yyjson_mut_str(d, key), v);
+    out_text(o, s, strlen(s));
+}
+
+static void put_text_or_null(struct message_out *o, const char *s)
+{
+    if (s)
+        put_text(o, s);
+    else
+        out_null(o);
 }
 
 /* ---- token pieces -------------------------------------------------------------------------- */
 
-yyjson_mut_val *completion_piece(yyjson_mut_doc *d, const char *piece, size_t len)
+/* As it is written: the piece itself, or an escaped one in *memory, to be freed. NULL: no memory. */
+static const char *piece_text(const char *piece, size_t *len, char **memory)
 {
-    yyjson_mut_val *s = json_text_value(d, piece, len);
-    if (s)
-        return s;
     static const char lead[] = "bytes:";
-    size_t size = sizeof lead + len * 4;
-    char *buf = lm_malloc(size);
+    *memory = NULL;
+    if (json_is_utf8(piece, *len))
+        return piece;
+    char *buf = lm_malloc(sizeof lead + *len * 4);
     if (!buf)
         return NULL;
     memcpy(buf, lead, sizeof lead);
     char *at = buf + sizeof lead - 1;
-    for (size_t i = 0; i < len; i++)
+    for (size_t i = 0; i < *len; i++)
         at += snprintf(at, 5, "\\x%02x", (unsigned char)piece[i]);
-    s = yyjson_mut_strncpy(d, buf, (size_t)(at - buf));
-    free(buf);
-    return s;
+    *len = (size_t)(at - buf);
+    return *memory = buf;
 }
 
-static yyjson_mut_val *logprob_value(yyjson_mut_doc *d, float lp)
+void completion_piece(struct message_out *o, const char *piece, size_t len)
+{
+    char *memory;
+    const char *text = piece_text(piece, &len, &memory);
+    if (text)
+        out_text(o, text, len);
+    else
+        o->bytes.failed = true;
+    free(memory);
+}
+
+static void put_logprob(struct message_out *o, float lp)
 {
     if (isnan(lp))
-        return yyjson_mut_null(d);
-    return json_real_value_of(d, isinf(lp) ? LOGPROB_FLOOR : (double)lp);
+        out_null(o);
+    else
+        out_real(o, isinf(lp) ? LOGPROB_FLOOR : (double)lp);
+}
+
+struct top { const char *key; char *memory; float logprob; };
+
+/* Adds a piece unless it is there. A NUL byte in a piece ends its key: readers have C strings. */
+static bool add_top(struct top *all, int *n, const char *piece, size_t len, float logprob)
+{
+    struct top *t = &all[*n];
+    t->key = piece_text(piece, &len, &t->memory);
+    t->logprob = logprob;
+    for (int i = 0; t->key && i < *n; i++)
+        if (!strcmp(all[i].key, t->key)) {
+            free(t->memory);
+            return true;
+        }
+    *n += t->key ? 1 : 0;
+    return t->key;
 }
 
 /* {piece: logprob}. Pieces of different ids can be equal; the likelier one, which comes first,
  * stays. The taken token is always there, as in OpenAI's replies. */
-static yyjson_mut_val *top_value(yyjson_mut_doc *d, const struct engine_token *t)
+static void put_top(struct message_out *o, const struct engine_token *t)
 {
-    if (isnan(t->logprob))
-        return yyjson_mut_null(d);
-    yyjson_mut_val *map = yyjson_mut_obj(d);
-    bool good = map;
-    for (int i = 0; i <= t->n_top && good; i++) {
-        bool taken = i == t->n_top;
-        const char *text = taken ? t->text : t->top[i].text;
-        yyjson_mut_val *piece = completion_piece(d, text, taken ? t->text_len : strlen(text));
-        /* A NUL byte in a piece ends its key: readers have C strings. */
-        const char *key = piece ? yyjson_mut_get_str(piece) : "";
-        good = piece;
-        if (good && !yyjson_mut_obj_getn(map, key, strlen(key)))
-            good = put(d, map, key, logprob_value(d, taken ? t->logprob : t->top[i].logprob));
+    struct top all[ENGINE_MAX_LOGPROBS + 1];
+    int n = 0;
+    bool good = true;
+    if (isnan(t->logprob)) {
+        out_null(o);
+        return;
     }
-    return good ? map : NULL;
+    for (int i = 0; good && i < LM_MIN(t->n_top, ENGINE_MAX_LOGPROBS); i++)
+        good = add_top(all, &n, t->top[i].text, strlen(t->top[i].text), t->top[i].logprob);
+    if (!good || !add_top(all, &n, t->text, t->text_len, t->logprob))
+        o->bytes.failed = true;
+    out_open(o, OUT_MAP, (size_t)n);
+    for (int i = 0; i < n; i++) {
+        out_entry(o, all[i].key, strlen(all[i].key));
+        put_logprob(o, all[i].logprob);
+        free(all[i].memory);
+    }
+    out_close(o);
 }
 
 /* Code points in the first `end` bytes, counting on from the last call's place. */
@@ -85,157 +123,181 @@ static size_t count_chars(struct counter *c, size_t end)
     return c->chars;
 }
 
-yyjson_mut_val *completion_logprobs(yyjson_mut_doc *d, const struct engine_choice *choice)
+static void open_list(struct message_out *o, const char *key, int n)
 {
-    if (!choice->logprobs)
-        return yyjson_mut_null(d);
-    yyjson_mut_val *tokens = yyjson_mut_arr(d), *values = yyjson_mut_arr(d);
-    yyjson_mut_val *tops = yyjson_mut_arr(d), *offsets = yyjson_mut_arr(d);
-    yyjson_mut_val *out = yyjson_mut_obj(d);
+    out_key(o, key);
+    out_open(o, OUT_ARRAY, (size_t)n);
+}
+
+void completion_logprobs(struct message_out *o, const struct engine_choice *choice)
+{
+    const struct engine_token *t = choice->logprobs;
+    int n = choice->n_logprobs;
     struct counter at = { choice->text, choice->text_len, 0, 0 };
-    bool good = true;
-    for (int i = 0; i < choice->n_logprobs; i++) {
-        const struct engine_token *t = &choice->logprobs[i];
-        good &= yyjson_mut_arr_append(tokens, completion_piece(d, t->text, t->text_len));
-        good &= yyjson_mut_arr_append(values, logprob_value(d, t->logprob));
-        good &= yyjson_mut_arr_append(tops, top_value(d, t));
-        good &= yyjson_mut_arr_append(offsets, yyjson_mut_sint(
-            d, (int64_t)count_chars(&at, t->text_offset)));
+    if (!t) {
+        out_null(o);
+        return;
     }
-    good &= put(d, out, "tokens", tokens);
-    good &= put(d, out, "token_logprobs", values);
-    good &= put(d, out, "top_logprobs", tops);
-    good &= put(d, out, "text_offset", offsets);
-    return good ? out : NULL;
+    out_open(o, OUT_RECORD, 0);
+    open_list(o, "tokens", n);
+    for (int i = 0; i < n; i++)
+        completion_piece(o, t[i].text, t[i].text_len);
+    out_close(o);
+    open_list(o, "token_logprobs", n);
+    for (int i = 0; i < n; i++)
+        put_logprob(o, t[i].logprob);
+    out_close(o);
+    open_list(o, "top_logprobs", n);
+    for (int i = 0; i < n; i++)
+        put_top(o, &t[i]);
+    out_close(o);
+    open_list(o, "text_offset", n);
+    for (int i = 0; i < n; i++)
+        out_int(o, (int64_t)count_chars(&at, t[i].text_offset));
+    out_close(o);
+    out_close(o);
 }
 
 /* ---- the reply ------------------------------------------------------------------------------ */
 
-static yyjson_mut_val *text_of(yyjson_mut_doc *d, const char *s)
+static void put_member(struct message_out *o, const char *key, const char *text)
 {
-    return json_text_value(d, s, strlen(s));
+    out_key(o, key);
+    put_text(o, text);
 }
 
-static yyjson_mut_val *text_or_null(yyjson_mut_doc *d, const char *s)
+static void put_count(struct message_out *o, const char *key, int64_t n)
 {
-    return s ? text_of(d, s) : yyjson_mut_null(d);
+    out_key(o, key);
+    out_int(o, n);
 }
 
-static yyjson_mut_val *ms_value(yyjson_mut_doc *d, double ms)
+static void put_ms(struct message_out *o, const char *key, double ms)
 {
-    return json_real_value_of(d, isfinite(ms) ? round(ms * 1000) / 1000 : 0);
+    out_key(o, key);
+    out_real(o, isfinite(ms) ? round(ms * 1000) / 1000 : 0);
 }
 
 /* Choices of a part have no reason to end yet; those of a claim have their text elsewhere. */
-static yyjson_mut_val *choices_value(yyjson_mut_doc *d, const struct completion *done)
+static void put_choices(struct message_out *o, const struct completion *done)
 {
     const struct engine_result *result = done->result;
-    bool part = done->stream && !done->stream->final, good = true;
-    yyjson_mut_val *list = yyjson_mut_arr(d);
-    for (int i = 0; i < result->n_choices && good; i++) {
+    bool part = done->stream && !done->stream->final;
+    open_list(o, "choices", result->n_choices);
+    for (int i = 0; i < result->n_choices; i++) {
         const struct engine_choice *c = &result->choices[i];
-        yyjson_mut_val *o = yyjson_mut_obj(d);
-        good &= put(d, o, "index", yyjson_mut_sint(d, c->index));
-        good &= put(d, o, "text", done->claim ? yyjson_mut_str(d, "") :
-                    json_text_value(d, c->text, c->text_len));
-        good &= put(d, o, "finish_reason", yyjson_mut_str(
-            d, part ? COMPLETION_PART : engine_reason_name(c->reason)));
-        good &= put(d, o, "logprobs", done->claim ? yyjson_mut_null(d) : completion_logprobs(d, c));
-        good &= yyjson_mut_arr_append(list, o);
+        out_open(o, OUT_RECORD, 0);
+        put_count(o, "index", c->index);
+        out_key(o, "text");
+        out_text(o, done->claim ? "" : c->text, done->claim ? 0 : c->text_len);
+        put_member(o, "finish_reason", part ? COMPLETION_PART : engine_reason_name(c->reason));
+        out_key(o, "logprobs");
+        if (done->claim)
+            out_null(o);
+        else
+            completion_logprobs(o, c);
+        out_close(o);
     }
-    return good ? list : NULL;
+    out_close(o);
 }
 
-static yyjson_mut_val *usage_value(yyjson_mut_doc *d, const struct engine_result *r)
+static void put_usage(struct message_out *o, const struct engine_result *r)
 {
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "prompt_tokens", yyjson_mut_sint(d, r->prompt_tokens));
-    good &= put(d, o, "cached_tokens", yyjson_mut_sint(d, r->cached_tokens));
-    good &= put(d, o, "completion_tokens", yyjson_mut_sint(d, r->completion_tokens));
-    return good ? o : NULL;
+    out_key(o, "usage");
+    out_open(o, OUT_RECORD, 0);
+    put_count(o, "prompt_tokens", r->prompt_tokens);
+    put_count(o, "cached_tokens", r->cached_tokens);
+    put_count(o, "completion_tokens", r->completion_tokens);
+    out_close(o);
 }
 
 /* Stages follow one another from receipt to result; fetch_ms is part of intake_ms, adapter_ms of
  * queue_ms. A stage that was never reached has 0 in the engine's result. */
-static yyjson_mut_val *timings_value(yyjson_mut_doc *d, const struct completion *done)
+static void put_timings(struct message_out *o, const struct completion *done)
 {
     const struct engine_result *r = done->result;
     int64_t prefill = r->first_token_us - r->queued_us;
     int64_t decode = r->first_token_us > 0 ? r->finished_us - r->first_token_us : 0;
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "intake_ms", ms_value(d, done->received_to_submit_ms));
-    good &= put(d, o, "fetch_ms", ms_value(d, done->fetch_ms));
-    good &= put(d, o, "queue_ms", ms_value(d, (double)r->queued_us / 1e3));
-    good &= put(d, o, "adapter_ms", ms_value(d, (double)r->adapter_us / 1e3));
-    good &= put(d, o, "prefill_ms", ms_value(d, (double)LM_MAX(prefill, 0) / 1e3));
-    good &= put(d, o, "decode_ms", ms_value(d, (double)LM_MAX(decode, 0) / 1e3));
-    good &= put(d, o, "total_ms", ms_value(d, done->received_to_submit_ms +
-                                           (double)r->finished_us / 1e3));
-    return good ? o : NULL;
+    out_key(o, "timings");
+    out_open(o, OUT_RECORD, 0);
+    put_ms(o, "intake_ms", done->received_to_submit_ms);
+    put_ms(o, "fetch_ms", done->fetch_ms);
+    put_ms(o, "queue_ms", (double)r->queued_us / 1e3);
+    put_ms(o, "adapter_ms", (double)r->adapter_us / 1e3);
+    put_ms(o, "prefill_ms", (double)LM_MAX(prefill, 0) / 1e3);
+    put_ms(o, "decode_ms", (double)LM_MAX(decode, 0) / 1e3);
+    put_ms(o, "total_ms", done->received_to_submit_ms + (double)r->finished_us / 1e3);
+    out_close(o);
 }
 
-static yyjson_mut_val *metadata_value(yyjson_mut_doc *d, const struct prompt *p)
+static void put_metadata(struct message_out *o, const struct prompt *p)
 {
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = o;
-    for (int i = 0; i < p->n_metadata; i++)
-        good &= put(d, o, p->metadata[i].key, text_of(d, p->metadata[i].value));
-    return good ? o : NULL;
+    out_key(o, "metadata");
+    out_open(o, OUT_MAP, (size_t)p->n_metadata);
+    for (int i = 0; i < p->n_metadata; i++) {
+        out_entry(o, p->metadata[i].key, strlen(p->metadata[i].key));
+        put_text(o, p->metadata[i].value);
+    }
+    out_close(o);
 }
 
-static yyjson_mut_val *error_value(yyjson_mut_doc *d, const struct lm_err *e)
+static void put_stream(struct message_out *o, const struct completion_stream *s)
 {
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "code", yyjson_mut_str(d, lm_status_wire(e->code)));
-    good &= put(d, o, "message", text_of(d, e->msg));
-    return good ? o : NULL;
+    out_key(o, "stream");
+    out_open(o, OUT_RECORD, 0);
+    put_member(o, "generation", s->generation);
+    put_count(o, "seq", s->seq);
+    out_key(o, "final");
+    out_bool(o, s->final);
+    out_close(o);
 }
 
-static yyjson_mut_val *stream_value(yyjson_mut_doc *d, const struct completion_stream *s)
+static void put_claim(struct message_out *o, const struct completion_claim *c)
 {
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "generation", text_of(d, s->generation));
-    good &= put(d, o, "seq", yyjson_mut_sint(d, s->seq));
-    good &= put(d, o, "final", yyjson_mut_bool(d, s->final));
-    return good ? o : NULL;
+    out_key(o, "claim");
+    out_open(o, OUT_RECORD, 0);
+    put_member(o, "url", c->url);
+    put_count(o, "bytes", c->bytes);
+    put_member(o, "sha256", c->sha256);
+    put_member(o, "content_type", c->content_type);
+    out_close(o);
 }
 
-static yyjson_mut_val *claim_value(yyjson_mut_doc *d, const struct completion_claim *c)
+static void put_error(struct message_out *o, const struct lm_err *e)
 {
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "url", text_of(d, c->url));
-    good &= put(d, o, "bytes", yyjson_mut_sint(d, (int64_t)c->bytes));
-    good &= put(d, o, "sha256", text_of(d, c->sha256));
-    good &= put(d, o, "content_type", text_of(d, c->content_type));
-    return good ? o : NULL;
+    out_key(o, "error");
+    out_open(o, OUT_RECORD, 0);
+    put_member(o, "code", lm_status_wire(e->code));
+    put_member(o, "message", e->msg);
+    out_close(o);
 }
 
 /* What only some replies have; the rest don't even have the key. */
-static bool add_extras(yyjson_mut_doc *d, yyjson_mut_val *o, const struct completion *done)
+static void put_extras(struct message_out *o, const struct completion *done)
 {
-    bool good = true;
-    if (done->error)
-        good &= put(d, o, "error", error_value(d, done->error));
     if (done->stream)
-        good &= put(d, o, "stream", stream_value(d, done->stream));
+        put_stream(o, done->stream);
     if (done->claim)
-        good &= put(d, o, "claim", claim_value(d, done->claim));
-    return good;
+        put_claim(o, done->claim);
+    if (done->error)
+        put_error(o, done->error);
 }
 
-yyjson_mut_val *completion_value(yyjson_mut_doc *d, const struct completion *done)
+void completion_write(struct message_out *o, const struct completion *done)
 {
     const struct prompt *p = done->prompt;
-    yyjson_mut_val *o = yyjson_mut_obj(d);
-    bool good = put(d, o, "id", text_of(d, p->id));
-    good &= put(d, o, "adapter", text_or_null(d, p->adapter));
-    good &= put(d, o, "adapter_digest", text_or_null(d, done->adapter_digest));
-    good &= put(d, o, "model", text_of(d, done->model ? done->model : ""));
-    good &= put(d, o, "choices", choices_value(d, done));
-    good &= put(d, o, "usage", usage_value(d, done->result));
-    good &= put(d, o, "timings", timings_value(d, done));
-    good &= put(d, o, "worker", text_of(d, done->worker ? done->worker : ""));
-    good &= put(d, o, "metadata", metadata_value(d, p));
-    good &= add_extras(d, o, done);
-    return good ? o : NULL;
+    out_open(o, OUT_RECORD, 0);
+    put_member(o, "id", p->id);
+    out_key(o, "adapter");
+    put_text_or_null(o, p->adapter);
+    out_key(o, "adapter_digest");
+    put_text_or_null(o, done->adapter_digest);
+    put_member(o, "model", done->model ? done->model : "");
+    put_choices(o, done);
+    put_usage(o, done->result);
+    put_timings(o, done);
+    put_member(o, "worker", done->worker ? done->worker : "");
+    put_metadata(o, p);
+    put_extras(o, done);
+    out_close(o);
 }

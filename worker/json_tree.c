@@ -11,6 +11,7 @@
  */
 #include "worker/json_tree.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>
@@ -60,17 +61,48 @@ void json_scratch_init(struct json_scratch *s)
 
 /* ---- strings ----------------------------------------------------------------------------- */
 
+/* Sixteen bytes at a time, as GCC and Clang have them on any machine. */
+typedef signed char v16 __attribute__((vector_size(16)));
+
+static v16 load16(const char *s)
+{
+    v16 v;
+    memcpy(&v, s, sizeof v);
+    return v;
+}
+
+static bool any(v16 mask)
+{
+    uint64_t w[2];
+    memcpy(w, &mask, sizeof w);
+    return w[0] | w[1];
+}
+
 static bool is_ascii(const char *s, size_t n)
 {
-    uint64_t any = 0, word;
     size_t i = 0;
-    for (; i + sizeof word <= n; i += sizeof word) {
-        memcpy(&word, s + i, sizeof word);
-        any |= word;
-    }
+    v16 or = { 0 };
+    signed char rest = 0;
+    for (; i + 16 <= n; i += 16)
+        or |= load16(s + i);
     for (; i < n; i++)
-        any |= (unsigned char)s[i];
-    return !(any & 0x8080808080808080u);
+        rest |= (signed char)s[i];
+    return rest >= 0 && !any(or < 0);
+}
+
+/* Nothing but printable ASCII, and no quote or backslash? Bytes above it are negative. */
+static bool is_plain(const char *s, size_t n)
+{
+    size_t i = 0;
+    v16 bad = { 0 };
+    for (; i + 16 <= n; i += 16) {
+        v16 v = load16(s + i);
+        bad |= (v < 0x20) | (v == '"') | (v == '\\');
+    }
+    int rest = 0;
+    for (; i < n; i++)
+        rest |= (signed char)s[i] < 0x20 || s[i] == '"' || s[i] == '\\';
+    return !rest && !any(bad);
 }
 
 /* Most text has nothing to check. */
@@ -90,11 +122,6 @@ bool json_is_utf8(const char *s, size_t n)
 json_t *json_text(const char *s, size_t n)
 {
     return json_is_utf8(s, n) ? json_stringn_nocheck(s, n) : NULL;
-}
-
-yyjson_mut_val *json_text_value(yyjson_mut_doc *d, const char *s, size_t n)
-{
-    return json_is_utf8(s, n) ? yyjson_mut_strn(d, s, n) : NULL;
 }
 
 /* ---- text to tree ------------------------------------------------------------------------ */
@@ -312,11 +339,6 @@ static yyjson_mut_val *items_of(yyjson_mut_doc *d, const json_t *j)
     return a;
 }
 
-yyjson_mut_val *json_real_value_of(yyjson_mut_doc *d, double x)
-{
-    return (double)(float)x == x ? yyjson_mut_float(d, (float)x) : yyjson_mut_double(d, x);
-}
-
 /* Strings stay the tree's. NULL, a failure to whoever adds it to something: there is no memory. */
 yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j)
 {
@@ -325,7 +347,7 @@ yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j)
     case JSON_ARRAY: return items_of(d, j);
     case JSON_STRING: return yyjson_mut_strn(d, json_string_value(j), json_string_length(j));
     case JSON_INTEGER: return yyjson_mut_sint(d, json_integer_value(j));
-    case JSON_REAL: return json_real_value_of(d, json_real_value(j));
+    case JSON_REAL: return yyjson_mut_double(d, json_real_value(j));
     case JSON_NULL: return yyjson_mut_null(d);
     default: return yyjson_mut_bool(d, json_is_true(j));
     }
@@ -370,7 +392,11 @@ static void print_escaped(struct bytes *b, unsigned char c)
 /* Its UTF-8 was checked when it became a value. */
 static void print_string(struct bytes *b, const char *s, size_t n)
 {
-    bytes_put(b, "\"", 1);
+    bytes_byte(b, '"');
+    if (is_plain(s, n)) {
+        bytes_put(b, s, n);
+        n = 0;
+    }
     for (size_t i = 0; i < n;) {
         size_t plain = plain_len(s + i, n - i);
         bytes_put(b, s + i, plain);
@@ -378,10 +404,26 @@ static void print_string(struct bytes *b, const char *s, size_t n)
         if (i < n)
             print_escaped(b, (unsigned char)s[i++]);
     }
-    bytes_put(b, "\"", 1);
+    bytes_byte(b, '"');
 }
 
-static void print_int(struct bytes *b, int64_t v)
+bool json_put_text(struct bytes *b, const char *s, size_t n)
+{
+    char *to = is_plain(s, n) ? bytes_room(b, n + 2) : NULL;
+    if (!to && !json_is_utf8(s, n))
+        return false;
+    if (!to) {
+        print_string(b, s, n);
+        return true;
+    }
+    to[0] = '"';
+    memcpy(to + 1, s, n);
+    to[n + 1] = '"';
+    b->n += n + 2;
+    return true;
+}
+
+void json_put_int(struct bytes *b, int64_t v)
 {
     char digits[20], *at = digits + sizeof digits;
     uint64_t u = v < 0 ? -(uint64_t)v : (uint64_t)v;
@@ -389,18 +431,39 @@ static void print_int(struct bytes *b, int64_t v)
         *--at = (char)('0' + u % 10);
     while (u /= 10);
     if (v < 0)
-        bytes_put(b, "-", 1);
+        bytes_byte(b, '-');
     bytes_put(b, at, (size_t)(digits + sizeof digits - at));
 }
 
-/* The shortest digits are yyjson's art. */
-static void print_real(struct bytes *b, const yyjson_mut_val *v)
+/* Thousandths, as all times are: at most 15 digits of a double, 7 of a float, so that no fewer read
+ * back as the same. */
+static bool put_thousandths(struct bytes *b, double x)
+{
+    int64_t all = x < 1e12 ? llround(x * 1000) : 0;
+    if (!(x < 1e12) || (double)all / 1000 != x || (x >= 8192 && (double)(float)x == x))
+        return false;
+    int rest = (int)(all % 1000), n = rest % 10 ? 4 : rest % 100 ? 3 : 2;
+    const char point[] = { '.', (char)('0' + rest / 100), (char)('0' + rest / 10 % 10),
+                           (char)('0' + rest % 10) };
+    json_put_int(b, all / 1000);
+    bytes_put(b, point, (size_t)n);
+    return true;
+}
+
+void json_put_real(struct bytes *b, double x)
 {
     char room[1024];
+    yyjson_mut_val v = { 0 };
     yyjson_alc alc;
     size_t n = 0;
+    if (x >= 0 && !signbit(x) && put_thousandths(b, x))
+        return;
+    if ((double)(float)x == x)
+        yyjson_mut_set_float(&v, (float)x);
+    else
+        yyjson_mut_set_double(&v, x);
     yyjson_alc_pool_init(&alc, room, sizeof room);
-    const char *text = yyjson_mut_val_write_opts(v, YYJSON_WRITE_NOFLAG, &alc, &n, NULL);
+    const char *text = yyjson_mut_val_write_opts(&v, YYJSON_WRITE_NOFLAG, &alc, &n, NULL);
     if (text)
         bytes_put(b, text, n);
     else
@@ -448,9 +511,9 @@ static void print_value(struct bytes *b, yyjson_mut_val *v)
         break;
     default:
         if (yyjson_mut_is_int(v))
-            print_int(b, yyjson_mut_get_sint(v));
+            json_put_int(b, yyjson_mut_get_sint(v));
         else
-            print_real(b, v);
+            json_put_real(b, yyjson_mut_get_real(v));
     }
 }
 

@@ -14,7 +14,7 @@
 
 #include <jansson.h>
 #include <yyjson.h>
-#include "kernels/base.h"
+#include "worker/bytes.h"
 
 /* Memory for the tree of a message of common size; what has no room there comes from the heap. Not
  * to be moved. */
@@ -46,12 +46,12 @@ char *json_print_value(yyjson_mut_val *root, size_t *len);
 
 bool json_is_utf8(const char *s, size_t n);
 
-/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. The second one borrows
- * them. */
+/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. */
 json_t *json_text(const char *s, size_t n);
-yyjson_mut_val *json_text_value(yyjson_mut_doc *d, const char *s, size_t n);
 
-/* Printed with the fewest digits that read back as the same float, if it is one. */
-yyjson_mut_val *json_real_value_of(yyjson_mut_doc *d, double x);
+/* What is printed above, piece by piece. False: not UTF-8. */
+bool json_put_text(struct bytes *b, const char *s, size_t n);
+void json_put_int(struct bytes *b, int64_t v);
+void json_put_real(struct bytes *b, double x);
 
 #endif

@@ -11,6 +11,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "worker/json_completion.h"
@@ -255,25 +256,32 @@ static json_t *number_json(float lp)
     return json_real(isinf(lp) ? -9999.0 : (double)lp);
 }
 
-/* What the completions' functions make, as a tree of jansson's. */
+/* What the completions' functions write, as a tree of jansson's. */
+static json_t *tree_of(struct message_out *o)
+{
+    struct lm_err ignored;
+    void *text = NULL;
+    size_t n = 0;
+    json_t *j = out_take(o, &text, &n, &ignored) ? NULL :
+                json_loadb(text, n, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    free(text);
+    return j;
+}
+
 static json_t *piece_json(const char *piece, size_t len)
 {
-    yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
-    yyjson_doc *copy = yyjson_mut_val_imut_copy(completion_piece(d, piece, len), NULL);
-    json_t *j = copy ? json_from_value(yyjson_doc_get_root(copy)) : NULL;
-    yyjson_doc_free(copy);
-    yyjson_mut_doc_free(d);
-    return j;
+    struct message_out o;
+    out_json(&o);
+    completion_piece(&o, piece, len);
+    return tree_of(&o);
 }
 
 static json_t *logprobs_json(const struct engine_choice *c)
 {
-    yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
-    yyjson_doc *copy = yyjson_mut_val_imut_copy(completion_logprobs(d, c), NULL);
-    json_t *j = copy ? json_from_value(yyjson_doc_get_root(copy)) : NULL;
-    yyjson_doc_free(copy);
-    yyjson_mut_doc_free(d);
-    return j;
+    struct message_out o;
+    out_json(&o);
+    completion_logprobs(&o, c);
+    return tree_of(&o);
 }
 
 static json_t *chat_token_json(const char *piece, size_t len, float logprob)

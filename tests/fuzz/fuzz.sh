@@ -20,9 +20,9 @@ fi
 
 out=build/fuzz
 san='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
-pc="rdkafka avro-c libcurl libmicrohttpd jansson libpcre2-8 openblas libcrypto"
+pc="rdkafka avro-c libcurl libmicrohttpd yyjson jansson libpcre2-8 openblas libcrypto"
 : "${DEPS:=${XDG_CACHE_HOME:-$HOME/.cache}/loramill}"
-PKG_CONFIG_PATH=$DEPS/librdkafka/lib/pkgconfig:${PKG_CONFIG_PATH:-}
+PKG_CONFIG_PATH=$DEPS/librdkafka/lib/pkgconfig:$DEPS/yyjson/lib/pkgconfig:${PKG_CONFIG_PATH:-}
 export PKG_CONFIG_PATH
 
 # The kernels come from the plain build: no hostile byte reaches them, and clang takes minutes to

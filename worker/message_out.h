@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * message_out.h - a message that is being written, in JSON or in Avro, from its first member to its
+ * last. Whoever describes it says the same for both, once; no tree is built.
+ *
+ *   out_open(o, OUT_RECORD, 0);
+ *   out_key(o, "id");       out_text(o, id, strlen(id));
+ *   out_key(o, "tokens");   out_open(o, OUT_ARRAY, 2);  out_int(o, 7);  out_int(o, 8);  out_close(o);
+ *   out_close(o);
+ *
+ * Avro is written by a plan: a record's members come in the order of its fields; a field that is
+ * passed over, or null, needs a union with null; of a union the first branch that fits is taken.
+ *
+ * Errors are kept, the first one counts, and are looked at once, by out_take().
+ *
+ * Threads: no state.
+ */
+#ifndef LORAMILL_WORKER_MESSAGE_OUT_H
+#define LORAMILL_WORKER_MESSAGE_OUT_H
+
+#include "worker/avro_path.h"
+#include "worker/avro_plan.h"
+#include "worker/bytes.h"
+
+enum out_kind { OUT_RECORD, OUT_MAP, OUT_ARRAY };
+
+struct message_out {
+    struct bytes bytes;
+    const struct avro_node *next;       /* Avro: what a value is now; NULL: JSON */
+    bool comma;                 /* JSON: something stands before */
+    int depth;
+    struct out_level {
+        enum out_kind kind;
+        const struct avro_node *node;
+        int field;              /* of a record: the one to come */
+        const char *member;     /* for errors */
+    } level[AVRO_PATH_MAX];
+    lm_status fault;
+    char where[256];
+    const char *what;
+};
+
+void out_json(struct message_out *o);
+/* The first `lead` bytes are left for the caller to fill. */
+void out_avro(struct message_out *o, const struct avro_plan *p, size_t lead);
+
+/* Of a map or an array, `n` is how many entries come before out_close(). */
+void out_open(struct message_out *o, enum out_kind kind, size_t n);
+void out_close(struct message_out *o);
+void out_member(struct message_out *o, const char *key, size_t n);
+/* Of a record; nothing in it has to be escaped. */
+static inline void out_key(struct message_out *o, const char *key)
+{
+    out_member(o, key, strlen(key));
+}
+void out_entry(struct message_out *o, const char *key, size_t n);       /* of a map; any UTF-8 */
+
+void out_null(struct message_out *o);
+void out_bool(struct message_out *o, bool v);
+void out_int(struct message_out *o, int64_t v);
+void out_real(struct message_out *o, double v);
+void out_text(struct message_out *o, const char *s, size_t n);
+
+/* malloc'ed, with a NUL behind that *len does not count. Errors: LM_NOMEM; LM_MISMATCH with the
+ * path of what the schema has no place for; LM_FORMAT for a text that is not UTF-8. */
+lm_status out_take(struct message_out *o, void **out, size_t *len, struct lm_err *err);
+
+#endif
