@@ -8,11 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/params.h"
 #include "engine/prompt.h"
 
 struct echo_counters {
     atomic_uint_fast64_t finished;
-    atomic_uint_fast64_t failed;
 };
 
 lm_status echo_new(struct echo_counters **out, struct lm_err *err)
@@ -26,7 +26,8 @@ void echo_free(struct echo_counters *c)
     free(c);
 }
 
-lm_status echo_text(const struct engine_request *r, char **text, size_t *len, struct lm_err *err)
+static lm_status text_of(const struct engine_request *r, char **text, size_t *len,
+                         struct lm_err *err)
 {
     if (r->prompt)
         return prompt_text(r, text, len, err);
@@ -36,65 +37,93 @@ lm_status echo_text(const struct engine_request *r, char **text, size_t *len, st
     return *text ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory for a prompt");
 }
 
-int echo_tokens(size_t len)
+static int tokens_of(size_t len)
 {
     return (int)LM_MIN(LM_DIV_UP(len, 4), (size_t)INT32_MAX);
 }
 
-static void fill_choices(const struct request *r, struct engine_result *res)
+static enum engine_reason reason_of(const struct engine_request *r)
 {
-    for (int i = 0; i < r->n_seqs; i++) {
-        struct engine_choice *c = &res->choices[i];
-        c->index = i;
-        c->reason = ENGINE_STOP;
-        c->text = lm_strndup(r->prompt_text, r->prompt_text_len);
-        c->text_len = r->prompt_text_len;
-        if (!c->text)
-            res->status = LM_NOMEM;
+    if (!r->deadline_ms && !r->first_token_by_ms)
+        return ENGINE_STOP;
+    int64_t now = lm_wall_ms();
+    bool late = (r->deadline_ms && now > r->deadline_ms) ||
+                (r->first_token_by_ms && now > r->first_token_by_ms);
+    return late ? ENGINE_EXPIRED : ENGINE_STOP;
+}
+
+/* The first choice takes the text over, the others have copies. False: no memory. */
+static bool fill_choices(struct engine_result *res, int n, enum engine_reason reason, char *text,
+                         size_t len)
+{
+    bool good = true;
+    for (int i = 0; i < n; i++)
+        res->choices[i] = (struct engine_choice){
+            .index = i, .reason = reason, .text_len = len,
+            .text = i ? lm_strndup(text, len) : text,
+        };
+    res->n_choices = n;
+    for (int i = 0; i < n; i++)
+        good &= res->choices[i].text != NULL;
+    return good;
+}
+
+static struct engine_result *answer(const struct engine_request *r, int n, char *text, size_t len)
+{
+    struct engine_result *res = lm_calloc(1, sizeof *res);
+    struct engine_choice *choices = lm_calloc((size_t)n, sizeof *choices);
+    if (!res || !choices) {
+        free(res);
+        free(choices);
+        free(text);
+        return NULL;
     }
-    res->n_choices = r->n_seqs;
-    res->prompt_tokens = r->prompt.n ? r->prompt.n : echo_tokens(r->prompt_text_len);
-    res->completion_tokens = echo_tokens(r->prompt_text_len) * r->n_seqs;
-}
-
-static struct engine_result *answer(struct request *r)
-{
-    struct engine_result *res = r->result;
-    r->result = NULL;
-    res->choices = lm_calloc((size_t)r->n_seqs, sizeof *res->choices);
-    if (res->choices)
-        fill_choices(r, res);
-    else
-        res->status = LM_NOMEM;
-    int64_t now = lm_wall_ms(), first = r->first_token_by_ms;
-    if ((r->deadline_ms && now > r->deadline_ms) || (first && now > first))
-        for (int i = 0; i < res->n_choices; i++)
-            res->choices[i].reason = ENGINE_EXPIRED;
-    res->finished_us = res->first_token_us = lm_now_us() - r->submit_us;
-    res->queued_us = res->finished_us;
+    res->choices = choices;
+    res->prompt_tokens = r->token_ids ? r->n_token_ids : tokens_of(len);
+    res->completion_tokens = tokens_of(len) * n;
     res->steps = 1;
-    return res;
+    if (fill_choices(res, n, reason_of(r), text, len))
+        return res;
+    engine_result_free(res);
+    return NULL;
 }
 
-void echo_run(struct echo_counters *c, mailbox *mail, adapters *reg)
+lm_status echo_submit(struct echo_counters *c, mailbox *mail, const struct engine_request *r,
+                      engine_handle *out, struct lm_err *err)
+{
+    struct engine_params p;
+    char *text = NULL;
+    size_t len = 0;
+    lm_status st = mailbox_accepts(mail, err);
+    if (st == LM_OK)
+        st = prompt_check(r, err);
+    if (st == LM_OK)
+        st = params_resolve(&r->params, NULL, &p, err);
+    if (st == LM_OK && r->token_ids && r->n_token_ids < 0)
+        st = lm_err_set(err, LM_INVALID, "%d token ids", r->n_token_ids);
+    if (st == LM_OK)
+        st = text_of(r, &text, &len, err);
+    if (st != LM_OK)
+        return st;
+    struct engine_result *res = answer(r, p.n, text, len);
+    if (!res)
+        return lm_err_set(err, LM_NOMEM, "no memory for an answer of %zu bytes", len);
+    st = mailbox_answer(mail, r->user, res, out, err);
+    if (st == LM_OK)
+        atomic_fetch_add_explicit(&c->finished, 1, memory_order_relaxed);
+    return st;
+}
+
+void echo_run(mailbox *mail, adapters *reg)
 {
     bool stop = false, cancels;
     while (!stop) {
-        struct request *r = mailbox_take(mail, -1, &stop, &cancels);
+        mailbox_take(mail, -1, &stop, &cancels);
         adapters_reap(reg, NULL, NULL);
-        for (struct request *next; r; r = next) {
-            next = r->next;
-            struct engine_result *res = answer(r);
-            bool ok = res->status == LM_OK;
-            atomic_fetch_add_explicit(ok ? &c->finished : &c->failed, 1, memory_order_relaxed);
-            mailbox_post_result(mail, r, res);
-            request_free(r);
-        }
     }
 }
 
 void echo_stats(struct echo_counters *c, struct engine_stats *out)
 {
     out->finished = atomic_load_explicit(&c->finished, memory_order_relaxed);
-    out->failed = atomic_load_explicit(&c->failed, memory_order_relaxed);
 }

@@ -273,7 +273,7 @@ static void *engine_thread(void *arg)
     engine *e = arg;
     pthread_setname_np(pthread_self(), "engine");
     if (e->cfg.echo)
-        echo_run(e->echo, e->mail, e->adapters);
+        echo_run(e->mail, e->adapters);
     else
         core_run(e->core);
     return NULL;
@@ -500,20 +500,16 @@ static lm_status make_request(engine *e, const struct engine_request *in, struct
     struct token_ids ids = { 0 };
     char *text = NULL;
     size_t len = 0;
-    struct request_limits lim = { e->cfg.echo ? 0 : e->cfg.max_model_len, e->cfg.block_tokens,
-                                  engine_now_us(e) };
+    struct request_limits lim = { e->cfg.max_model_len, e->cfg.block_tokens, engine_now_us(e) };
     lm_status st = prompt_check(in, err);
-    if (st == LM_OK && !e->cfg.echo && !e->tok)
+    if (st == LM_OK && !e->tok)
         st = check_no_text(in, err);
     if (st == LM_OK)
-        st = params_resolve(&in->params, e->cfg.echo ? NULL : &e->model, &p, err);
+        st = params_resolve(&in->params, &e->model, &p, err);
     if (st != LM_OK)
         return st;
-    if (e->cfg.echo)
-        st = echo_text(in, &text, &len, err);
-    else
-        st = prompt_encode(in, e->tok, e->chat, e->model.vocab, &ids, &text, &len, err);
-    if (st == LM_OK && !e->cfg.echo)
+    st = prompt_encode(in, e->tok, e->chat, e->model.vocab, &ids, &text, &len, err);
+    if (st == LM_OK)
         st = check_length(e, &p, ids.n, err);
     if (st == LM_OK)
         st = request_new(in, &p, &ids, e->tok, &lim, out, err);
@@ -531,10 +527,12 @@ lm_status engine_submit(engine *e, const struct engine_request *in, engine_handl
                         struct lm_err *err)
 {
     struct request *r = NULL;
+    if (e->cfg.echo)
+        return echo_submit(e->echo, e->mail, in, out, err);
     lm_status st = mailbox_accepts(e->mail, err);       /* before the work of tokenising */
     if (st == LM_OK)
         st = make_request(e, in, &r, err);
-    if (st == LM_OK && !e->cfg.echo)
+    if (st == LM_OK)
         st = check_room(e, r, err);
     if (st == LM_OK)
         st = mailbox_submit(e->mail, r, out, err);

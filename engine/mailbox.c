@@ -2,7 +2,7 @@
 /*
  * mailbox.c - slots, an inbox list, an outbox list, one mutex, two condition variables.
  *
- * Life of a slot:   FREE --submit--> LIVE --post_result--> ENDED --poll--> FREE (generation + 1)
+ * Life of a slot:   FREE --submit--> LIVE --post_request--> ENDED --poll--> FREE (generation + 1)
  *
  * `news` is the only word that the engine thread reads without the lock: it is set (under the lock)
  * whenever the inbox, the list of cancelled requests or `stop` changes, and cleared (under the
@@ -10,7 +10,7 @@
  *
  * Cancelled requests are listed, so that a cancellation costs the same however many wait. With the
  * inbox, mailbox_take() moves that list to `taken`: who is on it has been handed over. Whoever ends
- * by another way leaves either list in post_end().
+ * by another way leaves either list in mailbox_post_request().
  */
 #include "engine/mailbox.h"
 
@@ -165,15 +165,20 @@ lm_status mailbox_accepts(mailbox *m, struct lm_err *err)
     return st;
 }
 
+static engine_handle slot_claim(mailbox *m, enum slot_state state, struct request *live)
+{
+    int slot = m->free_slots[--m->n_free];
+    m->slots[slot].state = (uint8_t)state;
+    m->slots[slot].live = live;
+    return handle_make(m, slot);
+}
+
 lm_status mailbox_submit(mailbox *m, struct request *r, engine_handle *out, struct lm_err *err)
 {
     pthread_mutex_lock(&m->mu);
     lm_status st = accepts_locked(m, err);
     if (st == LM_OK) {
-        int slot = m->free_slots[--m->n_free];
-        m->slots[slot].state = SLOT_LIVE;
-        m->slots[slot].live = r;
-        *out = r->handle = handle_make(m, slot);
+        *out = r->handle = slot_claim(m, SLOT_LIVE, r);
         r->order = m->order++;
         r->next = NULL;
         *m->in_tail = r;
@@ -181,6 +186,38 @@ lm_status mailbox_submit(mailbox *m, struct request *r, engine_handle *out, stru
         tell_engine(m);
     }
     pthread_mutex_unlock(&m->mu);
+    return st;
+}
+
+static void append(mailbox *m, struct event_node *n)
+{
+    n->next = NULL;
+    *m->out_tail = n;
+    m->out_tail = &n->next;
+    pthread_cond_signal(&m->events);
+}
+
+lm_status mailbox_answer(mailbox *m, void *user, struct engine_result *result, engine_handle *out,
+                         struct lm_err *err)
+{
+    struct event_node *n = lm_calloc(1, sizeof *n);
+    if (!n) {
+        engine_result_free(result);
+        return lm_err_set(err, LM_NOMEM, "no memory for an answer");
+    }
+    pthread_mutex_lock(&m->mu);
+    lm_status st = accepts_locked(m, err);
+    if (st == LM_OK) {
+        *out = slot_claim(m, SLOT_ENDED, NULL);
+        n->ev = (struct engine_event){ .kind = ENGINE_FINISHED, .handle = *out, .user = user,
+                                       .result = result };
+        append(m, n);
+    }
+    pthread_mutex_unlock(&m->mu);
+    if (st != LM_OK) {
+        engine_result_free(result);
+        free(n);
+    }
     return st;
 }
 
@@ -334,14 +371,6 @@ struct request *mailbox_next_cancelled(mailbox *m)
     return r;
 }
 
-static void append(mailbox *m, struct event_node *n)
-{
-    n->next = NULL;
-    *m->out_tail = n;
-    m->out_tail = &n->next;
-    pthread_cond_signal(&m->events);
-}
-
 static lm_status node_add_text(struct event_node *n, const char *text, size_t len)
 {
     if (n->text_len + len + 1 > n->text_cap) {
@@ -384,8 +413,7 @@ lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t 
     return st;
 }
 
-static void post_end(mailbox *m, struct request *r, struct engine_result *result,
-                     struct request *done)
+void mailbox_post_request(mailbox *m, struct request *r)
 {
     pthread_mutex_lock(&m->mu);
     for (int i = 0; i < r->n_seqs; i++) {
@@ -395,9 +423,8 @@ static void post_end(mailbox *m, struct request *r, struct engine_result *result
     }
     struct event_node *n = r->finish;
     r->finish = NULL;
-    n->ev = (struct engine_event){ .kind = ENGINE_FINISHED, .handle = r->handle, .user = r->user,
-                                   .result = result };
-    n->done = done;
+    n->ev = (struct engine_event){ .kind = ENGINE_FINISHED, .handle = r->handle, .user = r->user };
+    n->done = r;
     struct slot *s = handle_slot(m, r->handle);
     if (s) {
         s->state = SLOT_ENDED;
@@ -406,16 +433,6 @@ static void post_end(mailbox *m, struct request *r, struct engine_result *result
     unlist_cancelled(r);
     append(m, n);
     pthread_mutex_unlock(&m->mu);
-}
-
-void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *result)
-{
-    post_end(m, r, result, NULL);
-}
-
-void mailbox_post_request(mailbox *m, struct request *r)
-{
-    post_end(m, r, NULL, r);
 }
 
 void mailbox_fail(mailbox *m, lm_status state)

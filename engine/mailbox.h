@@ -36,6 +36,9 @@ void mailbox_free(mailbox *m);          /* frees what is queued, requests and re
 lm_status mailbox_accepts(mailbox *m, struct lm_err *err);
 /* Takes the request over on LM_OK. */
 lm_status mailbox_submit(mailbox *m, struct request *r, engine_handle *out, struct lm_err *err);
+/* For who can answer at once: the result, taken over whatever comes back, waits to be polled. */
+lm_status mailbox_answer(mailbox *m, void *user, struct engine_result *result, engine_handle *out,
+                         struct lm_err *err);
 lm_status mailbox_cancel(mailbox *m, engine_handle h);
 int mailbox_poll(mailbox *m, struct engine_event *out, int max, int timeout_ms, lm_status *state);
 void mailbox_wake(mailbox *m);
@@ -50,9 +53,8 @@ struct request *mailbox_take(mailbox *m, int wait_ms, bool *stop, bool *cancels)
 struct request *mailbox_next_cancelled(mailbox *m);
 /* Adds `text` to the sequence's token event. */
 lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t len);
-/* The request's one and only result; its handle ends here. `r` is not touched afterwards. */
-void mailbox_post_result(mailbox *m, struct request *r, struct engine_result *result);
-/* The same, but whoever polls puts the result together. Takes the request over. */
+/* The request's end; its handle ends here. Whoever polls puts the result together. Takes the request
+ * over. */
 void mailbox_post_request(mailbox *m, struct request *r);
 /* After a device failure: submit refuses and poll tells, once everything was delivered. */
 void mailbox_fail(mailbox *m, lm_status state);

@@ -23,10 +23,11 @@
 
 #include <inttypes.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "worker/stream.h"
 
-enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10 };
+enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10, GATHER_US = 500 };
 
 struct outbox {
     struct worker *w;
@@ -263,6 +264,15 @@ static void serve_later(outbox *o)
     }
 }
 
+/* A wake for each result would cost as much as the result, so while more are to come we let some
+ * gather: a tenth of what the client library waits for more replies (linger.ms). */
+static void let_gather(const outbox *o, int n)
+{
+    const struct timespec pause = { 0, GATHER_US * 1000 };
+    if (n > 0 && n < BATCH / 2 && atomic_load(&o->w->in_engine))
+        nanosleep(&pause, NULL);
+}
+
 static void *outbox_main(void *arg)
 {
     outbox *o = arg;
@@ -284,6 +294,7 @@ static void *outbox_main(void *arg)
             worker_fail(w, state, "the engine can't go on: %s", lm_status_text(state));
             break;
         }
+        let_gather(o, n);
     }
     for (struct job *j = job_list_take_all(&o->later), *next; j; j = next) {
         next = j->next;
