@@ -3,10 +3,10 @@
  * arena.c - all memory of one prompt, freed at once; see message.h for the interface.
  *
  * A list of chunks, newest first; allocation bumps the newest one and never moves what was handed
- * out. The first one, which suffices for most prompts but their text, is the arena's own. Chunks
- * come from calloc(), so that memory is zero without a pass of ours. Something larger than half a
- * kilobyte gets a chunk of its own, put behind the newest, so that a long prompt doesn't waste the
- * room left in it.
+ * out. The first one, which suffices for most prompts, is the arena's own. Memory is made zero when
+ * it is handed out, but for strings. Something larger than half a kilobyte that has no room there
+ * gets a chunk of its own, put behind the newest, so that a long text doesn't waste the room left
+ * in it.
  *
  * Threads: an arena belongs to whoever owns its prompt; nothing here locks.
  */
@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FIRST_BYTES = 1536, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
+enum { FIRST_BYTES = 1536, TEXT_MAX = 64 * 1024, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
 
 struct chunk {
     struct chunk *next;
@@ -26,15 +26,16 @@ struct chunk {
 struct arena {
     struct chunk *chunks;
     size_t bytes;               /* asked of malloc, headers included */
-    size_t first_used;
-    _Alignas(ALIGN) unsigned char first[FIRST_BYTES];
+    size_t first_size, first_used;
+    _Alignas(ALIGN) unsigned char first[];
 };
 
-struct arena *arena_new(void)
+struct arena *arena_new(size_t text_bytes)
 {
-    struct arena *a = lm_calloc(1, sizeof *a);
+    size_t first = FIRST_BYTES + (text_bytes <= TEXT_MAX ? text_bytes : 0);
+    struct arena *a = lm_malloc(sizeof *a + first);
     if (a)
-        a->bytes = sizeof *a;
+        *a = (struct arena){ .bytes = sizeof *a + first, .first_size = first };
     return a;
 }
 
@@ -51,10 +52,11 @@ void arena_free(struct arena *a)
 
 static struct chunk *add_chunk(struct arena *a, size_t size, bool behind)
 {
-    struct chunk *c = lm_calloc(1, sizeof *c + size);
+    struct chunk *c = lm_malloc(sizeof *c + size);
     if (!c)
         return NULL;
     c->size = size;
+    c->used = 0;
     if (behind && a->chunks) {
         c->next = a->chunks->next;
         a->chunks->next = c;
@@ -66,13 +68,13 @@ static struct chunk *add_chunk(struct arena *a, size_t size, bool behind)
     return c;
 }
 
-void *arena_alloc(struct arena *a, size_t bytes)
+static void *take(struct arena *a, size_t bytes)
 {
     if (bytes > SIZE_MAX / 2)
         return NULL;
     size_t need = LM_DIV_UP(LM_MAX(bytes, 1), ALIGN) * ALIGN;
     struct chunk *c = a->chunks;
-    if (need <= sizeof a->first - a->first_used) {
+    if (need <= a->first_size - a->first_used) {
         void *p = a->first + a->first_used;
         a->first_used += need;
         return p;
@@ -88,11 +90,19 @@ void *arena_alloc(struct arena *a, size_t bytes)
     return p;
 }
 
+void *arena_alloc(struct arena *a, size_t bytes)
+{
+    void *p = take(a, bytes);
+    return p ? memset(p, 0, bytes) : NULL;
+}
+
 char *arena_strndup(struct arena *a, const char *s, size_t n)
 {
-    char *p = n < SIZE_MAX / 2 ? arena_alloc(a, n + 1) : NULL;
-    if (p)
-        memcpy(p, s, n);
+    char *p = n < SIZE_MAX / 2 ? take(a, n + 1) : NULL;
+    if (!p)
+        return NULL;
+    memcpy(p, s, n);
+    p[n] = '\0';
     return p;
 }
 

@@ -26,40 +26,77 @@ const struct header *header_find(const struct header *h, int n, const char *name
 
 /* ---- list ------------------------------------------------------------------------------- */
 
+/* Room for the headers of a reply. More of them, and longer ones, have blocks of their own. */
+struct header_block {
+    struct header items[6];
+    size_t used;
+    char bytes[240];
+};
+
+static bool in_first(const struct header_list *l, const char *p)
+{
+    return l->first && p >= l->first->bytes && p < l->first->bytes + sizeof l->first->bytes;
+}
+
 void header_list_release(struct header_list *l)
 {
     for (int i = 0; i < l->n; i++)
-        free((void *)(uintptr_t)l->items[i].name);      /* with its value */
-    free(l->items);
+        if (!in_first(l, l->items[i].name))
+            free((void *)(uintptr_t)l->items[i].name);  /* with its value */
+    if (l->first && l->items != l->first->items)
+        free(l->items);
+    free(l->first);
     *l = (struct header_list){ 0 };
+}
+
+static bool list_begin(struct header_list *l)
+{
+    if (!(l->first = lm_malloc(sizeof *l->first)))
+        return false;
+    l->first->used = 0;
+    l->items = l->first->items;
+    l->cap = (int)LM_COUNT(l->first->items);
+    return true;
 }
 
 static bool list_grow(struct header_list *l)
 {
     if (l->n < l->cap)
         return true;
-    int cap = l->cap ? l->cap * 4 : 4;
-    struct header *grown = lm_reallocarray(l->items, (size_t)cap, sizeof *grown);
+    struct header *old = l->items == l->first->items ? NULL : l->items;
+    struct header *grown = lm_reallocarray(old, (size_t)l->cap * 4, sizeof *grown);
     if (!grown)
         return false;
+    if (!old)
+        memcpy(grown, l->items, (size_t)l->n * sizeof *grown);
     l->items = grown;
-    l->cap = cap;
+    l->cap *= 4;
     return true;
+}
+
+static char *list_room(struct header_list *l, size_t n)
+{
+    if (n > sizeof l->first->bytes - l->first->used)
+        return n < SIZE_MAX / 2 ? lm_malloc(n) : NULL;
+    char *at = l->first->bytes + l->first->used;
+    l->first->used += n;
+    return at;
 }
 
 void header_add(struct header_list *l, const char *name, const void *value, size_t len)
 {
     size_t name_size = strlen(name) + 1;
-    char *copy = len < SIZE_MAX / 2 ? lm_malloc(name_size + (value ? len : 0)) : NULL;
-    if (!copy || !list_grow(l)) {
-        free(copy);
+    len = value ? len : 0;
+    char *copy = (l->first || list_begin(l)) && list_grow(l) && len < SIZE_MAX / 2 ?
+                 list_room(l, name_size + len) : NULL;
+    if (!copy) {
         l->failed = true;
         return;
     }
     memcpy(copy, name, name_size);
-    if (len && value)
+    if (len)
         memcpy(copy + name_size, value, len);
-    l->items[l->n++] = (struct header){ copy, value ? copy + name_size : NULL, value ? len : 0 };
+    l->items[l->n++] = (struct header){ copy, value ? copy + name_size : NULL, len };
 }
 
 void header_add_text(struct header_list *l, const char *name, const char *text)

@@ -22,7 +22,8 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-enum { SLOTS = 1 << 15, REFRESH_US = 1000000, FORGET_S = 86400, DEAD_MAX = 1 << 16 };
+enum { SLOTS = 1 << 15, REFRESH_US = 1000000, FORGET_S = 86400, DEAD_MAX = 1 << 16,
+       KEY_BYTES = 240 };
 
 #define MAGIC 0x314a4d4c4c4dULL         /* a format of this machine's: never moved to another */
 
@@ -207,13 +208,16 @@ void journal_refresh(journal *j, int64_t now_us)
 
 /* ---- the living ------------------------------------------------------------------------- */
 
+/* Its place says which prompt it is, unless the topic was made again: then its time does, its length
+ * and how it begins. */
 uint64_t journal_key(const journal *j, const struct job *job)
 {
     const struct record *r = &job->record;
-    const int64_t place[] = { job->lease->partition, r->offset, r->timestamp_ms };
+    const int64_t place[] = { job->lease->partition, r->offset, r->timestamp_ms,
+                              (int64_t)r->value_len };
     uint64_t h = XXH3_64bits_withSeed(job->lease->topic, strlen(job->lease->topic), j->seed);
     h = XXH3_64bits_withSeed(place, sizeof place, h);
-    h = XXH3_64bits_withSeed(r->value, r->value_len, h);
+    h = XXH3_64bits_withSeed(r->value, LM_MIN(r->value_len, (size_t)KEY_BYTES), h);
     return h ? h : 1;
 }
 

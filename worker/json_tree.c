@@ -90,19 +90,26 @@ static bool is_ascii(const char *s, size_t n)
     return rest >= 0 && !any(or < 0);
 }
 
-/* Nothing but printable ASCII, and no quote or backslash? Bytes above it are negative. */
+/* Where a byte must be looked at: a control character, a quote, a backslash, or one of UTF-8, which
+ * is negative. */
+static v16 to_look_at(v16 v)
+{
+    return (v < 0x20) | (v == '"') | (v == '\\');
+}
+
+/* Nothing but printable ASCII, and no quote or backslash? */
 static bool is_plain(const char *s, size_t n)
 {
     size_t i = 0;
     v16 bad = { 0 };
-    for (; i + 16 <= n; i += 16) {
-        v16 v = load16(s + i);
-        bad |= (v < 0x20) | (v == '"') | (v == '\\');
+    for (; i + 16 <= n; i += 16)
+        bad |= to_look_at(load16(s + i));
+    if (i < n) {
+        char rest[] = "................";
+        memcpy(rest, s + i, n - i);
+        bad |= to_look_at(load16(rest));
     }
-    int rest = 0;
-    for (; i < n; i++)
-        rest |= (signed char)s[i] < 0x20 || s[i] == '"' || s[i] == '\\';
-    return !rest && !any(bad);
+    return !any(bad);
 }
 
 /* Most text has nothing to check. */

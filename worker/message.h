@@ -68,7 +68,7 @@ struct completion {
 };
 
 /* ---- arena: all of a prompt's memory, freed at once ------------------------------------- */
-struct arena *arena_new(void);
+struct arena *arena_new(size_t text_bytes);      /* of a long string that will be in it, or 0 */
 void arena_free(struct arena *a);
 void *arena_alloc(struct arena *a, size_t bytes);               /* NULL when exhausted; zeroed */
 char *arena_strndup(struct arena *a, const char *s, size_t n);

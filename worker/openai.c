@@ -212,7 +212,7 @@ static lm_status read_body(const json_t *root, const char *base_model, struct op
 lm_status openai_parse(const char *line, size_t len, const char *base_model,
                        struct openai_request **out, struct lm_err *err)
 {
-    struct arena *arena = arena_new();
+    struct arena *arena = arena_new(0);
     struct openai_request *q = arena ? arena_alloc(arena, sizeof *q) : NULL;
     *out = q;
     if (!q) {
