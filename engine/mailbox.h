@@ -53,8 +53,8 @@ struct request *mailbox_take(mailbox *m, int wait_ms, bool *stop, bool *cancels)
 struct request *mailbox_next_cancelled(mailbox *m);
 /* Adds `text` to the sequence's token event. */
 lm_status mailbox_post_text(mailbox *m, struct seq *s, const char *text, size_t len);
-/* The request's end; its handle ends here. Whoever polls puts the result together. Takes the request
- * over. */
+/* The request's end; its handle ends here. Whoever polls puts the result together. Takes the
+ * request over. */
 void mailbox_post_request(mailbox *m, struct request *r);
 /* After a device failure: submit refuses and poll tells, once everything was delivered. */
 void mailbox_fail(mailbox *m, lm_status state);

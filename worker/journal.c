@@ -208,8 +208,8 @@ void journal_refresh(journal *j, int64_t now_us)
 
 /* ---- the living ------------------------------------------------------------------------- */
 
-/* Its place says which prompt it is, unless the topic was made again: then its time does, its length
- * and how it begins. */
+/* Its place says which prompt it is, unless the topic was made again: then its time does, its
+ * length and how it begins. */
 uint64_t journal_key(const journal *j, const struct job *job)
 {
     const struct record *r = &job->record;

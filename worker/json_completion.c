@@ -32,7 +32,7 @@ static void put_text_or_null(struct message_out *o, const char *s)
 
 /* ---- token pieces -------------------------------------------------------------------------- */
 
-/* As it is written: the piece itself, or an escaped one in *memory, to be freed. NULL: no memory. */
+/* As it is written: the piece itself, or an escaped one in *memory, to be freed. NULL: no room. */
 static const char *piece_text(const char *piece, size_t *len, char **memory)
 {
     static const char lead[] = "bytes:";

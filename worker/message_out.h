@@ -5,7 +5,9 @@
  *
  *   out_open(o, OUT_RECORD, 0);
  *   out_key(o, "id");       out_text(o, id, strlen(id));
- *   out_key(o, "tokens");   out_open(o, OUT_ARRAY, 2);  out_int(o, 7);  out_int(o, 8);  out_close(o);
+ *   out_key(o, "ids");      out_open(o, OUT_ARRAY, 2);
+ *   out_int(o, 7);          out_int(o, 8);
+ *   out_close(o);
  *   out_close(o);
  *
  * Avro is written by a plan: a record's members come in the order of its fields; a field that is
