@@ -241,13 +241,16 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
 $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
 
 # Stand before the device: each of these can be made to fail, or to happen later.
+OPS := $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul gather_rows feed lora_shrink \
+    lora_expand lora_merge sample gate_up)
 DELAYED := copy_in copy_out copy zero scatter_cells gather_cells stream_free stream_sync event_free \
-    event_sync event_record event_wait event_query $(addprefix op_,embed rmsnorm gemm rope_kv \
-    attention silu_mul gather_rows feed lora_shrink lora_expand lora_merge sample gate_up)
+    event_sync event_record event_wait event_query $(OPS)
+RECORDED := $(addprefix graph_,rows begin end run) $(OPS)
 WRAPPED := alloc host_alloc free host_free stream_new event_new mat_new mat_free mat_upload \
     mat_save mat_restore $(DELAYED)
 $(BUILD)/tests/unit/test_engine_device: private LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(WRAPPED))
 $(BUILD)/tests/unit/test_engine_order: private LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(DELAYED))
+$(BUILD)/tests/unit/test_engine_graph: private LDFLAGS += $(addprefix -Wl$(comma)--wrap=kn_,$(RECORDED))
 
 $(BUILD)/tests/bench/%: $(BUILD)/tests/bench/%.o $(LIB)
 	$(say) LD $@

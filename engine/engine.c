@@ -78,7 +78,7 @@ void engine_policy_default(struct engine_policy *p)
     *p = (struct engine_policy){
         .group = true, .max_overtaken = 4000, .max_wait_ms = 600000, .fair = true,
         .early_abort = true, .preempt = ENGINE_PREEMPT_CHEAPER, .swap_bytes = (size_t)1 << 30,
-        .prefetch = true, .prefix_cache = true, .pipeline = true,
+        .prefetch = true, .prefix_cache = true, .pipeline = true, .graphs = true,
     };
 }
 

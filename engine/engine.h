@@ -74,6 +74,8 @@ struct engine_policy {
     bool merge;                 /* merge an adapter that owns the whole stream; default false */
     bool pipeline;              /* plan a step while the device runs the one before; default true,
                                  * where the device runs by itself */
+    bool graphs;                /* decode steps run as recorded ones, where the device can; default
+                                 * true */
     /* For measuring what the design buys; 0 is the design. */
     int adapter_percent;        /* split pool: adapters get this share, KV cache the rest */
     int adapter_slots;          /* so many adapters resident at most */

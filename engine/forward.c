@@ -18,9 +18,11 @@
  * would take a gigabyte, so rows go through in slabs. Each slab reads the head's weights again, so
  * an accelerator, for which those are the cost, takes larger ones: 256 decoding rows are one slab.
  *
- * Small decode steps are recorded and handed to the device as one piece (kn_graph_begin): hundreds
- * of short operations, whose starts are what a small batch waits for. The first steps of each size
- * go piece by piece, so that what a backend prepares at first use is ready when recording begins.
+ * Decode steps are recorded, and run again as recorded (kn_graph_run): hundreds of short
+ * operations, whose starts a small batch waits for, become one. step.c pads a decode step to a size
+ * and lays it out so that the next of that size has the same addresses and counts: struct
+ * step_batch, all that operations are told of a step, is the key. The first steps of each size go
+ * piece by piece, so that what a backend prepares at first use is ready when recording begins.
  *
  * LoRA rides behind each base GEMM on the rows of its segments only; modules that no adapter of the
  * step targets are not launched. Its workspace is sized once, for lora_rows: the planner keeps to
@@ -30,12 +32,12 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define LOGIT_SLAB_BYTES ((size_t)64 << 20)
 #define DEVICE_LOGIT_SLAB_BYTES ((size_t)160 << 20)
 #define MIN_SLAB_ROWS 16
 #define GRAPH_WARM_STEPS 2      /* of each size, before it is recorded */
-#define GRAPH_MAX_TOKENS 64     /* above, operations are long enough to hide the next one's start */
 
 struct forward {
     struct forward_params p;
@@ -399,11 +401,17 @@ static lm_status run_layers(struct forward *f, kn_stream *s, const struct kn_poo
     return LM_OK;
 }
 
-/* Decode alone, of a size that has been met before; collectives are left out. */
-static bool worth_recording(struct forward *f, const struct step_batch *b)
+/* ---- recorded steps -------------------------------------------------------------------- */
+
+/* All that the operations are told and that another step may be told otherwise. */
+struct graph_key {
+    struct step_batch batch;
+    struct kn_pool pool;
+};
+
+/* Of a size that has been met before. */
+static bool is_warm(struct forward *f, const struct step_batch *b)
 {
-    if (b->max_q != 1 || f->p.comm || b->n_tok == 0 || b->n_tok > GRAPH_MAX_TOKENS)
-        return false;
     int *seen = &f->seen[b->lora.n_segs > 0][31 - __builtin_clz((unsigned)b->n_tok)];
     if (*seen >= GRAPH_WARM_STEPS)
         return true;
@@ -411,12 +419,25 @@ static bool worth_recording(struct forward *f, const struct step_batch *b)
     return false;
 }
 
+static lm_status record(struct forward *f, kn_stream *s, const struct kn_pool *pool,
+                        const struct step_batch *b, const struct graph_key *key)
+{
+    TRY(kn_graph_begin(s));
+    lm_status st = run_layers(f, s, pool, b), end = kn_graph_end(s, key, sizeof *key);
+    return st == LM_OK ? end : st;
+}
+
 lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,
                       const struct step_batch *b)
 {
-    if (!worth_recording(f, b))
+    struct graph_key key;
+    if (!b->repeats || b->n_tok == 0 || f->p.comm)
         return run_layers(f, s, pool, b);
-    TRY(kn_graph_begin(s));
-    lm_status st = run_layers(f, s, pool, b), end = kn_graph_end(s);
-    return st == LM_OK ? end : st;
+    memset(&key, 0, sizeof key);        /* what lies between members counts, too */
+    memcpy(&key.batch, b, sizeof *b);
+    memcpy(&key.pool, pool, sizeof *pool);
+    lm_status st = kn_graph_run(s, &key, sizeof key);
+    if (st != LM_NOT_FOUND)
+        return st;
+    return is_warm(f, b) ? record(f, s, pool, b, &key) : run_layers(f, s, pool, b);
 }

@@ -25,6 +25,7 @@ struct step_batch {
     const int32_t *row_idx;             /* [n_rows] token of each row */
     const struct kn_sample_row *rows;   /* [n_rows] */
     const int32_t *history;
+    bool repeats;               /* what stands here is that of other steps, too: worth recording */
 };
 
 /* What a step leaves behind, on the device. */

@@ -14,6 +14,12 @@
  * Results are laid out structure by structure behind each other, so that copying back n rows is two
  * copies, four if alternatives were asked for.
  *
+ * A step of decode alone can run as one that was recorded, if all that the host tells the device of
+ * it is the same: counts, hints, and where arrays lie. So its counts are rounded up to one of few
+ * sizes (repeat()), arrays whose length the sizes do not give come last and are found by index from
+ * the buffer's start, and rows without a sequence fill it up: token 0, no slot, a sample that is
+ * forced, and sequences without a query. They cost little: the device works in such sizes anyway.
+ *
  * Two frames, one device buffer: a frame holds what the host must keep until its step has passed
  * (pinned metadata and results, who the rows belong to). On the device the stream's order protects
  * metadata and outputs: the next step's copy comes behind the last use of this one's.
@@ -27,11 +33,13 @@
 #include "engine/step.h"
 
 #include <assert.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define ALIGN 64
+#define KV_STEP 256             /* keys of a recorded step come in steps of this, or of an eighth */
 
 /* One array of the metadata buffer: its place is the same on host and device. */
 struct span {
@@ -39,8 +47,8 @@ struct span {
 };
 
 struct layout {
-    struct span ids, pos, slot, dyn_len, q_start, kv_len, table, segs, lora_blocks, row_idx, rows,
-        history, feed_dst, feed_src;
+    struct span ids, pos, slot, dyn_len, q_start, kv_len, row_idx, rows, segs, table;
+    struct span lora_blocks, history, feed_dst, feed_src;       /* found by index */
     size_t bytes;
 };
 
@@ -251,6 +259,7 @@ static void group_items(struct step *s, struct frame *f, const struct plan_item 
 struct sizes {
     int n_tok, n_seqs, n_rows, n_segs, n_lora_blocks, table_ld, max_q, max_kv;
     size_t n_history, n_feed;
+    bool repeats;               /* rounded: see repeat() */
 };
 
 /* Prompt positions of this item that are scored: [first, end). Position p scores token p + 1. */
@@ -311,6 +320,48 @@ static struct sizes measure(const struct step *s, const struct frame *f)
     return z;
 }
 
+static atomic_bool forced_single;
+
+void step_force_single(bool on)
+{
+    atomic_store(&forced_single, on);
+}
+
+/* Eighths of a power of two, KV_STEP at least: where splits of attention change, too. */
+static int rounded_kv(int kv)
+{
+    int step = KV_STEP;
+    while (kv > step * 8)
+        step *= 2;
+    return LM_DIV_UP(kv, step) * step;
+}
+
+static int power_of_two(int n)
+{
+    int p = 1;
+    while (p < n)
+        p *= 2;
+    return p;
+}
+
+/* The sizes of a decode step as the device is told them. Others stay what they are. */
+static struct sizes repeat(const struct step *s, const struct sizes *z)
+{
+    struct sizes t = *z;
+    if (!s->p.record || atomic_load(&forced_single) || z->max_q != 1 || z->n_rows != z->n_tok)
+        return t;
+    int rows = kn_graph_rows(s->p.dev, z->n_tok);
+    if (rows == 0)
+        return t;
+    t.repeats = true;
+    t.n_tok = t.n_seqs = t.n_rows = LM_MIN(rows, s->p.max_tokens);
+    t.max_kv = rounded_kv(z->max_kv);
+    t.table_ld = blocks_for(t.max_kv, s->p.block_tokens);
+    if (z->n_segs > 0)
+        t.n_segs = LM_MIN(kn_graph_rows(s->p.dev, z->n_segs), t.n_tok);
+    return t;
+}
+
 static struct span place(struct layout *l, size_t n, size_t size)
 {
     struct span at = { l->bytes };
@@ -328,11 +379,11 @@ static struct layout lay_out(const struct sizes *z, bool dynamic)
     l.dyn_len = place(&l, dynamic ? tok : 0, sizeof(int32_t));
     l.q_start = place(&l, seqs + 1, sizeof(int32_t));
     l.kv_len = place(&l, seqs, sizeof(int32_t));
-    l.table = place(&l, seqs * (size_t)z->table_ld, sizeof(int32_t));
-    l.segs = place(&l, (size_t)z->n_segs, sizeof(struct kn_lora_seg));
-    l.lora_blocks = place(&l, (size_t)z->n_lora_blocks, sizeof(int32_t));
     l.row_idx = place(&l, rows, sizeof(int32_t));
     l.rows = place(&l, rows, sizeof(struct kn_sample_row));
+    l.segs = place(&l, (size_t)z->n_segs, sizeof(struct kn_lora_seg));
+    l.table = place(&l, seqs * (size_t)z->table_ld, sizeof(int32_t));
+    l.lora_blocks = place(&l, (size_t)z->n_lora_blocks, sizeof(int32_t));
     l.history = place(&l, z->n_history, sizeof(int32_t));
     l.feed_dst = place(&l, z->n_feed, sizeof(int32_t));
     l.feed_src = place(&l, z->n_feed, sizeof(int32_t));
@@ -349,6 +400,12 @@ static void *on_host(const struct frame *f, struct span at)
 static void *on_device(const struct step *s, struct span at)
 {
     return s->device + at.at;
+}
+
+/* Of the span's first element in the buffer as an array of int32. */
+static int32_t index_of(struct span at)
+{
+    return (int32_t)(at.at / sizeof(int32_t));
 }
 
 static void fill_tokens(const struct step *s, const struct frame *f, const struct layout *l,
@@ -371,13 +428,14 @@ static void fill_tokens(const struct step *s, const struct frame *f, const struc
     }
 }
 
+/* `z` as the device is told them. */
 static void fill_sequences(const struct step *s, const struct frame *f, const struct layout *l,
                            const struct sizes *z)
 {
     int32_t *q_start = on_host(f, l->q_start), *kv_len = on_host(f, l->kv_len);
     int32_t *table = on_host(f, l->table);
     q_start[0] = 0;
-    for (int i = 0; i < z->n_seqs; i++) {
+    for (int i = 0; i < f->n_items; i++) {
         const struct seq *q = f->item[i].seq;
         int n = q->n_computed + f->item[i].n_tok, blocks = blocks_for(n, s->p.block_tokens);
         q_start[i + 1] = q_start[i] + f->item[i].n_tok;
@@ -389,6 +447,29 @@ static void fill_sequences(const struct step *s, const struct frame *f, const st
     }
 }
 
+/* Rows behind the step's n tokens, up to what the device is told; one segment or none of them. */
+static void fill_rest(const struct frame *f, const struct layout *l, const struct sizes *z, int n,
+                      bool dynamic)
+{
+    static const struct kn_sample_row forced_0 = { .repetition_penalty = 1, .top_p = 1 };
+    int32_t *ids = on_host(f, l->ids), *pos = on_host(f, l->pos), *idx = on_host(f, l->row_idx);
+    int32_t *dyn = on_host(f, l->dyn_len), *table = on_host(f, l->table);
+    int32_t *q_start = on_host(f, l->q_start), *kv_len = on_host(f, l->kv_len);
+    int64_t *slot = on_host(f, l->slot);
+    struct kn_sample_row *row = on_host(f, l->rows);
+    for (int i = n; i < z->n_tok; i++) {
+        ids[i] = pos[i] = kv_len[i] = 0;
+        slot[i] = -1;
+        q_start[i + 1] = q_start[i];
+        idx[i] = i;
+        row[i] = forced_0;
+        if (dynamic)
+            dyn[i] = 1;
+    }
+    memset(table + (size_t)n * (size_t)z->table_ld, 0,
+           (size_t)(z->n_tok - n) * (size_t)z->table_ld * sizeof *table);
+}
+
 static void add_load(struct kn_lora_batch *b, const struct group *g)
 {
     for (int m = 0; m < KN_MODULES; m++) {
@@ -398,16 +479,29 @@ static void add_load(struct kn_lora_batch *b, const struct group *g)
     }
 }
 
+/* Segments without a token up to what the device is told, and hints that other steps have, too. */
+static void repeat_lora(const struct sizes *z, struct kn_lora_seg *seg, struct kn_lora_batch *b)
+{
+    for (int g = b->n_segs; g < z->n_segs; g++)
+        seg[g] = (struct kn_lora_seg){ .tok0 = z->n_tok, .block0 = seg[0].block0 };
+    b->n_segs = z->n_segs;
+    b->max_seg_tok = LM_MIN(power_of_two(b->max_seg_tok), z->n_tok);
+    b->max_rank = power_of_two(b->max_rank);
+    b->h_rows = (int64_t)z->n_tok * b->max_rank;
+    for (int m = 0; m < KN_MODULES; m++)
+        b->load[m].rank_sum = b->load[m].rank_tok = b->load[m].rank_sum > 0;
+}
+
 static struct kn_lora_batch fill_lora(const struct step *s, const struct frame *f,
-                                      const struct layout *l, int n_tok)
+                                      const struct layout *l, const struct sizes *z)
 {
     struct kn_lora_seg *seg = on_host(f, l->segs);
-    int32_t *blocks = on_host(f, l->lora_blocks);
+    int32_t *blocks = (int32_t *)(void *)f->host;
     struct kn_lora_batch b = {
-        .segs = on_device(s, l->segs), .block_ids = on_device(s, l->lora_blocks),
-        .n_segs = s->n_groups - 1, .n_tok = n_tok,
+        .segs = on_device(s, l->segs), .block_ids = (const int32_t *)(const void *)s->device,
+        .n_segs = s->n_groups - 1, .n_tok = z->n_tok,
     };
-    int tok0 = s->group[0].n_tok, block0 = 0;
+    int tok0 = s->group[0].n_tok, block0 = index_of(l->lora_blocks);
     for (int g = 1; g < s->n_groups; g++) {
         const struct group *gr = &s->group[g];
         int rank = gr->adapter->image.rank_max;
@@ -421,6 +515,8 @@ static struct kn_lora_batch fill_lora(const struct step *s, const struct frame *
         b.h_rows += (int64_t)gr->n_tok * rank;
         add_load(&b, gr);
     }
+    if (z->repeats && b.n_segs > 0)
+        repeat_lora(z, seg, &b);
     return b;
 }
 
@@ -430,8 +526,9 @@ struct row_filler {
     const struct layout *l;
     int32_t *idx;
     struct kn_sample_row *row;
-    int32_t *history, *feed_dst, *feed_src;
-    int32_t n_history, n_feed;
+    int32_t *history;           /* the buffer's start */
+    int32_t n_history;          /* index of the next one there */
+    int32_t *feed_dst, *feed_src, n_feed;
 };
 
 static void fill_row(struct row_filler *f, struct seq *q, int token, bool is_prompt,
@@ -449,7 +546,7 @@ static void fill_row(struct row_filler *f, struct seq *q, int token, bool is_pro
 /* The token that the step before samples for q comes to element `i` of the array at `at`. */
 static void add_feed(struct row_filler *f, const struct seq *q, struct span at, int i)
 {
-    f->feed_dst[f->n_feed] = (int32_t)(at.at / sizeof(int32_t)) + i;
+    f->feed_dst[f->n_feed] = index_of(at) + i;
     f->feed_src[f->n_feed++] = q->flight_row + q->flight_rows - 1;
 }
 
@@ -485,7 +582,7 @@ static void fill_generated(struct row_filler *f, const struct plan_item *it, int
         row.n_output = n_output;
         add_history(f, q->tokens, q->n_tokens);
         if (q->pending)
-            add_feed(f, q, f->l->history, f->n_history++);
+            add_feed(f, q, (struct span){ 0 }, f->n_history++);
     }
     row.banned0 = f->n_history;
     row.n_banned = n_banned(f->s, q);
@@ -502,8 +599,8 @@ static int fill_rows(const struct step *s, struct frame *fr, const struct layout
 {
     struct row_filler f = {
         .s = s, .f = fr, .l = l, .idx = on_host(fr, l->row_idx), .row = on_host(fr, l->rows),
-        .history = on_host(fr, l->history), .feed_dst = on_host(fr, l->feed_dst),
-        .feed_src = on_host(fr, l->feed_src),
+        .history = (int32_t *)(void *)fr->host, .n_history = index_of(l->history),
+        .feed_dst = on_host(fr, l->feed_dst), .feed_src = on_host(fr, l->feed_src),
     };
     fr->n_rows = 0;
     fr->want_tops = false;
@@ -534,19 +631,29 @@ static lm_status copy_back(const struct frame *f, const struct step_output *out,
     return st;
 }
 
-static struct step_batch make_batch(const struct step *s, const struct frame *f,
-                                    const struct layout *l, const struct sizes *z, bool dynamic)
+/* Filled member by member: what lies between them is zero, as they are compared (forward_run()). */
+static void make_batch(const struct step *s, const struct frame *f, const struct layout *l,
+                       const struct sizes *z, bool dynamic, struct step_batch *b)
 {
-    return (struct step_batch){
-        .n_tok = z->n_tok, .n_seqs = z->n_seqs, .n_rows = f->n_rows, .max_q = z->max_q,
-        .max_kv = z->max_kv, .ids = on_device(s, l->ids), .pos = on_device(s, l->pos),
-        .slot = on_device(s, l->slot), .dyn_len = dynamic ? on_device(s, l->dyn_len) : NULL,
-        .q_start = on_device(s, l->q_start), .kv_len = on_device(s, l->kv_len),
-        .block_table = on_device(s, l->table), .table_ld = z->table_ld,
-        .lora = fill_lora(s, f, l, z->n_tok),
-        .row_idx = on_device(s, l->row_idx), .rows = on_device(s, l->rows),
-        .history = on_device(s, l->history),
-    };
+    memset(b, 0, sizeof *b);
+    b->n_tok = z->n_tok;
+    b->n_seqs = z->n_seqs;
+    b->n_rows = z->n_rows;
+    b->max_q = z->max_q;
+    b->max_kv = z->max_kv;
+    b->ids = on_device(s, l->ids);
+    b->pos = on_device(s, l->pos);
+    b->slot = on_device(s, l->slot);
+    b->dyn_len = dynamic ? on_device(s, l->dyn_len) : NULL;
+    b->q_start = on_device(s, l->q_start);
+    b->kv_len = on_device(s, l->kv_len);
+    b->block_table = on_device(s, l->table);
+    b->table_ld = z->table_ld;
+    b->lora = fill_lora(s, f, l, z);
+    b->row_idx = on_device(s, l->row_idx);
+    b->rows = on_device(s, l->rows);
+    b->history = (const int32_t *)(const void *)s->device;
+    b->repeats = z->repeats;
 }
 
 static lm_status enqueue(struct step *s, struct frame *f, struct forward *fw, kn_stream *stream,
@@ -596,8 +703,9 @@ lm_status step_launch(struct step *s, struct forward *fw, kn_stream *stream,
     bool dynamic = s->p.model->rope == ROPE_DYNAMIC;
     int64_t t0 = kn_now_us(s->p.dev);
     group_items(s, f, item, n_items);
-    struct sizes z = measure(s, f);
+    struct sizes own = measure(s, f), z = repeat(s, &own);
     struct layout l = lay_out(&z, dynamic);
+    struct step_batch b;
     lm_status st = grow_host(s, f, l.bytes, err);
     if (st == LM_OK)
         st = grow_device(s, stream, l.bytes, err);
@@ -606,12 +714,14 @@ lm_status step_launch(struct step *s, struct forward *fw, kn_stream *stream,
     fill_tokens(s, f, &l, dynamic);
     fill_sequences(s, f, &l, &z);
     int n_feed = fill_rows(s, f, &l);
-    struct step_batch b = make_batch(s, f, &l, &z, dynamic);
+    if (z.repeats)
+        fill_rest(f, &l, &z, own.n_tok, dynamic);
+    make_batch(s, f, &l, &z, dynamic, &b);
     f->launched_us = kn_now_us(s->p.dev);
     s->layout_us = f->launched_us - t0;
     st = enqueue(s, f, fw, stream, pool, &l, &b, n_feed);
     if (st != LM_OK)
-        return lm_err_set(err, st, "a step of %d tokens failed: %s", z.n_tok, lm_status_text(st));
+        return lm_err_set(err, st, "a step of %d tokens failed: %s", own.n_tok, lm_status_text(st));
     mark_launched(f);
     s->n_flight++;
     return LM_OK;

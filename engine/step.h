@@ -29,6 +29,7 @@ struct step_params {
     const struct model_config *model;
     kn_device *dev;
     int max_tokens, max_seqs, block_tokens;
+    bool record;                /* lay decode steps out so that a recorded one can run again */
 };
 
 struct step;
@@ -69,6 +70,8 @@ struct step_results {
 lm_status step_finish(struct step *s, struct step_results *out, struct lm_err *err);
 /* The sequence ends: whatever is in flight of it is void, and it may be freed. */
 void step_void(struct step *s, const struct seq *q);
+/* Tests only: from now on no step is laid out to be recorded, in any engine. */
+void step_force_single(bool on);
 /* Waits for what is in flight, and forgets it. */
 void step_abandon(struct step *s);
 

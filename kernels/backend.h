@@ -43,9 +43,11 @@ struct kn_backend {
     lm_status (*event_wait)(kn_stream *s, kn_event *e);
     lm_status (*event_query)(kn_event *e);
     lm_status (*event_sync)(kn_event *e, struct lm_err *err);
-    /* Both NULL where recording wins nothing. */
+    /* All NULL where recording wins nothing. */
+    int (*graph_rows)(kn_device *dev, int n);
     lm_status (*graph_begin)(kn_stream *s);
-    lm_status (*graph_end)(kn_stream *s);
+    lm_status (*graph_end)(kn_stream *s, const void *key, size_t n);
+    lm_status (*graph_run)(kn_stream *s, const void *key, size_t n);
 
     lm_status (*comm_id)(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
     lm_status (*comm_new)(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,

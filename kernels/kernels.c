@@ -177,14 +177,24 @@ lm_status kn_event_sync(kn_event *e, struct lm_err *err)
     return e->be->event_sync(e, err);
 }
 
-lm_status kn_graph_begin(kn_stream *s)
+int kn_graph_rows(kn_device *dev, int n)
 {
-    return s->be->graph_begin ? s->be->graph_begin(s) : LM_OK;
+    return dev->be->graph_rows ? dev->be->graph_rows(dev, n) : 0;
 }
 
-lm_status kn_graph_end(kn_stream *s)
+lm_status kn_graph_begin(kn_stream *s)
 {
-    return s->be->graph_end ? s->be->graph_end(s) : LM_OK;
+    return s->be->graph_begin ? s->be->graph_begin(s) : LM_UNSUPPORTED;
+}
+
+lm_status kn_graph_end(kn_stream *s, const void *key, size_t n)
+{
+    return s->be->graph_end ? s->be->graph_end(s, key, n) : LM_UNSUPPORTED;
+}
+
+lm_status kn_graph_run(kn_stream *s, const void *key, size_t n)
+{
+    return s->be->graph_run ? s->be->graph_run(s, key, n) : LM_NOT_FOUND;
 }
 
 /* ---- tensor parallelism ---------------------------------------------------------------- */

@@ -111,12 +111,23 @@ lm_status kn_event_wait(kn_stream *s, kn_event *e);             /* the stream wa
 lm_status kn_event_query(kn_event *e);                          /* LM_OK passed, LM_BUSY not yet */
 lm_status kn_event_sync(kn_event *e, struct lm_err *err);       /* blocks the caller */
 
-/* Between the two, work on the stream is recorded; kn_graph_end() hands all of it to the device at
- * once, which starts it faster than its parts (a CUDA graph). Operations and copies within device
- * memory may be recorded; a failed one ends the recording, and kn_graph_end() says so too. Both do
- * nothing where there is nothing to win: then each part is enqueued as it comes. */
+/*
+ * Recorded work (a CUDA graph): between kn_graph_begin() and kn_graph_end() what is enqueued on the
+ * stream is recorded; kn_graph_end() hands all of it to the device at once, which starts it faster
+ * than its parts, and keeps it under `key`, `n` bytes of the caller's choice. kn_graph_run() starts
+ * it again as it is: same operations, same addresses and counts; only what lies in device memory
+ * may differ. So the key must hold all that the operations were told. LM_NOT_FOUND: nothing is kept
+ * under it (those used longest ago give way), record it. Operations and copies within device memory
+ * may be recorded; a failed one ends the recording, and kn_graph_end() says so too.
+ *
+ * kn_graph_rows() is how many rows a recorded step of n tokens should have, n or more: a few such
+ * sizes serve all, and at each the device computes a row as it would among n. 0: there is nothing
+ * to win by recording, and none of the others may be called.
+ */
+int kn_graph_rows(kn_device *dev, int n);
 lm_status kn_graph_begin(kn_stream *s);
-lm_status kn_graph_end(kn_stream *s);
+lm_status kn_graph_end(kn_stream *s, const void *key, size_t n);
+lm_status kn_graph_run(kn_stream *s, const void *key, size_t n);
 
 /* ---- tensor parallelism ---------------------------------------------------------------- */
 

@@ -5,7 +5,9 @@
  *
  * Else three runs on one model: prefill (a long prompt, one token), decode of one sequence, decode
  * of many sequences over many adapters. Decode rates leave out the first token of each sequence and
- * the time before the earliest of them, so the prefill of later sequences counts against us.
+ * the time before the earliest of them, so the prefill of later sequences counts against us. A
+ * step's time leaves that out, too: it is the mean from the moment when every sequence has its
+ * first token to the end of the last one, one token of that sequence a step.
  * Prompts are token ids drawn by a fixed formula, so that a peer can be given the same;
  * end-of-sequence is ignored, sampling is greedy. One JSON line each:
  *     {"name", "value", "unit", "peer": null, "ratio": null}
@@ -39,6 +41,7 @@ struct bench {
 struct run {
     double total_s;             /* submit of the first to end of the last */
     double decode_s;            /* earliest first token to end of the last */
+    double steps_s;             /* latest first token to end of the last: steps of decode alone */
     int64_t prompt_tokens, completion_tokens;
     struct engine_stats before, after;
 };
@@ -74,7 +77,7 @@ static lm_status submit_one(struct bench *b, int i, int prompt_tokens, int max_t
 static lm_status await_all(struct bench *b, int n, struct run *out, int64_t start_us,
                            struct lm_err *err)
 {
-    int64_t first = INT64_MAX;
+    int64_t first = INT64_MAX, latest = 0, finished = 0;
     for (int done = 0; done < n;) {
         struct engine_event ev[64];
         lm_status state = LM_OK;
@@ -91,6 +94,8 @@ static lm_status await_all(struct bench *b, int n, struct run *out, int64_t star
             out->prompt_tokens += r->prompt_tokens;
             out->completion_tokens += r->completion_tokens;
             first = LM_MIN(first, r->first_token_us);
+            latest = LM_MAX(latest, r->first_token_us);
+            finished = LM_MAX(finished, r->finished_us);
             engine_result_free(ev[i].result);
             if (st != LM_OK)
                 return st;
@@ -102,6 +107,7 @@ static lm_status await_all(struct bench *b, int n, struct run *out, int64_t star
     int64_t end = engine_now_us(b->e) - start_us;
     out->total_s = (double)end / 1e6;
     out->decode_s = (double)LM_MAX(end - first, 1) / 1e6;
+    out->steps_s = (double)(finished - latest) / 1e6;
     return LM_OK;
 }
 
@@ -144,7 +150,7 @@ static lm_status bench_prefill(struct bench *b, struct lm_err *err)
 static lm_status bench_decode(struct bench *b, const char *name, int n, int distinct,
                               struct lm_err *err)
 {
-    double best = 0, host_us = 0;
+    double best = 0, host_us = 0, step_s = 0;
     for (int i = 0; i < b->args.repeat; i++) {
         struct run r;
         lm_status st = run_batch(b, n, b->args.prompt_tokens, b->args.tokens, distinct, &r, err);
@@ -154,9 +160,14 @@ static lm_status bench_decode(struct bench *b, const char *name, int n, int dist
         double host = steps > 0 ? (double)(r.after.host_us - r.before.host_us) / steps : 0;
         best = LM_MAX(best, (double)(r.completion_tokens - n) / r.decode_s);
         host_us = i == 0 ? host : LM_MIN(host_us, host);
+        step_s = i == 0 ? r.steps_s : LM_MIN(step_s, r.steps_s);
     }
     char full[64];
     figure(name, best, "tokens/s");
+    if (b->args.tokens > 1) {
+        snprintf(full, sizeof full, "%s_step", name);
+        figure(full, step_s * 1e3 / (b->args.tokens - 1), "ms/step");
+    }
     snprintf(full, sizeof full, "%s_host", name);
     figure(full, host_us, "us/step");
     return LM_OK;

@@ -76,6 +76,7 @@ static const struct bench_option options[] = {
     { "no-prefetch", OFF, POLICY(prefetch), NULL, "load adapters only when they are admitted" },
     { "no-prefix-cache", OFF, POLICY(prefix_cache), NULL, "compute every prompt" },
     { "no-pipeline", OFF, POLICY(pipeline), NULL, "plan a step when the one before has ended" },
+    { "no-graphs", OFF, POLICY(graphs), NULL, "give the device each operation by itself" },
     { NULL, TEXT, 0, "What others do, to measure what the design buys", NULL },
     { "split-pool", COUNT, POLICY(adapter_percent), "P", "adapters get P % of the pool" },
     { "slots", COUNT, POLICY(adapter_slots), "N", "adapters resident at most" },

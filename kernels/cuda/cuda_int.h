@@ -182,8 +182,10 @@ bool cuda_tensor_map_make(struct cuda_device *d, struct cuda_tensor_map *map,
 /* graph.c */
 struct cuda_graphs *cuda_graphs_new(void);
 void cuda_graphs_free(struct cuda_graphs *g);
+int cuda_graph_rows(kn_device *dev, int n);
 lm_status cuda_graph_begin(kn_stream *s);
-lm_status cuda_graph_end(kn_stream *s);
+lm_status cuda_graph_end(kn_stream *s, const void *key, size_t n);
+lm_status cuda_graph_run(kn_stream *s, const void *key, size_t n);
 
 /* comm.c */
 lm_status cuda_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);

@@ -1,25 +1,31 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * graph.c - a step's operations as one CUDA graph.
+ * graph.c - a step's operations as one CUDA graph, recorded once and run as often as it fits.
  *
- * Each step is captured anew, since its arguments differ (pointers, counts, grids), but a graph
- * that is ready to run is expensive to make. So those made are kept, by number of nodes: the new
- * capture's arguments are written into the kept one, which works as long as the kernels and their
- * order are the same: the next step of the same bucket, with or without LoRA. What cannot be
- * updated is made anew in its place.
+ * A graph holds all that its kernels were told: addresses, counts, grids. The caller names that by
+ * a key; a step with the key of one that was recorded is a single launch. What differs from step to
+ * step lies in device memory, at the same addresses.
+ *
+ * An executable graph is expensive to make, cheap to run and not free to keep, so there are at most
+ * KEPT. Once there are, a new recording takes the place of the one used longest ago: its arguments
+ * are written into the old executable where the kernels and their order are the same, which costs
+ * a fraction of making another.
  *
  * A stream is used by one thread at a time, and so are its graphs.
  */
 #include "kernels/cuda/cuda_int.h"
 
 #include <stdlib.h>
+#include <string.h>
 
-#define KEPT 24
+#define KEPT 48
+#define KEY_BYTES 512
 
 struct kept {
     cudaGraphExec_t exec;       /* NULL: an empty place */
-    size_t nodes;
+    size_t nodes, key_bytes;
     uint64_t used;              /* when last */
+    unsigned char key[KEY_BYTES];
 };
 
 struct cuda_graphs {
@@ -41,6 +47,33 @@ void cuda_graphs_free(struct cuda_graphs *g)
     free(g);
 }
 
+/* The bucket, but for the few rows that each row more costs. */
+int cuda_graph_rows(kn_device *dev, int n)
+{
+    (void)dev;
+    return n <= 8 ? n : cuda_bucket(n);
+}
+
+static struct kept *find(struct cuda_graphs *g, const void *key, size_t n)
+{
+    for (int i = 0; i < KEPT; i++) {
+        struct kept *k = &g->kept[i];
+        if (k->exec && k->key_bytes == n && !memcmp(k->key, key, n))
+            return k;
+    }
+    return NULL;
+}
+
+lm_status cuda_graph_run(kn_stream *s, const void *key, size_t n)
+{
+    struct cuda_stream *st = cuda_stream_of(s);
+    struct kept *k = find(st->graphs, key, n);
+    if (!k)
+        return LM_NOT_FOUND;
+    k->used = ++st->graphs->clock;
+    return cuda_check(st->dev, "graph_run", cudaGraphLaunch(k->exec, st->s));
+}
+
 lm_status cuda_graph_begin(kn_stream *s)
 {
     struct cuda_stream *st = cuda_stream_of(s);
@@ -50,17 +83,19 @@ lm_status cuda_graph_begin(kn_stream *s)
     return rc;
 }
 
-/* The place of that many nodes, else an empty one, else the one that was used longest ago. */
-static struct kept *place_for(struct cuda_graphs *g, size_t nodes)
+/* That of the key, else an empty place, else the one that was used longest ago. */
+static struct kept *place_for(struct cuda_graphs *g, const void *key, size_t n)
 {
-    struct kept *best = &g->kept[0];
-    for (int i = 0; i < KEPT; i++) {
-        struct kept *k = &g->kept[i];
-        if (k->exec && k->nodes == nodes)
-            return k;
-        if (best->exec && (!k->exec || k->used < best->used))
-            best = k;
-    }
+    struct kept *best = find(g, key, n);
+    for (int i = 0; i < KEPT && !best; i++)
+        if (!g->kept[i].exec)
+            best = &g->kept[i];
+    if (best)
+        return best;
+    best = &g->kept[0];
+    for (int i = 1; i < KEPT; i++)
+        if (g->kept[i].used < best->used)
+            best = &g->kept[i];
     return best;
 }
 
@@ -79,7 +114,7 @@ static cudaError_t make_ready(struct kept *k, cudaGraph_t graph, size_t nodes)
     return cudaGraphInstantiate(&k->exec, graph, 0);
 }
 
-lm_status cuda_graph_end(kn_stream *s)
+lm_status cuda_graph_end(kn_stream *s, const void *key, size_t n)
 {
     struct cuda_stream *st = cuda_stream_of(s);
     struct cuda_graphs *g = st->graphs;
@@ -90,11 +125,13 @@ lm_status cuda_graph_end(kn_stream *s)
     g->recording = false;
     cudaError_t e = cudaStreamEndCapture(st->s, &graph);
     if (e == cudaSuccess)
-        e = cudaGraphGetNodes(graph, NULL, &nodes);
+        e = n > KEY_BYTES ? cudaErrorInvalidValue : cudaGraphGetNodes(graph, NULL, &nodes);
     if (e == cudaSuccess && nodes > 0) {
-        struct kept *k = place_for(g, nodes);
-        k->used = ++g->clock;
+        struct kept *k = place_for(g, key, n);
         e = make_ready(k, graph, nodes);
+        k->used = ++g->clock;
+        k->key_bytes = n;
+        memcpy(k->key, key, n);
         if (e == cudaSuccess)
             e = cudaGraphLaunch(k->exec, st->s);
     }

@@ -6,6 +6,7 @@
  *               group of them by its name: device rows gemm sample attention lora
  *     bench     the table of achieved bandwidth and arithmetic
  *     golden    the whole engine on the small models against transformers + PEFT
+ *     graph     decode steps as CUDA graphs against each operation by itself, bit by bit
  *
  * gpu-check loramill bench ...: `loramill bench`, for machines without librdkafka and Avro.
  * gpu-check files ...: a checkpoint to load, see files.c.
@@ -57,6 +58,7 @@ static const struct {
     { "smoke", run_checks },
     { "bench", run_bench },
     { "golden", check_golden },
+    { "graph", check_graph },
     { "device", check_device },
     { "rows", check_rows },
     { "gemm", check_gemm },

@@ -281,7 +281,7 @@ more_traces() {
 
 speed() { timeout -k 5 "$(within 130)" "$bin" "$results" bench; }
 checks() { timeout -k 5 "$(within 80)" "$bin" "$results" smoke; }
-golden() { timeout -k 5 "$(within 60)" "$bin" "$results" golden; }
+golden() { timeout -k 5 "$(within 60)" "$bin" "$results" golden graph; }
 
 part_checks() { step checks "operations against the CPU" checks; }
 part_golden() { step golden "golden logits" golden; }

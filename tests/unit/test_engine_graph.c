@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_engine_graph.c - a device that records.
+ *
+ * The CPU has no graphs. Here the linker puts this program before kn_graph_* and every operation
+ * (the Makefile has the list): between kn_graph_begin() and kn_graph_end() operations are kept with
+ * their arguments, and carried out at the end; kn_graph_run() carries out what was kept under the
+ * key, with the arguments of then, as a GPU does. So an argument that a later step would have given
+ * otherwise, and that the key does not hold, gives other words; and so does a padded row that is
+ * not left alone.
+ *
+ * Requests of all kinds, base-only and with adapters of two ranks, must say what they say where
+ * each step is carried out with its own arguments, to the last bit of their log-probabilities; and
+ * where steps are not padded either, up to what the CPU's sums owe to the number of rows.
+ */
+#include "engine_fixture.h"
+
+#include "engine/core.h"
+#include "kernels/kernels.h"
+
+#define ADAPTERS "tests/models/spm-tiny-adapters"
+#define REQUESTS 60
+#define MAX_OPS 256
+#define MAX_GRAPHS 256
+#define SIZES 4                 /* recorded steps have multiples of so many rows */
+#define SUMS 1e-5f              /* some ulp of a log-probability, from sums in another order */
+
+/* ---- the device ------------------------------------------------------------------------ */
+
+typedef lm_status run_fn(kn_stream *s, const void *args);
+
+struct op {
+    run_fn *run;
+    _Alignas(16) char args[512];
+};
+
+struct graph {
+    unsigned char key[512];
+    size_t n_key;
+    struct op op[MAX_OPS];
+    int n;
+    bool lora;
+};
+
+static enum { PLAIN, PADDED, RECORDED } mode;   /* PLAIN: nothing to win by recording */
+static struct graph *now;       /* being recorded */
+static struct graph graphs[MAX_GRAPHS];
+static int n_graphs, n_run, n_run_lora, n_padded;
+
+int __wrap_kn_graph_rows(kn_device *dev, int n);
+lm_status __wrap_kn_graph_begin(kn_stream *s);
+lm_status __wrap_kn_graph_end(kn_stream *s, const void *key, size_t n);
+lm_status __wrap_kn_graph_run(kn_stream *s, const void *key, size_t n);
+
+int __wrap_kn_graph_rows(kn_device *dev, int n)
+{
+    (void)dev;
+    int rows = LM_DIV_UP(n, SIZES) * SIZES;
+    n_padded += rows > n;
+    return mode == PLAIN ? 0 : rows;
+}
+
+static lm_status run_graph(kn_stream *s, const struct graph *g)
+{
+    lm_status st = LM_OK;
+    for (int i = 0; i < g->n && st == LM_OK; i++)
+        st = g->op[i].run(s, g->op[i].args);
+    return st;
+}
+
+lm_status __wrap_kn_graph_begin(kn_stream *s)
+{
+    (void)s;
+    assert_true(mode != PLAIN && !now && n_graphs < MAX_GRAPHS);
+    if (mode == RECORDED)
+        now = &graphs[n_graphs++];
+    return LM_OK;
+}
+
+lm_status __wrap_kn_graph_end(kn_stream *s, const void *key, size_t n)
+{
+    struct graph *g = now;
+    if (!g)
+        return LM_OK;
+    assert_true(n <= sizeof g->key);
+    now = NULL;
+    g->n_key = n;
+    memcpy(g->key, key, n);
+    return run_graph(s, g);
+}
+
+lm_status __wrap_kn_graph_run(kn_stream *s, const void *key, size_t n)
+{
+    for (int i = 0; i < n_graphs; i++)
+        if (graphs[i].n_key == n && !memcmp(graphs[i].key, key, n)) {
+            n_run++;
+            n_run_lora += graphs[i].lora;
+            return run_graph(s, &graphs[i]);
+        }
+    return LM_NOT_FOUND;
+}
+
+static lm_status keep(run_fn *run, const void *args, size_t bytes, bool lora)
+{
+    assert_true(now->n < MAX_OPS && bytes <= sizeof now->op[0].args);
+    now->op[now->n].run = run;
+    memcpy(now->op[now->n++].args, args, bytes);
+    now->lora |= lora;
+    return LM_OK;
+}
+
+#define X(name, type)                                                                          \
+    lm_status __real_kn_op_##name(kn_stream *s, const struct kn_##type *a);                    \
+    lm_status __wrap_kn_op_##name(kn_stream *s, const struct kn_##type *a);                    \
+    static lm_status run_##name(kn_stream *s, const void *args)                                \
+    {                                                                                          \
+        return __real_kn_op_##name(s, args);                                                   \
+    }                                                                                          \
+    lm_status __wrap_kn_op_##name(kn_stream *s, const struct kn_##type *a)                     \
+    {                                                                                          \
+        return now ? keep(run_##name, a, sizeof *a, !strcmp(#type, "lora"))                    \
+                   : __real_kn_op_##name(s, a);                                                \
+    }
+KN_OPS(X)
+KN_FUSED_OPS(X)
+#undef X
+
+/* ---- the same words -------------------------------------------------------------------- */
+
+static int32_t prompt[320];
+
+static engine *open_engine(bool prefix_cache)
+{
+    struct engine_policy policy;
+    struct engine_config cfg = fixture_config(SPM_TINY);
+    engine_policy_default(&policy);
+    policy.prefix_cache = prefix_cache;
+    cfg.block_tokens = 8;
+    cfg.max_seqs = 10;          /* no multiple of SIZES, and below max_step_tokens */
+    cfg.max_step_tokens = 96;
+    cfg.manual = true;
+    cfg.policy = &policy;
+    return fixture_engine(&cfg);
+}
+
+static void submit(engine *e, int i)
+{
+    static const char *const folders[] = { ADAPTERS "/captain-sal", ADAPTERS "/nordwind-terse" };
+    static const char *const ids[] = { "sal", "terse" };
+    engine_adapter *a = NULL;
+    if (i >= REQUESTS / 3 && i % 3)     /* the first ones meet no adapter */
+        CHECK(engine_adapter_load(e, ids[i % 3 - 1], folders[i % 3 - 1], &a, err));
+    struct engine_request r = fixture_request("graph", prompt + i % 4,
+                                              5 + i * 7 % 60 + (i % 15 == 14 ? 230 : 0));
+    r.adapter = a;
+    r.params.max_tokens = 4 + i * 5 % 29;
+    r.params.ignore_eos = i % 4 != 0;
+    r.params.min_tokens = i % 6 == 0 ? 3 : 0;
+    r.params.repetition_penalty = i % 7 == 0 ? 1.2f : 1;
+    r.params.temperature = i % 5 == 0 ? 0.8f : 0;
+    r.params.seed = (uint64_t)i;
+    r.params.logprobs = i % 3;
+    r.user = (void *)(intptr_t)i;
+    fixture_submit(e, &r);
+    engine_adapter_unref(a);
+}
+
+static void run_all(int as, bool prefix_cache, struct engine_result **out)
+{
+    struct engine_event ev;
+    bool idle = false;
+    mode = as;
+    n_graphs = n_run = n_run_lora = n_padded = 0;
+    memset(graphs, 0, sizeof graphs);
+    engine *e = open_engine(prefix_cache);
+    for (int i = 0; i < REQUESTS; i++)
+        submit(e, i);
+    CHECK(engine_pump(e, INT64_MAX, &idle, err));
+    assert_true(idle);
+    for (int n = 0; n < REQUESTS; n++) {
+        assert_int_equal(engine_poll(e, &ev, 1, 0, NULL), 1);
+        assert_int_equal(ev.result->status, LM_OK);
+        out[(intptr_t)ev.user] = ev.result;
+    }
+    engine_close(e);
+}
+
+static void same(int request, const struct engine_result *ra, const struct engine_result *rb,
+                 float tolerance)
+{
+    const struct engine_choice *a = &ra->choices[0], *b = &rb->choices[0];
+    assert_int_equal(a->n_tokens, b->n_tokens);
+    assert_int_equal(a->n_logprobs, b->n_logprobs);
+    for (int t = 0; t < a->n_tokens; t++)
+        if (a->token_ids[t] != b->token_ids[t])
+            fail_msg("request %d: token %d is %d, not %d", request, t, b->token_ids[t],
+                     a->token_ids[t]);
+    for (int t = 0; t < a->n_logprobs; t++) {
+        float want = a->logprobs[t].logprob, got = b->logprobs[t].logprob;
+        if (!(fabsf(want - got) <= tolerance * (1 + fabsf(want))))
+            fail_msg("request %d: the log-probability of token %d is %.9g, not %.9g", request, t,
+                     (double)got, (double)want);
+    }
+}
+
+static void recorded_steps_say_the_same(void **state)
+{
+    static struct engine_result *plain[REQUESTS], *padded[REQUESTS], *recorded[REQUESTS];
+    (void)state;
+    for (int pipelined = 0; pipelined < 2; pipelined++) {
+        core_force_pipeline(pipelined);
+        run_all(PLAIN, pipelined, plain);
+        run_all(PADDED, pipelined, padded);
+        run_all(RECORDED, pipelined, recorded);
+        print_message("%d recorded, run %d times again, %d of them with adapters\n", n_graphs,
+                      n_run, n_run_lora);
+        assert_true(n_run > 2 * n_graphs && n_padded > 0);
+        assert_true(n_run_lora > n_run / 4 && n_run_lora < n_run);
+        for (int i = 0; i < REQUESTS; i++) {
+            same(i, plain[i], padded[i], SUMS);
+            same(i, padded[i], recorded[i], 0);
+            engine_result_free(plain[i]);
+            engine_result_free(padded[i]);
+            engine_result_free(recorded[i]);
+        }
+    }
+    core_force_pipeline(false);
+}
+
+int main(void)
+{
+    lm_log_set_level(LM_WARN);
+    for (size_t i = 0; i < LM_COUNT(prompt); i++)
+        prompt[i] = 5 + (int32_t)(i * 7919 % 700);
+    const struct CMUnitTest tests[] = { cmocka_unit_test(recorded_steps_say_the_same) };
+    return cmocka_run_group_tests_name("engine_graph", tests, NULL, NULL);
+}
