@@ -10,7 +10,8 @@
 #                               $KAFKA_MAP (each begins with a comma), $KAFKA_EXTRA (properties) and
 #                               $KAFKA_FORMAT (arguments of the storage tool) add to it
 #   group_properties            a worker's properties for joining its group, in $GROUP_PROTOCOL
-#   registry_start              Apicurio with Confluent's API; sets $REGISTRY
+#   registry_start              Apicurio with Confluent's API; sets $REGISTRY and $REGISTRY_PID. In the
+#                               file $REGISTRY_DATA it outlives a SIGKILL: registry_again
 #   nginx_start DIR             serves DIR; sets $STORE
 #   nginx_put DIR               a server that also takes PUT; sets $STORE
 #   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
@@ -29,6 +30,7 @@
 #   KAFKA=VERSION               of the broker; before 3.0 with ZooKeeper
 #   BUILD=DIR                   of the worker, and so its librdkafka
 #   OFFSET_MAP=0                that librdkafka is older than 2.2
+#   REBALANCES=0                and than 2.10: a rebalance may lose what a member keeps
 #   GROUP_PROTOCOL=classic      or consumer (KIP-848)
 #
 # Services get free ports, listen on 127.0.0.1 only, and are children of the script: the EXIT trap
@@ -38,7 +40,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 : "${BUILD:=build}" "${DEPS:=${XDG_CACHE_HOME:-$HOME/.cache}/loramill}"
 LORAMILL=$PWD/$BUILD/loramill
 PYTHON=$DEPS/venv-test/bin/python
-: "${OFFSET_MAP:=1}" "${GROUP_PROTOCOL:=classic}"
+: "${OFFSET_MAP:=1}" "${REBALANCES:=1}" "${GROUP_PROTOCOL:=classic}"
 : "${KAFKA:=$(cd "$DEPS" && printf '%s\n' kafka-*/libs | sort -V | tail -1 | sed 's|kafka-||; s|/libs||')}"
 KAFKA_LIBS=$DEPS/kafka-$KAFKA/libs
 FAILED=0
@@ -284,14 +286,20 @@ kafka_ready() {
 topic_create() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" create "$@"; }
 
 registry_start() {
-    local port app
-    port=$(free_ports 1)
-    app=$(ls -d "$DEPS"/apicurio-*/app | tail -1)
-    spawn "$RUN/registry.log" env QUARKUS_HTTP_HOST=127.0.0.1 QUARKUS_HTTP_PORT="$port" \
-        QUARKUS_LOG_LEVEL=WARN java -Xmx384m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 \
-        -jar "$app"/apicurio-registry-app-*-runner.jar
-    REGISTRY=http://127.0.0.1:$port/apis/ccompat/v7
+    REGISTRY_PORT=$(free_ports 1)
+    registry_again
+    REGISTRY=http://127.0.0.1:$REGISTRY_PORT/apis/ccompat/v7
     wait_until 60 curl -sf -o /dev/null "$REGISTRY/subjects"
+}
+
+registry_again() {      # at the same port
+    local app env=(QUARKUS_HTTP_HOST=127.0.0.1 QUARKUS_HTTP_PORT="$REGISTRY_PORT" QUARKUS_LOG_LEVEL=WARN)
+    app=$(ls -d "$DEPS"/apicurio-*/app | tail -1)
+    [ -z "${REGISTRY_DATA:-}" ] ||
+        env+=("REGISTRY_DATASOURCE_URL=jdbc:h2:file:$REGISTRY_DATA;DB_CLOSE_ON_EXIT=FALSE;WRITE_DELAY=0")
+    spawn "$RUN/registry.log" env "${env[@]}" java -Xmx384m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 \
+        -jar "$app"/apicurio-registry-app-*-runner.jar
+    REGISTRY_PID=$!
 }
 
 # nginx_run NAME DIR PORT DIRECTIVES: sets $STORE

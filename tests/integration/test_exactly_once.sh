@@ -87,5 +87,7 @@ kill -CONT "$A"
 zombie_ends() { ! kill -0 "$A" 2>/dev/null || ! kill -0 "$T" 2>/dev/null; }
 d produce prompts $((N + 20100)) 2000
 check "one of two with the same transactional.id ends" wait_until 40 zombie_ends
+if ended "$A"; then wait "$A"; else wait "$T"; fi; st=$?
+check "with status 1 (got $st)" [ $st -eq 1 ]
 check "the job ends" d wait replies $((N + 22100)) 60
 d verify replies 0 $((N + 22100)) 0 || FAILED=1

@@ -47,13 +47,16 @@ check "the others hold about three quarters of the budget ($held of 200)" \
 check "prompts that wait for twice max.poll.interval.ms cause no rebalance" \
     [ "$(metric 'rebalances_total{event="assign"}')" = "$before" ]
 stop "$W" "a worker whose prompts wait"
-worker tokens topics.prompts=bulk group.id=tokens intake.max_tokens=2000
-tokens_full() { [ "$(metric intake_paused)" = 1 ] && [ "$(metric in_flight_tokens)" -ge 2000 ]; }
-check "so does one that holds its tokens' budget" wait_until 20 tokens_full
-sleep 1
-held=$(metric in_flight_records) tokens=$(metric in_flight_tokens)
-check "and holds little more ($tokens tokens, $held prompts)" [ "$tokens" -le 4000 ]
-kill -9 -- "-$W"; wait "$W" 2>/dev/null
+for budget in tokens=2000 bytes=50000; do
+    of=${budget%=*} most=${budget#*=}
+    worker "$of" topics.prompts=bulk "group.id=$of" "intake.max_$of=$most"
+    is_full() { [ "$(metric intake_paused)" = 1 ] && [ "$(metric "in_flight_$of")" -ge "$most" ]; }
+    check "so does one that holds its $of' budget" wait_until 20 is_full
+    sleep 1
+    held=$(metric in_flight_records) is=$(metric "in_flight_$of")
+    check "and holds little more ($is $of, $held prompts)" [ "$is" -le $((2 * most)) -a "$held" -lt 5000 ]
+    kill -9 -- "-$W"; wait "$W" 2>/dev/null
+done
 fi
 
 # 2. Order by key, exactly once, with a worker that is killed and one that joins: no reply of a key
@@ -118,9 +121,9 @@ L2=$W
 revoked() { grep -q 'revoked long' "$RUN/worker-long1.log"; }
 check "the second worker makes the first give partitions up" wait_until 40 revoked
 check "all is answered" d wait longreplies 400 180
-# Without the offset map, what was finished behind a prompt that had not started runs again: of the 8
-# that the intake holds.
-d verify longreplies 0 400 $([ "$OFFSET_MAP" = 1 ] && echo 0 || echo 8) || FAILED=1
+# Without the offset map, what was finished behind a prompt that had not started runs again. And below 2.10
+# librdkafka may lose what the first worker keeps (docs/matrix.md): the second one's then.
+d verify longreplies 0 400 $([ "$REBALANCES" = 1 ] && echo 0 || echo -1) || FAILED=1
 not_cut() { ! grep -q 'unfinished prompts are handed back' "$RUN/worker-long1.log"; }
 check "no running prompt was cut off" not_cut
 stop "$L1" "the first worker"

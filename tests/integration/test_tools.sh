@@ -143,6 +143,8 @@ reset --to earliest --partition 99; check "a partition that is not there" grep -
 reset --to earliest --yes
 check "a group with workers is not moved (got $?)" grep -q 'end its workers first' "$RUN/err"
 stop "$W" "the worker"
+status --json
+check "it has left its group, at once" [ "$(jq -c '[.state, (.workers | length)]' "$RUN/out")" = '["Empty",0]' ]
 check "lag is 0" lag_is 0
 reset --to earliest
 check "without --yes it only shows: $(tail -1 "$RUN/err")" grep -q 'nothing was changed' "$RUN/err"

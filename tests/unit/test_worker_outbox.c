@@ -65,6 +65,26 @@ void rd_kafka_destroy(rd_kafka_t *rk)
     real(rk);
 }
 
+static volatile sig_atomic_t poll_hangs;        /* in the child: for so many seconds, once */
+
+static void hang_poll(int signal)
+{
+    (void)signal;
+    poll_hangs = 9;
+}
+
+/* Wins over the shared library's. */
+rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
+{
+    rd_kafka_message_t *(*real)(rd_kafka_t *, int) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_consumer_poll");
+    if (poll_hangs) {
+        sleep((unsigned)poll_hangs);
+        poll_hangs = 0;
+    }
+    return real(rk, timeout_ms);
+}
+
 static void child(int fd)
 {
     struct config c;
@@ -73,6 +93,7 @@ static void child(int fd)
     FILE *f = fdopen(fd, "r");
     if (config_init(&c, &err) || !f)
         _exit(98);
+    signal(SIGUSR1, hang_poll);
     child_config(&c, "engine.mode=echo");
     child_config(&c, "topics.dead_letters=dead");
     child_config(&c, "topics.replies_allowed=other");
@@ -131,6 +152,30 @@ static rd_kafka_t *client(struct fixture *f, rd_kafka_type_t type, const char *g
         rd_kafka_conf_set(conf, "group.id", group, why, sizeof why);
     rd_kafka_t *rk = rd_kafka_new(type, conf, why, sizeof why);
     assert_non_null(rk);
+    return rk;
+}
+
+/* Another member of the worker's group. */
+static rd_kafka_t *member(struct fixture *f)
+{
+    char why[256];
+    static const char *const set[][2] = {
+        { "group.id", "g" }, { "session.timeout.ms", "6000" }, { "heartbeat.interval.ms", "300" },
+        { "partition.assignment.strategy", "cooperative-sticky" },
+        { "auto.offset.reset", "earliest" }, { "enable.auto.commit", "false" },
+    };
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    rd_kafka_conf_set(conf, "bootstrap.servers", rd_kafka_mock_cluster_bootstraps(f->mock), why,
+                      sizeof why);
+    for (size_t i = 0; i < LM_COUNT(set); i++)
+        assert_int_equal(rd_kafka_conf_set(conf, set[i][0], set[i][1], why, sizeof why), 0);
+    rd_kafka_t *rk = rd_kafka_new(RD_KAFKA_CONSUMER, conf, why, sizeof why);
+    assert_non_null(rk);
+    rd_kafka_poll_set_consumer(rk);
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, "prompts", RD_KAFKA_PARTITION_UA);
+    assert_int_equal(rd_kafka_subscribe(rk, l), 0);
+    rd_kafka_topic_partition_list_destroy(l);
     return rk;
 }
 
@@ -425,6 +470,54 @@ static void test_commit_of_an_old_generation(void **state)
     assert_int_equal(end_worker(f), 0);
 }
 
+/* Polls until there is a record of the topic. */
+static int64_t read_one(rd_kafka_t *rk)
+{
+    for (int64_t end = lm_now_us() + WAIT_S * 1000000ll; lm_now_us() < end;) {
+        rd_kafka_message_t *m = rd_kafka_consumer_poll(rk, 100);
+        int64_t offset = m && !m->err ? m->offset : -1;
+        if (m)
+            rd_kafka_message_destroy(m);
+        if (offset >= 0)
+            return offset;
+    }
+    return -1;
+}
+
+/* A thread that does not poll for longer than max.poll.interval.ms loses its partitions to another
+ * member. When it wakes, what it had finished and not committed is not its to commit any more. */
+static void test_thread_that_does_not_poll(void **state)
+{
+    struct fixture *f = *state;
+    send_prompt(f, good);
+    start_worker(f, "kafka.max.poll.interval.ms=6000\ncommit.interval_ms=3600000\n"
+                 "poison.max_attempts=0\nkafka.auto.offset.reset=earliest\n");
+    expect(f, "replies", NULL);
+    send_prompt(f, good);
+    send_prompt(f, good);
+    kill(f->worker, SIGUSR1);
+    int64_t start = lm_now_us();
+    rd_kafka_t *other = member(f);
+    assert_int_equal(read_one(other), 0);       /* for nothing was committed */
+    assert_in_range(lm_now_us() - start, 5000000, WAIT_S * 1000000ll);
+    while (read_one(other) < 2)
+        ;
+    assert_int_equal(rd_kafka_commit(other, NULL, 0), 0);
+    wait_committed(f, 3);
+    for (int64_t end = start + 12 * 1000000ll; lm_now_us() < end; usleep(200000)) {
+        rd_kafka_message_t *m = rd_kafka_consumer_poll(other, 0);
+        if (m)
+            rd_kafka_message_destroy(m);
+        assert_int_equal(committed(f), 3);      /* the worker wakes meanwhile */
+    }
+    rd_kafka_consumer_close(other);
+    rd_kafka_destroy(other);
+    send_prompt(f, "no json");
+    expect(f, "dead", "malformed");
+    assert_int_equal(end_worker(f), 0);
+    assert_in_range(committed(f), 3, 4);        /* 3 if it was no member again yet */
+}
+
 /* After an error that leaves open what became of a transaction the producer is made anew, and
  * librdkafka does not let go of the old one: the worker must not stand there for ever. */
 static void test_producer_that_stays(void **state)
@@ -705,7 +798,7 @@ int main(void)
         TEST(test_large_dead_letter_is_trimmed), TEST(test_huge_dead_letter_goes_bare),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
         TEST(test_commit_of_an_old_generation), TEST(test_transaction_errors_heal),
-        TEST(test_producer_that_stays),
+        TEST(test_thread_that_does_not_poll), TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http),
         TEST(test_bad_property_fails_at_once),
