@@ -200,7 +200,7 @@ $(BIN): $(call obj,worker/main.c) $(LIB)
 # CUDA kernels without a device: their source as host C++, on the emulator of tests/emu.
 CXX ?= g++
 EMU_CU  := rope attention attn_decode attn_prefill attn_wgmma attn_tma lora lora_few lora_merge \
-    sample rows gemm_few gemm_mixed
+    sample rows gemm_few gemm_tma gemm_mixed
 EMU_OBJ := $(patsubst %,$(BUILD)/tests/emu/%.o,$(EMU_CU) emu emu_backend)
 TWIN_OBJ := $(call obj,$(wildcard tests/twin/*.c))
 EMU_CXXFLAGS := -std=c++17 -O2 -g -Wall -Wextra -Wno-unused-function $(WERROR) -I. \

@@ -206,6 +206,9 @@ lm_status cuda_gemm_tune(kn_stream *s, const struct kn_gemm *a, const kn_mat *co
 /* gemm_few.cu: what gemm.c keeps from cuBLAS */
 bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a);
 lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a);
+/* gemm_tma.cu: the same on Hopper; to `out`, which for gate_up has the activation. */
+bool cuda_gemm_tma_fits(struct cuda_stream *st, const struct kn_gemm *a);
+lm_status cuda_gemm_tma(struct cuda_stream *st, const struct kn_gemm *a, void *out, bool gate_up);
 /* gemm_mixed.cu: the same for weights in float16 and E4M3 */
 bool cuda_gemm_mixed_fits(const struct kn_gemm *a);
 lm_status cuda_gemm_mixed(struct cuda_stream *st, const struct kn_gemm *a);
@@ -228,6 +231,7 @@ lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a, cons
  * more is not launched there. */
 cudaError_t cuda_attention_init(const struct cuda_device *d);
 cudaError_t cuda_lora_init(const struct cuda_device *d);
+cudaError_t cuda_gemm_init(const struct cuda_device *d);
 
 /* attention.cu, sample.cu */
 size_t cuda_kv_block_bytes(kn_device *dev, enum kn_kv kv, int block_tokens, int kv_heads,

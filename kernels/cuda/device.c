@@ -151,6 +151,8 @@ static lm_status cuda_open(const struct kn_open_params *p, kn_device **out, stru
         st = check_err(d, "preparing its kernels", cuda_attention_init(d), err);
     if (st == LM_OK)
         st = check_err(d, "preparing its kernels", cuda_lora_init(d), err);
+    if (st == LM_OK)
+        st = check_err(d, "preparing its kernels", cuda_gemm_init(d), err);
     cuda_tensor_map_init(d);
     if (st == LM_OK)
         st = cuda_blas_new(d, err);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gemm.c - y = x W^T: our own kernels for few rows (gemm_few.cu, gemm_mixed.cu), cuBLASLt for the
- * rest.
+ * gemm.c - y = x W^T: our own kernels for few rows (gemm_tma.cu, gemm_few.cu, gemm_mixed.cu),
+ * cuBLASLt for the rest.
  *
  * cuBLAS thinks in columns: y^T [n, m] = W [n, k] x^T [k, m], where row-major W is a k x n matrix
  * taken transposed, and row-major x and y are k x m and n x m as they are.
@@ -427,7 +427,8 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
     own.ldy = LM_MAX(a->ldy, a->w->rows);
     if (own.w->dtype != KN_BF16)
         return product_mixed(st, &own);
-    return cuda_gemm_few_fits(st, &own) ? cuda_gemm_few(st, &own) : product(st, &own);
+    lm_status rc = cuda_gemm_few_fits(st, &own) ? cuda_gemm_few(st, &own) : LM_UNSUPPORTED;
+    return rc == LM_UNSUPPORTED ? product(st, &own) : rc;
 }
 
 /* ---- tuning ---------------------------------------------------------------------------- */

@@ -2,6 +2,8 @@
 /*
  * gemm_few.cu - y = x W^T for few rows of x, and what a bias adds to a product.
  *
+ * On Hopper few rows go to gemm_tma.cu where k allows; this is the way of everything else.
+ *
  * Few rows are bound by reading W once. A block of WARPS warps takes 16 rows of W; its warps take
  * chunks of k in turn and their sums meet in shared memory. Each warp keeps two chunks of U * 32
  * columns in flight in registers, straight from global memory: no shared memory, no barrier on the
@@ -20,7 +22,7 @@
  * so the product never leaves the block and a launch is saved. Both are rounded to bf16 first, as
  * they are where they go through memory: the result is that of the two operations, to the last bit.
  */
-#include "kernels/cuda/prim.cuh"
+#include "kernels/cuda/gemm_few.cuh"
 
 /* ---- bias ------------------------------------------------------------------------------ */
 
@@ -82,11 +84,9 @@ extern "C" lm_status cuda_add_product(struct cuda_stream *st, const struct kn_ge
 
 struct few {
     const bf16 *w, *x;
-    void *y;
-    const float *bias;
-    int64_t ldx, ldy;
+    struct few_out out;
+    int64_t ldx;
     int m, n, k;
-    bool accumulate, f32;
 };
 
 /* Two rows of W, 16 bytes of each for every 32 columns of the chunk at k0; k is what is left of a
@@ -144,13 +144,7 @@ __device__ static inline void finish(const struct few &a, const float *sums, int
         int tok = i / TILE_ROWS, row = i % TILE_ROWS;
         if (tok >= a.m || row0 + row >= a.n)
             continue;
-        float v = add_warps<NT, WARPS>(sums, tok, row);
-        v += a.bias ? a.bias[row0 + row] : 0.0f;
-        int64_t at = tok * a.ldy + row0 + row;
-        if (a.f32)
-            ((float *)a.y)[at] = v + (a.accumulate ? ((float *)a.y)[at] : 0.0f);
-        else
-            store((bf16 *)a.y + at, v + (a.accumulate ? load((bf16 *)a.y + at) : 0.0f));
+        few_store(&a.out, tok, row0 + row, add_warps<NT, WARPS>(sums, tok, row));
     }
 }
 
@@ -162,9 +156,8 @@ __device__ static inline void finish_gate_up(const struct few &a, const float *s
         int tok = i / 8, row = i % 8;
         if (tok >= a.m || row0 + row >= a.n / 2)
             continue;
-        bf16 g = __float2bfloat16(add_warps<NT, WARPS>(sums, tok, row));
-        bf16 u = __float2bfloat16(add_warps<NT, WARPS>(sums, tok, row + 8));
-        store((bf16 *)a.y + tok * a.ldy + row0 + row, silu_mul_of(load(&g), load(&u)));
+        few_store_gate_up(&a.out, tok, row0 + row, add_warps<NT, WARPS>(sums, tok, row),
+                          add_warps<NT, WARPS>(sums, tok, row + 8));
     }
 }
 
@@ -210,18 +203,38 @@ __global__ static void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const st
 
 #define FEW_MAX 8               /* rows of x up to which this measures faster than cuBLASLt */
 
+static bool few_fits(const struct kn_gemm *a)
+{
+    return a->m <= FEW_MAX && a->w->cols % 8 == 0 && a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0;
+}
+
 extern "C" bool cuda_gemm_few_fits(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    (void)st;
-    return a->m <= FEW_MAX && a->w->cols % 8 == 0 && a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0;
+    return few_fits(a) || cuda_gemm_tma_fits(st, a);
+}
+
+/* y is `out`, of gate_up or of the product itself. */
+static lm_status multiply_few(struct cuda_stream *st, const struct kn_gemm *a, void *out,
+                              bool gate_up)
+{
+    if (cuda_gemm_tma_fits(st, a)) {
+        lm_status rc = cuda_gemm_tma(st, a, out, gate_up);
+        if (rc != LM_UNSUPPORTED || !few_fits(a))
+            return rc;
+    }
+    const int n = a->w->rows;
+    const struct few f = { (const bf16 *)cuda_mat_of(a->w)->data, (const bf16 *)a->x,
+                           { out, a->bias, gate_up ? n / 2 : a->ldy, a->accumulate, a->y_f32 },
+                           a->ldx, a->m, n, a->w->cols };
+    return gate_up ? cuda_launch(st, "gate_up", gemm_few<1, 2, 16, 2, true>,
+                                 dim3((unsigned)LM_DIV_UP(n / 2, 8)), dim3(16 * 32), 0, f)
+                   : cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2, false>,
+                                 dim3((unsigned)LM_DIV_UP(n, TILE_ROWS)), dim3(16 * 32), 0, f);
 }
 
 extern "C" lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    struct few f = { (const bf16 *)cuda_mat_of(a->w)->data, (const bf16 *)a->x, a->y, a->bias,
-                     a->ldx, a->ldy, a->m, a->w->rows, a->w->cols, a->accumulate, a->y_f32 };
-    return cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2, false>, dim3(LM_DIV_UP(f.n, TILE_ROWS)),
-                       dim3(16 * 32), 0, f);
+    return multiply_few(st, a, a->y, false);
 }
 
 extern "C" lm_status cuda_op_gate_up(kn_stream *s, const struct kn_gate_up *a)
@@ -237,9 +250,7 @@ extern "C" lm_status cuda_op_gate_up(kn_stream *s, const struct kn_gate_up *a)
     if (g->w->dtype != KN_BF16 || g->bias || g->accumulate || g->y_f32 ||
         !cuda_gemm_few_fits(st, g))
         return LM_UNSUPPORTED;
-    struct few f = { (const bf16 *)cuda_mat_of(g->w)->data, (const bf16 *)g->x, a->out, NULL,
-                     LM_MAX(g->ldx, g->w->cols), g->w->rows / 2, g->m, g->w->rows, g->w->cols,
-                     false, false };
-    return cuda_launch(st, "gate_up", gemm_few<1, 2, 16, 2, true>,
-                       dim3((unsigned)LM_DIV_UP(f.n / 2, 8)), dim3(16 * 32), 0, f);
+    struct kn_gemm own = *g;
+    own.ldx = LM_MAX(g->ldx, g->w->cols);
+    return multiply_few(st, &own, a->out, true);
 }

@@ -171,6 +171,7 @@ rmsnorm_few(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int h
     alignas(16) float w[FEW_VECS][8];
     pack<8> p[FEW_VECS] = {}, r[FEW_VECS] = {};
     float v[FEW_VECS][8], sum = 0;
+    cuda_allow_next();          /* a product that reads weights ahead (gemm_tma.cu) */
 #pragma unroll
     for (int k = 0; k < FEW_VECS; k++) {
         int i = (threadIdx.x + k * blockDim.x) * 8;
@@ -206,7 +207,6 @@ rmsnorm_few(bf16 *out, const bf16 *x, bf16 *residual, const float *weight, int h
             *(pack<8> *)(residual + at + i) = r[k];
     }
     float scale = rsqrtf(block_sum(sum) / hidden + eps);
-    cuda_allow_next();
 #pragma unroll
     for (int k = 0; k < FEW_VECS; k++) {
         int i = (threadIdx.x + k * blockDim.x) * 8;

@@ -43,6 +43,9 @@
 #define cuda_attn_decode emu_attn_decode
 #define cuda_gemm_few emu_gemm_few
 #define cuda_gemm_few_fits emu_gemm_few_fits
+#define cuda_gemm_tma emu_gemm_tma
+#define cuda_gemm_tma_fits emu_gemm_tma_fits
+#define cuda_gemm_init emu_gemm_init
 #define cuda_bias_rows emu_bias_rows
 #define cuda_add_product emu_add_product
 #define cuda_gemm_mixed emu_gemm_mixed
@@ -76,7 +79,10 @@ typedef int cudaError_t;
 typedef void *cudaStream_t;
 typedef void *cudaEvent_t;
 enum { cudaSuccess = 0 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributePreferredSharedMemoryCarveout
+};
 
 struct dim3 {
     unsigned x, y, z;

@@ -130,7 +130,8 @@ void check_gemm(struct gpu_check *c)
     check_mixed(c);
     struct twin t;
     if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gate_up: streams"))
-        check_that(c, twin_gate_up(&t), "gate_up equals a product and its activation");
+        check_that(c, twin_gate_up(&t) && twin_gate_up_boxes(&t),
+                   "gate_up equals a product and its activation");
     twin_close(&t);
 }
 

@@ -72,6 +72,7 @@ bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
 bool twin_gemm_fp8(struct twin *c);
 bool twin_gate_up(struct twin *c);
+bool twin_gate_up_boxes(struct twin *c);
 bool twin_gemm_x_e4m3(struct twin *c);
 bool twin_gemm_f16(struct twin *c);        /* embed too */
 

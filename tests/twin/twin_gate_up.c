@@ -70,9 +70,29 @@ bool twin_gate_up(struct twin *c)
         for (size_t j = 0; j < LM_COUNT(ks); j++)
             compare(c, &(struct gate_up_case){ ms[i], tw_int(1, 40), ks[j] });
     if (!c->slow) {
+        compare(c, &(struct gate_up_case){ 8, 128, 4096 });
         compare(c, &(struct gate_up_case){ 1, 11008, 4096 });
         compare(c, &(struct gate_up_case){ 5, 14336, 4096 });
         compare(c, &(struct gate_up_case){ 40, 1024, 512 });
     }
     return twin_end(c, "gate_up");
+}
+
+/* Rows and columns as Hopper's kernel has them: shares of all its sizes on 8 SMs and on a real
+ * device's, more than one round of them, ragged ends; k in whole boxes of 64. */
+bool twin_gate_up_boxes(struct twin *c)
+{
+    static const struct gate_up_case cases[] = {
+        { 1, 8, 64 }, { 3, 41, 128 }, { 8, 130, 1088 }, { 9, 200, 320 }, { 16, 300, 192 },
+        { 17, 520, 128 }, { 25, 600, 64 }, { 32, 1030, 192 }, { 2, 1000, 576 },
+    };
+    for (size_t i = 0; i < LM_COUNT(cases); i++)
+        compare(c, &cases[i]);
+    if (!c->slow) {
+        compare(c, &(struct gate_up_case){ 32, 14336, 4096 });
+        compare(c, &(struct gate_up_case){ 12, 2048, 11008 });
+        compare(c, &(struct gate_up_case){ 20, 6144, 4096 });
+        compare(c, &(struct gate_up_case){ 7, 64128, 1024 });
+    }
+    return twin_end(c, "gate_up in boxes");
 }

@@ -135,6 +135,13 @@ static void gate_up(void **state)
     run(twin_gate_up, 80);
 }
 
+static void gate_up_hopper(void **state)
+{
+    (void)state;
+    run(twin_gate_up, 90);
+    run(twin_gate_up_boxes, 90);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -146,6 +153,7 @@ int main(void)
         cmocka_unit_test(rows),
         cmocka_unit_test(gemm_fp8),
         cmocka_unit_test(gate_up),
+        cmocka_unit_test(gate_up_hopper),
         cmocka_unit_test(gemm_x_e4m3),
         cmocka_unit_test(gemm_f16),
     };
