@@ -105,10 +105,12 @@ __device__ static inline void find_groups(struct few_shrink *k, const uint16_t *
     __syncthreads();
 }
 
-/* A thread's sums of its groups, U of them on their way at a time. */
-template <int T, int U, int THREADS>
-__device__ static inline void sum_groups(const struct few_shrink *k, float acc[T][ROWS])
+/* A thread's sums of its groups, U of them on their way at a time; it stands for A threads, whose
+ * sums stay apart: the order of a sum is that of A * THREADS threads. */
+template <int T, int U, int A, int THREADS>
+__device__ static inline void sum_groups(const struct few_shrink *k, float acc[A][T][ROWS])
 {
+    static_assert(A == 1 || A == U, "the groups on their way are of a thread each");
     const struct kn_lora *a = &k->p->a;
     struct feature_group g[U];
     uint4 w[U][ROWS];
@@ -134,7 +136,7 @@ __device__ static inline void sum_groups(const struct few_shrink *k, float acc[T
                     break;
 #pragma unroll
                 for (int j = 0; j < ROWS; j++)
-                    acc[t][j] = dot8(w[u][j], x[u][t], acc[t][j]);
+                    acc[u % A][t][j] = dot8(w[u][j], x[u][t], acc[u % A][t][j]);
             }
             g[u] = group_at(k, i + (U + u) * THREADS);
             load_rows(k, &g[u], w[u]);
@@ -161,12 +163,12 @@ __device__ static inline float warp_sum8(const float v[ROWS], int lane)
     return quad_sum(c);
 }
 
-template <int T, int U, int THREADS, int RESIDENT>
+template <int T, int U, int A, int THREADS, int RESIDENT>
 __global__ static void __launch_bounds__(THREADS, RESIDENT) shrink_few_kernel(
     const __grid_constant__ struct lora_launch p)
 {
     __shared__ const uint16_t *chunks[FEW_CHUNKS];
-    __shared__ float sum[THREADS / 32][T][ROWS];
+    __shared__ float sum[A * THREADS / 32][T][ROWS];
     const struct kn_lora *a = &p.a;
     const int part = p.active[blockIdx.y], lane = (int)threadIdx.x % 32;
     struct few_shrink k;
@@ -189,17 +191,17 @@ __global__ static void __launch_bounds__(THREADS, RESIDENT) shrink_few_kernel(
     bool targeted = lora_find(&a->pool, a->layer, a->batch.block_ids + k.seg->block0,
                               a->part[part].module, k.seg->rank_max, false, p.fault, &k.v);
     k.rows = targeted ? min(ROWS, k.v.rank - k.j0) : 0;
-    float acc[T][ROWS] = {};
+    float acc[A][T][ROWS] = {};
     if (k.rows > 0) {
         find_groups<THREADS>(&k, chunks);
-        sum_groups<T, U, THREADS>(&k, acc);
+        sum_groups<T, U, A, THREADS>(&k, acc);
     }
     cuda_wait_prior();
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-        float s = warp_sum8(acc[t], lane);
+    for (int i = 0; i < A * T; i++) {
+        float s = warp_sum8(acc[i / T][i % T], lane);
         if (lane % 4 == 0)      /* the row whose bits 2, 1, 0 are the lane's bits 4, 3, 2 */
-            sum[threadIdx.x / 32][t][lane >> 2] = s;
+            sum[(i / T * THREADS + (int)threadIdx.x) / 32][i % T][lane >> 2] = s;
     }
     __syncthreads();
     for (int i = (int)threadIdx.x; i < T * ROWS; i += THREADS) {
@@ -207,7 +209,7 @@ __global__ static void __launch_bounds__(THREADS, RESIDENT) shrink_few_kernel(
         if (t >= k.n_tok || j >= k.seg->rank_max)
             continue;
         float h = 0;
-        for (int w = 0; w < THREADS / 32; w++)
+        for (int w = 0; w < A * THREADS / 32; w++)
             h += sum[w][t][i % ROWS];
         int64_t row = k.seg->h0 + (int64_t)(k.tok0 + t - k.seg->tok0) * k.seg->rank_max;
         a->h[a->n_parts * row + (int64_t)part * k.seg->rank_max + j] = h;
@@ -368,8 +370,8 @@ __device__ static inline void expand_columns(const struct few_expand *w, float *
             write_y(w, t, y[t], acc[t]);
 }
 
-template <int T>
-__global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
+template <int T, int RESIDENT>
+__global__ static void __launch_bounds__(EXPAND_WARPS * 32, RESIDENT) expand_few_kernel(
     const __grid_constant__ struct lora_launch p)
 {
     DYNAMIC_SMEM(smem);
@@ -398,12 +400,12 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32) expand_few_kernel(
 
 /* ---- host ------------------------------------------------------------------------------ */
 
-template <int T, int U, int THREADS, int RESIDENT = 512 / THREADS>
+template <int T, int U, int THREADS, int RESIDENT = 512 / THREADS, int A = 1>
 static lm_status launch_shrink(struct cuda_stream *st, struct lora_launch *p)
 {
     dim3 grid((unsigned)LM_DIV_UP(p->a.batch.max_rank, ROWS), (unsigned)p->n_active,
               lora_token_tiles(p, T));
-    return cuda_launch(st, "lora_shrink", shrink_few_kernel<T, U, THREADS, RESIDENT>, grid,
+    return cuda_launch(st, "lora_shrink", shrink_few_kernel<T, U, A, THREADS, RESIDENT>, grid,
                        dim3(THREADS), 0, *p);
 }
 
@@ -411,10 +413,12 @@ lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p)
 {
     const bool wide = p->a.in > SHORT_ROW;
     const int blocks = LM_DIV_UP(p->a.batch.max_rank, ROWS) * p->n_active * p->a.batch.n_segs;
-    /* A third block an SM, each with half as much on its way, where two would leave a tail. */
-    if (p->a.batch.max_seg_tok == 1 && !wide && blocks > 2 * st->dev->sms &&
+    /* A third block an SM, each with half as much on its way, where two would leave a tail. For two
+     * tokens it has half the threads, or registers would not do. */
+    if (p->a.batch.max_seg_tok <= 2 && !wide && blocks > 2 * st->dev->sms &&
         blocks <= 3 * st->dev->sms)
-        return launch_shrink<1, 1, 256, 3>(st, p);
+        return p->a.batch.max_seg_tok == 1 ? launch_shrink<1, 1, 256, 3>(st, p)
+                                           : launch_shrink<2, 2, 128, 3, 2>(st, p);
     if (p->a.batch.max_seg_tok == 1)
         return wide ? launch_shrink<1, 2, 512>(st, p) : launch_shrink<1, 2, 256>(st, p);
     if (p->a.batch.max_seg_tok == 2)
@@ -422,16 +426,13 @@ lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p)
     return wide ? launch_shrink<4, 1, 512>(st, p) : launch_shrink<4, 1, 256>(st, p);
 }
 
-template <int T> static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
+template <int T, int RESIDENT>
+static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p, int blocks)
 {
-    int tasks = 0;
-    for (int i = 0; i < p->n_active; i++) {
-        p->slabs[i] = LM_DIV_UP(p->a.part[p->active[i]].out, COLS);
-        tasks += p->slabs[i];
-    }
+    dim3 grid((unsigned)blocks, lora_token_tiles(p, T));
     p->smem_rows = p->a.batch.max_rank;
-    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(p, T));
-    return cuda_launch(st, "lora_expand", expand_few_kernel<T>, grid, dim3(EXPAND_WARPS * 32),
+    return cuda_launch(st, "lora_expand", expand_few_kernel<T, RESIDENT>, grid,
+                       dim3(EXPAND_WARPS * 32),
                        (size_t)(EXPAND_WARPS * T * p->smem_rows) * sizeof(float), *p);
 }
 
@@ -439,16 +440,35 @@ template <int T> static lm_status launch_expand(struct cuda_stream *st, struct l
 
 cudaError_t cuda_lora_few_init(void)
 {
-    return cudaFuncSetAttribute(expand_few_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    return cudaFuncSetAttribute(expand_few_kernel<1, 6>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 EXPAND_WARPS * RANK_MAX * (int)sizeof(float));
+}
+
+/* A tile of tokens' blocks: each warp of one has a slab of columns. */
+static int expand_blocks(struct lora_launch *p)
+{
+    int tasks = 0;
+    for (int i = 0; i < p->n_active; i++) {
+        p->slabs[i] = LM_DIV_UP(p->a.part[p->active[i]].out, COLS);
+        tasks += p->slabs[i];
+    }
+    return LM_DIV_UP(tasks, EXPAND_WARPS);
 }
 
 lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p)
 {
-    if (p->a.batch.max_rank > RANK_MAX)
+    const struct kn_lora_batch *b = &p->a.batch;
+    if (b->max_rank > RANK_MAX)
         return LM_UNSUPPORTED;
+    const int blocks = expand_blocks(p), all = blocks * b->n_segs, sms = st->dev->sms;
     /* Four tokens' h of a rank up to 512 fit without asking for more shared memory. */
-    if (p->a.batch.max_seg_tok == 1 || p->a.batch.max_rank > 512)
-        return launch_expand<1>(st, p);
-    return p->a.batch.max_seg_tok == 2 ? launch_expand<2>(st, p) : launch_expand<4>(st, p);
+    if (b->max_rank > 512)
+        return launch_expand<1, 6>(st, p, blocks);
+    /* A seventh block an SM spills a little, which is less than a tail costs. */
+    if (b->max_seg_tok == 1)
+        return all > 6 * sms && all <= 7 * sms ? launch_expand<1, 7>(st, p, blocks)
+                                               : launch_expand<1, 6>(st, p, blocks);
+    return b->max_seg_tok == 2 ? launch_expand<2, 5>(st, p, blocks)
+                               : launch_expand<4, 4>(st, p, blocks);
 }
