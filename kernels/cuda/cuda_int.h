@@ -77,6 +77,7 @@ struct cuda_stream {
     void *scratch;              /* CUDA_SCRATCH_BYTES; in-order streams need no lock for it */
     void *gemm_ws;              /* CUDA_GEMM_WS_BYTES */
     void *wide;                 /* CUDA_WIDE_BYTES, or NULL: the device had no FP8 weights */
+    bool copied;                /* by a kernel: what is launched next may not start early */
     struct cuda_plans *plans;
     struct cuda_graphs *graphs;
 };
@@ -226,6 +227,12 @@ lm_status cuda_bias_rows(struct cuda_stream *st, const struct kn_gemm *a);
 /* y (bf16) = product [m, n] (+ bias) (+ y if accumulate), rounded once. */
 lm_status cuda_add_product(struct cuda_stream *st, const struct kn_gemm *a, const float *product);
 
+/* rows.cu: a copy by a kernel, between device memory and pinned memory of this process.
+ * LM_UNSUPPORTED: not so many bytes, or not words. */
+#define CUDA_COPY_SMALL ((size_t)256 << 10)
+lm_status cuda_copy_small(struct cuda_stream *st, const char *op, void *dst, const void *src,
+                          size_t bytes);
+
 /* Once a device: kernels that use more than 48 KiB of shared memory ask for it, as far as blocks of
  * this device may have it (227 KiB on sm_90, 163 on sm_80, 99 on the rest of 8.x); what would need
  * more is not launched there. */
@@ -301,7 +308,8 @@ __device__ static inline void cuda_allow_next(void)
 /*
  * Launches kernel(args...) on the stream, chained to its predecessor by programmatic dependent
  * launch where the device has it: EVERY kernel launched with this must call cuda_wait_prior()
- * before it touches memory that an earlier operation writes, or writes memory that one reads.
+ * before it touches memory that an earlier operation writes, or writes memory that one reads. What
+ * a copy wrote may be read before that: no kernel starts before a copy in front of it has ended.
  * More than 48 KiB of `smem` needs cudaFuncSetAttribute() once before.
  */
 template <typename... P, typename... A>
@@ -317,7 +325,8 @@ static lm_status cuda_launch(struct cuda_stream *st, const char *op, void (*kern
     cfg.dynamicSmemBytes = smem;
     cfg.stream = st->s;
     cfg.attrs = &attr;
-    cfg.numAttrs = st->dev->cc >= 90 ? 1 : 0;
+    cfg.numAttrs = st->dev->cc >= 90 && !st->copied ? 1 : 0;
+    st->copied = false;
     return cuda_check(st->dev, op, cudaLaunchKernelEx(&cfg, kernel, P(args)...));
 }
 #endif

@@ -227,6 +227,11 @@ static lm_status copy_async(kn_stream *s, const char *op, void *dst, const void 
         return LM_OK;
     if (!dst || !src)
         return cuda_refuse(op, "null pointer");
+    lm_status rc = cuda_copy_small(st, op, dst, src, bytes);
+    if (rc == LM_OK)
+        st->copied = kind != cudaMemcpyDeviceToHost;
+    if (rc != LM_UNSUPPORTED)
+        return rc;
     return cuda_check(st->dev, op, cudaMemcpyAsync(dst, src, bytes, kind, st->s));
 }
 

@@ -3,7 +3,7 @@
  * rope.cu - rotary embedding, optional per-head norm, and the write of K and V to the pool.
  *
  * A block is one token, or some of its heads where tokens are few: its first threads take the
- * sines, then each warp takes a head in turn, two neighbouring pairs a lane. The angle is
+ * sines, then each warp takes a few heads at a time, two neighbouring pairs a lane. The angle is
  * pos * inv_freq in float32, as the models' own code computes it. Everything is float32 between the
  * bf16 read and the bf16 write; K in E4M3 is rounded once, from float32. EB is the bytes of an
  * element in the pool.
@@ -12,8 +12,8 @@
 
 #define WARPS 8
 #define MAX_HALF 128
-#define FEW 512                 /* tokens up to which a warp has two heads, not a token's share */
-#define HEADS 2
+#define FEW 512                 /* tokens up to which a warp has HEADS heads, not a token's share */
+#define HEADS 4                 /* that are on their way at once */
 
 struct rope_launch {
     struct kn_rope_kv a;
@@ -44,35 +44,56 @@ __device__ static inline float frequency(const struct kn_rope_kv *a, int tok, in
                            a->head_dim, j);
 }
 
+/* A head's numbers in a warp: lane l has pairs l, l + 32, ... of its lower and its upper half. */
+template <int PAIRS> struct head {
+    uint32_t lo[PAIRS], hi[PAIRS];
+};
+
+template <int PAIRS>
+__device__ static inline void load_head(struct head<PAIRS> *r, const uint32_t *x, int half,
+                                        int lane)
+{
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        const int i = lane + 32 * p;
+        r->lo[p] = i < half / 2 ? x[i] : 0;
+        r->hi[p] = i < half / 2 ? x[half / 2 + i] : 0;
+    }
+}
+
 /* 1 / rms of the head, 1 without a norm. */
-__device__ static inline float head_scale(const struct kn_rope_kv *a, const uint32_t *lo,
-                                          const uint32_t *hi, const float *norm, int lane)
+template <int PAIRS>
+__device__ static inline float head_scale(const struct kn_rope_kv *a, const struct head<PAIRS> *r,
+                                          const float *norm)
 {
     if (!norm)
         return 1;
     float sq = 0;
-    for (int i = lane; i < a->head_dim / 4; i += 32) {
-        uint32_t u = lo[i], v = hi[i];
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        uint32_t u = r->lo[p], v = r->hi[p];
         sq += bf16_lo(u) * bf16_lo(u) + bf16_hi(u) * bf16_hi(u);
         sq += bf16_lo(v) * bf16_lo(v) + bf16_hi(v) * bf16_hi(v);
     }
     return 1.0f / sqrtf(warp_sum(sq) / (float)a->head_dim + a->norm_eps);
 }
 
-/* Rotates a head in place and, if kv is not NULL, writes it there too. */
-template <int EB>
-__device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *head,
-                                          const float *norm, const float *c, const float *s,
-                                          char *kv, int lane)
+/* Rotates a head into `x` and, if kv is not NULL, writes it there too. */
+template <int EB, int PAIRS>
+__device__ static inline void rotate_head(const struct kn_rope_kv *a, const struct head<PAIRS> *r,
+                                          uint32_t *x, const float *norm, const float *c,
+                                          const float *s, char *kv, int lane)
 {
     const int half = a->head_dim / 2;
-    uint32_t *lo = (uint32_t *)head, *hi = (uint32_t *)(head + half);
     char *khi = kv + half * EB;
-    const float f = head_scale(a, lo, hi, norm, lane);
-    for (int i = lane; i < half / 2; i += 32) {
-        int d = 2 * i;
-        float x0 = bf16_lo(lo[i]) * f, x1 = bf16_hi(lo[i]) * f;
-        float y0 = bf16_lo(hi[i]) * f, y1 = bf16_hi(hi[i]) * f;
+    const float f = head_scale(a, r, norm);
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        const int i = lane + 32 * p, d = 2 * i;
+        if (i >= half / 2)
+            break;
+        float x0 = bf16_lo(r->lo[p]) * f, x1 = bf16_hi(r->lo[p]) * f;
+        float y0 = bf16_lo(r->hi[p]) * f, y1 = bf16_hi(r->hi[p]) * f;
         if (norm) {
             x0 *= norm[d], x1 *= norm[d + 1];
             y0 *= norm[half + d], y1 *= norm[half + d + 1];
@@ -80,7 +101,7 @@ __device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *
         float u0 = x0 * c[d] - y0 * s[d], u1 = x1 * c[d + 1] - y1 * s[d + 1];
         float v0 = y0 * c[d] + x0 * s[d], v1 = y1 * c[d + 1] + x1 * s[d + 1];
         uint32_t u = bf16_pack(u0, u1), v = bf16_pack(v0, v1);
-        lo[i] = u, hi[i] = v;
+        x[i] = u, x[half / 2 + i] = v;
         if (!kv)
             continue;
         if constexpr (EB == 2)
@@ -90,13 +111,23 @@ __device__ static inline void rotate_head(const struct kn_rope_kv *a, uint16_t *
     }
 }
 
-template <int EB>
-__device__ static inline void write_value(char *dst, const uint32_t *x, int i)
+template <int EB, int PAIRS>
+__device__ static inline void write_value(char *dst, const struct head<PAIRS> *r, int half,
+                                          int lane)
 {
-    if (EB == 2)
-        ((uint32_t *)dst)[i] = x[i];
-    else
-        ((uint16_t *)dst)[i] = e4m3_pack(bf16_lo(x[i]), bf16_hi(x[i]));
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        const int i = lane + 32 * p;
+        if (i >= half / 2)
+            break;
+        if (EB == 2) {
+            ((uint32_t *)dst)[i] = r->lo[p];
+            ((uint32_t *)dst)[half / 2 + i] = r->hi[p];
+        } else {
+            ((uint16_t *)dst)[i] = e4m3_pack(bf16_lo(r->lo[p]), bf16_hi(r->lo[p]));
+            ((uint16_t *)dst)[half / 2 + i] = e4m3_pack(bf16_lo(r->hi[p]), bf16_hi(r->hi[p]));
+        }
+    }
 }
 
 /* The token's K rows start here, one kv_head_at() apart; NULL when it writes nothing. */
@@ -115,7 +146,7 @@ __device__ static inline char *token_rows(const struct rope_launch *p, int64_t s
            (slot & (a->block_tokens - 1)) * a->head_dim * EB;
 }
 
-template <int EB>
+template <int EB, int PAIRS>
 __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
     const __grid_constant__ struct rope_launch p)
 {
@@ -136,16 +167,24 @@ __global__ static void __launch_bounds__(WARPS * 32) rope_kernel(
     const int64_t head_bytes = (int64_t)2 * a->block_tokens * hd * EB;
     cuda_wait_prior();
     const int heads = a->q_heads + 2 * a->kv_heads, stride = WARPS * (int)gridDim.y;
-    for (int h = (int)blockIdx.y * WARPS + warp; h < heads; h += stride) {
-        uint16_t *x = qkv + h * hd;
-        int kh = h - a->q_heads;
-        if (kh < a->kv_heads) {
-            rotate_head<EB>(a, x, kh < 0 ? a->q_norm : a->k_norm, c, s,
-                            kh >= 0 && rows ? rows + kh * head_bytes : NULL, lane);
-        } else if (rows) {
-            char *dst = rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2;
-            for (int i = lane; i < half; i += 32)
-                write_value<EB>(dst, (const uint32_t *)x, i);
+    for (int h0 = (int)blockIdx.y * WARPS + warp; h0 < heads; h0 += HEADS * stride) {
+        struct head<PAIRS> r[HEADS];
+#pragma unroll
+        for (int k = 0; k < HEADS; k++)
+            if (h0 + k * stride < heads)
+                load_head(&r[k], (const uint32_t *)(qkv + (h0 + k * stride) * hd), half, lane);
+#pragma unroll
+        for (int k = 0; k < HEADS; k++) {
+            const int h = h0 + k * stride, kh = h - a->q_heads;
+            if (h >= heads)
+                break;
+            if (kh < a->kv_heads)
+                rotate_head<EB>(a, &r[k], (uint32_t *)(qkv + h * hd),
+                                kh < 0 ? a->q_norm : a->k_norm, c, s,
+                                kh >= 0 && rows ? rows + kh * head_bytes : NULL, lane);
+            else if (rows)
+                write_value<EB>(rows + (kh - a->kv_heads) * head_bytes + head_bytes / 2, &r[k],
+                                half, lane);
         }
     }
 }
@@ -187,6 +226,8 @@ extern "C" lm_status cuda_op_rope_kv(kn_stream *s, const struct kn_rope_kv *a)
         p.bt_shift++;
     int heads = a->q_heads + 2 * a->kv_heads;
     dim3 grid((unsigned)a->n, a->n > FEW ? 1 : (unsigned)LM_DIV_UP(heads, WARPS * HEADS));
-    return cuda_launch(st, "rope_kv", a->pool.kv == KN_KV_E4M3 ? rope_kernel<1> : rope_kernel<2>,
-                       grid, dim3(WARPS * 32), 0, p);
+    const bool e4m3 = a->pool.kv == KN_KV_E4M3;
+    auto *kernel = a->head_dim <= 128 ? (e4m3 ? rope_kernel<1, 1> : rope_kernel<2, 1>)
+                                      : (e4m3 ? rope_kernel<1, 2> : rope_kernel<2, 2>);
+    return cuda_launch(st, "rope_kv", kernel, grid, dim3(WARPS * 32), 0, p);
 }

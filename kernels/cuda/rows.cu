@@ -309,6 +309,40 @@ extern "C" lm_status cuda_op_feed(kn_stream *s, const struct kn_feed *a)
                        a->dst_idx, a->src, a->src_idx, a->n, st->dev->fault);
 }
 
+/* ---- small copies ---------------------------------------------------------------------- */
+
+#define COPY_THREADS 128
+
+/* A step's metadata and results: pinned memory has the same address here. It starts a microsecond
+ * behind the kernel before it; the copy engine takes five to eight, as does what follows it. */
+template <typename T>
+__global__ static void copy_words(T *dst, const T *src, int n)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    cuda_wait_prior();
+    if (i < n)
+        dst[i] = src[i];
+}
+
+template <typename T>
+static lm_status launch_words(struct cuda_stream *st, const char *op, void *dst, const void *src,
+                              size_t bytes)
+{
+    const int n = (int)(bytes / sizeof(T));
+    return cuda_launch(st, op, copy_words<T>, dim3((unsigned)LM_DIV_UP(n, COPY_THREADS)),
+                       dim3(COPY_THREADS), 0, (T *)dst, (const T *)src, n);
+}
+
+extern "C" lm_status cuda_copy_small(struct cuda_stream *st, const char *op, void *dst,
+                                     const void *src, size_t bytes)
+{
+    const uintptr_t bits = (uintptr_t)dst | (uintptr_t)src | bytes;
+    if (bytes > CUDA_COPY_SMALL || bits % 4)
+        return LM_UNSUPPORTED;
+    return bits % 16 ? launch_words<uint32_t>(st, op, dst, src, bytes)
+                     : launch_words<uint4>(st, op, dst, src, bytes);
+}
+
 /* ---- filling a weight ------------------------------------------------------------------ */
 
 #ifndef KN_EMU                  /* a plain launch, which host C++ has no syntax for */

@@ -31,6 +31,41 @@ static void check_copies(struct gpu_check *c)
     kn_host_free(c->cuda, b);
 }
 
+/* Words and 16 bytes go by a kernel, odd bytes and many by the copy engine: in, across and out, and
+ * nothing beside them is touched. */
+static void check_small_copies(struct gpu_check *c)
+{
+    enum { N = (256 << 10) + 64 };
+    static const int sizes[] = { 1, 4, 12, 16, 1000, 1024, 2049, 37952, N - 80, N - 64, N - 32 };
+    unsigned char *a = pinned(c, N), *b = pinned(c, N), *want = malloc(N);
+    char *x = dev_new(c, N), *y = dev_new(c, N);
+    bool ok = true;
+    for (size_t i = 0; i < LM_COUNT(sizes) && ok; i++) {
+        for (int at = 1; at <= 16 && ok; at *= 4) {
+            for (int k = 0; k < N; k++)
+                a[k] = (unsigned char)rnd();
+            memset(b, 0x55, N);
+            memset(want, 0x55, N);
+            memcpy(want + at, a + at, (size_t)sizes[i]);
+            size_t n = (size_t)sizes[i];
+            ok = kn_zero(c->gs, x, N) == LM_OK && kn_copy_in(c->gs, x + at, a + at, n) == LM_OK &&
+                 kn_copy(c->gs, y, x, N) == LM_OK &&
+                 kn_copy_out(c->gs, b + at, y + at, n) == LM_OK &&
+                 kn_stream_sync(c->gs, &err) == LM_OK && !memcmp(b, want, N);
+            dev_get(c, b, x, N);
+            memset(want, 0, (size_t)at);
+            memset(want + at + n, 0, N - (size_t)at - n);
+            ok = ok && !memcmp(b, want, N);
+        }
+    }
+    check_that(c, ok, "small copies, of words and of odd sizes");
+    dev_free(c, x);
+    dev_free(c, y);
+    kn_host_free(c->cuda, a);
+    kn_host_free(c->cuda, b);
+    free(want);
+}
+
 /* Cells land at their offsets, nothing between them is touched, and they come back. */
 static void check_cells(struct gpu_check *c, int n, size_t cell)
 {
@@ -168,6 +203,7 @@ static void check_refusals(struct gpu_check *c)
 void check_device(struct gpu_check *c)
 {
     check_copies(c);
+    check_small_copies(c);
     check_cells(c, 1, 256);
     check_cells(c, 300, 4096);
     check_cells(c, 7, 1 << 20);
