@@ -101,7 +101,8 @@ static void plan_splits(struct cuda_stream *st, struct attn_launch *p)
     if ((size_t)items * sizeof(unsigned) > CUDA_COUNTER_BYTES)
         fit = 1;
     p->want_splits = cheapest_splits(items, (int64_t)st->dev->sms * CTAS_PER_SM);
-    p->pack = (int64_t)cuda_bucket(a->n_seqs) * a->kv_heads * p->row_tiles >= PACK_UNITS;
+    const int64_t units = (int64_t)cuda_bucket(a->n_seqs) * a->kv_heads * p->row_tiles;
+    p->alone_tiles = units < PACK_UNITS ? 0 : DECODE_MIN_TILES;
     p->cap_splits = (int)LM_MAX(1, LM_MIN(fit, MAX_SPLITS));
     p->arrived = (unsigned *)st->scratch;
     p->part_ml = (float2 *)((char *)st->scratch + CUDA_COUNTER_BYTES);

@@ -10,9 +10,9 @@
  * In shared memory a tile is [key][head_dim], its pieces permuted within a row (tile_at) so that
  * the eight rows that ldmatrix reads at once lie in eight different bank groups.
  *
- * E4M3 becomes bf16 (exact, prim.cuh) where it meets a product: decode widens fragments on their
- * way from shared memory to registers, prefill whole tiles within shared memory, once for all of a
- * block's rows.
+ * E4M3 is widened (exactly, prim.cuh) where it meets a product: decode makes float16 of fragments
+ * on their way from shared memory to registers, prefill bf16 of whole tiles within shared memory,
+ * once for all of a block's rows.
  *
  * Slots that were never written may hold anything, NaN included: rows outside of a sequence's
  * visible range are not read but filled with zeros, and their scores are masked.
@@ -45,7 +45,7 @@ struct attn_launch {
     /* decode */
     int row_tiles;              /* ceil(group / 16) */
     int want_splits, cap_splits;        /* see decode_splits() */
-    bool pack;                  /* rows of up to DECODE_MIN_TILES are a warp's, else a block's */
+    int alone_tiles;            /* rows of up to so many are a warp's, others a block's */
     float *part;                /* [item][cap_splits][rows_cap][head_dim] unnormalised outputs */
     float2 *part_ml;            /* [item][cap_splits][rows_cap] maximum and sum */
     unsigned *arrived;          /* [item] */
@@ -95,22 +95,36 @@ lm_status cuda_attn_tma(struct cuda_stream *st, const struct attn_launch *p);
 /*
  * How a decode row's keys are divided, from its own length and the batch bucket only, so that
  * neighbours change nothing: `tiles` tiles of 16 keys give this many splits. Enough to fill the
- * device (want), none shorter than 16 tiles; never longer than 64 tiles while the cap allows.
+ * device (want), none shorter than 16 tiles; never longer than 128 tiles while the cap allows.
+ * Rows that are a warp's are not divided.
  */
 #define DECODE_MIN_TILES 16
-#define DECODE_MAX_TILES 64
+#define DECODE_MAX_TILES 128
 
-__host__ __device__ static inline int decode_splits(int tiles, int want, int cap)
+__host__ __device__ static inline int decode_splits(const struct attn_launch *p, int tiles)
 {
+    if (tiles <= p->alone_tiles)
+        return 1;
     int fill = (tiles + DECODE_MIN_TILES - 1) / DECODE_MIN_TILES;
     int longest = (tiles + DECODE_MAX_TILES - 1) / DECODE_MAX_TILES;
-    int n = fill < want ? fill : want;
+    int n = fill < p->want_splits ? fill : p->want_splits;
     n = n > longest ? n : longest;
-    n = n < cap ? n : cap;
+    n = n < p->cap_splits ? n : p->cap_splits;
     if (n <= 1)
         return 1;
     int per = (tiles + n - 1) / n;
     return (tiles + per - 1) / per;     /* no empty ones */
+}
+
+/* How many kv heads a warp takes in turn where rows are a warp's: about 8 tiles' worth. */
+#define DECODE_RUN_TILES 8
+
+__host__ __device__ static inline int decode_run(int tiles)
+{
+    int n = 1;
+    while (n < DECODE_RUN_TILES && n * 2 * tiles <= DECODE_RUN_TILES)
+        n *= 2;
+    return n;
 }
 
 #endif

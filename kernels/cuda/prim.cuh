@@ -83,6 +83,22 @@ __device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const ui
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ static inline void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* An 8x8 matrix of 16-bit elements, lane 4g + t with row g, columns 2t 2t+1: now of the columns. */
+__device__ static inline uint32_t transpose8(uint32_t x)
+{
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 /* Two halves of float16; `lo` comes first in memory. Packing rounds to nearest even. */
 __device__ static inline float f16_lo(uint32_t pair)
 {
@@ -100,6 +116,13 @@ __device__ static inline uint32_t f16_pack(float lo, float hi)
 {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+__device__ static inline uint32_t f16_mul(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
     return r;
 }
 
@@ -169,6 +192,25 @@ __device__ static inline uint32_t e4m3_widen(uint32_t w)
 __device__ static inline uint32_t e4m3_pair(uint32_t x, uint32_t y, int i, int j)
 {
     return e4m3_widen(__byte_perm(x, y, (unsigned)(i << 4 | j << 12)));
+}
+
+/* The two numbers of KN_E4M3 in the low half of w, or in the high one, as a pair of float16. With
+ * its bits moved to where float16 has them, a number is 2^8 times too small. */
+__device__ static inline uint32_t e4m3_f16_lo(uint32_t w)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint32_t r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((uint16_t)w));
+    return r;
+#else
+    w = __byte_perm(w, 0, 0x1404);
+    return f16_mul((w >> 1 & 0x3f803f80u) | (w & 0x80008000u), 0x5c005c00u);
+#endif
+}
+
+__device__ static inline uint32_t e4m3_f16_hi(uint32_t w)
+{
+    return e4m3_f16_lo(w >> 16);
 }
 
 __device__ static inline uint32_t e4m3_bits(float f)

@@ -58,47 +58,6 @@ static inline void ldmatrix_trans(uint32_t r[4], const void *row)
     emu_ldmatrix(r, row, true);
 }
 
-struct emu_frags {
-    uint32_t a[4], b[2];
-    float c[4];
-};
-
-static inline void emu_mma(const void *ins[32], void *outs[32], void *)
-{
-    static float a[16][16], b[16][8];
-    for (int l = 0; l < 32; l++) {
-        const struct emu_frags *f = (const struct emu_frags *)ins[l];
-        int g = l / 4, t = l % 4;
-        for (int i = 0; i < 4; i++) {
-            a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = bf16_lo(f->a[i]);
-            a[g + 8 * (i & 1)][2 * t + 1 + 8 * (i >> 1)] = bf16_hi(f->a[i]);
-        }
-        for (int i = 0; i < 2; i++) {
-            b[2 * t + 8 * i][g] = bf16_lo(f->b[i]);
-            b[2 * t + 1 + 8 * i][g] = bf16_hi(f->b[i]);
-        }
-    }
-    for (int l = 0; l < 32; l++) {
-        const struct emu_frags *f = (const struct emu_frags *)ins[l];
-        for (int i = 0; i < 4; i++) {
-            int row = l / 4 + 8 * (i >> 1), col = 2 * (l % 4) + (i & 1);
-            float sum = f->c[i];
-            for (int k = 0; k < 16; k++)
-                sum += a[row][k] * b[k][col];
-            ((float *)outs[l])[i] = sum;
-        }
-    }
-}
-
-static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
-{
-    struct emu_frags f;
-    memcpy(f.a, a, sizeof f.a);
-    memcpy(f.b, b, sizeof f.b);
-    memcpy(f.c, c, sizeof f.c);
-    emu_warp(&f, sizeof f, c, 16, emu_mma, NULL);
-}
-
 static inline float f16_lo(uint32_t pair)
 {
     const int exp = pair >> 10 & 31, man = pair & 1023;
@@ -134,6 +93,79 @@ static inline uint32_t emu_f16_bits(float f)
 static inline uint32_t f16_pack(float lo, float hi)
 {
     return emu_f16_bits(lo) | emu_f16_bits(hi) << 16;
+}
+
+static inline uint32_t f16_mul(uint32_t x, uint32_t y)
+{
+    return f16_pack(f16_lo(x) * f16_lo(y), f16_hi(x) * f16_hi(y));
+}
+
+struct emu_frags {
+    uint32_t a[4], b[2];
+    float c[4];
+};
+
+static inline void emu_mma(const void *ins[32], void *outs[32], void *arg)
+{
+    static float a[16][16], b[16][8];
+    float (*lo)(uint32_t) = *(bool *)arg ? f16_lo : bf16_lo;
+    float (*hi)(uint32_t) = *(bool *)arg ? f16_hi : bf16_hi;
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        int g = l / 4, t = l % 4;
+        for (int i = 0; i < 4; i++) {
+            a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)] = lo(f->a[i]);
+            a[g + 8 * (i & 1)][2 * t + 1 + 8 * (i >> 1)] = hi(f->a[i]);
+        }
+        for (int i = 0; i < 2; i++) {
+            b[2 * t + 8 * i][g] = lo(f->b[i]);
+            b[2 * t + 1 + 8 * i][g] = hi(f->b[i]);
+        }
+    }
+    for (int l = 0; l < 32; l++) {
+        const struct emu_frags *f = (const struct emu_frags *)ins[l];
+        for (int i = 0; i < 4; i++) {
+            int row = l / 4 + 8 * (i >> 1), col = 2 * (l % 4) + (i & 1);
+            float sum = f->c[i];
+            for (int k = 0; k < 16; k++)
+                sum += a[row][k] * b[k][col];
+            ((float *)outs[l])[i] = sum;
+        }
+    }
+}
+
+static inline void emu_mma16(float c[4], const uint32_t a[4], const uint32_t b[2], bool f16)
+{
+    struct emu_frags f;
+    memcpy(f.a, a, sizeof f.a);
+    memcpy(f.b, b, sizeof f.b);
+    memcpy(f.c, c, sizeof f.c);
+    emu_warp(&f, sizeof f, c, 16, emu_mma, &f16);
+}
+
+static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    emu_mma16(c, a, b, false);
+}
+
+static inline void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2])
+{
+    emu_mma16(c, a, b, true);
+}
+
+static inline uint32_t transpose8(uint32_t x)
+{
+    uint32_t r;
+    emu_warp(&x, sizeof x, &r, sizeof r, [](const void *ins[32], void *outs[32], void *) {
+        for (int l = 0; l < 32; l++) {
+            uint32_t pair[2];
+            for (int i = 0; i < 2; i++)         /* element [2t + i][g] */
+                pair[i] = *(const uint32_t *)ins[(l % 4 * 2 + i) * 4 + l / 4 / 2] >>
+                          (l / 4 % 2 * 16) & 0xffff;
+            *(uint32_t *)outs[l] = pair[0] | pair[1] << 16;
+        }
+    }, NULL);
+    return r;
 }
 
 static inline void emu_mma8(const void *ins[32], void *outs[32], void *)

@@ -72,6 +72,7 @@ static const struct {
     { "bench-rows", bench_rows },
     { "bench-sample", bench_sample },
     { "bench-attention", bench_attention },
+    { "bench-decode", bench_decodes },
     { "bench-prefill", bench_prefills },
     { "bench-lora", bench_lora },
 };

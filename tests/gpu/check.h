@@ -111,6 +111,7 @@ void bench_rows(struct gpu_check *c);
 void bench_gemm(struct gpu_check *c);
 void bench_gemm_mixed(struct gpu_check *c);     /* float16 and E4M3 */
 void bench_sample(struct gpu_check *c);
+void bench_decodes(struct gpu_check *c);        /* a part of bench_attention() */
 void bench_prefills(struct gpu_check *c);       /* a part of bench_attention() */
 void bench_attention(struct gpu_check *c);
 void bench_lora(struct gpu_check *c);

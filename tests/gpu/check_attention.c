@@ -107,17 +107,37 @@ static lm_status one_rope(struct gpu_check *c, void *ctx, int i)
     return kn_op_rope_kv(c->gs, &r->r);
 }
 
-static void bench_decode(struct gpu_check *c, enum kn_kv type, int n, int kv, int q_heads,
-                         int kv_heads, int hd)
+/* Lengths from `least` to max_kv, evenly, in an order of their own; returns their sum. */
+static double spread_lengths(struct gpu_check *c, struct attn_run *r, int least)
+{
+    const int n = r->a.n_seqs;
+    int32_t *len = malloc((size_t)n * sizeof *len);
+    double sum = 0;
+    for (int s = 0; s < n; s++) {
+        len[s] = least + (int)((int64_t)(r->a.max_kv - least) * (s * 37 % n) / LM_MAX(1, n - 1));
+        sum += len[s];
+    }
+    dev_free(c, r->mem[5]);
+    r->a.kv_len = r->mem[5] = dev_put(c, len, (size_t)n * sizeof *len);
+    free(len);
+    return sum;
+}
+
+/* n sequences of kv keys, or of least .. kv. */
+static void bench_spread(struct gpu_check *c, enum kn_kv type, int n, int least, int kv,
+                         int q_heads, int kv_heads, int hd)
 {
     struct attn_run r;
-    char name[96];
+    char name[96], from[16] = "";
     const bool fp8 = type == KN_KV_E4M3;
     run_open(c, &r, type, n, 1, kv, q_heads, kv_heads, hd);
+    const double keys = spread_lengths(c, &r, least);
     double us = time_op(c, one_attention, &r, LM_MAX(10, r.layers));
-    double bytes = (fp8 ? 2.0 : 4.0) * n * kv * kv_heads * hd;
-    snprintf(name, sizeof name, "attention decode%s, %d x kv %d, %d/%d heads of %d",
-             fp8 ? " in E4M3" : "", n, kv, q_heads, kv_heads, hd);
+    double bytes = (fp8 ? 2.0 : 4.0) * keys * kv_heads * hd;
+    if (least < kv)
+        snprintf(from, sizeof from, "%d to ", least);
+    snprintf(name, sizeof name, "attention decode%s, %d x kv %s%d, %d/%d heads of %d",
+             fp8 ? " in E4M3" : "", n, from, kv, q_heads, kv_heads, hd);
     figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.3f", bytes / 1e6,
            bytes / us / 1e3, bytes / us / 1e3 / c->gbps);
     double rope = time_op(c, one_rope, &r, 20);
@@ -126,6 +146,12 @@ static void bench_decode(struct gpu_check *c, enum kn_kv type, int n, int kv, in
     figure(c, name, rope, "us", "\"gbps\": %.0f",
            (2.0 * q_heads + (fp8 ? 4.0 : 5.0) * kv_heads) * 2 * n * hd / rope / 1e3);
     run_close(c, &r);
+}
+
+static void bench_decode(struct gpu_check *c, enum kn_kv type, int n, int kv, int q_heads,
+                         int kv_heads, int hd)
+{
+    bench_spread(c, type, n, kv, kv, q_heads, kv_heads, hd);
 }
 
 static void bench_prefill(struct gpu_check *c, enum kn_kv type, int n, int n_q, int kv, int q_heads,
@@ -160,7 +186,7 @@ void bench_prefills(struct gpu_check *c)
     bench_prefill(c, KN_KV_NATIVE, 4, 2048, 2048, 32, 8, 64);
 }
 
-void bench_attention(struct gpu_check *c)
+void bench_decodes(struct gpu_check *c)
 {
     /* llama-2-7b, llama-3.1-8b, qwen2.5-7b and others; n x kv. */
     bench_decode(c, KN_KV_NATIVE, 1, 512, 32, 32, 128);
@@ -178,11 +204,22 @@ void bench_attention(struct gpu_check *c)
     bench_decode(c, KN_KV_NATIVE, 2, 65536, 32, 8, 128);
     bench_decode(c, KN_KV_NATIVE, 128, 1024, 28, 4, 128);
     bench_decode(c, KN_KV_NATIVE, 128, 1024, 32, 8, 64);
-    bench_prefills(c);
+    bench_spread(c, KN_KV_NATIVE, 256, 16, 240, 32, 32, 128);
+    bench_spread(c, KN_KV_NATIVE, 256, 16, 624, 32, 32, 128);
+    bench_spread(c, KN_KV_NATIVE, 256, 16, 624, 32, 8, 128);
+    bench_decode(c, KN_KV_E4M3, 256, 96, 32, 32, 128);
     bench_decode(c, KN_KV_E4M3, 256, 512, 32, 32, 128);
     bench_decode(c, KN_KV_E4M3, 256, 512, 32, 8, 128);
     bench_decode(c, KN_KV_E4M3, 32, 512, 32, 8, 128);
+    bench_decode(c, KN_KV_E4M3, 64, 4096, 32, 8, 128);
     bench_decode(c, KN_KV_E4M3, 128, 1024, 32, 8, 64);
+    bench_spread(c, KN_KV_E4M3, 256, 16, 624, 32, 32, 128);
+}
+
+void bench_attention(struct gpu_check *c)
+{
+    bench_decodes(c);
+    bench_prefills(c);
     bench_prefill(c, KN_KV_E4M3, 1, 2048, 2048, 32, 8, 128);
     bench_prefill(c, KN_KV_E4M3, 4, 2048, 2048, 32, 8, 64);
 }

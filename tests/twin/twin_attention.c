@@ -20,6 +20,7 @@
 #define ATTN_TOL (0x1p-7 + 1e-5)
 
 static enum kn_kv kv;           /* of the pools that are made */
+static float gain = 1;          /* a power of two: queries are so much larger, scale smaller */
 #define LAYERS 2
 
 struct shape {
@@ -94,6 +95,16 @@ static struct kn_pool make_pool(struct twin *c, struct side *s, const struct inp
     return pool;
 }
 
+/* The rows of the step with their queries times `gain`; the caller frees them. */
+static float *louder(const struct input *in)
+{
+    const int n = in->n_tok * in->width;
+    float *step = malloc((size_t)n * sizeof *step + 1);
+    for (int i = 0; i < n; i++)
+        step[i] = in->step[i] * (i % in->width < in->h.q_heads * in->h.hd ? gain : 1);
+    return step;
+}
+
 /* Writes all K and V, then attends; the caller frees the result [n_tok, q_heads * hd]. */
 static float *run_side(struct twin *c, struct side *s, const struct input *in)
 {
@@ -101,6 +112,7 @@ static float *run_side(struct twin *c, struct side *s, const struct input *in)
     size_t rows = (size_t)in->n_rows, n_out = (size_t)in->n_tok * (size_t)(h->q_heads * h->hd);
     int32_t *zero = calloc(rows + 1, sizeof *zero);
     float *freq = calloc((size_t)h->hd / 2, sizeof *freq), *out = calloc(n_out + 1, sizeof *out);
+    float *step = louder(in);
     struct kn_pool pool = make_pool(c, s, in);
     struct kn_rope_kv r = {
         .qkv = side_put_act(c, s, in->kv, rows * (size_t)in->width), .ld = in->width,
@@ -113,7 +125,7 @@ static float *run_side(struct twin *c, struct side *s, const struct input *in)
     twin_status(c, kn_op_rope_kv(s->s, &r), LM_OK, "rope_kv");
     struct kn_attention a = {
         .out = side_new(c, s, n_out * 4),
-        .qkv = side_put_act(c, s, in->step, (size_t)in->n_tok * (size_t)in->width),
+        .qkv = side_put_act(c, s, step, (size_t)in->n_tok * (size_t)in->width),
         .ld = in->width,
         .q_start = side_put(c, s, in->q_start, ((size_t)in->q.n + 1) * sizeof *in->q_start),
         .kv_len = side_put(c, s, in->kv_len, (size_t)in->q.n * sizeof *in->kv_len),
@@ -122,11 +134,11 @@ static float *run_side(struct twin *c, struct side *s, const struct input *in)
         .table_ld = in->table_ld, .n_seqs = in->q.n, .n_tok = in->n_tok, .max_q = in->max_q,
         .max_kv = in->max_kv, .pool = pool, .layer = 1, .block_tokens = h->bt,
         .q_heads = h->q_heads, .kv_heads = h->kv_heads, .head_dim = h->hd, .window = h->window,
-        .scale = 2.0f / sqrtf((float)h->hd),
+        .scale = 2.0f / sqrtf((float)h->hd) / gain,
     };
     twin_status(c, kn_op_attention(s->s, &a), LM_OK, "attention");
     side_get_act(c, s, a.out, out, n_out);
-    free(zero), free(freq);
+    free(zero), free(freq), free(step);
     return out;
 }
 
@@ -257,14 +269,29 @@ static void check_many_heads(struct twin *c)
         { 4, { 16, 257, 17, 90 }, { 1, 1, 1, 9 } },
     };
     for (size_t i = 0; i < LM_COUNT(all); i++)
-        compare(c, (struct shape){ 129, 129, 16, 16, i == 1 ? 75 : 0 }, &all[i], "many heads");
+        compare(c, (struct shape){ 129, 129, 16, i == 2 ? 4 : 16, i == 1 ? 75 : 0 }, &all[i],
+                "many heads");
     compare(c, (struct shape){ 256, 128, 32, 16, 0 }, &all[0], "many heads");
+    compare(c, (struct shape){ 1088, 64, 16, 16, 0 }, &all[0], "many heads");
     if (c->slow)
         return;
     struct seqs d = decode_of(32, 250), m = mixed_of(64, 300);
     compare(c, (struct shape){ 32, 32, 128, 16, 0 }, &d, "many heads");
     compare(c, (struct shape){ 64, 32, 256, 16, 0 }, &d, "many heads");
     compare(c, (struct shape){ 32, 16, 128, 16, 0 }, &m, "many heads");
+}
+
+/* Queries beyond the numbers that float16 has, above and below. */
+static void check_gains(struct twin *c)
+{
+    static const float gains[] = { 0x1p40f, 0x1p-40f };
+    struct seqs d = decode_of(3, 70);
+    for (size_t i = 0; i < LM_COUNT(gains); i++) {
+        gain = gains[i];
+        compare(c, (struct shape){ 8, 2, 128, 16, 0 }, &d, "loud");
+        compare(c, (struct shape){ 18, 2, 64, 16, 0 }, &d, "loud");
+    }
+    gain = 1;
 }
 
 /* A sequence's rows are the same to the last bit whatever its neighbours do, and if one of them is
@@ -385,6 +412,8 @@ static bool check_all(struct twin *c)
         { check_tiles, "attention, tiles", "attention in E4M3, tiles" },
         { check_long, "attention, long", "attention in E4M3, long" },
         { check_many_heads, "attention, many heads", "attention in E4M3, many heads" },
+        { check_gains, "attention, large and small queries",
+          "attention in E4M3, large and small queries" },
         { check_company, "attention, company", "attention in E4M3, company" },
     };
     bool good = true;
