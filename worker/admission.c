@@ -3,9 +3,10 @@
  * admission.c - how much is read ahead, and of which topics; consumer thread.
  *
  * Four budgets bound what a worker holds at any backlog: prompts that are not yet in the engine
- * (intake.max_messages), and of everything read and not yet answered its number
- * (in_flight.max_messages), bytes (intake.max_bytes) and tokens (intake.max_tokens). When one is
- * full, partitions pause; when all are down to half, they resume.
+ * (intake.max_messages), of everything read and not yet answered its number
+ * (in_flight.max_messages) and bytes (intake.max_bytes), and the tokens of what is not yet
+ * generated (intake.max_tokens). When one is full, partitions pause; when all are down to half,
+ * they resume.
  *
  * Priorities. The most urgent of the assigned topics (topics.priorities) may fill the budgets
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,

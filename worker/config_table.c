@@ -199,8 +199,8 @@ static const struct config_property flow_rows[] = {
     BYTES("intake.max_bytes", intake_max_bytes, "64M", 1024, TiB,
         "The same in bytes, counted over everything read and not yet answered."),
     INT("intake.max_tokens", intake_max_tokens, "4000000", 1, 1000000000000,
-        "The same in tokens: of each prompt its own, as estimated from its length, and max_tokens "
-        "for each completion."),
+        "The same in tokens, counted over everything read and not yet generated: of each prompt "
+        "its own, as estimated from its length, and max_tokens for each completion."),
     INT("in_flight.max_messages", in_flight_max_messages, "20000", 1, 10000000,
         "Prompts read and not yet answered, wherever they are."),
     INT("commit.interval_ms", commit_interval_ms, "1000", 10, 3600000,

@@ -100,7 +100,8 @@ struct job {
     struct lease *lease;
     struct record record;
     size_t bytes;               /* counted against intake.max_bytes */
-    long long tokens;           /* counted against intake.max_tokens; a guess until decoded */
+    long long tokens;           /* counted against intake.max_tokens until it is generated; a
+                                 * guess until decoded */
     bool ordered;               /* in key_order.h's table */
     struct prompt *prompt;
     engine_adapter *adapter;

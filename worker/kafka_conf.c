@@ -69,6 +69,9 @@ static const struct setting at_least_once_defaults[] = {
 };
 
 static const struct setting exactly_once_defaults[] = {
+    /* Full batches go at once, the rest with the flush at a transaction's end. What has waited
+     * for longer, behind a batch on its way, makes librdkafka's thread poll without a pause. */
+    { "linger.ms", "1000" },
     /* What a dead worker's open transaction costs its readers; bounds delivery.timeout.ms too. */
     { "transaction.timeout.ms", "10000" },
     { "topic.metadata.propagation.max.ms", "5000" },    /* a missing topic holds a transaction up */
@@ -76,6 +79,13 @@ static const struct setting exactly_once_defaults[] = {
      * timeout it was given, until the connection to some broker opens or closes (librdkafka issues
      * 5456 and 5511). All of this client's are idle then; let one close soon, not in 4 minutes. */
     { "connections.max.idle.ms", "10000" },
+};
+
+/* A transaction that begins before the brokers have written the end of the last one is refused by
+ * its coordinator, for some milliseconds, and the request is made again after that time. It doubles
+ * with each try, up to a second; in librdkafka before 2.3 it would not. */
+static const struct setting exactly_once_defaults_2_10[] = {
+    { "retry.backoff.ms", "10" },
 };
 
 static const struct setting consumer_forced[] = {
@@ -159,6 +169,8 @@ static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, con
     if (!st)
         st = eos ? set_all(conf, exactly_once_defaults, LM_COUNT(exactly_once_defaults), err)
                  : set_all(conf, at_least_once_defaults, LM_COUNT(at_least_once_defaults), err);
+    if (!st && eos && rd_kafka_version() >= VERSION_SOUND)
+        st = set_all(conf, exactly_once_defaults_2_10, LM_COUNT(exactly_once_defaults_2_10), err);
     if (!st)
         st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
     if (!st)

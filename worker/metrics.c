@@ -183,7 +183,8 @@ static void write_flow(struct metrics *m, FILE *f)
           atomic_load(&m->backlog));
     gauge(f, P "in_flight_records", "Read and not yet ended.", atomic_load(&m->held));
     gauge(f, P "in_flight_bytes", "Bytes of those.", atomic_load(&m->held_bytes));
-    gauge(f, P "in_flight_tokens", "Estimated tokens of those: prompt and max_tokens.",
+    gauge(f, P "in_flight_tokens", "Estimated tokens of those that are not generated yet: "
+          "prompt and max_tokens.",
           atomic_load(&m->held_tokens));
     gauge(f, P "intake_paused", "1 while partitions are paused.", atomic_load(&m->paused));
     counter(f, P "intake_pauses_total", "Times that intake was paused.", &m->pauses);

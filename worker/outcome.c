@@ -133,6 +133,7 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
     const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
     job_clear_out(j);
     job_fail(j, &cause);
+    worker_spent(w, j);
     job_set_stage(j, JOB_ANSWERING);
     snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
     j->out.value = (void *)(uintptr_t)j->record.value;
@@ -282,6 +283,7 @@ lm_status worker_reply(struct worker *w, struct job *j)
     }
     if ((st = address_reply(w, j, enc)))
         return st;
+    worker_spent(w, j);
     tally(j);
     if (claim) {
         claims_put(w->claims, j);

@@ -21,9 +21,21 @@ enum { COMMITTED_MS = 5000 };
 
 /* ---- consumer thread --------------------------------------------------------------------- */
 
+/* Is all that was sent still staged? A part of a stream has no offset to lose. */
+static bool still_staged(consumer *c, const struct stage *s)
+{
+    for (size_t i = 0; i < s->from; i++) {
+        const struct job *j = s->verdicts[i] == STAGE_IN ? s->jobs[i] : NULL;
+        if (j && !j->parent &&
+            ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) != LM_STATE)
+            return false;
+    }
+    return true;
+}
+
 static void stage_jobs(consumer *c, struct stage *s)
 {
-    for (size_t i = 0; i < s->n; i++) {
+    for (size_t i = s->from; i < s->n; i++) {
         const struct job *j = s->jobs[i];
         bool in = j->parent ? !lease_revoked(j->lease) :
                   ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
@@ -36,18 +48,19 @@ static bool of_part(const struct job *j, const struct assigned *a)
     return !j->parent && j->lease->ref.slot == a->ref.slot && j->lease->ref.epoch == a->ref.epoch;
 }
 
-/* Of what the stage holds of the partition beyond the watermark the farther half, by offset, is
+/* Of what the portion holds of the partition beyond the watermark the farther half, by offset, is
  * taken out again, so that thousands without room take a dozen looks at the map. What lies below
- * the watermark needs no room. False: nothing lies beyond. */
+ * the watermark needs no room, and for earlier portions there was some. False: nothing lies
+ * beyond. */
 static bool unstage_far(consumer *c, struct stage *s, const struct assigned *a, int64_t watermark)
 {
     int64_t last = -1;
-    for (size_t i = 0; i < s->n; i++)
+    for (size_t i = s->from; i < s->n; i++)
         if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a))
             last = LM_MAX(last, s->jobs[i]->record.offset);
     if (last < 0 || last < watermark)
         return false;
-    for (size_t i = 0; i < s->n; i++) {
+    for (size_t i = s->from; i < s->n; i++) {
         int64_t offset = s->jobs[i]->record.offset;
         if (s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
             offset >= watermark + (last - watermark) / 2) {
@@ -58,7 +71,7 @@ static bool unstage_far(consumer *c, struct stage *s, const struct assigned *a, 
     return true;
 }
 
-static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
+static void make_room(consumer *c, struct stage *s, struct assigned *a)
 {
     struct ledger_commit due = { .ref = a->ref };
     char map[OFFSET_MAP_MAX + 1];
@@ -69,6 +82,11 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
         if (whole || !unstage_far(c, s, a, due.offset))
             break;
     }
+}
+
+static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
+{
+    struct ledger_commit due = { .ref = a->ref };
     if (!commit_due(c, a, true, &due))
         return;
     commit_add_offset(c, a, &due, true, s->offsets);
@@ -77,6 +95,13 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 
 static void serve_stage(consumer *c, struct stage *s)
 {
+    s->lost = !still_staged(c, s);
+    if (s->more) {
+        stage_jobs(c, s);
+        for (size_t i = 0; i < c->n_parts; i++)
+            make_room(c, s, &c->parts[i]);
+        return;
+    }
     c->longest = 0;
     s->offsets = rd_kafka_topic_partition_list_new((int)c->n_parts);
     s->commits = lm_calloc(LM_MAX(c->n_parts, 1), sizeof *s->commits);
@@ -84,8 +109,10 @@ static void serve_stage(consumer *c, struct stage *s)
     if (!s->commits)            /* nothing is staged then, so nothing is counted as finished */
         return;
     stage_jobs(c, s);
-    for (size_t i = 0; i < c->n_parts; i++)
+    for (size_t i = 0; i < c->n_parts; i++) {
+        make_room(c, s, &c->parts[i]);
         stage_offset(c, s, &c->parts[i]);
+    }
     c->staging.open = s->n_commits ? s : NULL;
 }
 
@@ -176,7 +203,7 @@ static lm_status ask(consumer *c, struct stage *s, enum staging_what what)
 lm_status consumer_stage(consumer *c, struct stage *s)
 {
     lm_status st = ask(c, s, STAGING_STAGE);
-    return st ? st : s->commits ? LM_OK : LM_NOMEM;
+    return st ? st : s->commits || s->more ? LM_OK : LM_NOMEM;
 }
 
 void consumer_settle(consumer *c, struct stage *s, bool committed)

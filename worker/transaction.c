@@ -5,7 +5,13 @@
  * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
  * transaction.max_messages are there, one transaction takes them:
  *
- *   stage --> begin --> produce --> offsets and maps --> commit --> settle
+ *   stage --> begin --> produce --> stage --> offsets and maps --> commit --> settle
+ *      ^___________________|
+ *
+ * Where many finish, it begins before it is due and takes them in portions (CHUNK), so that their
+ * records travel while others are generated, and its end waits only for the last of them. Each
+ * portion is staged before it is sent, so that there is room for it in the map, and the last one's
+ * staging computes the offsets of all. Where few finish, there is one portion.
  *
  * and with nothing to send, one for offsets alone, every commit.interval_ms, when there is
  * something new to commit, or when the consumer thread needs one (isolation.c). How a transaction
@@ -47,7 +53,11 @@
 enum {
     CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
                                  * heed it: send_offsets() may take several times as long */
+    FLUSH_MS = 10,
     IDLE_MS = 100,
+    GATHER_US = 2000,           /* between two looks at what has finished */
+    CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
+    CHUNK_LEAST = 500,
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
@@ -55,7 +65,7 @@ enum {
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
 
-enum fate { COMMITTED, ABORTED, UNKNOWN, HOPELESS };
+enum fate { OPEN, COMMITTED, ABORTED, UNKNOWN, HOPELESS };
 
 struct tx {
     producer *p;
@@ -63,10 +73,14 @@ struct tx {
     struct job *ready, **tail;
     size_t n_ready;
     struct stage stage;
+    bool open;                  /* begun, with all of the stage that is before its `from` */
+    bool full;                  /* what is ready has no room in the open one */
+    size_t bytes;               /* of the stage */
     bool initialised;
     int failures;               /* in a row */
     int timeouts;               /* of them, since the producer is this one: records not taken */
-    int64_t since_us;           /* the oldest in `ready` */
+    int64_t since_us;           /* the oldest in `ready` ... */
+    int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
 };
 
@@ -82,31 +96,38 @@ static void make_ready(struct tx *t, struct job *j)
     t->n_ready++;
 }
 
+/* The next portion. */
 static void take_ready(struct tx *t)
 {
     struct job *all = t->ready;
+    if (!t->open) {
+        t->stage.n = t->bytes = 0;
+        t->open_since_us = t->since_us;
+    }
+    t->stage.from = t->stage.n;
     t->ready = NULL;
     t->tail = &t->ready;
     t->n_ready = 0;
-    t->stage.n = 0;
     /* After each failure half as many: a full one may need more time than a transaction has, on a
      * slow way to the brokers, and would need it again. */
     int less = LM_MIN(t->failures, FAILURES_COUNTED);
-    size_t bytes = 0, most_bytes = MAX_BYTES >> less;
+    size_t most_bytes = MAX_BYTES >> less;
     size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
     /* One that was refused before goes alone. */
     bool alone = all && all->out.attempts > 0;
     for (struct job *j = all, *next; j; j = next) {
         next = j->next;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
-                                              bytes < most_bytes;
+                                              t->bytes < most_bytes;
         if (!fits) {
             make_ready(t, j);
             continue;
         }
-        bytes += j->out.len;
+        t->bytes += j->out.len;
+        t->stage.verdicts[t->stage.n] = STAGE_GONE;
         t->stage.jobs[t->stage.n++] = j;
     }
+    t->full = t->ready;
 }
 
 /* Back to the front, in order. */
@@ -162,6 +183,26 @@ static int call_ms(const struct tx *t)
     int64_t left = atomic_load(&t->w->drain_end_us) / 1000 + TRANSACTION_LAST_MS -
                    lm_now_us() / 1000;
     return (int)LM_MAX(0, LM_MIN(left, CALL_MS));
+}
+
+/* librdkafka (2.15.1) wakes its threads when records are queued, and not again when the coordinator
+ * has taken their partition into the transaction, before which they may not go: they would lie for
+ * up to a second. A flush wakes them, once. So while a transaction fills it is called again and
+ * again, without time to wait for anything, and at the end in slices. Whether all records were
+ * taken is the commit's to find out. */
+static void serve(struct tx *t)
+{
+    if (t->open)
+        rd_kafka_flush(t->p->rk, 0);
+    else
+        rd_kafka_poll(t->p->rk, 0);
+}
+
+static void flush(struct tx *t)
+{
+    int64_t end = lm_now_us() + CALL_MS * (int64_t)1000;
+    while (call_ms(t) && rd_kafka_flush(t->p->rk, FLUSH_MS) && lm_now_us() < end)
+        ;
 }
 
 typedef rd_kafka_error_t *call(struct tx *t);
@@ -301,10 +342,10 @@ static enum fate undo(struct tx *t, rd_kafka_error_t *e)
     return fate;
 }
 
-/* Hands the records to the client; false: one was refused on the spot. */
+/* Hands the portion's records to the client; false: one was refused on the spot. */
 static bool produce(struct tx *t)
 {
-    for (size_t i = 0; i < t->stage.n; i++) {
+    for (size_t i = t->stage.from; i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (!j || t->stage.verdicts[i] != STAGE_IN)
             continue;
@@ -315,24 +356,35 @@ static bool produce(struct tx *t)
     return true;
 }
 
-static enum fate run(struct tx *t)
+/* A portion goes into the transaction, which begins with the first one. */
+static enum fate extend(struct tx *t)
 {
-    t->begun_us = lm_now_us();
-    rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
-    if (e)
-        return undo(t, e);
-    if (!produce(t)) {
-        e = persist(t, abort_it);
-        return e ? undo(t, e) : ABORTED;
+    rd_kafka_error_t *e = NULL;
+    if (!t->open) {
+        t->begun_us = lm_now_us();
+        if ((e = rd_kafka_begin_transaction(t->p->rk)))
+            return undo(t, e);
+        t->open = true;
     }
+    if (!t->stage.lost && produce(t))
+        return OPEN;
+    e = persist(t, abort_it);
+    return e ? undo(t, e) : ABORTED;
+}
+
+static enum fate conclude(struct tx *t)
+{
+    rd_kafka_error_t *e = NULL;
     if (t->stage.offsets->cnt && (e = persist(t, send_offsets)))
         return undo(t, e);
+    flush(t);
     e = persist(t, commit);
     return e ? undo(t, e) : COMMITTED;
 }
 
 /* After a rebuild: what became of it? When the worker ends, that is the next one's to find out: the
- * group's offsets tell it what is left to do, and its init_transactions() ends what is open. */
+ * group's offsets tell it what is left to do, and its init_transactions() ends what is open.
+ * Without its last portion it was not committed for certain: nobody has asked for that. */
 static enum fate find_out(struct tx *t)
 {
     bool holds = false;
@@ -341,6 +393,8 @@ static enum fate find_out(struct tx *t)
         lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers");
         return HOPELESS;
     }
+    if (t->stage.more)
+        return ABORTED;
     while ((st = consumer_holds(t->w->consumer, &t->stage, &holds)) && !last_call(t))
         ask_again_soon();
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
@@ -445,6 +499,7 @@ static void finish(struct tx *t, enum fate fate)
         after_commit(t);
     else
         after_abort(t, fate != HOPELESS);
+    t->open = t->full = false;
     t->failures = fate == COMMITTED ? 0 : t->failures + 1;
     t->not_before_us = t->failures ? lm_now_us() + backoff_us(LM_MIN(t->failures - 1, 20), 50,
                                                                cfg->retry_backoff_max_ms) : 0;
@@ -452,7 +507,7 @@ static void finish(struct tx *t, enum fate fate)
 
 static void drop_gone(struct tx *t)
 {
-    for (size_t i = 0; i < t->stage.n; i++)
+    for (size_t i = t->stage.from; i < t->stage.n; i++)
         if (t->stage.verdicts[i] == STAGE_GONE) {
             drop(t, t->stage.jobs[i]);
             t->stage.jobs[i] = NULL;
@@ -461,41 +516,52 @@ static void drop_gone(struct tx *t)
 
 static bool anything_in(const struct stage *s)
 {
-    for (size_t i = 0; i < s->n; i++)
+    for (size_t i = s->from; i < s->n; i++)
         if (s->verdicts[i] == STAGE_IN)
             return true;
-    return s->offsets->cnt > 0;
+    return s->offsets && s->offsets->cnt > 0;
 }
 
 static enum fate run_staged(struct tx *t)
 {
     drop_gone(t);
     bool wait = put_behind(t);
-    if (!anything_in(&t->stage)) {
+    if (!t->open && !anything_in(&t->stage)) {
         if (wait)               /* however many are ready, what they wait for takes a moment */
             t->not_before_us = lm_now_us() + IDLE_MS * 1000;
         return COMMITTED;
     }
-    enum fate fate = run(t);
+    enum fate fate = extend(t);
+    if (fate == OPEN && t->stage.more) {
+        t->full |= wait;        /* what they wait for may be in this one, so it ends */
+        return OPEN;
+    }
+    if (fate == OPEN)
+        fate = conclude(t);
     if (fate == UNKNOWN)
         fate = find_out(t);
     finish(t, fate);
     return fate;
 }
 
-/* False: the worker ends, and of what was sent nothing may be sent again. */
-static bool transact(struct tx *t)
+/* The next portion, and with the last one the end of the transaction. False: the worker ends, and
+ * of what was sent nothing may be sent again. */
+static bool transact(struct tx *t, bool last)
 {
     enum fate fate = ABORTED;
-    atomic_store(&t->p->want_offsets, false);
+    if (last)
+        atomic_store(&t->p->want_offsets, false);
     take_ready(t);
-    for (size_t i = 0; i < t->stage.n; i++)
-        t->stage.verdicts[i] = STAGE_GONE;
+    t->stage.more = !last;
     lm_status st = consumer_stage(t->w->consumer, &t->stage);
     if (st == LM_OK)
         fate = run_staged(t);
     else
         drop_gone(t);           /* the consumer has ended, or the worker does */
+    if (st && t->open) {
+        put_back(t);            /* the client may hold them: for end() to drop */
+        fate = HOPELESS;
+    }
     if (st == LM_NOMEM)
         worker_fail(t->w, st, "out of memory for the offsets of a transaction");
     stage_release(&t->stage);
@@ -516,17 +582,42 @@ static void gather(struct tx *t, int wait_ms)
     }
 }
 
-/* Microseconds from `now` until a transaction is due. */
+static int64_t interval_us(const struct tx *t)
+{
+    return t->w->cfg->transaction_interval_ms * 1000;
+}
+
+/* Microseconds from `now` until a transaction is due, or the end of the open one. */
 static int64_t until_due(const struct tx *t, int64_t now)
 {
-    const struct config *cfg = t->w->cfg;
     int64_t at = t->next_idle_us;
-    if (t->ready)
-        at = t->n_ready >= (size_t)cfg->transaction_max_messages ? now :
-             t->since_us + cfg->transaction_interval_ms * 1000;
-    if (atomic_load(&t->p->want_offsets))
+    size_t n = t->n_ready + (t->open ? t->stage.n : 0);
+    if (t->open || t->ready)
+        at = (t->open ? t->open_since_us : t->since_us) + interval_us(t);
+    if (n >= (size_t)t->w->cfg->transaction_max_messages || (t->open && t->full) ||
+        atomic_load(&t->p->want_offsets))
         at = LM_MIN(at, now);
     return LM_MAX(at, t->not_before_us) - now;
+}
+
+/* Are so many ready that they may travel before their transaction is due? Not after a failure, nor
+ * where it would be open for much of the time that it has at all. */
+static bool worth_sending(const struct tx *t, int64_t now)
+{
+    size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
+    return t->n_ready >= chunk && !t->failures && !t->full && !t->ready->out.attempts &&
+           now >= t->not_before_us && interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
+}
+
+/* Where jobs finish all the time, a look at each would cost two threads more than the job: they
+ * gather for a moment. */
+static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
+{
+    int64_t pause = LM_MIN(due_us, GATHER_US);
+    if (t->ready && pause > 0)
+        nanosleep(&(struct timespec){ .tv_nsec = pause * 1000 }, NULL);
+    int most = job_list_wait_ms(&t->p->later, now, t->open ? FLUSH_MS : IDLE_MS);
+    gather(t, (int)LM_MAX(0, LM_MIN((due_us + 999) / 1000, most)));
 }
 
 /* What was sent and has no report yet is the library's until it is purged: then jobs may go. */
@@ -569,16 +660,19 @@ void *transaction_main(void *arg)
     while (going && !atomic_load(&p->end)) {
         bool working = atomic_load(&t.w->started) && !last_call(&t);
         int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
-        rd_kafka_poll(p->rk, 0);
-        gather(&t, (int)LM_MAX(0, LM_MIN((due + 999) / 1000,
-                                         job_list_wait_ms(&p->later, now, IDLE_MS))));
+        serve(&t);
+        wait_and_gather(&t, now, due);
         now = lm_now_us();
-        if (!working || last_call(&t) || until_due(&t, now) > 0)
+        bool last = last_call(&t) || until_due(&t, now) <= 0;
+        if ((!working || last_call(&t)) && !t.open)
             continue;
-        if (!(t.initialised ? fence(&t) : initialise(&t)))
+        if (!last && !worth_sending(&t, now))
+            continue;
+        if (!t.open && !(t.initialised ? fence(&t) : initialise(&t)))
             break;
-        t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
-        going = transact(&t);
+        if (last)
+            t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
+        going = transact(&t, last);
     }
     while (!atomic_load(&p->end))
         gather(&t, IDLE_MS);

@@ -30,10 +30,13 @@ enum stage_verdict {
 };
 
 struct stage {
-    struct job **jobs;          /* in */
+    struct job **jobs;          /* in; NULL: no longer in it */
     size_t n;
-    enum stage_verdict *verdicts;       /* [n] */
-    rd_kafka_topic_partition_list_t *offsets;   /* out: may be empty */
+    size_t from;                /* in: those before are of earlier portions, and sent */
+    bool more;                  /* in: not the last portion, so no offsets yet */
+    enum stage_verdict *verdicts;       /* [n], out: of those that are new */
+    bool lost;                  /* out: one that was sent is not ours any more: abort */
+    rd_kafka_topic_partition_list_t *offsets;   /* out, with the last portion: may be empty */
     rd_kafka_consumer_group_metadata_t *group;
     struct ledger_commit *commits;      /* [n_commits], one for each of `offsets` */
     size_t n_commits;

@@ -78,6 +78,12 @@ void worker_left_engine(struct worker *w, struct job *j)
         atomic_store(&w->alone, false);
 }
 
+void worker_spent(struct worker *w, struct job *j)
+{
+    atomic_fetch_sub(&w->metrics.held_tokens, j->tokens);
+    j->tokens = 0;
+}
+
 bool worker_may_retry(struct worker *w, struct job *j)
 {
     return ++j->attempts < w->cfg->retry_max_attempts &&

@@ -69,7 +69,7 @@ def slope(points):
 def watch(pid, port, n, seconds):
     n, samples, start = int(n), [], time.time()
     while time.time() - start < float(seconds) and (not samples or samples[-1][0] < n):
-        time.sleep(0.5)
+        time.sleep(0.1)
         samples.append((completed(port), resident(pid)))
     took = time.time() - start
     step = max(1, len(samples) // 20)

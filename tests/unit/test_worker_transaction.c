@@ -25,6 +25,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char said[2048];         /* of each transaction: its prompts' offsets, and how it ended */
 static char sizes[256];         /* ... and how many they were */
 static int records, fail_next;
+static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
 
 /* A number, unless it is -1, and words. */
 static void say(char *text, size_t size, long long n, const char *words)
@@ -75,6 +76,7 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
         }
     va_end(ap);
     records++;
+    atomic_fetch_add(&sent, 1);
     say(said, sizeof said, o->job->record.offset, "");
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
@@ -105,6 +107,7 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
+    atomic_fetch_add(&aborts, 1);
     return NULL;
 }
 
@@ -119,6 +122,13 @@ int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
     (void)rk;
     (void)timeout_ms;
     return 0;
+}
+
+rd_kafka_resp_err_t rd_kafka_flush(rd_kafka_t *rk, int timeout_ms)
+{
+    (void)rk;
+    (void)timeout_ms;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
 rd_kafka_resp_err_t rd_kafka_purge(rd_kafka_t *rk, int flags)
@@ -148,6 +158,8 @@ static int open_world(void **state)
     job_queue_init(&p.again);
     said[0] = sizes[0] = '\0';
     asked = fail_next = 0;
+    atomic_store(&sent, 0);
+    atomic_store(&aborts, 0);
     return 0;
 }
 
@@ -274,6 +286,136 @@ static void a_transaction_that_failed_is_followed_by_a_shorter_one(void **state)
     assert_string_equal(sizes, "32 16 8 4 2 1 1 1 32 31 ");
 }
 
+/* ---- portions --------------------------------------------------------------------------- */
+
+enum { MANY = 2000, PORTION = 500 };    /* transaction.c: an eighth, and that at least */
+
+static void fill_slowly(struct job **jobs)
+{
+    x->cfg.transaction_max_messages = MANY;
+    x->cfg.transaction_interval_ms = 600000;        /* only full ones */
+    p.transaction_timeout_ms = 4 * 600000;
+    read_prompts(jobs, 0, MANY);
+}
+
+static void until_sent(int n)
+{
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&sent) < n; turn())
+        if (lm_now_us() > end)
+            fail_msg("%d records are sent, not %d", atomic_load(&sent), n);
+}
+
+static void turn_for_ms(int ms)
+{
+    for (int64_t end = lm_now_us() + ms * 1000; lm_now_us() < end;)
+        turn();
+}
+
+/* Records travel while their transaction fills, and all of them are of one. */
+static void what_finishes_early_is_sent_early(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
+    finish(jobs, PORTION, PORTION - 1);             /* no portion yet */
+    turn_for_ms(50);
+    assert_int_equal(atomic_load(&sent), PORTION);
+    assert_string_equal(sizes, "");
+    assert_int_equal(ledger_in_flight(x->c.ledger), MANY);
+    finish(jobs, 2 * PORTION - 1, MANY - 2 * PORTION + 1);
+    until_in_flight(0);
+    assert_string_equal(sizes, "2000 ");
+    assert_int_equal(atomic_load(&aborts), 0);
+}
+
+/* ... but not where it would be open for long. */
+static void nothing_is_sent_early_into_a_long_transaction(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    p.transaction_timeout_ms--;
+    finish(jobs, 0, MANY - 1);
+    begin();
+    turn_for_ms(100);
+    assert_int_equal(atomic_load(&sent), 0);
+    finish(jobs, MANY - 1, 1);
+    until_in_flight(0);
+    assert_string_equal(sizes, "2000 ");
+}
+
+/* What failed as a whole is made again as it is, in smaller ones. */
+static void a_failure_takes_all_portions_back(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    fail_next = 1;
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
+    finish(jobs, PORTION, MANY - PORTION);
+    until_in_flight(MANY / 2);
+    assert_string_equal(sizes, "2000 1000 ");
+    producer_want_offsets(&p);
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&sent), 2 * MANY);
+}
+
+/* Its partition is another's now: the open transaction can't tell where it stands, and must not
+ * become visible. */
+static void what_was_sent_of_a_lost_partition_is_taken_back(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
+    ledger_revoke(x->c.ledger, x->part.ref);
+    finish(jobs, PORTION, MANY - PORTION);
+    for (int64_t end = lm_now_us() + MOST_US; x->c.held; turn()) {
+        if (atomic_load(&aborts))
+            producer_want_offsets(&p);      /* the next one, in which they would be */
+        if (lm_now_us() > end)
+            fail_msg("%lld are held still", x->c.held);
+    }
+    assert_string_equal(sizes, "");
+    assert_int_equal(atomic_load(&aborts), 1);
+    assert_int_equal(atomic_load(&sent), PORTION);
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), MANY);
+}
+
+/* There is no map: a portion that waits for a prompt which is still at work is not sent, nor looked
+ * at without a pause; the transaction ends without it. */
+static void a_portion_without_room_ends_the_transaction(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    x->c.map_limit = 0;
+    ledger_set_map_limit(x->c.ledger, 0);
+    fill_slowly(jobs);
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
+    finish(jobs, PORTION + 1, PORTION);
+    until_in_flight(MANY - PORTION);
+    assert_string_equal(sizes, "500 ");
+    int before = asked;
+    int64_t start = lm_now_us();
+    turn_for_ms(500);
+    assert_in_range(asked - before, 0, 2 + (lm_now_us() - start) / 100000);
+    assert_int_equal(atomic_load(&sent), PORTION);
+    finish(jobs, PORTION, 1);
+    finish(jobs, 2 * PORTION + 1, MANY - 2 * PORTION - 1);
+    producer_want_offsets(&p);
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&aborts), 0);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, open_world, close_world)
 
 int main(void)
@@ -282,6 +424,11 @@ int main(void)
         TEST(what_has_no_room_lets_others_pass), TEST(what_has_no_room_is_looked_at_now_and_then),
         TEST(a_transaction_that_failed_is_followed_by_a_smaller_one),
         TEST(a_transaction_that_failed_is_followed_by_a_shorter_one),
+        TEST(what_finishes_early_is_sent_early),
+        TEST(nothing_is_sent_early_into_a_long_transaction),
+        TEST(a_failure_takes_all_portions_back),
+        TEST(what_was_sent_of_a_lost_partition_is_taken_back),
+        TEST(a_portion_without_room_ends_the_transaction),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
