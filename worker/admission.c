@@ -42,7 +42,7 @@ static bool exceeds(const consumer *c, int64_t share)
     const struct { int64_t held, budget; } rows[] = {
         { atomic_load(&c->w->metrics.backlog) + isolation_waiting(c), cfg->intake_max_messages },
         { c->held, cfg->in_flight_max_messages },
-        { c->held_bytes, cfg->intake_max_bytes },
+        { c->held_bytes + atomic_load(&c->w->metrics.reply_bytes_held), cfg->intake_max_bytes },
         { atomic_load(&c->w->metrics.held_tokens), cfg->intake_max_tokens },
     };
     for (size_t i = 0; i < LM_COUNT(rows); i++)

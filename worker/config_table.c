@@ -197,7 +197,7 @@ static const struct config_property flow_rows[] = {
         "Prompts read but not yet in the engine; above it partitions pause, below half of it they "
         "resume."),
     BYTES("intake.max_bytes", intake_max_bytes, "64M", 1024, TiB,
-        "The same in bytes, counted over everything read and not yet answered."),
+        "The same in bytes, counted over everything read and not yet answered, replies included."),
     INT("intake.max_tokens", intake_max_tokens, "4000000", 1, 1000000000000,
         "The same in tokens, counted over everything read and not yet generated: of each prompt "
         "its own, as estimated from its length, and max_tokens for each completion."),

@@ -41,7 +41,7 @@ static void finish_job(consumer *c, struct job *j)
         consumer_to_intake(c, next);
     c->held--;
     c->held_bytes -= (long long)j->bytes;
-    worker_spent(c->w, j);
+    worker_discount(c->w, j);
     if (j->outcome == OUTCOME_DROPPED)
         metric_add(&c->w->metrics.dropped, 1);
     else if (ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)

@@ -100,6 +100,7 @@ struct job {
     struct lease *lease;
     struct record record;
     size_t bytes;               /* counted against intake.max_bytes */
+    size_t reply_bytes;         /* as well, of what is to be sent */
     long long tokens;           /* counted against intake.max_tokens until it is generated; a
                                  * guess until decoded */
     bool ordered;               /* in key_order.h's table */

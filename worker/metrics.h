@@ -40,7 +40,7 @@ struct metrics {
     atomic_ullong commits, commit_failures;
     atomic_ullong transactions, transaction_aborts, producer_rebuilds;
     atomic_ullong assigned, revoked, lost, pauses;
-    atomic_llong backlog, held, held_bytes, held_tokens;
+    atomic_llong backlog, held, held_bytes, held_tokens, reply_bytes_held;
     atomic_bool paused;
     struct histogram record_age, queue_wait, adapter_wait, processing, reply_produce,
                      rebalance_drain;

@@ -133,7 +133,6 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
     const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
     job_clear_out(j);
     job_fail(j, &cause);
-    worker_spent(w, j);
     job_set_stage(j, JOB_ANSWERING);
     snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
     j->out.value = (void *)(uintptr_t)j->record.value;
@@ -146,6 +145,7 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
         return;
     }
     add_notice(w, j, &cause);
+    worker_generated(w, j);
     log_dead_letter(w, j, &cause);
     producer_send(w->producer, j);
 }
@@ -283,7 +283,7 @@ lm_status worker_reply(struct worker *w, struct job *j)
     }
     if ((st = address_reply(w, j, enc)))
         return st;
-    worker_spent(w, j);
+    worker_generated(w, j);
     tally(j);
     if (claim) {
         claims_put(w->claims, j);
@@ -310,10 +310,12 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
     }
     outgoing_release(&whole);
     j->claimed = true;
-    if (st)
+    if (st) {
         worker_dead_letter(w, j, &err, "ENCODE");
-    else
+    } else {
+        worker_generated(w, j);
         producer_send(w->producer, j);
+    }
     return LM_OK;
 }
 

@@ -37,7 +37,7 @@
 #include "worker/watchdog.h"
 
 enum { SUPERVISE_MS = 100, MMAP_ABOVE = 4 << 20, ARENAS = 8, HEAP_STEP = 1 << 20,
-       TRIM_EVERY_US = 10 * 1000000 };
+       TRIM_EVERY_US = 1000000 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -78,10 +78,31 @@ void worker_left_engine(struct worker *w, struct job *j)
         atomic_store(&w->alone, false);
 }
 
-void worker_spent(struct worker *w, struct job *j)
+static void count(struct worker *w, struct job *j, size_t reply_bytes)
 {
-    atomic_fetch_sub(&w->metrics.held_tokens, j->tokens);
+    struct metrics *m = &w->metrics;
+    atomic_fetch_sub(&m->held_tokens, j->tokens);
+    atomic_fetch_add(&m->reply_bytes_held, (long long)reply_bytes - (long long)j->reply_bytes);
     j->tokens = 0;
+    j->reply_bytes = reply_bytes;
+}
+
+static size_t bytes_of(const struct outgoing *o)
+{
+    size_t n = o->value_owned ? o->len : 0;
+    for (int i = 0; i < o->headers.n; i++)
+        n += sizeof o->headers.items[i] + o->headers.items[i].len;
+    return n;
+}
+
+void worker_generated(struct worker *w, struct job *j)
+{
+    count(w, j, bytes_of(&j->out) + (j->notice ? bytes_of(j->notice) : 0));
+}
+
+void worker_discount(struct worker *w, struct job *j)
+{
+    count(w, j, 0);
 }
 
 bool worker_may_retry(struct worker *w, struct job *j)

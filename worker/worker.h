@@ -118,8 +118,10 @@ void worker_count_reply(struct worker *w, const struct reply_tally *t);
 /* The reply lies in the object store: produces the record that says so. As worker_reply(). */
 lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim);
 
-/* Its generation is over: its tokens count no more. Whoever has the job. */
-void worker_spent(struct worker *w, struct job *j);
+/* Its generation is over, and what is to be sent is there: its tokens count no more, and the bytes
+ * of its reply do. Whoever has the job. */
+void worker_generated(struct worker *w, struct job *j);
+void worker_discount(struct worker *w, struct job *j);  /* neither counts any more */
 /* The engine has failed this prompt for a reason that can heal: is there another attempt, by
  * retry.max_attempts and retry.deadline_ms? Counts it. */
 bool worker_may_retry(struct worker *w, struct job *j);

@@ -719,6 +719,43 @@ static void test_http(void **state)
     close(taken);
 }
 
+static long long gauge_of(const char *page, const char *name)
+{
+    const char *at = strstr(page, name);
+    assert_non_null(at);
+    return strtoll(at + strlen(name), NULL, 10);
+}
+
+/* A reply that is not acknowledged: its tokens are spent, its bytes count beside the record's. */
+static void test_what_counts_against_budgets(void **state)
+{
+    struct fixture *f = *state;
+    char lines[128], name[32];
+    int taken, busy = take_port(&taken);
+    snprintf(name, sizeof name, "count-%d", (int)getpid());
+    snprintf(lines, sizeof lines, "http.address=127.0.0.1\nhttp.port=%d\nworker.name=%s\n", busy,
+             name);
+    rd_kafka_mock_topic_set_error(f->mock, "replies", RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS);
+    send_prompt(f, good);
+    start_worker(f, lines);
+    int port = -1;
+    for (int i = 0; port < 0 && i < WAIT_S * 10; usleep(100000), i++)
+        port = serves_at(busy, name);
+    assert_true(port > busy);
+    wait_row(port, "\nloramill_in_flight_records 1\n");
+    const char *page = wait_row(port, "\nloramill_in_flight_tokens 0\n");
+    long long record = (long long)strlen(good) + (long long)sizeof(struct job);
+    assert_int_equal(gauge_of(page, "\nloramill_in_flight_records "), 1);
+    assert_true(gauge_of(page, "\nloramill_in_flight_bytes ") > record + 100);
+    rd_kafka_mock_topic_set_error(f->mock, "replies", RD_KAFKA_RESP_ERR_NO_ERROR);
+    expect(f, "replies", NULL);
+    page = wait_row(port, "\nloramill_in_flight_records 0\n");
+    assert_int_equal(gauge_of(page, "\nloramill_in_flight_bytes "), 0);
+    assert_int_equal(gauge_of(page, "\nloramill_in_flight_tokens "), 0);
+    assert_int_equal(end_worker(f), 0);
+    close(taken);
+}
+
 /* A transaction whose offsets are refused is aborted and done again: after a rebalance, and for a
  * broker with a small offset.metadata.max.bytes, with a map that fits. */
 static void test_transaction_errors_heal(void **state)
@@ -800,7 +837,7 @@ int main(void)
         TEST(test_commit_of_an_old_generation), TEST(test_transaction_errors_heal),
         TEST(test_thread_that_does_not_poll), TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
-        TEST(test_http),
+        TEST(test_http), TEST(test_what_counts_against_budgets),
         TEST(test_bad_property_fails_at_once),
         TEST(test_missing_reply_schema_fails_at_once), TEST(test_registry_outage_at_start),
     };
