@@ -250,6 +250,8 @@ static void what_has_no_room_is_looked_at_now_and_then(void **state)
         turn();
     assert_in_range(asked, 1, 2 + (lm_now_us() - start) / 100000);
     assert_string_equal(said, "");
+    finish(jobs, 0, 5);
+    until_in_flight(0);
 }
 
 /* Each failure in a row halves the next one, by number ... */
