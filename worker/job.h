@@ -73,7 +73,7 @@ struct outgoing {
     struct job *job;            /* set when it is sent */
     bool acked;                 /* the broker has it */
     int error;                  /* rd_kafka_resp_err_t of the last try */
-    char topic[256];
+    const char *topic;          /* the job's route's, or the configuration's */
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt chose the topic */
     int trim;                   /* of a dead letter: enum dead_letter_trim */
@@ -106,7 +106,7 @@ struct job {
     bool ordered;               /* in key_order.h's table */
     struct prompt *prompt;
     engine_adapter *adapter;
-    struct reply_route route;
+    struct reply_route route;   /* of its reply; of the notice, once it is a dead letter */
     struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */
     struct reply_tally tally;
     struct lm_err *err;         /* NULL: none */

@@ -102,7 +102,8 @@ static void add_notice(struct worker *w, struct job *j, const struct lm_err *why
         o = NULL;
         lm_log(LM_WARN, "worker", "out of memory for an error reply");
     } else {
-        memcpy(o->topic, to.topic, sizeof o->topic);
+        j->route = to;
+        o->topic = j->route.topic;
         o->partition = to.partition;
         o->asked = to.asked;
     }
@@ -134,7 +135,7 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
     job_clear_out(j);
     job_fail(j, &cause);
     job_set_stage(j, JOB_ANSWERING);
-    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.topic = w->cfg->topics_dead_letters;
     j->out.value = (void *)(uintptr_t)j->record.value;
     j->out.len = j->record.value_len;
     j->outcome = OUTCOME_DEAD_LETTER;
@@ -158,7 +159,7 @@ bool worker_trim_dead_letter(struct worker *w, struct job *j)
     if (trim > DEAD_LETTER_BARE)
         return false;
     outgoing_release(&j->out);          /* the notice stays */
-    snprintf(j->out.topic, sizeof j->out.topic, "%s", w->cfg->topics_dead_letters);
+    j->out.topic = w->cfg->topics_dead_letters;
     j->out.trim = trim;
     if (trim < DEAD_LETTER_BARE) {
         j->out.value = (void *)(uintptr_t)j->record.value;
@@ -259,7 +260,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
         job_clear_out(j);
         return LM_NOMEM;
     }
-    memcpy(j->out.topic, j->route.topic, sizeof j->out.topic);
+    j->out.topic = j->route.topic;
     j->out.partition = j->route.partition;
     j->out.asked = j->route.asked;
     j->outcome = OUTCOME_REPLY;
@@ -345,7 +346,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
         job_unref(child);
         return st;
     }
-    memcpy(o->topic, j->route.topic, sizeof o->topic);
+    o->topic = child->route.topic;
     o->partition = j->route.partition;
     o->asked = j->route.asked;
     metric_add(&w->metrics.stream_parts, 1);

@@ -442,7 +442,7 @@ static bool forget_attempt(struct job *j)
 static void trust(struct tx *t, const char *topic)
 {
     for (struct job *j = t->ready; j; j = j->next)
-        if (!strcmp(j->out.topic, topic))
+        if (topic && j->out.topic && !strcmp(j->out.topic, topic))
             j->out.attempts = 0;
 }
 
