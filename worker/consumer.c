@@ -22,6 +22,7 @@ enum {
     POLL_MS = 100,
     CLOSE_WAIT_MS = 6000,       /* librdkafka gives LeaveGroup 5 s */
     SNAPSHOT_US = 1000000,
+    STAMP_EVERY = 16,           /* records of a burst: microseconds */
     COMPLAIN_EVERY_US = 10 * 1000000,
 };
 
@@ -184,6 +185,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
         return st;
     job_ref(j);                 /* one for the ledger, one for the road */
     j->worker = c->w;
+    j->received_us = c->now_us;
     c->held++;
     c->held_bytes += (long long)j->bytes;
     j->tokens = job_tokens_guess(j);
@@ -193,8 +195,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))
         a->crowded = c->braked = true;
     if (j->record.timestamp_ms >= 0)
-        histogram_observe(&c->w->metrics.record_age,
-                          (lm_wall_ms() - j->record.timestamp_ms) * 1000);
+        histogram_observe(&c->w->metrics.record_age, (c->wall_ms - j->record.timestamp_ms) * 1000);
     return isolation_hold(c, a, j) ? LM_OK : consumer_admit(c, j);
 }
 
@@ -294,11 +295,16 @@ static void housekeeping(consumer *c)
     }
 }
 
-static bool poll_once(consumer *c, int timeout_ms)
+/* `first`: of what came together, which is stamped with one time. */
+static bool poll_once(consumer *c, int timeout_ms, bool first)
 {
     rd_kafka_message_t *m = rd_kafka_consumer_poll(c->rk, timeout_ms);
     if (!m)
         return false;
+    if (first) {
+        c->now_us = lm_now_us();
+        c->wall_ms = lm_wall_ms();
+    }
     take_message(c, m);
     rd_kafka_message_destroy(m);
     return true;
@@ -308,7 +314,7 @@ static bool poll_once(consumer *c, int timeout_ms)
 static void poll_burst(consumer *c, int timeout_ms)
 {
     int64_t share = admission_share(c);
-    for (int n = 0; n < LEDGER_BURST && poll_once(c, n ? 0 : timeout_ms); n++)
+    for (int n = 0; n < LEDGER_BURST && poll_once(c, n ? 0 : timeout_ms, n % STAMP_EVERY == 0); n++)
         if (c->iso.busy || c->iso.wanted || admission_due(c, share))
             return;
 }
@@ -321,7 +327,7 @@ static void drain_all(consumer *c)
     while (rebalance_active(c, NULL, false) && lm_now_us() < atomic_load(&c->w->drain_end_us) &&
            !atomic_load(&c->w->cancelling)) {
         housekeeping(c);
-        poll_once(c, DRAIN_POLL_MS);
+        poll_once(c, DRAIN_POLL_MS, true);
     }
     isolation_leave(c, NULL);   /* a last transaction, perhaps */
     worker_cancel(c->w);

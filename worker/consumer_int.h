@@ -93,6 +93,7 @@ struct consumer {
     bool committing;
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
+    int64_t now_us, wall_ms;    /* when the records at hand were read */
     struct kafka_said said;
 };
 

@@ -90,7 +90,6 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
     atomic_init(&j->stage, JOB_QUEUED);
     j->lease = lease_ref(lease);
     j->bytes = bytes + sizeof *j;
-    j->received_us = lm_now_us();
     record_copy(&j->record, from, j + 1);
     *out = j;
     return LM_OK;

@@ -33,6 +33,7 @@ struct outbox {
     struct worker *w;
     pthread_t thread;
     struct job_list later;
+    int64_t now_us;             /* when the events at hand were polled */
     struct job **streams;
     size_t n_streams, cap_streams;
 };
@@ -237,7 +238,7 @@ static void finished(outbox *o, struct job *j, struct engine_result *r)
     j->result = r;
     if (r->status != LM_DEVICE)         /* else it is a suspect */
         worker_left_engine(o->w, j);
-    j->answered_us = lm_now_us();
+    j->answered_us = o->now_us;
     histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
     if (j->stream && j->stream->listed) {
         j->stream->ended = true;
@@ -283,7 +284,8 @@ static void *outbox_main(void *arg)
         int wait = job_list_wait_ms(&o->later, lm_now_us(),
                                     o->n_streams ? STREAM_POLL_MS : POLL_MS);
         int n = engine_poll(w->engine, events, BATCH, wait, &state);
-        atomic_store(&w->outbox_beat_us, lm_now_us());
+        o->now_us = lm_now_us();
+        atomic_store(&w->outbox_beat_us, o->now_us);
         for (int i = 0; i < n; i++)
             take_event(o, &events[i]);
         if (n && atomic_load(&w->engine_full))
