@@ -21,7 +21,8 @@
  * proved, and Avro C is shown one value's bytes at a time, no more.
  *
  * Ownership in Avro C: a string or bytes that a callback is given are the callback's to free, a
- * fixed is not.
+ * fixed is not. What Avro C allocates while it reads a datum comes from the datum's scratch, where
+ * there is room, so that a string is where the tree wants it.
  */
 #include <avro.h>
 #include <avro/consumer.h>
@@ -45,6 +46,7 @@ struct taker {
 
 struct datum {
     const unsigned char *at;    /* proved to hold what the plan says */
+    struct json_scratch *scratch;
     avro_reader_t reader;       /* of one value at a time */
     yyjson_mut_doc *doc;
     yyjson_mut_val *root;
@@ -80,19 +82,6 @@ static int no_memory(struct datum *d)
 }
 
 /* ---- values --------------------------------------------------------------------------------- */
-
-/* A copy, or NULL and an error: `what`, or no memory. */
-static yyjson_mut_val *text_of(struct datum *d, const struct taker *t, const char *s, size_t n,
-                               const char *what)
-{
-    bool good = json_is_utf8(s, n);
-    yyjson_mut_val *v = good ? yyjson_mut_strncpy(d->doc, s, n) : NULL;
-    if (!good)
-        refuse(d, t, LM_FORMAT, what);
-    else if (!v)
-        no_memory(d);
-    return v;
-}
 
 /* Of a key that comes twice the last one counts. */
 static int give_to_map(struct datum *d, struct taker *t, yyjson_mut_val *v)
@@ -156,10 +145,13 @@ static int take_string(avro_consumer_t *c, const void *s, size_t size, void *ud)
 {
     struct datum *d = ud;
     struct taker *t = (struct taker *)c;
-    /* its size counts the NUL */
-    yyjson_mut_val *v = text_of(d, t, s, size - 1, "is not valid UTF-8");
-    avro_free((void *)(uintptr_t)s, size);
-    return v ? give(d, t, v) : EINVAL;
+    bool good = json_is_utf8(s, size - 1);      /* its size counts the NUL */
+    bool stays = json_scratch_has(d->scratch, s);
+    yyjson_mut_val *v = !good ? NULL : stays ? yyjson_mut_strn(d->doc, s, size - 1) :
+                        yyjson_mut_strncpy(d->doc, s, size - 1);
+    if (!stays)
+        avro_free((void *)(uintptr_t)s, size);
+    return good ? give(d, t, v) : refuse(d, t, LM_FORMAT, "is not valid UTF-8");
 }
 
 static int take_enum(avro_consumer_t *c, int v, void *ud)
@@ -322,11 +314,23 @@ static int take(struct datum *d, struct taker *t)
 
 /* ---- the whole ------------------------------------------------------------------------------ */
 
+/* Avro C's allocator for one datum; it keeps nothing longer. size 0: frees. */
+static void *from_scratch(void *user, void *p, size_t old, size_t size)
+{
+    const yyjson_alc *alc = user;
+    if (size)
+        return p ? alc->realloc(alc->ctx, p, old, size) : alc->malloc(alc->ctx, size);
+    if (p)
+        alc->free(alc->ctx, p);
+    return NULL;
+}
+
 /* The tree that was built becomes one that can be read: one block. */
 static lm_status read_datum(struct taker *root, const void *data, struct json_scratch *scratch,
                             yyjson_doc **out, struct lm_err *err)
 {
     struct datum d;
+    d.scratch = scratch;
     d.at = data;
     d.root = NULL;
     d.err.code = LM_OK;
@@ -354,8 +358,11 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
     struct taker **root = avro_plan_takers(p);
     if (!*root)
         *root = make_taker(avro_plan_arena(p), avro_plan_root(p), NULL, NULL);
+    const struct avro_allocator_state heap = AVRO_CURRENT_ALLOCATOR;
+    avro_set_allocator(from_scratch, &scratch->alc);
     st = *root ? read_datum(*root, data, scratch, out, err)
                : lm_err_set(err, LM_NOMEM, "out of memory");
+    avro_set_allocator(heap.alloc, heap.user_data);
     avro_unlock();
     return st;
 }

@@ -17,6 +17,9 @@
 /* A log-probability of minus infinity has no JSON; vLLM sends this number, so clients know it. */
 #define LOGPROB_FLOOR (-9999.0)
 
+/* So that the length of a key is known where it is written. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 static void put_text(struct message_out *o, const char *s)
 {
     out_text(o, s, strlen(s));
@@ -160,19 +163,19 @@ void completion_logprobs(struct message_out *o, const struct engine_choice *choi
 
 /* ---- the reply ------------------------------------------------------------------------------ */
 
-static void put_member(struct message_out *o, const char *key, const char *text)
+ALWAYS_INLINE void put_member(struct message_out *o, const char *key, const char *text)
 {
     out_key(o, key);
     put_text(o, text);
 }
 
-static void put_count(struct message_out *o, const char *key, int64_t n)
+ALWAYS_INLINE void put_count(struct message_out *o, const char *key, int64_t n)
 {
     out_key(o, key);
     out_int(o, n);
 }
 
-static void put_ms(struct message_out *o, const char *key, double ms)
+ALWAYS_INLINE void put_ms(struct message_out *o, const char *key, double ms)
 {
     out_key(o, key);
     out_real(o, isfinite(ms) ? round(ms * 1000) / 1000 : 0);

@@ -22,7 +22,7 @@ enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24 };
 
 /* ---- scratch ----------------------------------------------------------------------------- */
 
-static bool in_scratch(const struct json_scratch *s, const void *p)
+bool json_scratch_has(const struct json_scratch *s, const void *p)
 {
     return (const char *)p >= s->bytes && (const char *)p < s->bytes + sizeof s->bytes;
 }
@@ -39,13 +39,13 @@ static void *scratch_malloc(void *ctx, size_t size)
 
 static void scratch_free(void *ctx, void *p)
 {
-    if (!in_scratch(ctx, p))
+    if (!json_scratch_has(ctx, p))
         free(p);
 }
 
 static void *scratch_realloc(void *ctx, void *p, size_t old, size_t size)
 {
-    if (!in_scratch(ctx, p))
+    if (!json_scratch_has(ctx, p))
         return realloc(p, size);
     void *to = size > old ? scratch_malloc(ctx, size) : p;
     if (to && to != p)
@@ -463,7 +463,11 @@ void json_put_real(struct bytes *b, double x)
     yyjson_mut_val v = { 0 };
     yyjson_alc alc;
     size_t n = 0;
-    if (x >= 0 && !signbit(x) && put_thousandths(b, x))
+    if (x == 0 && !signbit(x)) {
+        bytes_put(b, "0.0", 3);
+        return;
+    }
+    if (x > 0 && put_thousandths(b, x))
         return;
     if ((double)(float)x == x)
         yyjson_mut_set_float(&v, (float)x);

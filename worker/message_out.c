@@ -186,27 +186,11 @@ void out_close(struct message_out *o)
         o->next = l[-1].node->child[0];
 }
 
-void out_member(struct message_out *o, const char *key, size_t n)
+void out_field(struct message_out *o, const char *key)
 {
     if (o->fault)
         return;
     struct out_level *l = &o->level[o->depth - 1];
-    if (!l->node) {
-        l->member = key;
-        char *to = bytes_room(&o->bytes, n + 4), *at = to;
-        if (!to)
-            return;
-        if (o->comma)
-            *at++ = ',';
-        *at++ = '"';
-        memcpy(at, key, n);
-        at += n;
-        *at++ = '"';
-        *at++ = ':';
-        o->bytes.n += (size_t)(at - to);
-        o->comma = false;
-        return;
-    }
     while (!o->fault && l->field < l->node->n && strcmp(l->node->name[l->field], key))
         pass_over(o, l);
     l->member = key;

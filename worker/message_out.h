@@ -49,11 +49,26 @@ void out_avro(struct message_out *o, const struct avro_plan *p, size_t lead);
 /* Of a map or an array, `n` is how many entries come before out_close(). */
 void out_open(struct message_out *o, enum out_kind kind, size_t n);
 void out_close(struct message_out *o);
-void out_member(struct message_out *o, const char *key, size_t n);
-/* Of a record; nothing in it has to be escaped. */
+void out_field(struct message_out *o, const char *key); /* Avro's part of the next */
+/* Of a record; nothing in it has to be escaped. Here, because the lengths of most are known where
+ * it is called. */
 static inline void out_key(struct message_out *o, const char *key)
 {
-    out_member(o, key, strlen(key));
+    size_t n = strlen(key);
+    char *at = o->next ? NULL : bytes_room(&o->bytes, n + 4);
+    if (o->next)
+        out_field(o, key);
+    if (!at)
+        return;
+    o->level[o->depth - 1].member = key;
+    *at = ',';                  /* overwritten where there is none */
+    at += o->comma;
+    *at++ = '"';
+    memcpy(at, key, n);
+    at[n] = '"';
+    at[n + 1] = ':';
+    o->bytes.n += n + 3 + o->comma;
+    o->comma = false;
 }
 void out_entry(struct message_out *o, const char *key, size_t n);       /* of a map; any UTF-8 */
 
