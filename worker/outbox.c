@@ -27,7 +27,7 @@
 
 #include "worker/stream.h"
 
-enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10, GATHER_US = 500 };
+enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10, GATHER_US = 200 };
 
 struct outbox {
     struct worker *w;

@@ -5,7 +5,8 @@
 # overhead a step with 256 sequences, and messages a second through a real broker with the model's
 # work replaced by an echo, beside a minimal client loop. One JSON line a figure on standard output,
 # progress on standard error.
-#   BENCH=storefront,shape,host,kafka   which parts (default: all)
+#   BENCH=storefront,shape,host,kafka   which parts (default: these). Also `cost`: the CPU of a worker a
+#                                       message, or with COST=instructions its instructions
 #   KAFKA_N=50000 KAFKA_ROUNDS=5        prompts a round and rounds (odd) of the last part
 set -euo pipefail
 . "$(dirname "$0")/../infra/lib.sh"
@@ -50,4 +51,10 @@ if part kafka; then
     "$PYTHON" tests/bench/kafka_ratio.py "$BOOTSTRAP" "$REGISTRY" "$LORAMILL" \
         "$BUILD/tests/bench/kafka_loop" "$RUN" "${KAFKA_N:-50000}"
     BOOTSTRAP=          # figures, not messages to be held against schemas/
+fi
+if part cost; then
+    say "what a message costs a worker, beside a minimal client loop; embedded broker, echo"
+    make -s BUILD="$BUILD" "$BUILD/tests/bench/kafka_loop" >&2
+    "$PYTHON" tests/bench/worker_cost.py "$LORAMILL" "$BUILD/tests/bench/kafka_loop" "$RUN/cost" \
+        "${KAFKA_N:-20000}"
 fi
