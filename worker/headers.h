@@ -38,6 +38,7 @@ struct reply_route {
     char topic[256];
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt named the topic, not the configuration */
+    bool follows;               /* the partition is where the parts went, nobody has named it */
 };
 
 /* `allowed`: comma-separated exact names or "prefix*". */

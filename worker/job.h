@@ -76,6 +76,7 @@ struct outgoing {
     const char *topic;          /* the job's route's, or the configuration's */
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt chose the topic */
+    bool follows;               /* the partition is that of the parts before it */
     int trim;                   /* of a dead letter: enum dead_letter_trim */
     void *value;                /* owned unless it is the record's */
     size_t len;

@@ -210,6 +210,10 @@ static void part_reported(outbox *o, struct job *part)
         s->broken = true;
         s->seq--;
     }
+    if (s->listed && j->route.partition < 0) {  /* without a key the rest follows the first */
+        j->route.partition = part->out.error ? -1 : part->out.partition;
+        j->route.follows = j->route.partition >= 0;
+    }
     if (s->listed) {
         send_part(o, j, lm_now_us());
         maybe_conclude(o, j);

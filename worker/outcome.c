@@ -263,6 +263,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
     j->out.topic = j->route.topic;
     j->out.partition = j->route.partition;
     j->out.asked = j->route.asked;
+    j->out.follows = j->route.follows;
     j->outcome = OUTCOME_REPLY;
     job_set_stage(j, JOB_ANSWERING);
     return LM_OK;
@@ -349,6 +350,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
     o->topic = child->route.topic;
     o->partition = j->route.partition;
     o->asked = j->route.asked;
+    o->follows = j->route.follows;
     metric_add(&w->metrics.stream_parts, 1);
     producer_send(w->producer, child);
     return LM_OK;

@@ -164,7 +164,7 @@ static bool destination_fault(const struct outgoing *o, int e)
 {
     switch (e) {
     case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
-        return o->asked || o->partition >= 0;
+        return !o->follows && (o->asked || o->partition >= 0);
     case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
     case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
     case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
@@ -213,7 +213,11 @@ static bool purged(int e)
 static void outcome_failed(producer *p, struct job *j)
 {
     struct lm_err why;
-    if (j->parent && final_reason(p, j, &j->out, &why)) {
+    if (j->out.follows && j->out.error == RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION) {
+        j->out.partition = -1;          /* its topic was made again, with fewer of them */
+        j->out.follows = false;
+        try_later(p, j, "the partition of its parts is no more");
+    } else if (j->parent && final_reason(p, j, &j->out, &why)) {
         lm_log(LM_WARN, "producer", "%s; no more parts", why.msg);
         worker_end_job(p->w, j, OUTCOME_PART);
     } else if (!is_dead_letter(j) && final_reason(p, j, &j->out, &why)) {
@@ -286,6 +290,8 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     struct job *j = o->job;
     o->error = m->err;
     o->acked = !m->err;
+    if (o->acked && j->parent)
+        o->partition = m->partition;
     if (atomic_fetch_sub(&j->unreported, 1) == 1 && !p->exactly_once)
         producer_judge(p, j);
 }

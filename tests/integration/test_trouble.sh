@@ -9,7 +9,7 @@ infra_begin trouble
 kafka_start 1 || die "the broker started"
 nginx_start tests/models/storefront-adapters || die "nginx started"
 topic_create prompts 2; topic_create replies 2; topic_create asked 2; topic_create dead 1
-topic_create control 1
+topic_create control 1; topic_create streamed 1
 cat > "$RUN/worker.properties" <<P
 model.path=$PWD/tests/models/storefront
 backend=cpu
@@ -55,6 +55,16 @@ worker stream-once stream.interval_ms=20 errors.reply=true delivery.mode=exactly
 case_ stream
 case_ errors
 stop "$W" "the worker"
+# Killed between two parts: the next worker's parts begin again, as another generation.
+for mode in at-least-once exactly-once; do
+    dying=(stream.interval_ms=20 "delivery.mode=$mode" "group.id=dying-$mode" topics.prompts=streamed
+           poison.max_attempts=0 kafka.session.timeout.ms=2500 kafka.heartbeat.interval.ms=300)
+    worker "dies-$mode" "${dying[@]}"
+    case_ stream_dies "$W" "dies-$mode"; wait "$W" 2> /dev/null
+    worker "heir-$mode" "${dying[@]}"
+    case_ stream_heir "dies-$mode"
+    stop "$W" "the heir"
+done
 fi
 
 echo "topics.control=control" >> "$RUN/worker.properties"

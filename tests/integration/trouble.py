@@ -105,6 +105,41 @@ def stream():
     check(f"there were parts ({n_parts})", n_parts >= 16)
 
 
+def stream_dies(pid, run):
+    """A worker that is killed between two parts of a reply."""
+    import signal
+    r = Reader("replies")
+    send([({"id": run, "prompt": "event ->", "stream": True, "params": {
+        "max_tokens": 460, "n": 64, "ignore_eos": True, "temperature": 1}}, [])], "streamed")
+    got = r.until(lambda s: len(s) >= 3)
+    os.killpg(int(pid), signal.SIGKILL)
+    check("parts came before the kill, and no end", len(got) >= 3 and
+          all(header(m, "loramill-part") for m in got), len(got))
+
+
+def stream_heir(run):
+    """What comes of its prompt: the parts of two runs, told apart, and one final record. The prompt has no
+    key, so that its replies' partition is the worker's choice: one for all parts of a run."""
+    r = Reader("replies")
+    for tp in r.c.assignment():
+        r.c.seek(TopicPartition(tp.topic, tp.partition, 0))
+    mine = lambda s: [(body(m), m.partition()) for m in s if body(m)["id"] == run]
+    r.until(lambda s: any(d["stream"]["final"] for d, _ in mine(s)))
+    runs = {}
+    for d, partition in mine(r.until(lambda s: False, 1)):
+        runs.setdefault(d["stream"]["generation"], []).append((d, partition))
+    final = [d for x in runs.values() for d, _ in x if d["stream"]["final"]]
+    check("one final record", len(final) == 1, len(final))
+    check("two generations, each with its parts in order from 0", len(runs) == 2 and all(
+        [d["stream"]["seq"] for d, _ in x] == list(range(len(x))) for x in runs.values()),
+        [[d["stream"]["seq"] for d, _ in x][:20] for x in runs.values()])
+    check("each in one partition", all(len({p for _, p in x}) == 1 for x in runs.values()))
+    last = [d for d, _ in runs[final[0]["stream"]["generation"]][:-1]]
+    check("the last one's are the text of the final record", len(last) > 0 and all(
+        "".join(x["text"] for d in last for x in d["choices"] if x["index"] == i) == c["text"]
+        for i, c in enumerate(final[0]["choices"])))
+
+
 def errors():
     """A waiting requester is told of a dead letter; nobody else is."""
     r = Reader("replies", "asked", "dead")
