@@ -294,7 +294,8 @@ struct engine_event {
     engine_handle handle;
     void *user;
     int choice;                 /* ENGINE_TOKENS */
-    char *text;                 /* ENGINE_TOKENS: new text, free() it */
+    char *text;                 /* ENGINE_TOKENS: new text, free() it; NUL-terminated */
+    size_t text_len;            /* its bytes, some of which may be NUL */
     struct engine_result *result;       /* ENGINE_FINISHED: the caller frees it */
 };
 

@@ -373,17 +373,17 @@ struct request *mailbox_next_cancelled(mailbox *m)
 
 static lm_status node_add_text(struct event_node *n, const char *text, size_t len)
 {
-    if (n->text_len + len + 1 > n->text_cap) {
-        size_t cap = (n->text_len + len + 1) * 2;
+    if (n->ev.text_len + len + 1 > n->text_cap) {
+        size_t cap = (n->ev.text_len + len + 1) * 2;
         char *p = lm_reallocarray(n->ev.text, cap, 1);
         if (!p)
             return LM_NOMEM;
         n->ev.text = p;
         n->text_cap = cap;
     }
-    memcpy(n->ev.text + n->text_len, text, len);
-    n->text_len += len;
-    n->ev.text[n->text_len] = '\0';
+    memcpy(n->ev.text + n->ev.text_len, text, len);
+    n->ev.text_len += len;
+    n->ev.text[n->ev.text_len] = '\0';
     return LM_OK;
 }
 

@@ -24,7 +24,7 @@ struct event_node {
     struct event_node **owner;  /* the sequence's `unpolled`, cleared when polled */
     struct engine_event ev;
     struct request *done;       /* its result is still to be put together; ours */
-    size_t text_len, text_cap;
+    size_t text_cap;
 };
 
 lm_status mailbox_new(int capacity, mailbox **out, struct lm_err *err);

@@ -190,13 +190,13 @@ static void maybe_conclude(outbox *o, struct job *j)
     conclude(o, j);
 }
 
-static void take_text(outbox *o, struct job *j, int choice, char *text)
+static void take_text(outbox *o, struct job *j, int choice, char *text, size_t len)
 {
     if (!j->stream || (!j->stream->listed && !add_stream(o, j))) {
         free(text);
         return;
     }
-    stream_add(j->stream, choice, text);
+    stream_add(j->stream, choice, text, len);
     send_part(o, j, lm_now_us());
 }
 
@@ -258,7 +258,7 @@ static void take_event(outbox *o, struct engine_event *e)
     if (e->kind == ENGINE_FINISHED)
         finished(o, e->user, e->result);
     else
-        take_text(o, e->user, e->choice, e->text);
+        take_text(o, e->user, e->choice, e->text, e->text_len);
 }
 
 static void serve_later(outbox *o)

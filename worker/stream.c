@@ -52,9 +52,8 @@ void stream_restart(struct stream *s)
     new_generation(s);
 }
 
-lm_status stream_add(struct stream *s, int choice, char *text)
+lm_status stream_add(struct stream *s, int choice, char *text, size_t len)
 {
-    size_t len = strlen(text);
     if (choice < 0 || choice >= s->n || s->broken) {
         free(text);
         return LM_OK;
@@ -120,7 +119,7 @@ void stream_give_back(struct stream *s, struct engine_result *text)
         s->text[c->index] = (struct stream_text){ c->text, c->text_len, c->text_len + 1 };
         c->text = NULL;
         if (later.len)
-            stream_add(s, c->index, later.s);
+            stream_add(s, c->index, later.s, later.len);
         else
             free(later.s);
     }

@@ -44,7 +44,7 @@ void stream_restart(struct stream *s);
 
 /* Takes the text over. Choices out of range are ignored. LM_NOMEM: the text is lost, and the
  * stream is broken; the final record has it all the same. */
-lm_status stream_add(struct stream *s, int choice, char *text);
+lm_status stream_add(struct stream *s, int choice, char *text, size_t len);
 
 bool stream_has_text(const struct stream *s);
 

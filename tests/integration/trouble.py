@@ -135,9 +135,11 @@ def stream_heir(run):
         [[d["stream"]["seq"] for d, _ in x][:20] for x in runs.values()])
     check("each in one partition", all(len({p for _, p in x}) == 1 for x in runs.values()))
     last = [d for d, _ in runs[final[0]["stream"]["generation"]][:-1]]
-    check("the last one's are the text of the final record", len(last) > 0 and all(
-        "".join(x["text"] for d in last for x in d["choices"] if x["index"] == i) == c["text"]
-        for i, c in enumerate(final[0]["choices"])))
+    texts = [("".join(x["text"] for d in last for x in d["choices"] if x["index"] == c["index"]), c["text"])
+             for c in final[0]["choices"]]
+    check("the last one's are the text of the final record", len(last) > 0 and
+          all(parts == whole for parts, whole in texts),
+          [len(last)] + [(parts, whole) for parts, whole in texts if parts != whole][:2])
 
 
 def errors():

@@ -89,6 +89,7 @@ static void streamed_pieces_make_the_text(void **state)
     struct engine_event ev = { 0 };
     int pieces = 0;
     while (engine_poll(e, &ev, 1, 5000, NULL) == 1 && ev.kind == ENGINE_TOKENS) {
+        assert_int_equal(ev.text_len, strlen(ev.text));
         strncat(got, ev.text, sizeof got - strlen(got) - 1);
         free(ev.text);
         pieces++;

@@ -17,7 +17,25 @@
 
 static void add(struct stream *s, int choice, const char *text)
 {
-    assert_int_equal(stream_add(s, choice, lm_strdup(text)), LM_OK);
+    assert_int_equal(stream_add(s, choice, lm_strdup(text), strlen(text)), LM_OK);
+}
+
+/* A model may say U+0000, which is a character like any other. */
+static void test_text_with_nul(void **state)
+{
+    (void)state;
+    static const char piece[] = "a\0b";
+    struct stream *s = stream_new(1);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(stream_add(s, 0, lm_strndup(piece, 3), 3), LM_OK);
+    struct engine_result *r = stream_take(s);
+    assert_int_equal(stream_add(s, 0, lm_strndup("\0", 1), 1), LM_OK);
+    stream_give_back(s, r);
+    r = stream_take(s);
+    assert_int_equal(r->choices[0].text_len, 7);
+    assert_memory_equal(r->choices[0].text, "a\0ba\0b\0", 8);
+    engine_result_free(r);
+    stream_free(s);
 }
 
 static void test_text_gathers(void **state)
@@ -124,7 +142,8 @@ static void test_random_histories(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_text_gathers), cmocka_unit_test(test_given_back_comes_first),
+        cmocka_unit_test(test_text_gathers), cmocka_unit_test(test_text_with_nul),
+        cmocka_unit_test(test_given_back_comes_first),
         cmocka_unit_test(test_restart_is_another_generation),
         cmocka_unit_test(test_random_histories),
     };
