@@ -472,6 +472,29 @@ static void check_company(struct twin *c)
     }
 }
 
+/* As many segments as make the device choose smaller blocks for a step of few tokens: right, and
+ * the same bits as in a step of four segments. */
+static void check_full(struct twin *c, int tokens, int n_segs)
+{
+    static struct bed t;
+    static struct batch full, four;
+    int who[MAX_TOKENS];
+    twin_case(c, "lora: %d segments of %d tokens fill the device", n_segs, tokens);
+    bed_open(&t, c, 2104, (int[]){ 96, 2048 }, 2, 40000, 512, 3, (int[]){ 8 }, 1);
+    for (int i = 0; i < n_segs * tokens; i++)
+        who[i] = i / tokens % 3;
+    batch_open(&full, &t, who, n_segs * tokens, 0, 0);
+    batch_run(&full, &t);
+    batch_open(&four, &t, who, 4 * tokens, 0, 0);
+    memcpy(four.x, full.x, (size_t)(four.n * four.ldx) * sizeof(float));
+    memcpy(four.y, full.y, (size_t)(four.n * four.ldy) * sizeof(float));
+    run_side(&four, &t, 0);
+    if (memcmp(four.got[0], full.got[0], (size_t)(four.n * four.ldy) * sizeof(float)))
+        twin_fail(c, "the number of segments changed a row");
+    batch_close(&full), batch_close(&four);
+    bed_close(&t);
+}
+
 /* Nobody targets part 0: it is left out of the launch. */
 static void check_untargeted(struct twin *c)
 {
@@ -564,6 +587,8 @@ bool twin_lora(struct twin *c)
     good &= twin_end(c, "lora, prefill");
     check_company(c);
     check_untargeted(c);
+    check_full(c, 2, c->slow ? 10 : 150);       /* 20 or 300 of shrink's blocks */
+    check_full(c, 1, c->slow ? 18 : 300);       /* 54 or 900 of expand's */
     good &= twin_end(c, "lora, company");
     return good;
 }
