@@ -214,6 +214,8 @@ void bench_decodes(struct gpu_check *c)
     bench_decode(c, KN_KV_E4M3, 64, 4096, 32, 8, 128);
     bench_decode(c, KN_KV_E4M3, 128, 1024, 32, 8, 64);
     bench_spread(c, KN_KV_E4M3, 256, 16, 624, 32, 32, 128);
+    bench_spread(c, KN_KV_E4M3, 256, 16, 624, 32, 8, 128);
+    bench_spread(c, KN_KV_E4M3, 64, 64, 8192, 32, 8, 128);
 }
 
 void bench_attention(struct gpu_check *c)
