@@ -4,7 +4,7 @@
   memory.py fill BOOTSTRAP TOPIC N              N prompts of 1 KiB
   memory.py watch PID PORT N SECONDS            TAP; exit 1 when memory is not flat
 
-`watch` samples the resident set of PID and the completions that its /metrics counts, twice a second,
+`watch` samples the resident set of PID and the completions that its /metrics counts, ten times a second,
 until N are complete. Judged is what comes after the first tenth, when buffers, arenas and the
 client library's queues have their size:
 
