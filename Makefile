@@ -98,6 +98,11 @@ LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(RDKAFKA)/lib
 LDLIBS  += $(shell $(PKG_CONFIG) --libs $(LIBS_HIGH) $(LIBS_LOW) 2>/dev/null) \
            -l:libutf8proc.a -lm -ldl
 
+# What one thread of a worker allocates another frees, which mimalloc is made for. It is linked only
+# to take malloc's name, before libc; sanitizers bring an allocator of their own.
+MALLOC := $(if $(and $(filter 1,$(WORKER)),$(if $(SANITIZE),,1)),\
+          -Wl$(comma)--no-as-needed -lmimalloc -Wl$(comma)--as-needed)
+
 ifeq ($(CUDA),1)
 CPPFLAGS += -DLORAMILL_CUDA
 LDFLAGS  += -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB)
@@ -168,7 +173,7 @@ $(BUILD)/$(1): FORCE
 	@printf '%s\n' '$(2)' | cmp -s - $$@ || printf '%s\n' '$(2)' > $$@
 
 endef
-$(eval $(call stamp,flags,$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(LDLIBS)))
+$(eval $(call stamp,flags,$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $(MALLOC) $(LDLIBS)))
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(@D)
@@ -195,7 +200,7 @@ $(LIB): $(call obj,$(LIB_SRC)) $(BUILD)/members
 
 $(BIN): $(call obj,worker/main.c) $(LIB)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(MALLOC) $(LDLIBS) -o $@
 
 # CUDA kernels without a device: their source as host C++, on the emulator of tests/emu.
 CXX ?= g++
@@ -231,7 +236,7 @@ POISON := $(BUILD)/tests/integration/poison_worker
 $(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats,--wrap=engine_close \
-	    $^ $(LDLIBS) -o $@
+	    $^ $(MALLOC) $(LDLIBS) -o $@
 
 $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
     $(BUILD)/tests/unit/one_thread.o

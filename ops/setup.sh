@@ -145,8 +145,8 @@ ENGINE_PACKAGES="ca-certificates gcc libc6-dev make pkg-config libjansson-dev li
 
 part_build() {
     # shellcheck disable=SC2086
-    apt $ENGINE_PACKAGES libavro-dev libcurl4-openssl-dev libmicrohttpd-dev liblz4-dev libzstd-dev \
-        zlib1g-dev jq
+    apt $ENGINE_PACKAGES libavro-dev libcurl4-openssl-dev libmicrohttpd-dev libmimalloc-dev \
+        liblz4-dev libzstd-dev zlib1g-dev jq
     if ! yyjson_fine; then
         python3 -c 'import ensurepip' 2> /dev/null || apt python3-venv
         say "yyjson: $YYJSON_MIN or newer is needed; building it below $DEPS"

@@ -24,7 +24,6 @@
 #include "worker/worker.h"
 
 #include <inttypes.h>
-#include <malloc.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,8 +35,7 @@
 #include "worker/log.h"
 #include "worker/watchdog.h"
 
-enum { SUPERVISE_MS = 100, MMAP_ABOVE = 4 << 20, ARENAS = 8, HEAP_STEP = 1 << 20,
-       TRIM_EVERY_US = 1000000 };
+enum { SUPERVISE_MS = 100 };
 
 /* ---- outcomes --------------------------------------------------------------------------- */
 
@@ -117,31 +115,6 @@ bool worker_gives_up(struct worker *w, struct job *j)
 }
 
 /* ---- start ------------------------------------------------------------------------------ */
-
-/* Messages come and go in buffers of up to a few megabytes, allocated by one thread and freed by
- * another. glibc learns from that to keep them on its heaps, one for each of some twenty threads,
- * which then grow although the live bytes stay the same. So the threshold above which it returns
- * them at once does not move, and heaps are as many as threads are busy, no more. They grow and
- * shrink by megabytes, for by the default 128 KiB they do it with every few messages, which took a
- * fifth of the worker's time. What lies free between live blocks is given back by trim_memory().
- * tests/soak measures it. */
-static void settle_memory(void)
-{
-    mallopt(M_MMAP_THRESHOLD, MMAP_ABOVE);
-    mallopt(M_ARENA_MAX, ARENAS);
-    mallopt(M_TOP_PAD, HEAP_STEP);
-    mallopt(M_TRIM_THRESHOLD, 2 * HEAP_STEP);
-}
-
-/* Takes some milliseconds of the main thread's, and of others who allocate meanwhile. */
-static void trim_memory(int64_t *next_us)
-{
-    int64_t now = lm_now_us();
-    if (now < *next_us)
-        return;
-    malloc_trim(HEAP_STEP);
-    *next_us = now + TRIM_EVERY_US;
-}
 
 static const char *or_null(const char *s)
 {
@@ -386,12 +359,10 @@ static void supervise(struct worker *w, watchdog *dog, const sigset_t *signals)
 {
     const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
-    int64_t trim_us = 0;
     sigset_t all = *signals;
     sigaddset(&all, SIGHUP);
     while ((got < 0 || got == SIGHUP) && !atomic_load(&w->failed)) {
         watchdog_look(dog);
-        trim_memory(&trim_us);
         credentials_look(w->credentials, got == SIGHUP);
         got = sigtimedwait(&all, NULL, &tick);
     }
@@ -443,7 +414,6 @@ int worker_run(const struct config *cfg)
     sigaddset(&reread, SIGHUP);         /* supervise() waits for it */
     pthread_sigmask(SIG_BLOCK, &reread, NULL);
     signal(SIGPIPE, SIG_IGN);
-    settle_memory();
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);
     config_log(cfg);

@@ -8,8 +8,8 @@
 until N are complete. Judged is what comes after the first tenth, when buffers, arenas and the
 client library's queues have their size:
 
-  slope   least squares, below 16 bytes a message. The smallest block that malloc hands out takes 32
-          bytes, so whatever leaks once a message makes at least twice that.
+  slope   least squares, below 16 bytes a message: a block of 32 bytes that leaks once a message makes twice
+          that. Smaller ones are LeakSanitizer's to find.
   spread  of the tenths' medians the largest is at most 16 MiB above the smallest: so much the client
           library may hold of what it has fetched (queued.max.messages.kbytes), now more, now less.
 """
