@@ -10,7 +10,8 @@
  * after a crash. When it has no room (the brake on reading makes that rare), the highest offsets
  * wait for a later transaction, by which time the watermark has moved. A broker that takes less
  * than it did (commit.c) may leave no room for what was finished before; the watermark moves all
- * the same.
+ * the same. And the watermark's own move may take the room from what earlier portions have sent, as
+ * the map counts from there; then the transaction is lost, and the next one has one portion.
  */
 #include "worker/consumer_int.h"
 
@@ -50,8 +51,7 @@ static bool of_part(const struct job *j, const struct assigned *a)
 
 /* Of what the portion holds of the partition beyond the watermark the farther half, by offset, is
  * taken out again, so that thousands without room take a dozen looks at the map. What lies below
- * the watermark needs no room, and for earlier portions there was some. False: nothing lies
- * beyond. */
+ * the watermark needs no room. False: nothing lies beyond. */
 static bool unstage_far(consumer *c, struct stage *s, const struct assigned *a, int64_t watermark)
 {
     int64_t last = -1;
@@ -71,7 +71,8 @@ static bool unstage_far(consumer *c, struct stage *s, const struct assigned *a, 
     return true;
 }
 
-static void make_room(consumer *c, struct stage *s, struct assigned *a)
+/* False: there is none, for what is finished or was sent already. */
+static bool make_room(consumer *c, struct stage *s, struct assigned *a)
 {
     struct ledger_commit due = { .ref = a->ref };
     char map[OFFSET_MAP_MAX + 1];
@@ -80,8 +81,21 @@ static void make_room(consumer *c, struct stage *s, struct assigned *a)
     while (ledger_due(c->ledger, a->ref, true, &due) || !c->map_limit) {
         ledger_map(c->ledger, &due, true, map, &whole);
         if (whole || !unstage_far(c, s, a, due.offset))
-            break;
+            return whole;
     }
+    return true;
+}
+
+/* Has an earlier portion sent what lies beyond the watermark? */
+static bool sent_beyond(consumer *c, const struct stage *s, const struct assigned *a)
+{
+    struct ledger_commit due = { .ref = a->ref };
+    ledger_due(c->ledger, a->ref, true, &due);
+    for (size_t i = 0; i < s->from; i++)
+        if (s->jobs[i] && s->verdicts[i] == STAGE_IN && of_part(s->jobs[i], a) &&
+            s->jobs[i]->record.offset >= due.offset)
+            return true;
+    return false;
 }
 
 static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
@@ -110,7 +124,7 @@ static void serve_stage(consumer *c, struct stage *s)
         return;
     stage_jobs(c, s);
     for (size_t i = 0; i < c->n_parts; i++) {
-        make_room(c, s, &c->parts[i]);
+        s->lost |= !make_room(c, s, &c->parts[i]) && sent_beyond(c, s, &c->parts[i]);
         stage_offset(c, s, &c->parts[i]);
     }
     c->staging.open = s->n_commits ? s : NULL;
@@ -172,6 +186,7 @@ void staging_close(consumer *c)
     staging_serve(c);
     pthread_mutex_lock(&c->staging.lock);
     c->staging.closed = true;
+    c->staging.open = NULL;
     pthread_cond_signal(&c->staging.served);
     pthread_mutex_unlock(&c->staging.lock);
 }

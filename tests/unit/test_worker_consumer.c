@@ -208,6 +208,80 @@ static void another_partition_does_not(void **state)
     offsets_are_asked_for_after_a_transaction(false, true);
 }
 
+/* What a transaction that found the consumer closed had staged is released by then. */
+static void an_assignment_at_the_close_reads_nothing_that_is_gone(void **state)
+{
+    (void)state;
+    char none[] = "";
+    struct world *x = world_open();
+    struct assigned *parts = lm_calloc(1, sizeof *parts);
+    *parts = x->part;
+    lease_ref(parts->lease);
+    x->c.parts = parts;
+    x->c.exactly_once = true;
+    x->cfg.topics_priorities = none;
+    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
+    x->w.consumer = &x->c;
+    struct job *j = deliver(x, 0, NULL);
+    struct job *jobs[] = { j };
+    enum stage_verdict verdicts[1];
+    struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = 1 };
+    x->c.staging.asked = &s;
+    staging_serve(&x->c);
+    assert_int_equal(s.n_commits, 1);
+    atomic_store(&x->w.stopping, true);
+    staging_close(&x->c);
+    consumer_settle(&x->c, &s, true);   /* too late */
+    stage_release(&s);
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, "t", 0);
+    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
+    rd_kafka_topic_partition_list_destroy(l);
+    job_unref(j);
+    rebalance_remove(&x->c, &x->c.parts[0]);
+    free(x->c.parts);
+    rd_kafka_queue_destroy(x->c.commit_queue);
+    world_close(x);
+}
+
+/* Within 20 bytes three runs have room beside the offset 127, and not beside 128. */
+static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
+{
+    (void)state;
+    struct world *x = world_open();
+    x->c.exactly_once = true;
+    x->w.consumer = &x->c;
+    x->c.map_limit = 20;
+    ledger_set_map_limit(x->c.ledger, 20);
+    static const int at[] = { 127, 128, 228, 229, 328, 329, 428, 429 };
+    struct job *all[8];
+    for (int i = 0; i < 8; i++)
+        all[i] = deliver(x, at[i], NULL);
+    struct job *jobs[] = { all[2], all[4], all[6], all[0] };
+    enum stage_verdict verdicts[4] = { STAGE_GONE, STAGE_GONE, STAGE_GONE, STAGE_GONE };
+    struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = 3, .more = true };
+    x->c.staging.asked = &s;
+    x->c.staging.what = STAGING_STAGE;
+    staging_serve(&x->c);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(verdicts[i], STAGE_IN);
+    assert_false(s.lost);
+    s.from = 3;
+    s.n = 4;
+    s.more = false;
+    x->c.staging.asked = &s;
+    staging_serve(&x->c);
+    assert_int_equal(verdicts[3], STAGE_IN);
+    assert_true(s.lost);
+    x->c.staging.asked = &s;
+    x->c.staging.what = STAGING_ABORTED;
+    staging_serve(&x->c);
+    stage_release(&s);
+    for (int i = 0; i < 8; i++)
+        job_unref(all[i]);
+    world_close(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -215,6 +289,8 @@ int main(void)
         cmocka_unit_test(an_eager_revocation_commits_while_it_drains),
         cmocka_unit_test(a_partition_that_comes_back_waits_for_its_transaction),
         cmocka_unit_test(another_partition_does_not),
+        cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
+        cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
