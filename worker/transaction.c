@@ -544,6 +544,19 @@ static enum fate run_staged(struct tx *t)
     return fate;
 }
 
+/* The open one ends here: readers (read_committed) need not wait for its timeout. The client may
+ * hold its records yet: the jobs are for end() to drop. */
+static void give_up(struct tx *t)
+{
+    rd_kafka_error_t *e = persist(t, abort_it);
+    if (e) {
+        lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers: %s",
+               rd_kafka_error_string(e));
+        rd_kafka_error_destroy(e);
+    }
+    put_back(t);
+}
+
 /* The next portion, and with the last one the end of the transaction. False: the worker ends, and
  * of what was sent nothing may be sent again. */
 static bool transact(struct tx *t, bool last)
@@ -558,12 +571,12 @@ static bool transact(struct tx *t, bool last)
         fate = run_staged(t);
     else
         drop_gone(t);           /* the consumer has ended, or the worker does */
-    if (st && t->open) {
-        put_back(t);            /* the client may hold them: for end() to drop */
-        fate = HOPELESS;
-    }
     if (st == LM_NOMEM)
         worker_fail(t->w, st, "out of memory for the offsets of a transaction");
+    if (st && t->open) {
+        give_up(t);
+        fate = HOPELESS;
+    }
     stage_release(&t->stage);
     return fate != HOPELESS && st != LM_NOMEM;
 }

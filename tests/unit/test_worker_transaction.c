@@ -418,6 +418,28 @@ static void a_portion_without_room_ends_the_transaction(void **state)
     assert_int_equal(atomic_load(&aborts), 0);
 }
 
+/* The consumer has ended while a transaction fills: its readers wait for the brokers' timeout
+ * otherwise. */
+static void an_open_transaction_is_aborted_at_the_end(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
+    atomic_store(&x->w.drain_end_us, lm_now_us());
+    atomic_store(&x->w.stopping, true);
+    atomic_store(&x->w.cancelling, true);
+    staging_close(&x->c);
+    turn_for_ms(300);
+    atomic_store(&p.end, true);
+    for (int64_t end = lm_now_us() + MOST_US; !atomic_load(&p.over) && lm_now_us() < end;)
+        turn();
+    assert_string_equal(sizes, "");
+    assert_int_equal(atomic_load(&aborts), 1);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, open_world, close_world)
 
 int main(void)
@@ -431,6 +453,7 @@ int main(void)
         TEST(a_failure_takes_all_portions_back),
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
+        TEST(an_open_transaction_is_aborted_at_the_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
