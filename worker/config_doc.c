@@ -157,6 +157,7 @@ void config_print_markdown(FILE *f)
           "| `kafka.producer.compression.type` | `lz4` |\n"
           "| `kafka.producer.linger.ms` | `5`; exactly-once: `1000`, for a transaction's end sends "
           "what is left |\n"
+          "| `kafka.producer.sticky.partitioning.linger.ms` | exactly-once: `10` |\n"
           "| `kafka.producer.retry.backoff.ms` | exactly-once, from librdkafka 2.10 on: `10` |\n"
           "| `kafka.producer.batch.size` | `262144` |\n"
           "| `kafka.producer.delivery.timeout.ms` | `120000` |\n", f);

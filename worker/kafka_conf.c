@@ -72,6 +72,7 @@ static const struct setting exactly_once_defaults[] = {
     /* Full batches go at once, the rest with the flush at a transaction's end. What has waited
      * for longer, behind a batch on its way, makes librdkafka's thread poll without a pause. */
     { "linger.ms", "1000" },
+    { "sticky.partitioning.linger.ms", "10" },          /* else twice as long: one partition */
     /* What a dead worker's open transaction costs its readers; bounds delivery.timeout.ms too. */
     { "transaction.timeout.ms", "10000" },
     { "topic.metadata.propagation.max.ms", "5000" },    /* a missing topic holds a transaction up */
