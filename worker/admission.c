@@ -41,7 +41,7 @@ static bool exceeds(const consumer *c, int64_t share)
     const struct config *cfg = c->w->cfg;
     const struct { int64_t held, budget; } rows[] = {
         { atomic_load(&c->w->metrics.backlog) + isolation_waiting(c), cfg->intake_max_messages },
-        { c->held, cfg->in_flight_max_messages },
+        { c->held, config_in_flight(cfg) },
         { c->held_bytes + atomic_load(&c->w->metrics.reply_bytes_held), cfg->intake_max_bytes },
         { atomic_load(&c->w->metrics.held_tokens), cfg->intake_max_tokens },
     };

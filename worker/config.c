@@ -332,6 +332,8 @@ static lm_status set_pair(struct config *c, const char *key, const char *value,
     if (strip(key, "kafka."))
         return set_kafka(c, key, value, err);
     const struct config_property *p = find_property(key);
+    if (p && p->offset == offsetof(struct config, in_flight_max_messages))
+        c->in_flight_by_default = false;
     return p ? set_property(c, p, value, err) : unknown_key(key, err);
 }
 
@@ -439,6 +441,7 @@ static lm_status visit_default(const struct config_property *p, void *ctx, struc
 lm_status config_init(struct config *c, struct lm_err *err)
 {
     memset(c, 0, sizeof *c);
+    c->in_flight_by_default = true;
     lm_status st = each_property(visit_default, c, err);
     if (st)
         config_release(c);
@@ -571,9 +574,15 @@ static lm_status check_adapters_url(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
+int64_t config_in_flight(const struct config *c)
+{
+    return c->in_flight_by_default ? LM_MAX(c->in_flight_max_messages, c->intake_max_messages)
+                                   : c->in_flight_max_messages;
+}
+
 static lm_status check_flow(const struct config *c, struct lm_err *err)
 {
-    if (c->in_flight_max_messages < c->intake_max_messages)
+    if (config_in_flight(c) < c->intake_max_messages)
         return lm_err_set(err, LM_INVALID, "in_flight.max_messages=%" PRId64 " is less than "
                           "intake.max_messages=%" PRId64, c->in_flight_max_messages,
                           c->intake_max_messages);

@@ -56,6 +56,7 @@ struct config {
     int64_t transaction_interval_ms, transaction_max_messages;
     int64_t message_max_bytes;
     int64_t intake_max_messages, intake_max_bytes, in_flight_max_messages, intake_max_tokens;
+    bool in_flight_by_default;  /* nobody has set in_flight.max_messages */
     int64_t commit_interval_ms, commit_map_max_bytes, drain_timeout_ms, revoke_drain_ms;
     int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
     char *http_address;
@@ -72,6 +73,8 @@ void config_release(struct config *c);
 /* Errors carry FILE:LINE. Both refuse unknown keys, bad values and the kafka.* that we own. */
 lm_status config_read_file(struct config *c, const char *path, struct lm_err *err);
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
+/* in_flight.max_messages; while nobody sets that, not below intake.max_messages. */
+int64_t config_in_flight(const struct config *c);
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
 /* The same files and assignments, as they are now, into *out, which is released in any case. */
 lm_status config_read_again(const struct config *c, struct config *out, struct lm_err *err);

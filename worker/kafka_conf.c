@@ -7,6 +7,7 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <syslog.h>
@@ -83,8 +84,10 @@ static const struct setting exactly_once_defaults[] = {
 };
 
 /* A transaction that begins before the brokers have written the end of the last one is refused by
- * its coordinator, for some milliseconds, and the request is made again after that time. It doubles
- * with each try, up to a second; in librdkafka before 2.3 it would not. */
+ * its coordinator, for some milliseconds, and the request for its offsets is made again after that
+ * time (the one for its partitions after 20 ms, which are fixed). It doubles with each try, up to a
+ * second; in librdkafka before 2.3 it would not. Where topic.metadata.refresh.fast.interval.ms is
+ * not set, this sets it too: how soon a topic without a leader is asked for again. */
 static const struct setting exactly_once_defaults_2_10[] = {
     { "retry.backoff.ms", "10" },
 };
@@ -162,6 +165,30 @@ static lm_status set_transactional(rd_kafka_conf_t *conf, const struct config *c
     return set_one(conf, "transactional.id", *c->transaction_id ? c->transaction_id : id, err);
 }
 
+static int64_t milliseconds(const rd_kafka_conf_t *conf, const char *key)
+{
+    char text[32];
+    size_t n = sizeof text;
+    return rd_kafka_conf_get(conf, key, text, &n) == RD_KAFKA_CONF_OK ? strtoll(text, NULL, 10) : 0;
+}
+
+/* librdkafka refuses a linger.ms that is not below the time which a record or a transaction has: if
+ * that was set to less than our default, ours gives way. */
+static lm_status lower_linger(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
+{
+    char text[32];
+    int64_t record = milliseconds(conf, "message.timeout.ms");
+    int64_t most = milliseconds(conf, "transaction.timeout.ms");
+    if (record > 0)
+        most = LM_MIN(most, record);
+    if (milliseconds(conf, "linger.ms") < most ||
+        config_kafka(c, CONFIG_PRODUCER, "linger.ms") ||
+        config_kafka(c, CONFIG_PRODUCER, "queue.buffering.max.ms"))
+        return LM_OK;
+    snprintf(text, sizeof text, "%" PRId64, most / 2);
+    return set_one(conf, "linger.ms", text, err);
+}
+
 static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, const char *client_id,
                               struct lm_err *err)
 {
@@ -174,6 +201,8 @@ static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, con
         st = set_all(conf, exactly_once_defaults_2_10, LM_COUNT(exactly_once_defaults_2_10), err);
     if (!st)
         st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
+    if (!st && eos)
+        st = lower_linger(conf, c, err);
     if (!st)
         st = set_all(conf, producer_forced, LM_COUNT(producer_forced), err);
     return st || !eos ? st : set_transactional(conf, c, client_id, err);

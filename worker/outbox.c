@@ -270,7 +270,8 @@ static void serve_later(outbox *o)
 }
 
 /* A wake for each result would cost as much as the result, so while more are to come we let some
- * gather: a tenth of what the client library waits for more replies (linger.ms). */
+ * gather: for less than replies wait for company anyway, in the client library (linger.ms) or for
+ * their transaction. */
 static void let_gather(const outbox *o, int n)
 {
     const struct timespec pause = { 0, GATHER_US * 1000 };

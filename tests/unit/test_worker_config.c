@@ -178,6 +178,7 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "adapters.url=http://x/loras", "{adapter} is missing" },
     { "replies.encoding=avro", "needs registry.url" },
     { "in_flight.max_messages=10", "less than intake.max_messages" },
+    { "in_flight.max_messages=999", "in_flight.max_messages=999 is less than" },
     { "retry.backoff_max_ms=1", "less than retry.backoff_ms" },
     { "kafka.max.poll.interval.ms=6000", "more than half" },
     { "group.id=", "group.id may not be empty" },
@@ -253,6 +254,39 @@ static void test_librdkafka_settings(void **state)
     good("kafka.producer.compression.type=zstd");
     assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "largest");
     assert_string_equal(effective(CONFIG_PRODUCER, "compression.codec"), "zstd");
+}
+
+/* What the user sets makes no default of ours wrong. */
+static void test_defaults_give_way(void **state)
+{
+    static const struct { const char *set, *linger; } rows[] = {
+        { "kafka.producer.delivery.timeout.ms=9000", "1000" },
+        { "kafka.producer.delivery.timeout.ms=1000", "500" },
+        { "kafka.producer.message.timeout.ms=300", "150" },
+        { "kafka.producer.transaction.timeout.ms=1000", "500" },
+        { "kafka.producer.linger.ms=7", "7" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        rd_kafka_conf_t *conf;
+        rd_kafka_t *rk;
+        teardown(state);
+        setup(state);
+        minimal();
+        good("delivery.mode=exactly-once");
+        good(rows[i].set);
+        assert_string_equal(effective(CONFIG_PRODUCER, "linger.ms"), rows[i].linger);
+        assert_int_equal(kafka_conf_new(&cfg, CONFIG_PRODUCER, "me", &conf, &err), LM_OK);
+        if (kafka_open(RD_KAFKA_PRODUCER, conf, &rk, &err))
+            fail_msg("%s: %s", rows[i].set, err.msg);
+        rd_kafka_destroy(rk);
+    }
+    good("intake.max_messages=100000");
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
+    assert_int_equal(config_in_flight(&cfg), 100000);
+    good("intake.max_messages=10");
+    assert_int_equal(config_in_flight(&cfg), 8000);
+    good("in_flight.max_messages=20");
+    assert_int_equal(config_in_flight(&cfg), 20);
 }
 
 static void conf_refused(const char *assignment, const char *words, const char *never)
@@ -451,7 +485,8 @@ int main(void)
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
         TEST(test_checks), TEST(test_claim_checks), TEST(test_passthrough),
-        TEST(test_librdkafka_settings), TEST(test_librdkafka_refusals), TEST(test_secrets),
+        TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
+        TEST(test_librdkafka_refusals), TEST(test_secrets),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid),
     };
