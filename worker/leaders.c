@@ -17,28 +17,33 @@ static long long number(const json_t *o, const char *key)
     return (long long)json_number_value(json_object_get(o, key));
 }
 
-/* Notes it for the next time. True: it waited the last time too, and nothing has moved since. */
-static bool waits(const struct leaders *l, json_t *now, const char *topic, const json_t *p)
+/* Notes it for the next time. True: it has waited for so long, and nothing has moved meanwhile. */
+static bool waits(const struct leaders *l, json_t *now, long long at_us, const char *topic,
+                  const json_t *p)
 {
     char name[320];
     long long acked = number(p, "acked_msgid");
     if (number(p, "msgs") == acked)
         return false;
     snprintf(name, sizeof name, "%s [%lld]", topic, number(p, "partition"));
-    json_object_set_new(now, name, json_integer(acked));
     const json_t *before = json_object_get(l->last, name);
-    return before && json_integer_value(before) == acked;
+    bool same = before && number(before, "acked") == acked;
+    long long since_us = same ? number(before, "since_us") : at_us;
+    json_object_set_new(now, name, json_pack("{s:I, s:I}", "acked", (json_int_t)acked,
+                                             "since_us", (json_int_t)since_us));
+    return at_us - since_us >= LEADERS_STUCK_US;
 }
 
 size_t leaders_stuck(struct leaders *l, const json_t *stats, struct stuck *out, size_t most)
 {
     const char *topic, *id;
     json_t *t, *p, *now = json_object();
+    long long at_us = number(stats, "ts");
     size_t n = 0;
     if (number(stats, "msg_cnt") > 0)
         json_object_foreach(json_object_get(stats, "topics"), topic, t)
             json_object_foreach(json_object_get(t, "partitions"), id, p) {
-                if (number(p, "partition") < 0 || !waits(l, now, topic, p) || n == most)
+                if (number(p, "partition") < 0 || !waits(l, now, at_us, topic, p) || n == most)
                     continue;
                 out[n] = (struct stuck){ .partition = (int32_t)number(p, "partition"),
                                          .leader = (int32_t)number(p, "leader") };

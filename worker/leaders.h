@@ -8,7 +8,7 @@
  * topic missing, it sends to the old leader for ever, and is told each time that it leads no more.
  *
  *   statistics ----leaders_stuck()----> partitions with records that wait, of which none was
- *   (each 10 s)                         acknowledged since the statistics before
+ *   (each 10 s)                         acknowledged for ten seconds
  *   the brokers ---leaders_moved()----> is it another one that leads?
  *
  * Only a client that is both stuck and wrong is to be replaced: neither brokers that are away nor
@@ -27,9 +27,13 @@
 #include <jansson.h>
 #include <librdkafka/rdkafka.h>
 
-enum { LEADERS_STUCK_MOST = 16 };
+enum {
+    LEADERS_STUCK_MOST = 16,
+    LEADERS_STUCK_US = 9500000,         /* between two of the default interval, at the least */
+};
 
-struct leaders { json_t *last; };       /* what waited, and the last that was acknowledged of it */
+/* What waited, the last that was acknowledged of it, and since when. */
+struct leaders { json_t *last; };
 
 struct stuck {
     char topic[256];

@@ -404,9 +404,11 @@ static bool drain_old(producer *p, rd_kafka_t *old)
     }
     rd_kafka_purge(old, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     end = lm_now_us() + RENEW_PURGE_MS * 1000;
-    while (rd_kafka_outq_len(old) > 0 && lm_now_us() < end)
+    bool whole;                 /* once is enough: what comes then are errors and statistics */
+    do
         rd_kafka_poll(old, 10);
-    return rd_kafka_outq_len(old) == 0;
+    while (!(whole = rd_kafka_outq_len(old) == 0) && lm_now_us() < end);
+    return whole;
 }
 
 /* Other threads send with the new client from here on. What the old one had not delivered is sent
@@ -439,11 +441,16 @@ static void renew(producer *p)
     }
 }
 
+/* However often statistics come, the brokers are asked, or the client replaced, once in 10 s. */
 static void look_at_leaders(producer *p)
 {
     size_t n = p->n_stuck, i;
+    int64_t now = lm_now_us();
     p->n_stuck = 0;
-    if (!n || (i = leaders_moved(p->rk, p->stuck, n)) == n)
+    if (!n || (p->looked_us && now - p->looked_us < LEADERS_STUCK_US))
+        return;
+    p->looked_us = now;
+    if ((i = leaders_moved(p->rk, p->stuck, n)) == n)
         return;
     lm_log(LM_WARN, "producer", "%s [%d]: records wait for broker %d, which does not lead it any "
            "more; a new producer asks anew", p->stuck[i].topic, (int)p->stuck[i].partition,

@@ -29,6 +29,7 @@ struct producer {
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
     size_t n_stuck;
+    int64_t looked_us;          /* at what the brokers say of them */
     bool renewing;              /* the client before `rk` is being let go */
     struct job_list taken_back; /* ... what it had not delivered */
     atomic_bool end;

@@ -16,15 +16,19 @@
 
 #include "worker/leaders.h"
 
+static long long clock_us;      /* when statistics are made */
+
 /* One topic of two partitions: how many were queued, and acknowledged, on each. */
 static json_t *stats(int waiting, int msgs0, int acked0, int msgs1, int acked1)
 {
     char text[600];
-    snprintf(text, sizeof text, "{\"msg_cnt\": %d, \"topics\": {\"side\": {\"partitions\": {"
+    snprintf(text, sizeof text, "{\"ts\": %lld, \"msg_cnt\": %d, "
+             "\"topics\": {\"side\": {\"partitions\": {"
              "\"0\": {\"partition\": 0, \"leader\": 1, \"msgs\": %d, \"acked_msgid\": %d},"
              "\"1\": {\"partition\": 1, \"leader\": 2, \"msgs\": %d, \"acked_msgid\": %d},"
              "\"-1\": {\"partition\": -1, \"leader\": -1, \"msgs\": 5, \"acked_msgid\": 0}}}}}",
-             waiting, msgs0, acked0, msgs1, acked1);
+             clock_us, waiting, msgs0, acked0, msgs1, acked1);
+    clock_us += 10000000;
     return json_loads(text, 0, NULL);
 }
 
@@ -50,6 +54,20 @@ static void stuck_is_what_has_not_moved_since(void **state)
     assert_int_equal(look(&l, stats(9, 15, 10, 9, 5), s, 2), 2);
     assert_int_equal(look(&l, stats(9, 15, 10, 9, 5), s, 1), 1);        /* no room for more */
     assert_int_equal(look(&l, stats(4, 15, 11, 9, 9), s, 2), 0);
+    leaders_release(&l);
+}
+
+/* However often statistics come, none acknowledged for less than ten seconds is no wonder. */
+static void stuck_takes_its_time(void **state)
+{
+    (void)state;
+    struct leaders l = { 0 };
+    struct stuck s[2];
+    for (int round = 0; round < 2; round++)
+        for (int i = 0; i < 11; i++) {
+            assert_int_equal(look(&l, stats(3, 10, 7 + round, 5, 5), s, 2), i == 10);
+            clock_us -= 9000000;
+        }
     leaders_release(&l);
 }
 
@@ -108,6 +126,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(stuck_is_what_has_not_moved_since), cmocka_unit_test(nothing_waits),
+        cmocka_unit_test(stuck_takes_its_time),
         cmocka_unit_test(other_texts), cmocka_unit_test(another_leads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
