@@ -301,7 +301,7 @@ static bool poll_once(consumer *c, int timeout_ms, bool first)
     rd_kafka_message_t *m = rd_kafka_consumer_poll(c->rk, timeout_ms);
     if (!m)
         return false;
-    if (first) {
+    if (first || !c->now_us) {
         c->now_us = lm_now_us();
         c->wall_ms = lm_wall_ms();
     }

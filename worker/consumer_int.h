@@ -93,7 +93,7 @@ struct consumer {
     bool committing;
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
-    int64_t now_us, wall_ms;    /* when the records at hand were read */
+    int64_t now_us, wall_ms;    /* when the records at hand were read; 0: to be stamped */
     struct kafka_said said;
 };
 

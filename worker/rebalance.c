@@ -22,7 +22,13 @@
 
 /* An open transaction of a worker that died ends within 20 s: its timeout, and the broker looks
  * every 10 s. */
-enum { COMMITTED_FIRST_MS = 500, COMMITTED_MOST_MS = 10000, COMMITTED_BUDGET_MS = 60000 };
+enum {
+    COMMITTED_FIRST_MS = 500,
+    COMMITTED_MOST_MS = 10000,
+    COMMITTED_BUDGET_MS = 60000,
+    AWAIT_MS = 30000,           /* our own transaction */
+    POLL_INTERVAL_MS = 120000,  /* kafka_conf.c's max.poll.interval.ms */
+};
 
 /* ---- partitions --------------------------------------------------------------------------- */
 
@@ -177,21 +183,31 @@ static rd_kafka_resp_err_t ask_committed(consumer *c, rd_kafka_topic_partition_l
 /* A partition that was lost and is ours again, while the transaction that holds its offsets is
  * under way: that may be committed yet, after the group has told us an offset from before it. The
  * group does not always refuse it: under KIP-848 we may be the member of the same epoch. */
-static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t *l, int64_t end)
+static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t *l, int64_t ms)
 {
+    int64_t end = lm_now_us() + ms * 1000;
     while (staging_holds(c, l) && lm_now_us() < end && !atomic_load(&c->w->stopping))
         work_on(c);
 }
 
-/* The group's offsets with their maps. False: the broker doesn't answer. */
+/* The client calls us within a poll, and the group throws out who takes too long for one. */
+static int64_t poll_interval_ms(const consumer *c)
+{
+    const char *set = config_kafka(c->w->cfg, CONFIG_CONSUMER, "max.poll.interval.ms");
+    return set ? strtoll(set, NULL, 10) : POLL_INTERVAL_MS;
+}
+
+/* The group's offsets with their maps. False: the broker doesn't answer. Both waits together take
+ * three quarters of the poll interval at most. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
-    int64_t end = lm_now_us() + (int64_t)COMMITTED_BUDGET_MS * 1000;
-    await_transaction(c, l, end);
-    for (int ms = COMMITTED_FIRST_MS; e && lm_now_us() < end && !atomic_load(&c->w->stopping);
-         ms = LM_MIN(ms * 2, COMMITTED_MOST_MS)) {
-        if ((e = ask_committed(c, l, ms)))
+    int64_t interval = poll_interval_ms(c), left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
+    await_transaction(c, l, LM_MIN(AWAIT_MS, interval / 4));
+    int64_t end = lm_now_us() + left * 1000;
+    for (int64_t ms = COMMITTED_FIRST_MS; e && left > 0 && !atomic_load(&c->w->stopping);
+         ms = LM_MIN(ms * 2, COMMITTED_MOST_MS), left = (end - lm_now_us()) / 1000) {
+        if ((e = ask_committed(c, l, (int)LM_MIN(ms, left))))
             lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
     }
     for (int i = 0; i < l->cnt; i++)
@@ -362,6 +378,7 @@ void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partitio
 {
     consumer *c = opaque;
     bool cooperative = !strcmp(rd_kafka_rebalance_protocol(rk), "COOPERATIVE");
+    c->now_us = 0;              /* may take its time: the burst around it needs a new stamp */
     switch (e) {
     case RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
         on_assign(c, parts);

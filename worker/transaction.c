@@ -427,6 +427,8 @@ static bool refused(const struct outgoing *o)
 static bool forget_attempt(struct job *j)
 {
     bool own = refused(&j->out) || refused(j->notice);
+    if (j->parent && j->route.partition < 0)
+        j->out.partition = -1;          /* where it went is where nobody sees it */
     struct outgoing *both[] = { &j->out, j->notice };
     for (size_t i = 0; i < LM_COUNT(both); i++) {
         if (!both[i])

@@ -153,10 +153,17 @@ static void *end_transaction(void *arg)
 
 /* A partition is lost and comes back while the transaction with its offset is under way: what the
  * group says of it before the end is not what it will say. */
-static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool committed)
+static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool committed,
+                                                      bool in_time)
 {
     char none[] = "";
+    char key[] = "max.poll.interval.ms", most[] = "400";
+    struct config_pair pair = { key, most, CONFIG_BOTH };
     struct world *x = world_open();
+    if (!in_time) {
+        x->cfg.kafka = &pair;
+        x->cfg.n_kafka = 1;
+    }
     struct assigned *parts = lm_calloc(1, sizeof *parts);       /* the consumer's; it grows */
     *parts = x->part;
     lease_ref(parts->lease);
@@ -181,8 +188,8 @@ static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool 
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
     rd_kafka_topic_partition_list_add(l, "t", same_partition ? 0 : 1);
     rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
-    assert_int_equal(asked_before, same_partition ? 0 : 1);
-    assert_int_equal(asked_after, same_partition ? 1 : 0);
+    assert_int_equal(asked_before, same_partition && in_time ? 0 : 1);
+    assert_int_equal(asked_after, same_partition && in_time ? 1 : 0);
     while (!atomic_load(&transaction_over) || x->c.staging.open)
         staging_serve(&x->c);
     pthread_join(producer, NULL);
@@ -198,14 +205,21 @@ static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool 
 static void a_partition_that_comes_back_waits_for_its_transaction(void **state)
 {
     (void)state;
-    offsets_are_asked_for_after_a_transaction(true, true);
-    offsets_are_asked_for_after_a_transaction(true, false);
+    offsets_are_asked_for_after_a_transaction(true, true, true);
+    offsets_are_asked_for_after_a_transaction(true, false, true);
+}
+
+/* Of the poll interval the wait takes a quarter, and leaves time for the answer. */
+static void but_not_for_ever(void **state)
+{
+    (void)state;
+    offsets_are_asked_for_after_a_transaction(true, true, false);
 }
 
 static void another_partition_does_not(void **state)
 {
     (void)state;
-    offsets_are_asked_for_after_a_transaction(false, true);
+    offsets_are_asked_for_after_a_transaction(false, true, true);
 }
 
 /* What a transaction that found the consumer closed had staged is released by then. */
@@ -288,6 +302,7 @@ int main(void)
         cmocka_unit_test(a_key_does_not_wait_for_records), cmocka_unit_test(suspects_do_not_either),
         cmocka_unit_test(an_eager_revocation_commits_while_it_drains),
         cmocka_unit_test(a_partition_that_comes_back_waits_for_its_transaction),
+        cmocka_unit_test(but_not_for_ever),
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
