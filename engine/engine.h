@@ -303,7 +303,8 @@ struct engine_event {
  * a device failure: LM_DEVICE in *state, once all results were delivered; the process should
  * end. */
 int engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms, lm_status *state);
-void engine_wake(engine *e);    /* makes a waiting engine_poll() return */
+/* Makes a waiting engine_poll() return; where none waits, the next one doesn't. */
+void engine_wake(engine *e);
 
 /* ---- numbers --------------------------------------------------------------------------- */
 

@@ -45,7 +45,7 @@ struct mailbox {
     struct request *cancelled, *taken;  /* linked by `cancel_next` */
     struct event_node *out_head, **out_tail;
     bool stop, roused;
-    unsigned wakes;
+    unsigned wakes, seen;       /* mailbox_wake() calls: all, and those before a poll's end */
     uint64_t order;
     lm_status failed;
 };
@@ -309,9 +309,10 @@ int mailbox_poll(mailbox *m, struct engine_event *out, int max, int timeout_ms, 
     struct event_node *list = NULL, **end = &list;
     int n = 0;
     pthread_mutex_lock(&m->mu);
-    unsigned wakes = m->wakes;
+    unsigned wakes = m->seen;           /* a wake since the last poll counts too */
     while (!m->out_head && !late && wakes == m->wakes && !m->failed)
         wait_on(&m->events, &m->mu, timeout_ms, &until, &late);
+    m->seen = m->wakes;
     for (; n < max && m->out_head; n++, end = &(*end)->next)
         *end = take_event(m);
     *end = NULL;

@@ -181,7 +181,7 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     for (int i = 0; i < params->n; i++)
         seq_init(&r->seqs[i], r, i, lim);
     r->tok = tok;
-    return lim->max_model_len > 0 ? seq_open(&r->seqs[0]) : LM_OK;
+    return seq_open(&r->seqs[0]);
 }
 
 lm_status request_new(const struct engine_request *in, const struct engine_params *params,

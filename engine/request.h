@@ -134,7 +134,7 @@ struct request {
     struct tenant *spare_account;       /* ours, for the first of its name; NULL: nameless */
     uint64_t order;             /* arrival */
 
-    const tokenizer *tok;       /* NULL: no text (an echo, or a model of which only the shape is) */
+    const tokenizer *tok;       /* NULL: no text (a model of which only the shape is there) */
     struct seq *seqs;           /* [params.n] */
     int n_seqs, n_live;
 
@@ -150,7 +150,7 @@ struct request {
 
 /* What request_new() needs to know of the engine. */
 struct request_limits {
-    int max_model_len;          /* 0: an echo, nothing is computed */
+    int max_model_len;          /* at least the prompt's length */
     int block_tokens;
     int64_t now_us;             /* on the engine's clock */
 };

@@ -305,6 +305,13 @@ static void wake_ends_a_poll(void **state)
     assert_int_equal(engine_poll(e, &ev, 1, 60000, NULL), 0);
     assert_in_range(lm_now_us() - from, 0, 30000000);
     pthread_join(t, NULL);
+    engine_wake(e);             /* between two polls: kept for the next, and for no other */
+    from = lm_now_us();
+    assert_int_equal(engine_poll(e, &ev, 1, 60000, NULL), 0);
+    assert_in_range(lm_now_us() - from, 0, 30000000);
+    from = lm_now_us();
+    assert_int_equal(engine_poll(e, &ev, 1, 30, NULL), 0);
+    assert_in_range(lm_now_us() - from, 20000, 20000000);
     engine_close(e);
 }
 
