@@ -191,6 +191,7 @@ lm_status reply_route(const struct header *h, int n, const struct header_names *
     const struct header *partition = header_find(h, n, names->reply_partition);
     lm_status st;
     out->partition = -1;
+    out->follows = false;
     if (topic) {
         if ((st = read_topic(topic, out->topic, sizeof out->topic, err)))
             return st;

@@ -71,7 +71,7 @@ static lm_status read_role(const struct json_reader *r, yyjson_val *v, const cha
     if (!v)
         return json_refuse(r, LM_INVALID, "role", "is missing");
     for (size_t i = 0; yyjson_is_str(v) && i < LM_COUNT(roles); i++) {
-        if (strcmp(yyjson_get_str(v), roles[i]) == 0) {
+        if (yyjson_equals_str(v, roles[i])) {
             *out = roles[i];
             return LM_OK;
         }

@@ -102,6 +102,13 @@ static lm_status read_model(const struct json_reader *r, const json_t *body,
     return LM_OK;
 }
 
+/* Its length counts: "text" with U+0000 and more behind it is another type. */
+static bool is_text_type(const json_t *of)
+{
+    const json_t *type = json_object_get(of, "type");
+    return json_string_length(type) == 4 && !memcmp(json_string_value(type), "text", 4);
+}
+
 /* Content given as parts becomes a string; parts other than text are refused. */
 static lm_status flatten_content(const struct json_reader *r, json_t *message)
 {
@@ -110,8 +117,7 @@ static lm_status flatten_content(const struct json_reader *r, json_t *message)
         return LM_OK;
     size_t i, total = 0;
     json_array_foreach(parts, i, part) {
-        const char *type = json_string_value(json_object_get(part, "type"));
-        if (!type || strcmp(type, "text") || !json_is_string(json_object_get(part, "text")))
+        if (!is_text_type(part) || !json_is_string(json_object_get(part, "text")))
             return json_refuse(r, LM_UNSUPPORTED, "messages[].content", "has a part that is not "
                                "{\"type\": \"text\", \"text\": ...}; only text is served");
         total += json_string_length(json_object_get(part, "text"));
@@ -166,11 +172,7 @@ static bool is_neutral(const char *key, const json_t *v, const json_t *body)
         const json_t *n = json_object_get(body, "n");
         return json_is_integer(v) && json_integer_value(v) == (n ? json_integer_value(n) : 1);
     }
-    if (!strcmp(key, "response_format")) {
-        const char *type = json_string_value(json_object_get(v, "type"));
-        return type && !strcmp(type, "text");
-    }
-    return false;
+    return !strcmp(key, "response_format") && is_text_type(v);
 }
 
 /* Removes from a copy of the body what is not a sampling parameter. */

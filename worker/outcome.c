@@ -48,8 +48,10 @@ static const char *refused_id(const struct job *j, json_t **root)
         return j->prompt->id;
     if (j->record.value && json_parse_object(j->record.value, j->record.value_len, root, NULL))
         *root = NULL;
-    const char *id = json_string_value(json_object_get(*root, "id"));
-    return id ? id : "";
+    const json_t *id = json_object_get(*root, "id");
+    if (!json_is_string(id) || memchr(json_string_value(id), 0, json_string_length(id)))
+        return "";              /* cut at U+0000 it could be another's */
+    return json_string_value(id);
 }
 
 static lm_status encode_notice(struct worker *w, const struct job *j, const struct prompt *p,
@@ -84,7 +86,7 @@ static lm_status notice_route(struct worker *w, const struct job *j, struct repl
 /* Best effort by design: the dead letter is the outcome. */
 static void add_notice(struct worker *w, struct job *j, const struct lm_err *why)
 {
-    struct reply_route to;
+    struct reply_route to = { .partition = -1 };
     json_t *root;
     if (!w->cfg->errors_reply || !has_requester(w, j) || notice_route(w, j, &to))
         return;

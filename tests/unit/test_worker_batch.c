@@ -141,6 +141,8 @@ static const struct bad_line {
     { COMPLETION(BODY(",\"logit_bias\":{\"5\":1}")), "body.logit_bias", LM_UNSUPPORTED },
     { COMPLETION(BODY(",\"response_format\":{\"type\":\"json_object\"}")),
       "body.response_format", LM_UNSUPPORTED },
+    { COMPLETION(BODY(",\"response_format\":{\"type\":\"text\\u0000x\"}")),
+      "body.response_format", LM_UNSUPPORTED },
     { CHAT("{\"model\":\"base\"}"), "body.messages", LM_INVALID },
     { CHAT("{\"model\":\"base\",\"messages\":[]}"), "body.messages", LM_INVALID },
     { CHAT("{\"model\":\"base\",\"messages\":[{\"role\":\"user\",\"content\":"

@@ -98,6 +98,8 @@ static const struct refusal refusals[] = {
       "messages[0].role is missing" },
     { "{\"id\": \"1\", \"messages\": [{\"role\": \"tool\", \"content\": \"x\"}]}", LM_INVALID,
       "messages[0].role must be system, user or assistant, not \"tool\"" },
+    { "{\"id\": \"1\", \"messages\": [{\"role\": \"system\\u0000x\", \"content\": \"x\"}]}",
+      LM_INVALID, "messages[0].role must be system, user or assistant, not \"system" },
     { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\"}]}", LM_INVALID,
       "messages[0].content is missing" },
     { "{\"id\": \"1\", \"messages\": [{\"role\": \"user\", \"content\": [{}]}]}", LM_UNSUPPORTED,
