@@ -9,7 +9,8 @@
  * Encoding: each field takes its member; an absent or null member needs a union with null; of a
  * union the first branch that fits the member's type is taken.
  *
- * Threads: any; Avro C, which decodes, runs under avro_lock(). Encoding takes no lock.
+ * Threads: any; decoding, where Avro C reads the values, runs under avro_lock(). Encoding takes no
+ * lock.
  */
 #ifndef LORAMILL_WORKER_AVRO_CODEC_H
 #define LORAMILL_WORKER_AVRO_CODEC_H
@@ -18,9 +19,10 @@
 #include "worker/json_tree.h"
 
 /* Walks the datum without allocating: every length and count lies within the bytes that are left,
- * at most 524,288 values in all and 256 entries a map, every index in range, nothing behind the
- * end. What passes is decoded by Avro C without failing and in bounded memory. Errors: LM_FORMAT
- * or LM_TOO_LARGE with the path ("params.stop[]"). */
+ * at most 524,288 values in all, 256 entries a map and 1,024 bytes a map key, every index in range,
+ * nothing behind the end. What passes is decoded in bounded time and memory; only a value that has
+ * no place in JSON (bytes, text that is not UTF-8, a number that is not finite) is refused then.
+ * Errors: LM_FORMAT or LM_TOO_LARGE with the path ("params.stop[]"). */
 lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err);
 
 /* Scans, then decodes. Its memory is the scratch's, where there is room: yyjson_doc_free() it

@@ -11,7 +11,8 @@
  * types of at most 1,024 bytes; names of Avro's form, no field or symbol twice.
  *
  * Threads: a plan is immutable, but for what decodes with it. Avro C is not used outside
- * avro_lock(), because its error text is one static buffer for the whole process.
+ * avro_lock(), because its error text is one static buffer for the whole process, and so is its
+ * allocator, which is another one while a datum is decoded.
  */
 #ifndef LORAMILL_WORKER_AVRO_PLAN_H
 #define LORAMILL_WORKER_AVRO_PLAN_H

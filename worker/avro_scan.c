@@ -16,8 +16,9 @@
 
 /* Each value costs some 40 bytes, null items and fields included, so values are counted and not
  * only items. A map is small because avro_consume.c looks for each key among those before it: 256
- * cost some 0.2 ms. Ours have 64 entries (metadata) or 21 (the logprobs of one token). */
-enum { MAX_VALUES = 512 * 1024, MAX_MAP_ENTRIES = 256 };
+ * cost some 0.2 ms, for their keys are short: keys of the same length are compared byte by byte.
+ * Ours have 64 entries (metadata, keys of at most 256 bytes) or 21 (the logprobs of one token). */
+enum { MAX_VALUES = 512 * 1024, MAX_MAP_ENTRIES = 256, MAX_MAP_KEY = 1024 };
 
 struct scan {
     const unsigned char *at, *end;
@@ -93,7 +94,7 @@ static lm_status scan_index(struct scan *s, int n, const char *what)
     return st;
 }
 
-/* Avro C keeps map keys as C strings, so a NUL in one would make two keys equal. */
+/* Keys are compared as C strings from here on, so a NUL in one would make two keys equal. */
 static lm_status scan_key(struct scan *s)
 {
     const unsigned char *before = s->at;
@@ -105,6 +106,9 @@ static lm_status scan_key(struct scan *s)
     while (*before & 0x80)
         before++;
     before++;
+    if (s->at - before > MAX_MAP_KEY)
+        return refuse(s, LM_TOO_LARGE, "a map key of %td bytes, more than %d", s->at - before,
+                      MAX_MAP_KEY);
     if (memchr(before, 0, (size_t)(s->at - before)))
         return refuse(s, LM_FORMAT, "a map key contains U+0000");
     return LM_OK;

@@ -478,6 +478,18 @@ static void counts_are_capped(void **state)
     struct lm_err err = { 0 };
     assert_int_equal(avro_decode(p, data, 5000 * 2 + 3, &tree, &err), LM_TOO_LARGE);
     assert_non_null(strstr(err.msg, "a map of more than 256 entries"));
+
+    /* One entry: a key of 1,024 bytes is read, one of a byte more is not. */
+    memset(data, 'k', 2000);
+    memcpy(data, "\x02\x80\x10", 3);
+    memcpy(data + 3 + 1024, "\1\0", 2);
+    assert_int_equal(avro_decode(p, data, 3 + 1024 + 2, &tree, &err), LM_OK);
+    json_decref(tree);
+    memset(data + 3, 'k', 1025);
+    memcpy(data, "\x02\x82\x10", 3);
+    memcpy(data + 3 + 1025, "\1\0", 2);
+    assert_int_equal(avro_decode(p, data, 3 + 1025 + 2, &tree, &err), LM_TOO_LARGE);
+    assert_non_null(strstr(err.msg, "f[]: a map key of 1025 bytes, more than 1024"));
     free(data);
     avro_plan_free(p);
 }
