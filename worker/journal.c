@@ -25,7 +25,9 @@
 enum { SLOTS = 1 << 15, REFRESH_US = 1000000, FORGET_S = 86400, DEAD_MAX = 1 << 16,
        KEY_BYTES = 240 };
 
-#define MAGIC 0x314a4d4c4c4dULL         /* a format of this machine's: never moved to another */
+/* A format of this machine's: never moved to another. With another formula for keys it changes too:
+ * what a worker of another format left behind is removed unread. */
+#define MAGIC 0x324a4d4c4c4dULL
 
 struct file {
     uint64_t magic;

@@ -34,8 +34,8 @@
  *
  * Decoding is journaled too: one prompt at a time is decoded, so it is always alone.
  *
- * A prompt's key is a hash of group, topic, partition, offset, timestamp and value: a topic that
- * was made again has other keys.
+ * A prompt's key is a hash of group, topic, partition, offset, timestamp, and of the value's length
+ * and first 240 bytes: a topic that was made again has other keys.
  *
  * Threads: any.
  */

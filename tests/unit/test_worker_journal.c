@@ -4,6 +4,7 @@
  * after make of it. Each death is a real one, of a forked process.
  */
 #include <dirent.h>
+#include <glob.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -194,6 +195,26 @@ static void test_foreign_files(void **state)
     expect(1, JOURNAL_FINE, 0);
 }
 
+/* Its keys may be made by another formula. */
+static void test_another_format_is_left_out(void **state)
+{
+    (void)state;
+    char pattern[512];
+    glob_t found;
+    journal *j = open_one();
+    journal_enter(j, 4, true);
+    journal_abandon(j, JOURNAL_DEVICE);
+    snprintf(pattern, sizeof pattern, "%s/*.journal", dir);
+    assert_int_equal(glob(pattern, 0, NULL, &found), 0);
+    FILE *f = fopen(found.gl_pathv[0], "r+");
+    assert_non_null(f);
+    fputs("MLLMJ1", f);
+    fclose(f);
+    expect(4, JOURNAL_FINE, 0);
+    assert_int_equal(access(found.gl_pathv[0], F_OK), -1);
+    globfree(&found);
+}
+
 static void test_keys(void **state)
 {
     (void)state;
@@ -212,6 +233,18 @@ static void test_keys(void **state)
     a.record.value = "v";
     l.partition = 2;
     assert_int_not_equal(key, journal_key(j, &a));
+    char text[300];
+    memset(text, 'a', sizeof text);
+    a.record.value = text;
+    a.record.value_len = 299;
+    key = journal_key(j, &a);
+    text[240] = 'b';            /* what lies behind the first 240 bytes isn't read */
+    assert_true(key == journal_key(j, &a));
+    text[239] = 'b';
+    assert_int_not_equal(key, journal_key(j, &a));
+    text[239] = 'a';
+    a.record.value_len = 300;   /* but counted */
+    assert_int_not_equal(key, journal_key(j, &a));
     a.record.value = NULL;
     a.record.value_len = 0;
     assert_int_not_equal(journal_key(j, &a), 0);
@@ -227,6 +260,7 @@ int main(void)
         T(test_proof_needs_a_lonely_death), T(test_one_sigkill_proves_nothing),
         T(test_a_hang_is_proof), T(test_decoding_is_alone), T(test_neighbours_learn),
         T(test_a_failed_device_is_a_death), T(test_foreign_files), T(test_keys),
+        T(test_another_format_is_left_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
