@@ -20,7 +20,7 @@ struct header_list {
     struct header *items;       /* names and values owned */
     int n, cap;
     bool failed;                /* an add ran out of memory; test once, at the end */
-    struct header_block *first; /* a reply's headers lie here, all of them */
+    struct header_block *first; /* where the first lie, in one piece: mostly all of them */
 };
 void header_list_release(struct header_list *l);
 void header_add(struct header_list *l, const char *name, const void *value, size_t len);

@@ -528,7 +528,7 @@ static void print_value(struct bytes *b, yyjson_mut_val *v)
     }
 }
 
-char *json_print_value(yyjson_mut_val *root, size_t *len)
+static char *print_to_text(yyjson_mut_val *root, size_t *len)
 {
     struct bytes b;
     bytes_init(&b);
@@ -543,7 +543,7 @@ char *json_print(const json_t *root, size_t *len)
     json_scratch_init(&scratch);
     yyjson_mut_doc *d = yyjson_mut_doc_new(&scratch.alc);
     yyjson_mut_val *v = d ? json_to_value(d, root) : NULL;
-    char *text = v ? json_print_value(v, len) : NULL;
+    char *text = v ? print_to_text(v, len) : NULL;
     yyjson_mut_doc_free(d);
     return text;
 }

@@ -43,7 +43,6 @@ yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j);
 /* Without white space; *len without the NUL. Numbers have the fewest digits that read back as the
  * same float, where they are one, or double. NULL: no memory. The caller frees. */
 char *json_print(const json_t *root, size_t *len);
-char *json_print_value(yyjson_mut_val *root, size_t *len);
 
 bool json_is_utf8(const char *s, size_t n);
 

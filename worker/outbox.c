@@ -81,6 +81,10 @@ static void send_back(outbox *o, struct job *j)
     atomic_store(&j->handle, 0);
     if (j->stream)
         stream_restart(j->stream);
+    if (j->route.follows) {     /* the parts to come have a first of their own */
+        j->route.partition = -1;
+        j->route.follows = false;
+    }
     job_set_stage(j, JOB_READY);
     atomic_fetch_add(&o->w->metrics.backlog, 1);
     job_queue_push(&o->w->to_intake, j);
@@ -210,8 +214,9 @@ static void part_reported(outbox *o, struct job *part)
         s->broken = true;
         s->seq--;
     }
-    if (s->listed && j->route.partition < 0) {  /* without a key the rest follows the first */
-        j->route.partition = part->out.error ? -1 : part->out.partition;
+    /* Without a key the rest follows the first; should its partition be gone, a later one. */
+    if (s->listed && !part->out.error && (j->route.partition < 0 || j->route.follows)) {
+        j->route.partition = part->out.partition;
         j->route.follows = j->route.partition >= 0;
     }
     if (s->listed) {
