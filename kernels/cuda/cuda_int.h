@@ -216,10 +216,12 @@ lm_status cuda_gemm_mixed(struct cuda_stream *st, const struct kn_gemm *a);
 /* Rows of W in E4M3 as bf16. */
 lm_status cuda_widen_rows(struct cuda_stream *st, const struct cuda_mat *w, int row0, int rows,
                           void *out);
-/* out [m, ldo] = x / scales [m], of a->w's dtype (ldo even). */
+/* out [m, ldo] = x / scales [m], of a->w's dtype (ldo even). `split` (E4M3): in two parts, [2 m] of
+ * each, that add up to x. */
 lm_status cuda_convert_x(struct cuda_stream *st, const struct kn_gemm *a, void *out, int64_t ldo,
-                         float *scales);
-/* y = product [m, n] * scale [m] (+ bias) (+ y if accumulate), rounded once. */
+                         float *scales, bool split);
+/* y = product [m, n] * scale [m] (+ bias) (+ y if accumulate), rounded once. scale NULL: product is
+ * [2 m, n], of x in two parts, which are added. */
 lm_status cuda_unscale(struct cuda_stream *st, const struct kn_gemm *a, const float *product,
                        const float *scale);
 /* gemm_few.cu: y (float32) = bias, or += bias when accumulating, in every row. */

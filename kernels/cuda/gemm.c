@@ -23,10 +23,14 @@
  *
  * cuBLASLt multiplies equal types. Beside W in float16, x becomes float16 in the scratch, by rows
  * with a scale (gemm_mixed.cu), and the product float32 there, which a last pass scales and rounds:
- * 4 bytes a number of x and 8 a number of y are moved beyond what bf16 moves. W in E4M3 is widened
- * to bf16; or, if the caller lets x be rounded, x becomes E4M3 and cuBLASLt applies both scales
- * (outer vectors, a feature of sm_90; elsewhere the heuristics know no algorithm, W is widened and
- * the stream remembers).
+ * 4 bytes a number of x and 8 a number of y are moved beyond what bf16 moves.
+ *
+ * Beside W in E4M3, if the caller lets x be rounded, x becomes E4M3 and cuBLASLt applies both
+ * scales (outer vectors, a feature of sm_90). If not, x of up to SPLIT_MAX rows becomes two numbers
+ * of E4M3 each, the second what the first leaves: twice the rows in one product, which reads W once
+ * and multiplies at twice bf16's rate, and whose halves are added in float32. With more rows that
+ * costs more than widening W to bf16 does, in slices of its rows. Where the heuristics know no
+ * algorithm in E4M3, W is widened, and the stream remembers.
  */
 #include "kernels/cuda/cuda_int.h"
 
@@ -35,6 +39,7 @@
 #include <string.h>
 
 #define E4M3_MIN 32             /* rows of x beyond which it may become E4M3 */
+#define SPLIT_MAX 256           /* rows of x up to which it may come in two parts */
 #define PLANS 1024              /* a power of two; a full table is emptied and filled anew */
 
 struct plan {
@@ -262,30 +267,52 @@ static lm_status multiply(struct cuda_stream *st, const struct job *j, bool onto
                                              : cuda_failed(st->dev, "gemm", cudaErrorUnknown);
 }
 
+static bool e4m3_multiplies(const struct cuda_stream *st, const struct kn_gemm *a)
+{
+    return a->w->dtype == KN_E4M3 && a->m > E4M3_MIN && st->dev->cc >= 89 &&
+           !st->plans->no_e4m3 && a->w->rows % 16 == 0;
+}
+
+/* Whether this product would go to cuBLASLt in E4M3, x rounded. */
+static bool e4m3_fits(const struct cuda_stream *st, const struct kn_gemm *a)
+{
+    return a->x_e4m3 && e4m3_multiplies(st, a) && !(a->y_f32 && (a->bias || a->accumulate));
+}
+
+/* The same of x in two parts, which is exact. */
+static bool split_fits(const struct cuda_stream *st, const struct kn_gemm *a)
+{
+    return !a->x_e4m3 && a->m <= SPLIT_MAX && e4m3_multiplies(st, a);
+}
+
 /* What lies in the scratch, behind its counters, for a slice of m rows. */
 struct room {
     int m;
     float *scales, *product;
     void *x;
     int64_t ldx;
+    bool split;
 };
 
 /* For as many rows of `a` as fit: x converted to W's dtype (unless it is that already), and the
- * product in float32 if it is wanted. m 0: not even one fits. */
-static struct room room_for(struct cuda_stream *st, const struct kn_gemm *a, bool product)
+ * product in float32 if it is wanted; twice, if x comes in two parts. m 0: not even one fits. */
+static struct room room_for(struct cuda_stream *st, const struct kn_gemm *a, bool product,
+                            bool split)
 {
     const size_t gap = 256, avail = CUDA_SCRATCH_BYTES - CUDA_COUNTER_BYTES - 3 * gap;
     const enum kn_dtype t = a->w->dtype;
-    struct room r = { .ldx = t == KN_BF16 ? 0 : LM_DIV_UP(a->w->cols, 16) * 16 };
-    const size_t x_row = (size_t)r.ldx * kn_dtype_size(t);
-    const size_t y_row = product ? (size_t)a->w->rows * sizeof(float) : 0;
-    const size_t row = x_row + y_row + sizeof(float);
+    struct room r = { .ldx = t == KN_BF16 ? 0 : LM_DIV_UP(a->w->cols, 16) * 16,
+                      .split = split };
+    const size_t parts = split ? 2 : 1, scales = parts * sizeof(float);
+    const size_t x_row = parts * (size_t)r.ldx * kn_dtype_size(t);
+    const size_t y_row = product ? parts * (size_t)a->w->rows * sizeof(float) : 0;
+    const size_t row = x_row + y_row + scales;
     r.m = (int)LM_MIN(avail / row, (size_t)a->m);
     if (r.m < a->m && r.m > 128)
         r.m = r.m / 128 * 128;  /* whole tiles */
     char *at = (char *)st->scratch + CUDA_COUNTER_BYTES;
     r.scales = (float *)(void *)at;
-    at += LM_DIV_UP((size_t)r.m * sizeof(float), gap) * gap;
+    at += LM_DIV_UP((size_t)r.m * scales, gap) * gap;
     r.x = at;
     at += LM_DIV_UP((size_t)r.m * x_row, gap) * gap;
     r.product = (float *)(void *)at;
@@ -306,7 +333,9 @@ static struct kn_gemm rows_of(const struct kn_gemm *a, int m0, int m)
 static lm_status convert(struct cuda_stream *st, const struct kn_gemm *a, const struct room *r,
                          bool product, struct job *out)
 {
-    *out = (struct job){ *a, a->w->dtype == KN_E4M3 ? r->scales : NULL, r->m };
+    const int parts = r->split ? 2 : 1;
+    *out = (struct job){ *a, a->w->dtype == KN_E4M3 ? r->scales : NULL, r->m * parts };
+    out->a.m = a->m * parts;
     if (product) {
         out->a.y = r->product;
         out->a.y_f32 = true;
@@ -316,13 +345,13 @@ static lm_status convert(struct cuda_stream *st, const struct kn_gemm *a, const 
         return LM_OK;
     out->a.x = r->x;
     out->a.ldx = r->ldx;
-    return cuda_convert_x(st, a, r->x, r->ldx, r->scales);
+    return cuda_convert_x(st, a, r->x, r->ldx, r->scales, r->split);
 }
 
 /* In slices of rows that fit the scratch; y is written by what comes after the product. */
 static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    const struct room r = room_for(st, a, true);
+    const struct room r = room_for(st, a, true, split_fits(st, a));
     lm_status rc = r.m > 0 ? LM_OK : LM_UNSUPPORTED;
     for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += r.m) {
         const struct kn_gemm part = rows_of(a, m0, LM_MIN(r.m, a->m - m0));
@@ -331,8 +360,9 @@ static lm_status multiply_then_add(struct cuda_stream *st, const struct kn_gemm 
         if (rc == LM_OK)
             rc = multiply(st, &j, false);
         if (rc == LM_OK)
-            rc = a->w->dtype == KN_F16 ? cuda_unscale(st, &part, r.product, r.scales)
-                                       : cuda_add_product(st, &part, r.product);
+            rc = a->w->dtype == KN_F16 || r.split
+                     ? cuda_unscale(st, &part, r.product, r.split ? NULL : r.scales)
+                     : cuda_add_product(st, &part, r.product);
     }
     return rc;
 }
@@ -350,11 +380,19 @@ static lm_status product(struct cuda_stream *st, const struct kn_gemm *a)
     return multiply_then_add(st, a);
 }
 
+/* Rows of W in a slice, as even as whole tiles allow; 0: not even a tile fits. */
+static int slice_rows(const struct kn_gemm *a)
+{
+    const int fit = (int)(CUDA_WIDE_BYTES / 2 / (size_t)a->w->cols) / 128 * 128;
+    const int slices = fit > 0 ? LM_DIV_UP(a->w->rows, fit) : 0;
+    return slices ? LM_DIV_UP(LM_DIV_UP(a->w->rows, slices), 128) * 128 : 0;
+}
+
 /* W in E4M3 as bf16, in slices of its rows. */
 static lm_status product_widened(struct cuda_stream *st, const struct kn_gemm *a)
 {
     const struct cuda_mat *w = cuda_mat_of(a->w);
-    const int fit = (int)(CUDA_WIDE_BYTES / 2 / (size_t)a->w->cols) / 128 * 128;
+    const int fit = slice_rows(a);
     if (!st->wide)
         return cuda_refuse("gemm", "the stream was made before the device had weights in FP8");
     lm_status rc = fit > 0 ? LM_OK : LM_UNSUPPORTED;
@@ -378,7 +416,7 @@ static lm_status product_e4m3(struct cuda_stream *st, const struct kn_gemm *a)
 {
     if (a->bias || a->accumulate)
         return a->y_f32 ? LM_UNSUPPORTED : multiply_then_add(st, a);
-    const struct room r = room_for(st, a, false);
+    const struct room r = room_for(st, a, false, false);
     lm_status rc = r.m > 0 ? LM_OK : LM_UNSUPPORTED;
     for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += r.m) {
         const struct kn_gemm part = rows_of(a, m0, LM_MIN(r.m, a->m - m0));
@@ -390,18 +428,12 @@ static lm_status product_e4m3(struct cuda_stream *st, const struct kn_gemm *a)
     return rc;
 }
 
-/* Whether this product would go to cuBLASLt in E4M3. */
-static bool e4m3_fits(struct cuda_stream *st, const struct kn_gemm *a)
-{
-    return a->x_e4m3 && a->w->dtype == KN_E4M3 && a->m > E4M3_MIN && st->dev->cc >= 89 &&
-           !st->plans->no_e4m3 && a->w->rows % 16 == 0 && !(a->y_f32 && (a->bias || a->accumulate));
-}
-
 /* W in float16 or E4M3. */
 static lm_status product_mixed(struct cuda_stream *st, const struct kn_gemm *a)
 {
-    if (e4m3_fits(st, a)) {
-        lm_status rc = product_e4m3(st, a);
+    const bool split = split_fits(st, a);
+    if (split || e4m3_fits(st, a)) {
+        lm_status rc = split ? multiply_then_add(st, a) : product_e4m3(st, a);
         if (rc != LM_UNSUPPORTED)
             return rc;
         lm_log(LM_WARN, "kernels", "gemm: cuBLASLt has no product in FP8 for m=%d n=%d k=%d; "
@@ -490,23 +522,55 @@ static void tune_bucket(struct tuning *t)
     }
 }
 
+/* Of W in E4M3 as bf16: the slices' heights are two at most. */
+static lm_status tune_widened(struct tuning *t, const struct kn_gemm *a)
+{
+    const int fit = slice_rows(a), left = fit && a->w->rows > fit ? a->w->rows % fit : 0;
+    struct cuda_mat part = { .base = *a->w, .dev = t->st->dev, .data = t->st->wide };
+    const kn_mat *const one = &part.base, *const *w = t->w;
+    const int heights[] = { LM_MIN(fit, a->w->rows), left }, n_w = t->n_w;
+    if (!fit || !t->st->wide)
+        return LM_OK;           /* the product itself will say so */
+    lm_status rc = cuda_widen_rows(t->st, cuda_mat_of(a->w), 0, heights[0], part.data);
+    part.base.dtype = KN_BF16;
+    t->w = &one;
+    t->n_w = 1;
+    for (int i = 0; i < 2 && heights[i] && rc == LM_OK; i++) {
+        part.base.rows = heights[i];
+        t->j = (struct job){ *a, NULL, a->m };
+        t->j.a.w = one;
+        tune_bucket(t);
+    }
+    t->w = w;
+    t->n_w = n_w;
+    return rc;
+}
+
+/* Whether cuBLASLt has no part in this product. */
+static bool is_ours(struct cuda_stream *st, const struct kn_gemm *a)
+{
+    return a->w->dtype == KN_BF16 ? cuda_gemm_few_fits(st, a)
+                                  : !e4m3_fits(st, a) && cuda_gemm_mixed_fits(a);
+}
+
 /* Of `a` with m rows, if cuBLASLt does that, on operands as the operation would make them. */
 static lm_status tune_rows(struct tuning *t, const struct kn_gemm *a, int m)
 {
     struct kn_gemm g = *a;
     g.m = m;
     g.w = t->w[0];
-    const bool f16 = g.w->dtype == KN_F16;
-    if (g.w->dtype == KN_BF16 ? cuda_gemm_few_fits(t->st, &g)
-                              : f16 ? cuda_gemm_mixed_fits(&g) : !e4m3_fits(t->st, &g))
+    if (is_ours(t->st, &g))
         return LM_OK;
-    const struct room r = room_for(t->st, &g, f16);
+    const bool f16 = g.w->dtype == KN_F16, split = split_fits(t->st, &g);
+    if (g.w->dtype == KN_E4M3 && !split && !e4m3_fits(t->st, &g))
+        return tune_widened(t, &g);
+    const struct room r = room_for(t->st, &g, f16 || split, split);
     if (g.w->dtype != KN_BF16 && r.m < m) {
         if (cuda_bucket(r.m) != m)
             return LM_OK;       /* so many come in slices of fewer */
         g.m = r.m;
     }
-    lm_status rc = convert(t->st, &g, &r, f16, &t->j);
+    lm_status rc = convert(t->st, &g, &r, f16 || split, &t->j);
     if (rc == LM_OK)
         tune_bucket(t);
     return rc;

@@ -26,7 +26,12 @@
  *                the largest number to [2^14, 2^15), so that none is too large for float16, and all
  *                down to 2^-28 of the largest are exact; what is smaller is off by 2^-40 of the
  *                largest at most;
- *   unscale      the product, times the row's scale, plus what else is to be added, rounded once.
+ *                Or as two numbers of E4M3, x = s a + s/32 b: s is a power of two that takes the
+ *                largest to [2^7, 2^8), a is x / s rounded to 4 significant bits, and what is left
+ *                of bf16's 8 fits b's 4. Exact down to 2^-14 of the largest, smaller ones are off
+ *                by 2^-22 of it at most;
+ *   unscale      the product, times the row's scale (or the products of both parts), plus what else
+ *                is to be added, rounded once.
  */
 #include "kernels/cuda/prim.cuh"
 
@@ -245,67 +250,83 @@ __device__ static inline uint32_t scaled(uint32_t pair, float scale)
     return bf16_pack(bf16_lo(pair) * scale, bf16_hi(pair) * scale);
 }
 
-/* out [n, k] bf16 = w [n, k] * scale, 16 numbers a thread. */
-__global__ static void widen_rows(uint16_t *out, const uint8_t *w, const float *scale, int64_t n16,
-                                  int k16)
+/* out [n, k] bf16 = w [n, k] * scale. A thread makes 8 numbers, twice, so that a warp's stores are
+ * in one piece; it reads before the wait, as nothing else writes weights. */
+__global__ static void __launch_bounds__(256) widen_rows(uint16_t *out, const uint8_t *w,
+                                                         const float *scale, unsigned n8,
+                                                         unsigned k8)
 {
-    int64_t i = (int64_t)blockIdx.x * 256 + (int)threadIdx.x;
-    cuda_wait_prior();          /* the product before this one still reads `out` */
-    if (i >= n16)
-        return;
-    const uint4 u = load_once(w + i * 16);
-    const float s = scale[i / k16];
-    const uint32_t v[4] = { u.x, u.y, u.z, u.w };
-    uint32_t o[8];
+    const unsigned first = blockIdx.x * 512 + threadIdx.x;
+    uint2 u[2];
+    float s[2];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        o[2 * j] = scaled(e4m3_pair(v[j], v[j], 0, 1), s);
-        o[2 * j + 1] = scaled(e4m3_pair(v[j], v[j], 2, 3), s);
+    for (int h = 0; h < 2; h++) {
+        const unsigned i = min(first + h * 256, n8 - 1);
+        u[h] = __ldcs((const uint2 *)w + i);
+        s[h] = scale[i / k8];
     }
-    uint4 *dst = (uint4 *)(out + i * 16);
-    dst[0] = make_uint4(o[0], o[1], o[2], o[3]);
-    dst[1] = make_uint4(o[4], o[5], o[6], o[7]);
+    cuda_wait_prior();          /* the product before this one still reads `out` */
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        if (first + h * 256 < n8)
+            ((uint4 *)out)[first + h * 256] =
+                make_uint4(scaled(e4m3_pair(u[h].x, u[h].x, 0, 1), s[h]),
+                           scaled(e4m3_pair(u[h].x, u[h].x, 2, 3), s[h]),
+                           scaled(e4m3_pair(u[h].y, u[h].y, 0, 1), s[h]),
+                           scaled(e4m3_pair(u[h].y, u[h].y, 2, 3), s[h]));
 }
 
 extern "C" lm_status cuda_widen_rows(struct cuda_stream *st, const struct cuda_mat *w, int row0,
                                      int rows, void *out)
 {
-    const int64_t cols = w->base.cols, n16 = rows * cols / 16;
-    return cuda_launch(st, "gemm (widening fp8)", widen_rows,
-                       dim3((unsigned)LM_DIV_UP(n16, 256)), dim3(256), 0, (uint16_t *)out,
-                       (const uint8_t *)w->data + row0 * cols, w->scale + row0, n16,
-                       (int)(cols / 16));
+    const int64_t cols = w->base.cols, n8 = rows * cols / 8;
+    return cuda_launch(st, "gemm (widening fp8)", widen_rows, dim3((unsigned)LM_DIV_UP(n8, 512)),
+                       dim3(256), 0, (uint16_t *)out, (const uint8_t *)w->data + row0 * cols,
+                       w->scale + row0, (unsigned)n8, (unsigned)(cols / 8));
 }
 
 /* ---- x as W is ------------------------------------------------------------------------- */
 
 #define CONVERT_THREADS 256
+#define SPLIT_BITS 5            /* what the second part of x is scaled by */
+
+enum x_as { X_F16, X_E4M3, X_SPLIT };
 
 /* Of the row's largest magnitude, as its bits in bf16. */
-template <bool E4M3> __device__ static inline float scale_for(uint32_t most)
+template <x_as AS> __device__ static inline float scale_for(uint32_t most)
 {
     if (most >= 0x7f80u)        /* not a number, or infinite: it stays visible */
-        return E4M3 ? bf16_lo(most) : 1.0f;
+        return AS == X_F16 ? 1.0f : bf16_lo(most);
     if (most == 0)
         return 1.0f;
-    if (E4M3)
+    if (AS == X_E4M3)
         return fmaxf(bf16_lo(most) / 448.0f, FLT_MIN);
-    const int e = max((int)(most >> 7), 1) - 127 - 14;
-    return __uint_as_float((uint32_t)(max(e, -126) + 127) << 23);
+    const int e = max((int)(most >> 7), 1) - 127 - (AS == X_F16 ? 14 : 7);
+    return __uint_as_float((uint32_t)(max(e, -126 + SPLIT_BITS) + 127) << 23);
 }
 
-template <bool E4M3>
-__device__ static inline void convert_pair(void *out, int64_t pair, uint32_t x, float scale)
+/* `rest`: pairs from the first part of x to the second. */
+template <x_as AS>
+__device__ static inline void convert_pair(void *out, int64_t pair, uint32_t x, float scale,
+                                           int64_t rest)
 {
     const float lo = bf16_lo(x) / scale, hi = bf16_hi(x) / scale;
-    if (E4M3)
-        ((uint16_t *)out)[pair] = e4m3_pack(lo, hi);
-    else
+    if (AS == X_F16) {
         ((uint32_t *)out)[pair] = f16_pack(lo, hi);
+        return;
+    }
+    const uint16_t first = e4m3_pack(lo, hi);
+    ((uint16_t *)out)[pair] = first;
+    if (AS == X_SPLIT) {
+        const uint32_t w = e4m3_pair(first, first, 0, 1);
+        ((uint16_t *)out)[pair + rest] = e4m3_pack((lo - bf16_lo(w)) * (1 << SPLIT_BITS),
+                                                   (hi - bf16_hi(w)) * (1 << SPLIT_BITS));
+    }
 }
 
-/* A block a row: out [m, ldo] = x / scale [m]. `vec`: 8 numbers of a row are 16 aligned bytes. */
-template <bool E4M3>
+/* A block a row: out [m, ldo] = x / scale [m]; split, [2 m, ldo] and [2 m]. `vec`: 8 numbers of a
+ * row are 16 aligned bytes. */
+template <x_as AS>
 __global__ static void __launch_bounds__(CONVERT_THREADS) convert_x(
     void *out, float *scales, const uint16_t *x, int64_t ldx, int64_t ldo, int k, bool vec)
 {
@@ -331,26 +352,29 @@ __global__ static void __launch_bounds__(CONVERT_THREADS) convert_x(
     __syncthreads();
     for (int w = 0; w < CONVERT_THREADS / 32; w++)
         most = max(most, part[w]);
-    const float scale = scale_for<E4M3>(most);
-    const int64_t at = blockIdx.x * ldo / 2;    /* in pairs */
+    const float scale = scale_for<AS>(most);
+    const int64_t at = blockIdx.x * ldo / 2, rest = gridDim.x * ldo / 2;        /* in pairs */
     if (tid == 0)
         scales[blockIdx.x] = scale;
+    if (AS == X_SPLIT && tid == 0)
+        scales[gridDim.x + blockIdx.x] = scale / (1 << SPLIT_BITS);
     for (int i = tid; i < n8; i += CONVERT_THREADS) {
         const uint4 v = ((const uint4 *)row)[i];
         const uint32_t p[4] = { v.x, v.y, v.z, v.w };
         for (int j = 0; j < 4; j++)
-            convert_pair<E4M3>(out, at + i * 4 + j, p[j], scale);
+            convert_pair<AS>(out, at + i * 4 + j, p[j], scale, rest);
     }
     for (int i = n8 * 8 + tid * 2; i < k; i += CONVERT_THREADS * 2)
-        convert_pair<E4M3>(out, at + i / 2, row[i] | (i + 1 < k ? (uint32_t)row[i + 1] << 16 : 0),
-                           scale);
+        convert_pair<AS>(out, at + i / 2, row[i] | (i + 1 < k ? (uint32_t)row[i + 1] << 16 : 0),
+                         scale, rest);
 }
 
 extern "C" lm_status cuda_convert_x(struct cuda_stream *st, const struct kn_gemm *a, void *out,
-                                    int64_t ldo, float *scales)
+                                    int64_t ldo, float *scales, bool split)
 {
     const bool vec = a->ldx % 8 == 0 && (uintptr_t)a->x % 16 == 0;
-    auto *kernel = a->w->dtype == KN_E4M3 ? convert_x<true> : convert_x<false>;
+    auto *kernel = split ? convert_x<X_SPLIT>
+                         : a->w->dtype == KN_E4M3 ? convert_x<X_E4M3> : convert_x<X_F16>;
     return cuda_launch(st, "gemm (converting x)", kernel, dim3((unsigned)a->m),
                        dim3(CONVERT_THREADS), 0, out, scales, (const uint16_t *)a->x, a->ldx, ldo,
                        a->w->cols, vec);
@@ -363,6 +387,7 @@ extern "C" lm_status cuda_convert_x(struct cuda_stream *st, const struct kn_gemm
 struct unscale_launch {
     void *y;
     const float *product, *scale, *bias;
+    const float *rest;          /* NULL, or a product to be added, and no scale */
     int64_t ldy;
     int n;
     bool onto, f32;
@@ -373,19 +398,24 @@ template <int VEC>
 __global__ static void unscale(const __grid_constant__ struct unscale_launch a)
 {
     const int i = ((int)blockIdx.x * 256 + (int)threadIdx.x) * VEC, row = (int)blockIdx.y;
-    alignas(16) float v[VEC];
+    alignas(16) float v[VEC], r[VEC] = {};
     cuda_allow_next();
     cuda_wait_prior();
     if (i >= a.n)
         return;
-    const float *p = a.product + (int64_t)row * a.n + i, s = a.scale[row];
+    const int64_t at = (int64_t)row * a.n + i;
+    const float s = a.rest ? 1.0f : a.scale[row];
     if (VEC == 4)
-        *(float4 *)v = *(const float4 *)p;
+        *(float4 *)v = *(const float4 *)(a.product + at);
     else
-        v[0] = *p;
+        v[0] = a.product[at];
+    if (VEC == 4 && a.rest)
+        *(float4 *)r = *(const float4 *)(a.rest + at);
+    else if (a.rest)
+        r[0] = a.rest[at];
 #pragma unroll
     for (int j = 0; j < VEC; j++)
-        v[j] = v[j] * s + (a.bias ? a.bias[i + j] : 0.0f);
+        v[j] = v[j] * s + r[j] + (a.bias ? a.bias[i + j] : 0.0f);
     if (a.f32) {
         float *y = (float *)a.y + row * a.ldy + i;
 #pragma unroll
@@ -415,8 +445,9 @@ extern "C" lm_status cuda_unscale(struct cuda_stream *st, const struct kn_gemm *
     auto *kernel = vec ? unscale<4> : unscale<1>;
     lm_status rc = LM_OK;
     for (int m0 = 0; m0 < a->m && rc == LM_OK; m0 += MAX_GRID_Y) {
-        struct unscale_launch u = { (char *)a->y + m0 * a->ldy * size, product + (int64_t)m0 * n,
-                                    scale + m0, a->bias, a->ldy, n, a->accumulate, a->y_f32 };
+        const float *p = product + (int64_t)m0 * n, *rest = scale ? NULL : p + (int64_t)a->m * n;
+        struct unscale_launch u = { (char *)a->y + m0 * a->ldy * size, p, scale ? scale + m0 : NULL,
+                                    a->bias, rest, a->ldy, n, a->accumulate, a->y_f32 };
         rc = cuda_launch(st, "gemm (scaling)", kernel,
                          dim3((unsigned)LM_DIV_UP(n, vec ? 1024 : 256),
                               (unsigned)LM_MIN(MAX_GRID_Y, a->m - m0)), dim3(256), 0, u);

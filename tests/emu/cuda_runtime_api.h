@@ -217,6 +217,7 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s)
     return r;
 }
 static inline float __ldcg(const float *p) { return *p; }
+template <typename T> static inline T __ldcs(const T *p) { return *p; }
 template <typename T> static inline T __ldg(const T *p) { return *p; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 #define __expf(x) expf(x)       /* libm has an internal of that name */

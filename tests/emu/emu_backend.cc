@@ -147,19 +147,20 @@ static float number_at(const void *p, int64_t i, enum kn_dtype t)
     return bf16_lo(e4m3_pair(b, b, 0, 0));
 }
 
-/* What cuBLASLt does with x as W is. */
-static void multiply_converted(struct cuda_stream *st, const struct kn_gemm *a)
+/* What cuBLASLt does with x as W is; `split`: in two parts. */
+static void multiply_converted(struct cuda_stream *st, const struct kn_gemm *a, bool split)
 {
     const struct cuda_mat *w = cuda_mat_of(a->w);
     const int k = w->base.cols, n = w->base.rows, ld = (k + 15) / 16 * 16;
     const enum kn_dtype t = w->base.dtype;
-    const size_t rows = (size_t)a->m;
+    const int m = split ? 2 * a->m : a->m;
+    const size_t rows = (size_t)m;
     void *x = calloc(rows * (size_t)ld + 1, 2);
     float *scale = (float *)malloc((rows + 1) * sizeof(float));
     float *one = (float *)malloc((rows + 1) * sizeof(float));
     float *product = (float *)aligned_alloc(16, (rows * (size_t)n * 4 + 31) / 16 * 16);
-    cuda_convert_x(st, a, x, ld, scale);
-    for (int i = 0; i < a->m; i++) {
+    cuda_convert_x(st, a, x, ld, scale, split);
+    for (int i = 0; i < m; i++) {
         one[i] = 1;
         for (int j = 0; j < n; j++) {
             float v = 0;
@@ -169,7 +170,7 @@ static void multiply_converted(struct cuda_stream *st, const struct kn_gemm *a)
             product[i * n + j] = w->scale ? v * scale[i] * w->scale[j] : v;
         }
     }
-    cuda_unscale(st, a, product, w->scale ? one : scale);
+    cuda_unscale(st, a, product, split ? NULL : w->scale ? one : scale);
     free(x), free(scale), free(one), free(product);
 }
 
@@ -182,8 +183,9 @@ static lm_status emu_gemm(kn_stream *s, const struct kn_gemm *a)
         return cuda_gemm_few_fits(st, a) ? cuda_gemm_few(st, a) : LM_UNSUPPORTED;
     if (cuda_gemm_mixed_fits(a))
         return cuda_gemm_mixed(st, a);
-    if (a->w->dtype == KN_F16 || a->x_e4m3)
-        multiply_converted(st, a);
+    const bool split = a->w->dtype == KN_E4M3 && !a->x_e4m3 && a->w->rows % 16 == 0;
+    if (a->w->dtype == KN_F16 || a->x_e4m3 || split)
+        multiply_converted(st, a, split);
     else
         multiply_widened(st, a);
     return LM_OK;

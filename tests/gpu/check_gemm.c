@@ -260,7 +260,7 @@ void bench_gemm_mixed(struct gpu_check *c)
 {
     static const int shapes[][2] = { { 4096, 4096 }, { 12288, 4096 }, { 22016, 4096 },
                                      { 4096, 11008 } };
-    static const int ms[] = { 1, 8, 16, 32, 64, 256, 2048 };
+    static const int ms[] = { 1, 8, 16, 32, 64, 128, 256, 512, 2048 };
     static const struct bench_kind kinds[] = {
         { " beside", KN_BF16, false, ms, LM_COUNT(ms), NULL },
         { " in float16", KN_F16, false, ms, LM_COUNT(ms), NULL },

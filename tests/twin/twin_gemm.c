@@ -5,7 +5,8 @@
  * Both sides round (E4M3: scale and round) the same float32 rows to the same numbers, and hold the
  * same x. Tolerance: y is rounded once to bf16, 2^-8 |y|, or not at all in float32; float32 sums
  * add 2e-6 of the sum of |x w| on either side. On top of that,
- *   E4M3, many rows of x     weights are widened to bf16 and rounded again: 2^-8 of that sum;
+ *   E4M3, many rows of x     weights are widened to bf16 and rounded again: 2^-8 of that sum; or x
+ *                            is split, which is exact but for the sums' 2^-10 (below);
  *   x in E4M3 too            the twin gets x as the device should round it, so only sums differ;
  *                            but tensor cores align the products of 32 columns to the largest and
  *                            keep 13 bits behind it, for up to 128 columns before float32 takes
@@ -170,6 +171,7 @@ bool twin_gemm_fp8(struct twin *c)
 {
     static const int ms[] = { 1, 2, 7, 8, 9, 16, 17, 32, 33, 70 };
     static const int ks[] = { 16, 48, 64, 80, 1024, 2064, 4112 };
+    static const int many[] = { 33, 56, 57, 130, 300 };
     const enum kn_dtype t = KN_E4M3;
     for (size_t i = 0; i < LM_COUNT(ms); i++)
         for (size_t j = 0; j < LM_COUNT(ks); j++) {
@@ -178,10 +180,17 @@ bool twin_gemm_fp8(struct twin *c)
             compare(c, &(struct gemm_case){ ms[i], tw_int(1, 70), ks[j], (i + j) % 2,
                                             (i + j) % 3 == 0, .t = t });
         }
+    for (size_t i = 0; i < LM_COUNT(many); i++)        /* where x may come in two parts */
+        for (int j = 0; j < 4; j++)
+            compare(c, &(struct gemm_case){ many[i], 16 * tw_int(1, 5), ks[j], j % 2, j / 2,
+                                            (i + (size_t)j) % 3 == 0, .t = t,
+                                            .spread = j ? 0 : 30 });
     if (!c->slow) {
         compare(c, &(struct gemm_case){ 1, 12288, 4096, true, .t = t });
         compare(c, &(struct gemm_case){ 24, 4096, 11008, .accumulate = true, .t = t });
-        compare(c, &(struct gemm_case){ 100, 11008, 4096, .t = t });    /* two slices */
+        compare(c, &(struct gemm_case){ 100, 11008, 4096, .t = t });
+        compare(c, &(struct gemm_case){ 300, 11008, 4096, .t = t });    /* slices */
+        compare(c, &(struct gemm_case){ 256, 40000, 64, true, true, .t = t });  /* of x */
     }
     return twin_end(c, "gemm in E4M3");
 }
