@@ -275,6 +275,7 @@ static void test_defaults_give_way(void **state)
         good("delivery.mode=exactly-once");
         good(rows[i].set);
         assert_string_equal(effective(CONFIG_PRODUCER, "linger.ms"), rows[i].linger);
+        assert_string_equal(effective(CONFIG_PRODUCER, "sticky.partitioning.linger.ms"), "10");
         assert_int_equal(kafka_conf_new(&cfg, CONFIG_PRODUCER, "me", &conf, &err), LM_OK);
         if (kafka_open(RD_KAFKA_PRODUCER, conf, &rk, &err))
             fail_msg("%s: %s", rows[i].set, err.msg);
