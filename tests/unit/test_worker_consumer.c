@@ -248,7 +248,7 @@ static void an_assignment_at_the_close_reads_nothing_that_is_gone(void **state)
     consumer_settle(&x->c, &s, true);   /* too late */
     stage_release(&s);
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
-    rd_kafka_topic_partition_list_add(l, "t", 0);
+    rd_kafka_topic_partition_list_add(l, "t", 0)->offset = 0;
     rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
     rd_kafka_topic_partition_list_destroy(l);
     job_unref(j);
