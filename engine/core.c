@@ -107,7 +107,7 @@ static lm_status open_steps(struct core *c, struct lm_err *err)
     struct step_params sp = {
         .model = p->model, .dev = p->dev, .max_tokens = p->max_step_tokens,
         .max_seqs = p->max_seqs, .block_tokens = p->block_tokens,
-        .record = p->policy.graphs,
+        .lora_rows = c->lora_rows, .record = p->policy.graphs,
     };
     lm_status st = forward_new(&fp, &c->forward, err);
     if (st == LM_OK)

@@ -21,8 +21,10 @@
  * Decode steps are recorded, and run again as recorded (kn_graph_run): hundreds of short
  * operations, whose starts a small batch waits for, become one. step.c pads a decode step to a size
  * and lays it out so that the next of that size has the same addresses and counts: struct
- * step_batch, all that operations are told of a step, is the key. The first steps of each size go
- * piece by piece, so that what a backend prepares at first use is ready when recording begins.
+ * step_batch, all that operations are told of a step, is the key. The first steps of about a size
+ * (within a power of two, with adapters or without) go piece by piece, so that what a backend
+ * prepares at first use is ready when recording begins; so does a step whose recording the device
+ * has no room for, and those after it for a while.
  *
  * LoRA rides behind each base GEMM on the rows of its segments only; modules that no adapter of the
  * step targets are not launched. Its workspace is sized once, for lora_rows: the planner keeps to
@@ -37,7 +39,8 @@
 #define LOGIT_SLAB_BYTES ((size_t)64 << 20)
 #define DEVICE_LOGIT_SLAB_BYTES ((size_t)160 << 20)
 #define MIN_SLAB_ROWS 16
-#define GRAPH_WARM_STEPS 2      /* of each size, before it is recorded */
+#define GRAPH_WARM_STEPS 2      /* of about a size, before any of it is recorded */
+#define GRAPH_REST_STEPS 64     /* not recorded after one that there was no room for */
 
 struct forward {
     struct forward_params p;
@@ -51,6 +54,7 @@ struct forward {
     void *sample_ws;
     struct step_output out;
     int seen[2][32];            /* decode steps, by LoRA or not and by size's logarithm */
+    int rest;                   /* so many that would be recorded go piece by piece */
 };
 
 /* Stops at the first failure and says which operation it was. */
@@ -408,14 +412,18 @@ struct graph_key {
     struct step_batch batch;
     struct kn_pool pool;
 };
+_Static_assert(sizeof(struct graph_key) <= KN_GRAPH_KEY_BYTES, "a backend keeps so long a key");
 
-/* Of a size that has been met before. */
+/* About as large as some that have been met before, and no time of rest. */
 static bool is_warm(struct forward *f, const struct step_batch *b)
 {
     int *seen = &f->seen[b->lora.n_segs > 0][31 - __builtin_clz((unsigned)b->n_tok)];
-    if (*seen >= GRAPH_WARM_STEPS)
+    if (*seen < GRAPH_WARM_STEPS)
+        (*seen)++;
+    else if (f->rest > 0)
+        f->rest--;
+    else
         return true;
-    (*seen)++;
     return false;
 }
 
@@ -423,8 +431,16 @@ static lm_status record(struct forward *f, kn_stream *s, const struct kn_pool *p
                         const struct step_batch *b, const struct graph_key *key)
 {
     TRY(kn_graph_begin(s));
-    lm_status st = run_layers(f, s, pool, b), end = kn_graph_end(s, key, sizeof *key);
-    return st == LM_OK ? end : st;
+    lm_status st = run_layers(f, s, pool, b);
+    if (st != LM_OK) {
+        kn_graph_end(s, NULL, 0);       /* half a step, never to be run */
+        return st;
+    }
+    st = kn_graph_end(s, key, sizeof *key);
+    if (st != LM_NOMEM)
+        return st;
+    f->rest = GRAPH_REST_STEPS;
+    return run_layers(f, s, pool, b);
 }
 
 lm_status forward_run(struct forward *f, kn_stream *s, const struct kn_pool *pool,

@@ -480,14 +480,15 @@ static void add_load(struct kn_lora_batch *b, const struct group *g)
 }
 
 /* Segments without a token up to what the device is told, and hints that other steps have, too. */
-static void repeat_lora(const struct sizes *z, struct kn_lora_seg *seg, struct kn_lora_batch *b)
+static void repeat_lora(const struct step *s, const struct sizes *z, struct kn_lora_seg *seg,
+                        struct kn_lora_batch *b)
 {
     for (int g = b->n_segs; g < z->n_segs; g++)
         seg[g] = (struct kn_lora_seg){ .tok0 = z->n_tok, .block0 = seg[0].block0 };
     b->n_segs = z->n_segs;
     b->max_seg_tok = LM_MIN(power_of_two(b->max_seg_tok), z->n_tok);
     b->max_rank = power_of_two(b->max_rank);
-    b->h_rows = (int64_t)z->n_tok * b->max_rank;
+    b->h_rows = LM_MIN((int64_t)z->n_tok * b->max_rank, s->p.lora_rows);    /* all there are */
     for (int m = 0; m < KN_MODULES; m++)
         b->load[m].rank_sum = b->load[m].rank_tok = b->load[m].rank_sum > 0;
 }
@@ -516,7 +517,7 @@ static struct kn_lora_batch fill_lora(const struct step *s, const struct frame *
         add_load(&b, gr);
     }
     if (z->repeats && b.n_segs > 0)
-        repeat_lora(z, seg, &b);
+        repeat_lora(s, z, seg, &b);
     return b;
 }
 

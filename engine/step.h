@@ -29,6 +29,7 @@ struct step_params {
     const struct model_config *model;
     kn_device *dev;
     int max_tokens, max_seqs, block_tokens;
+    int64_t lora_rows;          /* of one step, as in forward_params */
     bool record;                /* lay decode steps out so that a recorded one can run again */
 };
 

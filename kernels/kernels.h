@@ -118,12 +118,17 @@ lm_status kn_event_sync(kn_event *e, struct lm_err *err);       /* blocks the ca
  * it again as it is: same operations, same addresses and counts; only what lies in device memory
  * may differ. So the key must hold all that the operations were told. LM_NOT_FOUND: nothing is kept
  * under it (those used longest ago give way), record it. Operations and copies within device memory
- * may be recorded; a failed one ends the recording, and kn_graph_end() says so too.
+ * may be recorded. After any was refused or failed, kn_graph_end(s, NULL, 0) ends the recording:
+ * nothing is run, nothing is kept. LM_NOMEM of kn_graph_end(): there is no room to keep it; nothing
+ * was run or kept, what was enqueued may be enqueued again by itself, and the device is well.
  *
  * kn_graph_rows() is how many rows a recorded step of n tokens should have, n or more: a few such
- * sizes serve all, and at each the device computes a row as it would among n. 0: there is nothing
- * to win by recording, and none of the others may be called.
+ * sizes serve all, and at each the device computes a row as it would among n, as long as the caller
+ * asks the same otherwise. Up to rounding only: rows that he splits (logits in slabs) where n would
+ * have been split elsewhere, and LoRA over more than 512 rows with a max_rank above 256 that he has
+ * rounded up. 0: there is nothing to win by recording, and none of the others may be called.
  */
+#define KN_GRAPH_KEY_BYTES 512          /* at most */
 int kn_graph_rows(kn_device *dev, int n);
 lm_status kn_graph_begin(kn_stream *s);
 lm_status kn_graph_end(kn_stream *s, const void *key, size_t n);
@@ -249,7 +254,7 @@ struct kn_lora_batch {
     int n_segs;
     int n_tok;                          /* rows of x and y: the step's, in a segment or not */
     int max_seg_tok, max_rank;          /* host hints for launch geometry */
-    int64_t h_rows;                     /* sum over segments of n_tok * rank_max */
+    int64_t h_rows;                     /* sum over segments of n_tok * rank_max, or more */
     struct kn_lora_load load[KN_MODULES];       /* host hints too */
 };
 
@@ -386,7 +391,7 @@ struct kn_lora_part {
  *     h + n_parts * (seg.h0 + (t - seg.tok0) * seg.rank_max) + p * seg.rank_max.
  * Expand: y += scale * h B. Two operations, so that a communicator can step between them. */
 struct kn_lora {
-    float *h;                   /* [batch.h_rows * n_parts] */
+    float *h;                   /* [batch.h_rows * n_parts], batch.h_rows being an upper bound */
     const void *x;              /* [n_tok, in], shrink only */
     void *y;                    /* [n_tok, ldy], expand only */
     int64_t ldx, ldy;

@@ -188,6 +188,12 @@ lm_status cuda_graph_begin(kn_stream *s);
 lm_status cuda_graph_end(kn_stream *s, const void *key, size_t n);
 lm_status cuda_graph_run(kn_stream *s, const void *key, size_t n);
 
+/* Of this process so far; evicted: those that gave way to a new one. For checks. */
+struct cuda_graph_counts {
+    uint64_t recorded, run_again, evicted;
+};
+void cuda_graph_count(struct cuda_graph_counts *out);
+
 /* comm.c */
 lm_status cuda_comm_id(kn_device *dev, uint8_t id[KN_COMM_ID_BYTES], struct lm_err *err);
 lm_status cuda_comm_new(kn_device *dev, const uint8_t id[KN_COMM_ID_BYTES], int rank, int world,

@@ -9,7 +9,8 @@
  * An executable graph is expensive to make, cheap to run and not free to keep, so there are at most
  * KEPT. Once there are, a new recording takes the place of the one used longest ago: its arguments
  * are written into the old executable where the kernels and their order are the same, which costs
- * a fraction of making another.
+ * a fraction of making another. Where the device has no room for one, that is no failure: nothing
+ * is run, the one used longest ago is given up, and the caller enqueues its operations singly.
  *
  * A stream is used by one thread at a time, and so are its graphs.
  */
@@ -19,20 +20,33 @@
 #include <string.h>
 
 #define KEPT 48
-#define KEY_BYTES 512
 
 struct kept {
     cudaGraphExec_t exec;       /* NULL: an empty place */
     size_t nodes, key_bytes;
     uint64_t used;              /* when last */
-    unsigned char key[KEY_BYTES];
+    unsigned char key[KN_GRAPH_KEY_BYTES];
 };
 
 struct cuda_graphs {
-    bool recording;
+    bool recording, told;       /* told: of no room, in the log */
     uint64_t clock;
     struct kept kept[KEPT];
 };
+
+static struct cuda_graph_counts counts;     /* of the process, atomic */
+
+static void count(uint64_t *what)
+{
+    __atomic_fetch_add(what, 1, __ATOMIC_RELAXED);
+}
+
+void cuda_graph_count(struct cuda_graph_counts *out)
+{
+    out->recorded = __atomic_load_n(&counts.recorded, __ATOMIC_RELAXED);
+    out->run_again = __atomic_load_n(&counts.run_again, __ATOMIC_RELAXED);
+    out->evicted = __atomic_load_n(&counts.evicted, __ATOMIC_RELAXED);
+}
 
 struct cuda_graphs *cuda_graphs_new(void)
 {
@@ -71,16 +85,55 @@ lm_status cuda_graph_run(kn_stream *s, const void *key, size_t n)
     if (!k)
         return LM_NOT_FOUND;
     k->used = ++st->graphs->clock;
+    count(&counts.run_again);
     return cuda_check(st->dev, "graph_run", cudaGraphLaunch(k->exec, st->s));
+}
+
+/* Ends the recording; what was recorded is the caller's to destroy, and has not run: so what comes
+ * next on the stream still may be the first behind a copy. */
+static cudaError_t end_capture(struct cuda_stream *st, cudaGraph_t *graph)
+{
+    st->graphs->recording = false;
+    st->copied = true;
+    *graph = NULL;
+    return cudaStreamEndCapture(st->s, graph);
+}
+
+static cudaError_t abandon(struct cuda_stream *st)
+{
+    cudaGraph_t graph;
+    cudaError_t e = end_capture(st, &graph);
+    if (graph)
+        cudaGraphDestroy(graph);
+    return e;
 }
 
 lm_status cuda_graph_begin(kn_stream *s)
 {
     struct cuda_stream *st = cuda_stream_of(s);
-    lm_status rc = cuda_check(st->dev, "graph_begin",
-                              cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal));
-    st->graphs->recording = rc == LM_OK;
+    cudaError_t e = cudaStreamBeginCapture(st->s, cudaStreamCaptureModeThreadLocal);
+    lm_status rc = cuda_check(st->dev, "graph_begin", e);
+    st->graphs->recording = e == cudaSuccess;
+    if (rc != LM_OK && st->graphs->recording)
+        abandon(st);            /* another thread has seen the device fail */
     return rc;
+}
+
+static struct kept *used_longest_ago(struct cuda_graphs *g)
+{
+    struct kept *best = NULL;
+    for (int i = 0; i < KEPT; i++)
+        if (g->kept[i].exec && (!best || g->kept[i].used < best->used))
+            best = &g->kept[i];
+    return best;
+}
+
+static void give_up(struct kept *k)
+{
+    if (k && k->exec)
+        cudaGraphExecDestroy(k->exec);
+    if (k)
+        k->exec = NULL;
 }
 
 /* That of the key, else an empty place, else the one that was used longest ago. */
@@ -92,14 +145,12 @@ static struct kept *place_for(struct cuda_graphs *g, const void *key, size_t n)
             best = &g->kept[i];
     if (best)
         return best;
-    best = &g->kept[0];
-    for (int i = 1; i < KEPT; i++)
-        if (g->kept[i].used < best->used)
-            best = &g->kept[i];
-    return best;
+    count(&counts.evicted);
+    return used_longest_ago(g);
 }
 
-static cudaError_t make_ready(struct kept *k, cudaGraph_t graph, size_t nodes)
+/* Ready to be launched without another allocation; or an empty place. */
+static cudaError_t make_ready(struct kept *k, cudaGraph_t graph, size_t nodes, cudaStream_t s)
 {
     if (k->exec && k->nodes == nodes) {
         cudaGraphExecUpdateResultInfo info;
@@ -107,35 +158,66 @@ static cudaError_t make_ready(struct kept *k, cudaGraph_t graph, size_t nodes)
             return cudaSuccess;
         cudaGetLastError();     /* other kernels: not an error */
     }
-    if (k->exec)
-        cudaGraphExecDestroy(k->exec);
-    k->exec = NULL;
+    give_up(k);
     k->nodes = nodes;
-    return cudaGraphInstantiate(&k->exec, graph, 0);
+    cudaError_t e = cudaGraphInstantiate(&k->exec, graph, 0);
+    if (e == cudaSuccess)
+        e = cudaGraphUpload(k->exec, s);
+    if (e != cudaSuccess)
+        give_up(k);
+    return e;
+}
+
+static lm_status no_room(struct cuda_stream *st)
+{
+    cudaGetLastError();         /* or it would be the next call's */
+    give_up(used_longest_ago(st->graphs));
+    if (!st->graphs->told)
+        lm_log(LM_WARN, "kernels", "CUDA device %d: no memory to keep a recorded step: some steps "
+               "run piece by piece; a smaller pool leaves more", st->dev->index);
+    st->graphs->told = true;
+    return cuda_check(st->dev, "graph_end", cudaSuccess) == LM_OK ? LM_NOMEM : LM_DEVICE;
+}
+
+static cudaError_t keep(struct cuda_stream *st, cudaGraph_t graph, const void *key, size_t n,
+                        struct kept **out)
+{
+    struct cuda_graphs *g = st->graphs;
+    size_t nodes = 0;
+    cudaError_t e = cudaGraphGetNodes(graph, NULL, &nodes);
+    if (e != cudaSuccess || nodes == 0)
+        return e;
+    struct kept *k = place_for(g, key, n);
+    e = make_ready(k, graph, nodes, st->s);
+    if (e != cudaSuccess)
+        return e;
+    k->used = ++g->clock;
+    k->key_bytes = n;
+    memcpy(k->key, key, n);
+    count(&counts.recorded);
+    *out = k;
+    return cudaSuccess;
 }
 
 lm_status cuda_graph_end(kn_stream *s, const void *key, size_t n)
 {
     struct cuda_stream *st = cuda_stream_of(s);
-    struct cuda_graphs *g = st->graphs;
-    cudaGraph_t graph = NULL;
-    size_t nodes = 0;
-    if (!g->recording)
+    struct kept *k = NULL;
+    cudaGraph_t graph;
+    if (!st->graphs->recording)
         return cuda_refuse("graph_end", "nothing is being recorded");
-    g->recording = false;
-    cudaError_t e = cudaStreamEndCapture(st->s, &graph);
+    if (!key)
+        return cuda_check(st->dev, "graph_end", abandon(st));
+    cudaError_t e = end_capture(st, &graph);
     if (e == cudaSuccess)
-        e = n > KEY_BYTES ? cudaErrorInvalidValue : cudaGraphGetNodes(graph, NULL, &nodes);
-    if (e == cudaSuccess && nodes > 0) {
-        struct kept *k = place_for(g, key, n);
-        e = make_ready(k, graph, nodes);
-        k->used = ++g->clock;
-        k->key_bytes = n;
-        memcpy(k->key, key, n);
-        if (e == cudaSuccess)
-            e = cudaGraphLaunch(k->exec, st->s);
-    }
+        e = n > KN_GRAPH_KEY_BYTES ? cudaErrorInvalidValue : keep(st, graph, key, n, &k);
     if (graph)
         cudaGraphDestroy(graph);
+    if (e == cudaErrorMemoryAllocation)
+        return no_room(st);
+    if (k) {
+        st->copied = false;
+        e = cudaGraphLaunch(k->exec, st->s);
+    }
     return cuda_check(st->dev, "graph_end", e);
 }

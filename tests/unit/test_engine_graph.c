@@ -11,7 +11,9 @@
  *
  * Requests of all kinds, base-only and with adapters of two ranks, must say what they say where
  * each step is carried out with its own arguments, to the last bit of their log-probabilities; and
- * where steps are not padded either, up to what the CPU's sums owe to the number of rows.
+ * where steps are not padded either, up to what the CPU's sums owe to the number of rows. The same
+ * where the device has no room for what was recorded. A step of which an operation is refused is
+ * never kept.
  */
 #include "engine_fixture.h"
 
@@ -45,7 +47,9 @@ struct graph {
 static enum { PLAIN, PADDED, RECORDED } mode;   /* PLAIN: nothing to win by recording */
 static struct graph *now;       /* being recorded */
 static struct graph graphs[MAX_GRAPHS];
-static int n_graphs, n_run, n_run_lora, n_padded;
+static int n_graphs, n_run, n_run_lora, n_padded, n_abandoned, n_no_room;
+static int room;                /* for so many graphs */
+static int refuse_at;           /* of so many operations recorded the last is refused; 0: none */
 
 int __wrap_kn_graph_rows(kn_device *dev, int n);
 lm_status __wrap_kn_graph_begin(kn_stream *s);
@@ -82,8 +86,15 @@ lm_status __wrap_kn_graph_end(kn_stream *s, const void *key, size_t n)
     struct graph *g = now;
     if (!g)
         return LM_OK;
-    assert_true(n <= sizeof g->key);
     now = NULL;
+    if (!key || n_graphs > room) {
+        n_abandoned += !key;
+        n_no_room += key != NULL;
+        memset(g, 0, sizeof *g);
+        n_graphs--;
+        return key ? LM_NOMEM : LM_OK;
+    }
+    assert_true(n <= sizeof g->key && n <= KN_GRAPH_KEY_BYTES);
     g->n_key = n;
     memcpy(g->key, key, n);
     return run_graph(s, g);
@@ -103,6 +114,8 @@ lm_status __wrap_kn_graph_run(kn_stream *s, const void *key, size_t n)
 static lm_status keep(run_fn *run, const void *args, size_t bytes, bool lora)
 {
     assert_true(now->n < MAX_OPS && bytes <= sizeof now->op[0].args);
+    if (refuse_at > 0 && --refuse_at == 0)
+        return LM_INVALID;
     now->op[now->n].run = run;
     memcpy(now->op[now->n++].args, args, bytes);
     now->lora |= lora;
@@ -170,7 +183,7 @@ static void run_all(int as, bool prefix_cache, struct engine_result **out)
     struct engine_event ev;
     bool idle = false;
     mode = as;
-    n_graphs = n_run = n_run_lora = n_padded = 0;
+    n_graphs = n_run = n_run_lora = n_padded = n_no_room = 0;
     memset(graphs, 0, sizeof graphs);
     engine *e = open_engine(prefix_cache);
     for (int i = 0; i < REQUESTS; i++)
@@ -227,11 +240,53 @@ static void recorded_steps_say_the_same(void **state)
     core_force_pipeline(false);
 }
 
+static void no_room_is_no_failure(void **state)
+{
+    static struct engine_result *padded[REQUESTS], *recorded[REQUESTS];
+    (void)state;
+    run_all(PADDED, false, padded);
+    for (room = 0; room < 8; room += 3) {
+        run_all(RECORDED, false, recorded);
+        print_message("room for %d: %d refused, %d run again\n", room, n_no_room, n_run);
+        assert_int_equal(n_graphs, room);
+        assert_true(n_no_room > 0 && n_no_room < 10 && (n_run > 0) == (room > 0));
+        for (int i = 0; i < REQUESTS; i++) {
+            same(i, padded[i], recorded[i], 0);
+            engine_result_free(recorded[i]);
+        }
+    }
+    for (int i = 0; i < REQUESTS; i++)
+        engine_result_free(padded[i]);
+    room = MAX_GRAPHS;
+}
+
+static void half_a_step_is_never_kept(void **state)
+{
+    struct lm_err err = { 0 };
+    bool idle = false;
+    (void)state;
+    mode = RECORDED;
+    n_graphs = n_abandoned = 0;
+    memset(graphs, 0, sizeof graphs);
+    engine *e = open_engine(false);
+    for (int i = 0; i < REQUESTS; i++)
+        submit(e, i);
+    refuse_at = 7;
+    assert_int_not_equal(engine_pump(e, INT64_MAX, &idle, &err), LM_OK);
+    assert_true(refuse_at == 0 && !now && n_abandoned == 1 && n_graphs == 0);
+    engine_close(e);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_WARN);
     for (size_t i = 0; i < LM_COUNT(prompt); i++)
         prompt[i] = 5 + (int32_t)(i * 7919 % 700);
-    const struct CMUnitTest tests[] = { cmocka_unit_test(recorded_steps_say_the_same) };
+    room = MAX_GRAPHS;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(recorded_steps_say_the_same),
+        cmocka_unit_test(no_room_is_no_failure),
+        cmocka_unit_test(half_a_step_is_never_kept),
+    };
     return cmocka_run_group_tests_name("engine_graph", tests, NULL, NULL);
 }
