@@ -7,7 +7,9 @@
  * of many sequences over many adapters. Decode rates leave out the first token of each sequence and
  * the time before the earliest of them, so the prefill of later sequences counts against us. A
  * step's time leaves that out, too: it is the mean from the moment when every sequence has its
- * first token to the end of the last one, one token of that sequence a step.
+ * first token to the end of the last one, one token of that sequence a step. Where a sequence has
+ * ended before that moment (few tokens, or --max-seqs below --batch) no step has them all, and
+ * there is no such figure.
  * Prompts are token ids drawn by a fixed formula, so that a peer can be given the same;
  * end-of-sequence is ignored, sampling is greedy. One JSON line each:
  *     {"name", "value", "unit", "peer": null, "ratio": null}
@@ -41,7 +43,8 @@ struct bench {
 struct run {
     double total_s;             /* submit of the first to end of the last */
     double decode_s;            /* earliest first token to end of the last */
-    double steps_s;             /* latest first token to end of the last: steps of decode alone */
+    /* Latest first token to end of the last, steps of decode alone; 0: some had ended by then. */
+    double steps_s;
     int64_t prompt_tokens, completion_tokens;
     struct engine_stats before, after;
 };
@@ -77,7 +80,7 @@ static lm_status submit_one(struct bench *b, int i, int prompt_tokens, int max_t
 static lm_status await_all(struct bench *b, int n, struct run *out, int64_t start_us,
                            struct lm_err *err)
 {
-    int64_t first = INT64_MAX, latest = 0, finished = 0;
+    int64_t first = INT64_MAX, latest = 0, earliest_end = INT64_MAX, finished = 0;
     for (int done = 0; done < n;) {
         struct engine_event ev[64];
         lm_status state = LM_OK;
@@ -95,6 +98,7 @@ static lm_status await_all(struct bench *b, int n, struct run *out, int64_t star
             out->completion_tokens += r->completion_tokens;
             first = LM_MIN(first, r->first_token_us);
             latest = LM_MAX(latest, r->first_token_us);
+            earliest_end = LM_MIN(earliest_end, r->finished_us);
             finished = LM_MAX(finished, r->finished_us);
             engine_result_free(ev[i].result);
             if (st != LM_OK)
@@ -107,7 +111,7 @@ static lm_status await_all(struct bench *b, int n, struct run *out, int64_t star
     int64_t end = engine_now_us(b->e) - start_us;
     out->total_s = (double)end / 1e6;
     out->decode_s = (double)LM_MAX(end - first, 1) / 1e6;
-    out->steps_s = (double)(finished - latest) / 1e6;
+    out->steps_s = earliest_end > latest ? (double)(finished - latest) / 1e6 : 0;
     return LM_OK;
 }
 
@@ -160,11 +164,12 @@ static lm_status bench_decode(struct bench *b, const char *name, int n, int dist
         double host = steps > 0 ? (double)(r.after.host_us - r.before.host_us) / steps : 0;
         best = LM_MAX(best, (double)(r.completion_tokens - n) / r.decode_s);
         host_us = i == 0 ? host : LM_MIN(host_us, host);
-        step_s = i == 0 ? r.steps_s : LM_MIN(step_s, r.steps_s);
+        if (r.steps_s > 0)
+            step_s = step_s > 0 ? LM_MIN(step_s, r.steps_s) : r.steps_s;
     }
     char full[64];
     figure(name, best, "tokens/s");
-    if (b->args.tokens > 1) {
+    if (b->args.tokens > 1 && step_s > 0) {
         snprintf(full, sizeof full, "%s_step", name);
         figure(full, step_s * 1e3 / (b->args.tokens - 1), "ms/step");
     }

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "worker/cmd_bench.h"
+#include "worker/commands.h"
 
 #define HEADER "id,arrival,adapter,rank,prompt_len,output_len\n"
 
@@ -259,6 +260,44 @@ static void replays_repeat_exactly(void **state)
     drop(&a, &t);
 }
 
+/* ---- fixed figures --------------------------------------------------------------------- */
+
+/* What `bench` prints with `extra`, at `path`; is there a figure of that name? */
+static bool prints(const char *extra, const char *name)
+{
+    char line[512], text[4096], *argv[48];
+    int argc = 0, out = dup(STDOUT_FILENO);
+    snprintf(line, sizeof line, "bench --sim ops/devices/h200.json --shape "
+             "ops/shapes/llama-2-7b.json --repeat 1 %s", extra);
+    for (char *p = strtok(line, " "); p; p = strtok(NULL, " "))
+        argv[argc++] = p;
+    argv[argc] = NULL;
+    optind = 0;
+    write_trace("");
+    fflush(stdout);
+    FILE *f = fopen(path, "r+");
+    assert_true(f && out >= 0 && dup2(fileno(f), STDOUT_FILENO) >= 0);
+    int status = cmd_bench(argc, argv);
+    fflush(stdout);
+    assert_true(dup2(out, STDOUT_FILENO) >= 0 && close(out) == 0);
+    assert_int_equal(status, 0);
+    rewind(f);
+    size_t n = fread(text, 1, sizeof text - 1, f);
+    text[n] = '\0';
+    assert_int_equal(fclose(f), 0);
+    assert_non_null(strstr(text, "\"decode_base\""));
+    return strstr(text, name) != NULL;
+}
+
+/* No step has all sequences where some end before the last one begins. */
+static void a_step_of_all_or_no_figure(void **state)
+{
+    (void)state;
+    assert_true(prints("--batch 8 --tokens 8", "\"decode_base_step\""));
+    assert_false(prints("--batch 8 --tokens 8 --max-seqs 2", "\"decode_base_step\""));
+    assert_true(prints("--batch 8 --tokens 8 --max-seqs 2", "\"decode_batch1_step\""));
+}
+
 static int setup(void **state)
 {
     (void)state;
@@ -286,6 +325,7 @@ int main(void)
         cmocka_unit_test(host_memory_is_waited_for),
         cmocka_unit_test(what_never_fits_is_an_outcome),
         cmocka_unit_test(replays_repeat_exactly),
+        cmocka_unit_test(a_step_of_all_or_no_figure),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
