@@ -6,7 +6,8 @@
  * then twice recorded, so that the last time everything runs as recorded before, at batches around
  * the sizes that steps are padded to. Tokens and log-probabilities must be the same to the last
  * bit: padding stays within the bucket that picks kernels, and a graph holds nothing that another
- * step would have had otherwise.
+ * step would have had otherwise. Counts prove that graphs ran at all, and that more were recorded
+ * than are kept: those that gave way were others by then, in the same executables.
  *
  * One engine, as two would measure and choose cuBLASLt's algorithms for themselves. It is pumped by
  * hand, so every run has the same steps. Some of each batch end early: the sizes below are met as
@@ -16,6 +17,7 @@
 
 #include "engine/engine.h"
 #include "engine/step.h"
+#include "kernels/cuda/cuda_int.h"
 
 #define SHAPE "ops/shapes/llama-2-7b.json"
 #define LAYERS 2
@@ -124,9 +126,19 @@ static void compare(struct bed *b, int n, int n_adapters)
 {
     results single = { 0 }, first = { 0 }, again = { 0 };
     int bad = 0, tokens = 0;
-    bool ran = run_batch(b, n, n_adapters, true, single) &&
-               run_batch(b, n, n_adapters, false, first) &&
-               run_batch(b, n, n_adapters, false, again);
+    struct cuda_graph_counts c0, c1, c2, c3;
+    cuda_graph_count(&c0);
+    bool ran = run_batch(b, n, n_adapters, true, single);
+    cuda_graph_count(&c1);
+    ran = ran && run_batch(b, n, n_adapters, false, first);
+    cuda_graph_count(&c2);
+    ran = ran && run_batch(b, n, n_adapters, false, again);
+    cuda_graph_count(&c3);
+    check_that(b->c, c1.recorded == c0.recorded && c1.run_again == c0.run_again &&
+                     c3.run_again > c2.run_again,
+               "batch %d, %d adapters: no graph runs piece by piece; then %d are recorded, %d "
+               "runs of them", n, n_adapters, (int)(c3.recorded - c1.recorded),
+               (int)(c3.run_again - c1.run_again));
     if (ran)
         bad = differences(single, first, n, &tokens) + differences(single, again, n, &tokens);
     check_that(b->c, ran && bad == 0 && tokens > n,
@@ -148,12 +160,18 @@ static bool all_resident(struct bed *b)
 
 void check_graph(struct gpu_check *c)
 {
-    static const int batch[] = { 1, 2, 9, 64, 65, 256, MAX_BATCH };
+    static const int batch[] = { 1, 2, 3, 5, 6, 9, 17, 33, 41, 57, 64, 65, 81, 113, 256,
+                                 MAX_BATCH };
+    struct cuda_graph_counts n;
     struct bed b = { .c = c };
     if (open_engine(&b) && all_resident(&b))
         for (size_t i = 0; i < LM_COUNT(batch); i++)
             for (int adapters = 0; adapters <= ADAPTERS; adapters += ADAPTERS / 2)
                 compare(&b, batch[i], adapters);
+    cuda_graph_count(&n);
+    check_that(c, n.evicted > 0 && n.recorded > n.evicted && n.run_again > n.recorded,
+               "graphs: %d recorded, %d gave way, %d runs", (int)n.recorded, (int)n.evicted,
+               (int)n.run_again);
     for (int i = 0; i < ADAPTERS; i++)
         engine_adapter_unref(b.adapter[i]);
     engine_close(b.e);
