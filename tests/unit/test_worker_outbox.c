@@ -16,6 +16,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -65,11 +66,11 @@ void rd_kafka_destroy(rd_kafka_t *rk)
     real(rk);
 }
 
-static volatile sig_atomic_t poll_hangs;        /* in the child, from SIGUSR1 to SIGUSR2 */
+static atomic_int poll_hangs;       /* in the child, from SIGUSR1 to SIGUSR2 */
 
 static void hang_poll(int signal)
 {
-    poll_hangs = signal == SIGUSR1;
+    atomic_store(&poll_hangs, signal == SIGUSR1);
 }
 
 /* Wins over the shared library's. */
@@ -77,7 +78,7 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
 {
     rd_kafka_message_t *(*real)(rd_kafka_t *, int) =
         (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_consumer_poll");
-    while (poll_hangs)
+    while (atomic_load(&poll_hangs))
         usleep(10000);
     return real(rk, timeout_ms);
 }
