@@ -29,11 +29,11 @@ import subprocess
 import sys
 import time
 
-import fastavro
-import io
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+
+import prompts
 
 bootstrap, registry_url, loramill, loop, run, n = sys.argv[1:6] + [int(sys.argv[6])]
 ROUNDS, PARTITIONS = int(os.environ.get("KAFKA_ROUNDS") or 5), 4
@@ -52,23 +52,7 @@ def fill():
     text = open("schemas/prompt.avsc", encoding="utf-8").read()
     number = SchemaRegistryClient({"url": registry_url}).register_schema("p-avro-value",
                                                                         Schema(text, "AVRO"))
-    schema, frame = fastavro.parse_schema(json.loads(text)), b"\0" + number.to_bytes(4, "big")
-    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "compression.type": "lz4"})
-    for i in range(n):
-        d = {"id": f"m{i}", "prompt": "x" * 920, "params": {"max_tokens": 8},
-             "metadata": {"i": str(i)}}
-        out = io.BytesIO(frame)
-        out.seek(0, 2)
-        fastavro.schemaless_writer(out, schema, d)
-        for name, value in (("p-json", json.dumps(d).encode()), ("p-avro", out.getvalue())):
-            while True:
-                try:
-                    p.produce(name, key=str(i), value=value)
-                    break
-                except BufferError:
-                    p.poll(0.1)
-        p.poll(0)
-    p.flush(120)
+    prompts.fill(bootstrap, n, text, number)
 
 
 def measure(name, command, to):
@@ -89,10 +73,10 @@ def measure(name, command, to):
     return n / max(last - first, 1) * 1000
 
 
-def worker(prompts, to, mode):
+def worker(source, to, mode):
     path = f"{run}/{to}.properties"
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"engine.mode=echo\ntopics.prompts={prompts}\ntopics.replies={to}\n"
+        f.write(f"engine.mode=echo\ntopics.prompts={source}\ntopics.replies={to}\n"
                 f"topics.dead_letters=dead\ngroup.id=g-{to}\nkafka.bootstrap.servers={bootstrap}\n"
                 f"http.port=0\nregistry.url={registry_url}\ndelivery.mode={mode}\n"
                 f"journal.dir={run}/journal\nlog.level=warn\n")
@@ -109,9 +93,9 @@ names = list(rates)
 for i in range(ROUNDS):
     for name in names[i % len(names):] + names[:i % len(names)]:
         to = topic(f"r-{name}-{i}")
-        prompts = "p-avro" if name == "avro" else "p-json"
-        command = ([loop, bootstrap, "g-" + to, prompts, to] if name == "loop" else
-                   worker(prompts, to, "exactly-once" if name == "exactly-once" else
+        source = "p-avro" if name == "avro" else "p-json"
+        command = ([loop, bootstrap, "g-" + to, source, to] if name == "loop" else
+                   worker(source, to, "exactly-once" if name == "exactly-once" else
                           "at-least-once"))
         rates[name].append(measure(name, command, to))
         print(f"== round {i + 1} of {ROUNDS}, {name}: {rates[name][-1]:.0f} messages/s",

@@ -9,7 +9,6 @@ thread's share; or with COST=instructions thousands of instructions by callgrind
 """
 import glob
 import http.server
-import io
 import json
 import os
 import subprocess
@@ -17,8 +16,9 @@ import sys
 import threading
 import time
 
-import fastavro
 from confluent_kafka import Consumer, Producer, TopicPartition
+
+import prompts
 
 loramill, loop, run, n = sys.argv[1:4] + [int(sys.argv[4])]
 INSTRUCTIONS = os.environ.get("COST") == "instructions"
@@ -62,34 +62,19 @@ def start_broker():
 
 def fill(bootstrap):
     schemas.append(open("schemas/prompt.avsc", encoding="utf-8").read())
-    schema, frame = fastavro.parse_schema(json.loads(schemas[0])), b"\0\0\0\0\1"
-    p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "compression.type": "lz4"})
+    p = Producer({"bootstrap.servers": bootstrap})
     for name in ("dead", "r-loop", "r-json", "r-avro"):
         p.list_topics(name, timeout=10)         # makes it
-    for i in range(n):
-        d = {"id": f"m{i}", "prompt": "x" * 920, "params": {"max_tokens": 8},
-             "metadata": {"i": str(i)}}
-        out = io.BytesIO(frame)
-        out.seek(0, 2)
-        fastavro.schemaless_writer(out, schema, d)
-        for name, value in (("p-json", json.dumps(d).encode()), ("p-avro", out.getvalue())):
-            while True:
-                try:
-                    p.produce(name, key=str(i), value=value)
-                    break
-                except BufferError:
-                    p.poll(0.1)
-        p.poll(0)
-    p.flush(120)
+    prompts.fill(bootstrap, n, schemas[0], 1)
 
 
 def command(name, bootstrap, registry):
-    prompts = "p-avro" if name == "avro" else "p-json"
+    source = "p-avro" if name == "avro" else "p-json"
     if name == "loop":
-        return [loop, bootstrap, "g-loop", prompts, "r-loop"]
+        return [loop, bootstrap, "g-loop", source, "r-loop"]
     path = f"{run}/{name}.properties"
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"engine.mode=echo\ntopics.prompts={prompts}\ntopics.replies=r-{name}\n"
+        f.write(f"engine.mode=echo\ntopics.prompts={source}\ntopics.replies=r-{name}\n"
                 f"topics.dead_letters=dead\ngroup.id=g-{name}\nhttp.port=0\nlog.level=warn\n"
                 f"kafka.bootstrap.servers={bootstrap}\nregistry.url={registry}\n"
                 f"journal.dir={run}/journal\n")
