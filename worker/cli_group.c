@@ -100,8 +100,12 @@ static void note_committed(struct group_part *p, const rd_kafka_topic_partition_
     size_t n = 0;
     p->done_beyond = 0;
     p->committed = e->offset >= 0 ? e->offset : -1;
-    if (p->committed < 0 || !e->metadata ||
-        offset_map_decode(e->metadata, e->metadata_size, e->offset, &r, &n, NULL))
+    if (p->committed < 0 || !e->metadata)
+        return;
+    const char *text = e->metadata;
+    size_t len = strnlen(text, e->metadata_size);
+    const char *end = memchr(text, OFFSET_MAP_SEPARATOR, len);
+    if (offset_map_decode(text, end ? (size_t)(end - text) : len, e->offset, &r, &n, NULL))
         return;
     for (size_t i = 0; i < n; i++)
         p->done_beyond += r[i].to - r[i].from;

@@ -160,7 +160,7 @@ bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_comm
     size_t more = isolation_text(c, a, due, mark);
     if (more) {
         if (len)
-            text[len++] = METADATA_SEPARATOR;
+            text[len++] = OFFSET_MAP_SEPARATOR;
         memcpy(text + len, mark, more + 1);
     }
     p->metadata_size = len + more;

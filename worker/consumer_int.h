@@ -15,7 +15,7 @@
 #include "worker/quarantine.h"
 #include "worker/transaction.h"
 
-enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2, METADATA_SEPARATOR = ',' };
+enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2 };
 
 struct assigned {
     struct lease *lease;

@@ -13,7 +13,7 @@
  *   bits       varint distance of the first bit from base, then 8 offsets a byte, lowest first
  *   checksum   XXH32 of all before, 4 bytes little-endian
  *
- * In a commit's metadata a comma and a mark (quarantine.h) may follow it.
+ * In a commit's metadata OFFSET_MAP_SEPARATOR and a mark (quarantine.h) may follow it.
  *
  * Varints are LEB128, unsigned. ASCII only, because brokers and clients hand metadata on as a
  * string. "lm1" is the version: a reader that does not know it ignores the map, which costs repeats
@@ -27,7 +27,10 @@
 
 #include "kernels/base.h"
 
-enum { OFFSET_MAP_MAX = 4096 };         /* a broker's default offset.metadata.max.bytes */
+enum {
+    OFFSET_MAP_MAX = 4096,              /* a broker's default offset.metadata.max.bytes */
+    OFFSET_MAP_SEPARATOR = ',',
+};
 
 struct offset_range { int64_t from, to; };      /* from <= offset < to */
 

@@ -65,7 +65,7 @@ static void restore(consumer *c, struct assigned *a, const rd_kafka_topic_partit
     size_t len = c->map_limit && from->offset >= 0 && from->metadata_size ?
         strnlen(text, from->metadata_size) : 0;         /* some tools send a NUL along */
     if (len)
-        mark = memchr(text, METADATA_SEPARATOR, len);
+        mark = memchr(text, OFFSET_MAP_SEPARATOR, len);
     mark = mark ? mark + 1 : text;
     size_t mark_len = len ? (size_t)(text + len - mark) : 0;
     bool marked = isolation_adopt(c, a, mark, mark_len, from->offset);
