@@ -592,7 +592,8 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
                           c->retry_backoff_ms);
     const char *poll = config_kafka(c, CONFIG_CONSUMER, "max.poll.interval.ms");
     int64_t limit;
-    if (poll && parse_int(poll, false, &limit) && c->revoke_drain_ms * 2 > limit)
+    poll = poll ? poll : CONFIG_MAX_POLL_INTERVAL;
+    if (parse_int(poll, false, &limit) && c->revoke_drain_ms * 2 > limit)
         return lm_err_set(err, LM_INVALID, "revoke.drain_ms=%" PRId64 " is more than half of "
                           "kafka.max.poll.interval.ms=%s", c->revoke_drain_ms, poll);
     return LM_OK;

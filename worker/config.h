@@ -16,6 +16,9 @@
 #include "kernels/base.h"
 
 /* Which librdkafka handle a passthrough property is for. */
+/* kafka.max.poll.interval.ms unless it is set. */
+#define CONFIG_MAX_POLL_INTERVAL "120000"
+
 enum config_scope { CONFIG_BOTH, CONFIG_CONSUMER, CONFIG_PRODUCER };
 
 struct config_pair {

@@ -145,7 +145,7 @@ void config_print_markdown(FILE *f)
           "| property | default |\n| --- | --- |\n"
           "| `kafka.auto.offset.reset` | `earliest` |\n"
           "| `kafka.partition.assignment.strategy` | `cooperative-sticky` |\n"
-          "| `kafka.max.poll.interval.ms` | `120000` |\n"
+          "| `kafka.max.poll.interval.ms` | `" CONFIG_MAX_POLL_INTERVAL "` |\n"
           "| `kafka.queued.max.messages.kbytes` | `16384` |\n"
           "| `kafka.queued.min.messages` | `1000` |\n"
           "| `kafka.consumer.fetch.queue.backoff.ms` | `10`, from librdkafka 2.2 on |\n"

@@ -33,7 +33,7 @@ static const struct setting both_defaults[] = {
 
 static const struct setting consumer_defaults[] = {
     { "auto.offset.reset", "earliest" },                /* a new group must not skip prompts */
-    { "max.poll.interval.ms", "120000" },               /* guards our stalls, not generations */
+    { "max.poll.interval.ms", CONFIG_MAX_POLL_INTERVAL },       /* guards our stalls only */
     { "queued.max.messages.kbytes", "16384" },          /* prefetch that is outside our budget */
     { "queued.min.messages", "1000" },
     { "check.crcs", "true" },
@@ -165,7 +165,7 @@ static lm_status set_transactional(rd_kafka_conf_t *conf, const struct config *c
     return set_one(conf, "transactional.id", *c->transaction_id ? c->transaction_id : id, err);
 }
 
-static int64_t milliseconds(const rd_kafka_conf_t *conf, const char *key)
+int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key)
 {
     char text[32];
     size_t n = sizeof text;
@@ -177,11 +177,11 @@ static int64_t milliseconds(const rd_kafka_conf_t *conf, const char *key)
 static lm_status lower_linger(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
 {
     char text[32];
-    int64_t record = milliseconds(conf, "message.timeout.ms");
-    int64_t most = milliseconds(conf, "transaction.timeout.ms");
+    int64_t record = kafka_conf_int(conf, "message.timeout.ms");
+    int64_t most = kafka_conf_int(conf, "transaction.timeout.ms");
     if (record > 0)
         most = LM_MIN(most, record);
-    if (milliseconds(conf, "linger.ms") < most ||
+    if (kafka_conf_int(conf, "linger.ms") < most ||
         config_kafka(c, CONFIG_PRODUCER, "linger.ms") ||
         config_kafka(c, CONFIG_PRODUCER, "queue.buffering.max.ms"))
         return LM_OK;

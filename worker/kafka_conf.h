@@ -34,6 +34,9 @@ struct kafka_said { int err; int64_t at_us; unsigned more; };
  * only, for a broker that is away is reported many times a second. */
 void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason);
 
+/* A number that the client goes by, whoever has set it; 0: it has no such property. */
+int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key);
+
 /* Is KIP-848 asked for, kafka.group.protocol=consumer? */
 bool kafka_new_protocol(const struct config *c);
 

@@ -328,23 +328,14 @@ static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
 
 /* ---- clients ---------------------------------------------------------------------------- */
 
-static int64_t conf_int(const rd_kafka_conf_t *conf, const char *key)
-{
-    char text[32];
-    size_t n = sizeof text;
-    if (rd_kafka_conf_get(conf, key, text, &n) != RD_KAFKA_CONF_OK)
-        return 0;
-    return strtoll(text, NULL, 10);
-}
-
 static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
 {
     rd_kafka_conf_t *conf;
     lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
     if (st)
         return st;
-    p->batch_bytes = conf_int(conf, "batch.size");
-    p->transaction_timeout_ms = conf_int(conf, "transaction.timeout.ms");
+    p->batch_bytes = kafka_conf_int(conf, "batch.size");
+    p->transaction_timeout_ms = kafka_conf_int(conf, "transaction.timeout.ms");
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
     rd_kafka_conf_set_error_cb(conf, on_error);

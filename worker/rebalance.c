@@ -27,7 +27,6 @@ enum {
     COMMITTED_MOST_MS = 10000,
     COMMITTED_BUDGET_MS = 60000,
     AWAIT_MS = 30000,           /* our own transaction */
-    POLL_INTERVAL_MS = 120000,  /* kafka_conf.c's max.poll.interval.ms */
 };
 
 /* ---- partitions --------------------------------------------------------------------------- */
@@ -190,19 +189,14 @@ static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t
         work_on(c);
 }
 
-/* The client calls us within a poll, and the group throws out who takes too long for one. */
-static int64_t poll_interval_ms(const consumer *c)
-{
-    const char *set = config_kafka(c->w->cfg, CONFIG_CONSUMER, "max.poll.interval.ms");
-    return set ? strtoll(set, NULL, 10) : POLL_INTERVAL_MS;
-}
-
-/* The group's offsets with their maps. False: the broker doesn't answer. Both waits together take
- * three quarters of the poll interval at most. */
+/* The group's offsets with their maps. False: the broker doesn't answer. The client calls us within
+ * a poll, and the group throws out who takes too long for one: both waits together take three
+ * quarters of the poll interval at most. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
-    int64_t interval = poll_interval_ms(c), left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
+    int64_t interval = kafka_conf_int(rd_kafka_conf(c->rk), "max.poll.interval.ms");
+    int64_t left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
     await_transaction(c, l, LM_MIN(AWAIT_MS, interval / 4));
     int64_t end = lm_now_us() + left * 1000;
     for (int64_t ms = COMMITTED_FIRST_MS; e && left > 0 && !atomic_load(&c->w->stopping);

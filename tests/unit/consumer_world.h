@@ -25,12 +25,17 @@ static void world_drop_job(void *ctx, int64_t offset, void *user)
     job_unref(user);
 }
 
-static struct world *world_open(void)
+/* `poll_ms`: max.poll.interval.ms; NULL: the library's. */
+static inline struct world *world_open_polled(const char *poll_ms)
 {
     char why[128];
     struct world *x = lm_calloc(1, sizeof *x);
     rd_kafka_conf_t *conf = rd_kafka_conf_new();
     rd_kafka_conf_set(conf, "group.id", "g", why, sizeof why);
+    if (poll_ms) {
+        rd_kafka_conf_set(conf, "session.timeout.ms", poll_ms, why, sizeof why);
+        rd_kafka_conf_set(conf, "max.poll.interval.ms", poll_ms, why, sizeof why);
+    }
     x->w.cfg = &x->cfg;
     job_queue_init(&x->w.to_intake);
     job_queue_init(&x->w.done);
@@ -42,6 +47,11 @@ static struct world *world_open(void)
     ledger_assign(x->c.ledger, "t", 0, 0, &x->part.ref);
     x->part.lease = lease_new("t", 0, x->part.ref);
     return x;
+}
+
+static inline struct world *world_open(void)
+{
+    return world_open_polled(NULL);
 }
 
 /* A prompt of the partition, in the ledger; the caller has a reference. */

@@ -181,6 +181,7 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "in_flight.max_messages=999", "in_flight.max_messages=999 is less than" },
     { "retry.backoff_max_ms=1", "less than retry.backoff_ms" },
     { "kafka.max.poll.interval.ms=6000", "more than half" },
+    { "revoke.drain_ms=60001", "more than half of kafka.max.poll.interval.ms=120000" },
     { "group.id=", "group.id may not be empty" },
 };
 

@@ -2,7 +2,8 @@
 /*
  * test_worker_consumer.c - how long the consumer thread waits while others wait for it, that it
  * commits while a revocation drains, and asks for offsets when no transaction is about to change
- * them. The test plays that thread. What a group makes of it: tests/integration/test_flow.sh,
+ * them; and when a record is said to have come. The test plays that thread, or the client under it.
+ * What a group makes of it: tests/integration/test_flow.sh,
  * test_partitions.sh.
  */
 #include <setjmp.h>
@@ -57,6 +58,57 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     for (int i = 0; i < l->cnt; i++)
         l->elems[i].offset = 1;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+/* ---- a client with two records, and a rebalance between them -------------------------------- */
+
+static int polls;
+static struct world *polled;
+static int64_t second_from_us;  /* the second one comes then, or later */
+
+rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
+{
+    static rd_kafka_message_t m[2];
+    (void)timeout_ms;
+    if (!polled || polls == 2) {
+        if (polled)
+            atomic_store(&polled->w.stopping, true);
+        return NULL;
+    }
+    if (polls == 1) {
+        rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+        rd_kafka_topic_partition_list_add(l, "other", 0);
+        rebalance_cb(rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &polled->c);
+        rd_kafka_topic_partition_list_destroy(l);
+        second_from_us = lm_now_us();
+    }
+    m[polls] = (rd_kafka_message_t){ .offset = polls };
+    return &m[polls++];
+}
+
+void rd_kafka_message_destroy(rd_kafka_message_t *m)
+{
+    (void)m;
+}
+
+const char *rd_kafka_topic_name(const rd_kafka_topic_t *t)
+{
+    (void)t;
+    return "t";
+}
+
+int64_t rd_kafka_message_timestamp(const rd_kafka_message_t *m, rd_kafka_timestamp_type_t *type)
+{
+    (void)m;
+    *type = RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
+    return -1;
+}
+
+rd_kafka_resp_err_t rd_kafka_message_headers(const rd_kafka_message_t *m, rd_kafka_headers_t **h)
+{
+    (void)m;
+    (void)h;
+    return RD_KAFKA_RESP_ERR__NOENT;
 }
 
 static struct job *deliver(struct world *x, int64_t offset, const char *key)
@@ -157,13 +209,7 @@ static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool 
                                                       bool in_time)
 {
     char none[] = "";
-    char key[] = "max.poll.interval.ms", most[] = "400";
-    struct config_pair pair = { key, most, CONFIG_BOTH };
-    struct world *x = world_open();
-    if (!in_time) {
-        x->cfg.kafka = &pair;
-        x->cfg.n_kafka = 1;
-    }
+    struct world *x = world_open_polled(in_time ? NULL : "400");
     struct assigned *parts = lm_calloc(1, sizeof *parts);       /* the consumer's; it grows */
     *parts = x->part;
     lease_ref(parts->lease);
@@ -310,6 +356,48 @@ static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
     world_close(x);
 }
 
+/* Records that come together have one stamp, but not when a rebalance was between them: what its
+ * wait took is no part of what the second one's intake took. */
+static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
+{
+    (void)state;
+    char none[] = "", topics[] = "t";
+    struct lm_err err;
+    struct world *x = world_open();
+    struct assigned *parts = lm_calloc(1, sizeof *parts);
+    *parts = x->part;
+    lease_ref(parts->lease);
+    x->c.parts = parts;
+    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
+    x->cfg.topics_priorities = none;
+    x->cfg.topics_prompts = topics;
+    x->cfg.commit_interval_ms = 3600000;
+    x->cfg.intake_max_messages = x->cfg.intake_max_bytes = x->cfg.intake_max_tokens = 1000000;
+    x->cfg.in_flight_max_messages = 1000000;
+    polled = x;
+    assert_int_equal(consumer_start(&x->c, &err), LM_OK);
+    struct job *j[2] = { NULL };
+    for (int i = 0; i < 2;) {
+        struct job *all = job_queue_take(&x->w.to_intake, 100);
+        for (; all; all = all->next)
+            j[i++] = all;
+    }
+    assert_true(j[0]->received_us <= second_from_us);
+    assert_true(j[1]->received_us >= second_from_us);
+    for (int i = 0; i < 2; i++)
+        worker_end_job(&x->w, j[i], OUTCOME_DROPPED);
+    consumer_join(&x->c);
+    consumer_take_finished(&x->c, 0);
+    polled = NULL;
+    while (x->c.n_parts)
+        rebalance_remove(&x->c, &x->c.parts[0]);
+    free(x->w.metrics.parts);
+    free(x->c.parts);
+    free(x->c.pending);
+    rd_kafka_queue_destroy(x->c.commit_queue);
+    world_close(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -317,6 +405,7 @@ int main(void)
         cmocka_unit_test(an_eager_revocation_commits_while_it_drains),
         cmocka_unit_test(a_partition_that_comes_back_waits_for_its_transaction),
         cmocka_unit_test(but_not_for_ever),
+        cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),

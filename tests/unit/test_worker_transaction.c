@@ -17,7 +17,7 @@
 #include "consumer_world.h"
 #include "worker/producer_int.h"
 
-enum { MOST_US = 20 * 1000000 };
+enum { MOST_US = 20 * 1000000, WENT_TO = 3 };
 
 /* ---- the client library ----------------------------------------------------------------- */
 
@@ -26,6 +26,7 @@ static char said[2048];         /* of each transaction: its prompts' offsets, an
 static char sizes[256];         /* ... and how many they were */
 static int records, fail_next;
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
+static char wanted[256];        /* of each part of a stream: the partition that it was sent to */
 
 /* A number, unless it is -1, and words. */
 static void say(char *text, size_t size, long long n, const char *words)
@@ -56,14 +57,15 @@ rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
 
 rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
 {
-    const struct outgoing *o = NULL;
+    struct outgoing *o = NULL;
+    int32_t partition = 0;
     va_list ap;
     va_start(ap, rk);
     for (int type; (type = va_arg(ap, int)) != RD_KAFKA_VTYPE_END;)
         if (type == RD_KAFKA_VTYPE_TOPIC) {
             (void)va_arg(ap, const char *);
         } else if (type == RD_KAFKA_VTYPE_PARTITION) {
-            (void)va_arg(ap, int32_t);
+            partition = va_arg(ap, int32_t);
         } else if (type == RD_KAFKA_VTYPE_KEY || type == RD_KAFKA_VTYPE_VALUE) {
             (void)va_arg(ap, void *);
             (void)va_arg(ap, size_t);
@@ -78,6 +80,10 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     records++;
     atomic_fetch_add(&sent, 1);
     say(said, sizeof said, o->job->record.offset, "");
+    if (o->job->parent) {               /* its report says where it went */
+        say(wanted, sizeof wanted, partition, partition == RD_KAFKA_PARTITION_UA ? "any" : "");
+        o->partition = partition < 0 ? WENT_TO : partition;
+    }
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
@@ -156,7 +162,7 @@ static int open_world(void **state)
     atomic_store(&x->w.started, true);
     p = (struct producer){ .w = &x->w, .exactly_once = true };
     job_queue_init(&p.again);
-    said[0] = sizes[0] = '\0';
+    said[0] = sizes[0] = wanted[0] = '\0';
     asked = fail_next = 0;
     atomic_store(&sent, 0);
     atomic_store(&aborts, 0);
@@ -442,6 +448,49 @@ static void an_open_transaction_is_aborted_at_the_end(void **state)
         worker_end_job(&x->w, jobs[i], OUTCOME_DROPPED);
 }
 
+/* ---- parts of a stream ------------------------------------------------------------------- */
+
+/* A transaction with one part is aborted and made again. */
+static void send_part_twice(int32_t partition, bool follows)
+{
+    struct engine_config cfg = { .echo = true };
+    assert_int_equal(engine_open(&cfg, &x->w.engine, NULL), LM_OK);
+    job_queue_init(&x->w.parts);
+    struct job *parent = world_deliver(x, 0, NULL);
+    parent->route = (struct reply_route){ .partition = partition, .follows = follows };
+    struct job *part = job_child(parent);
+    part->out.partition = partition;
+    fail_next = 1;
+    producer_send(&p, part);
+    begin();
+    struct job *back = NULL;
+    for (int64_t end = lm_now_us() + MOST_US; !back && lm_now_us() < end; turn())
+        back = job_queue_take(&x->w.parts, 0);
+    assert_ptr_equal(back, part);
+    assert_int_equal(part->out.error, 0);
+    assert_string_equal(sizes, "1 1 ");
+    job_unref(part);
+    job_unref(parent);
+    job_queue_release(&x->w.parts);
+    engine_close(x->w.engine);
+}
+
+/* Where the first part of a stream went decides where the rest goes; of an aborted transaction
+ * nobody has seen it go anywhere. */
+static void a_first_part_that_was_aborted_goes_anywhere_again(void **state)
+{
+    (void)state;
+    send_part_twice(-1, false);
+    assert_string_equal(wanted, "any any ");
+}
+
+static void a_later_part_goes_where_the_first_one_went(void **state)
+{
+    (void)state;
+    send_part_twice(2, true);
+    assert_string_equal(wanted, "2 2 ");
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, open_world, close_world)
 
 int main(void)
@@ -456,6 +505,8 @@ int main(void)
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
         TEST(an_open_transaction_is_aborted_at_the_end),
+        TEST(a_first_part_that_was_aborted_goes_anywhere_again),
+        TEST(a_later_part_goes_where_the_first_one_went),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
