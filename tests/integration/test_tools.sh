@@ -164,3 +164,49 @@ after() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q
 check "a worker goes on from there" wait_until 30 after
 check "and has read nothing twice" [ "$(curl -sf "http://127.0.0.1:$PORT/metrics" | awk '$1 == "loramill_consumed_records_total" { print $2 }')" = 1 ]
 stop "$W" "the worker"
+
+# Prompts in flight: those that wait for an adapter which nobody serves, at the head of partition 0
+# and at the end of partition 1; the good ones behind and before them end. Two workers share the group.
+sed -i -E '/^(group\.id|adapters\.url)=/d' "$RUN/worker.properties"
+cat >> "$RUN/worker.properties" <<P
+group.id=flight
+engine.mode=echo
+adapters.url=http://127.0.0.1:$(free_ports 1)/{adapter}
+drain.timeout_ms=500
+P
+reset --to latest --yes
+SENT=$(($(date +%s) * 1000 - 3 * 3600000))
+"$PYTHON" - "$BOOTSTRAP" "$SENT" <<'P' || die "prompts are there"
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+def send(partition, n, **more):
+    p.produce("prompts", json.dumps({"id": f"f-{partition}-{n}", "prompt": "x", **more}),
+              partition=partition, timestamp=int(sys.argv[2]) + 1000 * partition + n)
+send(0, 0, adapter="away")
+for n in range(1, 6): send(0, n)
+for n in range(3): send(1, n)
+send(1, 3, adapter="away")
+for n in range(2): send(2, n)
+assert not p.flush(20)
+P
+start p; P1=$W
+start q; P2=$W
+in_flight() {
+    status --json && quiet jq -e --argjson t "$SENT" '
+        def at(n): .partitions[n];
+        .state == "Stable" and .lag == 2 and ([.workers[].worker] | sort) == ["p", "q"]
+        and (at(0) | [.lag, .finished_beyond, .oldest_ms, .end - .committed]) == [1, 5, $t, 6]
+        and (at(1) | [.lag, .finished_beyond, .oldest_ms, .end - .committed]) == [1, 0, $t + 1003, 1]
+        and (at(2) | [.lag, .finished_beyond, .oldest_ms, .end - .committed]) == [0, 0, null, 0]
+        and (. as $s | all(.workers[]; . as $w | .partitions > 0 and .running == 0 and .paused == 0
+            and .in_flight == .waiting and .in_flight
+                == ([$s.partitions[] | select(.worker == $w.worker and .lag > 0)] | length)))' "$RUN/out"
+}
+check "prompts in flight: lag, what is finished beyond, the oldest one's time, and whose they are" wait_until 60 in_flight
+status
+check "the same for people: $(head -1 "$RUN/out")" quiet grep -Pzo \
+    '(?s)^group flight: Stable, 2 workers, lag 2\n.*\nprompts +0 +\d+ +\d+ +5 +1 +3\.0h  [pq]\n.*\nprompts +2 +\d+ +\d+ +0 +0 +-  [pq]\n' "$RUN/out"
+stop "$P1" "worker p"; stop "$P2" "worker q"
+status --json
+check "what they handed back is lag" quiet jq -e '.state == "Empty" and .lag == 2 and (.workers | length) == 0 and .partitions[0].finished_beyond == 5' "$RUN/out"

@@ -36,6 +36,9 @@ worker() {
     wait_until 30 assigned || die "worker $1 has its partitions"
 }
 assigned() { [ "$(metric 'rebalances_total{event="assign"}')" -ge 1 ]; }
+orders() { [ "$(metric cancel_orders_total)" -ge "$1" ]; }
+# One has been let through, by its partition's mark, and waits for its adapter; so many wait for it.
+waits_with() { [ "$(metric intake_backlog_records)" = 1 ] && [ "$(metric in_flight_records)" = $((1 + $1)) ]; }
 case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
 
 if part stream; then
@@ -74,6 +77,23 @@ worker cancel engine.max_seqs=64 engine.max_waiting=4
 case_ cancel_before "$LORAMILL" "$RUN/worker.properties" look before
 case_ cancel "$LORAMILL" "$RUN/worker.properties"
 check "orders that are none are ignored" wait_until 5 grep -q 'control \[0\] @.* is no' "$RUN/worker-cancel.log"
+stop "$W" "the worker"
+
+# Held by the order of its key; two deaths later, by quarantine too. A static member that was killed has
+# its partitions back at once.
+held=(engine.mode=echo delivery.order=key "adapters.url=http://127.0.0.1:$(free_ports 1)/{adapter}"
+      "adapters.cache_dir=$RUN/cache-held" kafka.group.instance.id=held drain.timeout_ms=1000)
+worker held-1 "${held[@]}"
+case_ cancel_held send held
+check "the order to cancel is read" wait_until 20 orders 1
+check "and its prompt is held" wait_until 20 waits_with 2
+kill -9 -- "-$W"; wait "$W" 2> /dev/null
+worker held-2 "${held[@]}"
+check "the prompts are read again" wait_until 20 waits_with 2
+kill -9 -- "-$W"; wait "$W" 2> /dev/null
+worker held-3 "${held[@]}"
+check "they are in quarantine" grep -q '(2 such in a row)' "$RUN/worker-held-3.log"
+case_ cancel_held end held
 stop "$W" "the worker"
 fi
 

@@ -221,6 +221,30 @@ def cancel_before(loramill, properties, step, run):
           and a["usage"]["completion_tokens"] == 0, a)
 
 
+def cancel_held(step, run):
+    """With delivery.order=key, c waits for b, which waits for a, which waits for an adapter that nobody
+    serves. b is cancelled where it is held: by the order of its key, and then by quarantine, when two
+    workers have died. In the end a is cancelled too, and what was held goes its way in order."""
+    r = Reader("replies", "dead")
+    mine = lambda s: [body(m) for m in s if (header(m, "loramill-request-id") or b"").startswith(run.encode())]
+    if step == "send":
+        send([({"id": f"{run}-a", "prompt": "x", "adapter": "away"}, [], "one key"),
+              ({"id": f"{run}-b", "prompt": "x"}, [], "one key"),
+              ({"id": f"{run}-c", "prompt": "x"}, [], "one key"),
+              ({"id": f"{run}-d", "prompt": "x"}, [])])
+        got = mine(r.until(lambda s: mine(s)))
+        check("what is not of that key is answered", [d["id"] for d in got] == [f"{run}-d"], got)
+        send([({"cancel": f"{run}-b"}, [])], "control")
+        return
+    send([({"cancel": f"{run}-a"}, [])], "control")
+    got = mine(r.until(lambda s: len(mine(s)) == 3))
+    check("cancelled where it was held, after the one before it, and the next is answered",
+          [(d["id"][-1], d["choices"][0]["finish_reason"], d["usage"]["completion_tokens"]) for d in got]
+          == [("a", "cancelled", 0), ("b", "cancelled", 0), ("c", "stop", 1)], got)
+    got = mine(r.until(lambda s: len(mine(s)) > 3, 1))
+    check("each has one outcome", len(got) == 3, got)
+
+
 def expiry():
     """A deadline ends a prompt wherever it is, as a completion."""
     r = Reader("replies", "dead")
