@@ -368,12 +368,17 @@ void producer_close(producer *p)
 
 /* ---- thread ----------------------------------------------------------------------------- */
 
-static void serve_again(producer *p)
+static void judge_again(producer *p)
 {
     for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
         next = j->next;
         producer_judge(p, j);
     }
+}
+
+static void serve_again(producer *p)
+{
+    judge_again(p);
     for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
         next = j->next;
         if (producer_send_records(p, j))
@@ -460,7 +465,7 @@ static void *producer_main(void *arg)
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     rd_kafka_flush(p->rk, STOP_WAIT_MS);
-    serve_again(p);
+    judge_again(p);
     for (struct job *j = job_list_take_all(&p->later), *next; j; j = next) {
         next = j->next;
         worker_end_job(p->w, j, OUTCOME_DROPPED);

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_renew.c - at-least-once: what becomes of records that wait in a client which keeps to
+ * a leader of before. The real producer thread, and real clients of a broker that never says a
+ * word, so that records stay in them; that one is stuck, and who leads, is the test's to say. On
+ * real brokers: tests/integration/test_brokers.sh; how it is noticed: test_worker_leaders.c.
+ */
+#include <arpa/inet.h>
+#include <dlfcn.h>
+#include <netinet/in.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "worker/producer_int.h"
+
+enum { MOST_US = 20 * 1000000, OLD_RECORDS = 3, ALL = 4 };
+
+static struct config cfg;
+static struct worker w;
+static producer *p;
+static struct lease *lease;
+static struct job *jobs[ALL];
+static int broker;
+
+/* ---- the client library ----------------------------------------------------------------- */
+
+static rd_kafka_t *_Atomic stuck;             /* NULL: none is */
+static atomic_int in_new_at_end = -1;   /* records, when the old one is destroyed */
+static int polls_after_end;             /* of the old one, before it is told to give all back */
+static bool given_back;
+
+/* These win over the shared library's. */
+int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
+{
+    int (*real)(rd_kafka_t *, int) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_poll");
+    if (rk == stuck && !p->renewing) {
+        p->stuck[0] = (struct stuck){ .topic = "replies", .partition = 0, .leader = 1 };
+        p->n_stuck = 1;
+    }
+    polls_after_end += rk == stuck && p && atomic_load(&p->end) && !given_back;
+    return real(rk, timeout_ms);
+}
+
+rd_kafka_resp_err_t rd_kafka_purge(rd_kafka_t *rk, int flags)
+{
+    rd_kafka_resp_err_t (*real)(rd_kafka_t *, int) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_purge");
+    given_back |= rk == stuck;
+    return real(rk, flags);
+}
+
+rd_kafka_resp_err_t rd_kafka_metadata(rd_kafka_t *rk, int all, rd_kafka_topic_t *only,
+                                      const struct rd_kafka_metadata **out, int timeout_ms)
+{
+    static char topic[] = "replies";
+    static rd_kafka_metadata_partition_t part = { .id = 0, .leader = 2 };
+    static rd_kafka_metadata_topic_t t = { .topic = topic, .partition_cnt = 1,
+                                           .partitions = &part };
+    static rd_kafka_metadata_t md = { .topic_cnt = 1, .topics = &t };
+    (void)rk;
+    (void)all;
+    (void)only;
+    (void)timeout_ms;
+    *out = &md;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+void rd_kafka_metadata_destroy(const struct rd_kafka_metadata *md)
+{
+    (void)md;
+}
+
+void rd_kafka_destroy(rd_kafka_t *rk)
+{
+    void (*real)(rd_kafka_t *) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_destroy");
+    if (rk == stuck)
+        atomic_store(&in_new_at_end, rd_kafka_outq_len(p->rk));
+    real(rk);
+}
+
+/* ---- the worker ------------------------------------------------------------------------- */
+
+/* Connections are taken by the system, and nobody reads from them. */
+static int listen_silently(char *address, size_t size)
+{
+    struct sockaddr_in at = { .sin_family = AF_INET };
+    socklen_t len = sizeof at;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(fd, (struct sockaddr *)&at, sizeof at) || listen(fd, 16) ||
+        getsockname(fd, (struct sockaddr *)&at, &len))
+        abort();
+    snprintf(address, size, "kafka.bootstrap.servers=127.0.0.1:%d", ntohs(at.sin_port));
+    return fd;
+}
+
+static int begin(void **state)
+{
+    struct lm_err err;
+    char address[64];
+    (void)state;
+    broker = listen_silently(address, sizeof address);
+    if (config_init(&cfg, &err) || config_set(&cfg, address, &err))
+        return -1;
+    memset(&w, 0, sizeof w);
+    w.cfg = &cfg;
+    w.credentials = credentials_new(&cfg);
+    snprintf(w.name, sizeof w.name, "w");
+    job_queue_init(&w.done);
+    metrics_init(&w.metrics);
+    stuck = NULL;
+    given_back = false;
+    polls_after_end = 0;
+    atomic_store(&in_new_at_end, -1);
+    lease = lease_new("t", 0, (struct ledger_ref){ 0 });
+    return producer_new(&w, &p, &err) ? -1 : 0;
+}
+
+static void send_one(int i)
+{
+    static char topic[] = "replies", text[] = "text";
+    struct record r = { .offset = i };
+    assert_int_equal(job_new(lease, &r, &jobs[i]), LM_OK);
+    jobs[i]->outcome = OUTCOME_REPLY;
+    jobs[i]->out = (struct outgoing){ .topic = topic, .partition = 0, .value = text,
+                                      .len = sizeof text };
+    producer_send(p, jobs[i]);
+}
+
+/* How many records the client of now has; -1: it is still the old one. */
+static int in_new(const rd_kafka_t *old)
+{
+    pthread_mutex_lock(&p->swap);
+    int n = p->rk == old ? -1 : rd_kafka_outq_len(p->rk);
+    pthread_mutex_unlock(&p->swap);
+    return n;
+}
+
+static void until_in_new(const rd_kafka_t *old, int n)
+{
+    const struct timespec tick = { 0, 1000000 };
+    for (int64_t end = lm_now_us() + MOST_US; in_new(old) != n; nanosleep(&tick, NULL))
+        if (lm_now_us() > end)
+            fail_msg("the new client has %d records, not %d", in_new(old), n);
+}
+
+/* The old client gets records and turns out to be stuck; the new one is there. */
+static rd_kafka_t *replace_client(void)
+{
+    rd_kafka_t *old = p->rk;
+    for (int i = 0; i < OLD_RECORDS; i++)
+        send_one(i);
+    assert_int_equal(rd_kafka_outq_len(old), OLD_RECORDS);
+    stuck = old;
+    until_in_new(old, 0);
+    return old;
+}
+
+/* All jobs come back unanswered when the worker ends. */
+static void all_are_dropped(int n)
+{
+    assert_true(producer_stop(p));
+    for (struct job *j = job_queue_take(&w.done, 0), *next; j; j = next, n--) {
+        next = j->next;
+        assert_int_equal(j->outcome, OUTCOME_DROPPED);
+        job_unref(j);
+    }
+    assert_int_equal(n, 0);
+}
+
+static int end(void **state)
+{
+    (void)state;
+    producer_free(p);
+    lease_unref(lease);
+    job_queue_release(&w.done);
+    metrics_release(&w.metrics);
+    credentials_free(w.credentials);
+    config_release(&cfg);
+    close(broker);
+    return 0;
+}
+
+/* ---- tests ------------------------------------------------------------------------------ */
+
+/* New records need not wait for it; the old ones must, for the old client may read them until it is
+ * gone. */
+static void what_was_not_delivered_goes_with_the_new_client(void **state)
+{
+    (void)state;
+    rd_kafka_t *old = replace_client();
+    send_one(OLD_RECORDS);
+    until_in_new(old, 1);
+    until_in_new(old, ALL);
+    assert_int_equal(atomic_load(&in_new_at_end), 1);
+    assert_int_equal(atomic_load(&w.metrics.producer_rebuilds), 1);
+    assert_int_equal(atomic_load(&w.failed), LM_OK);
+    all_are_dropped(ALL);
+}
+
+/* A worker that ends meanwhile does not wait for it. */
+static void an_end_cuts_the_drain_short(void **state)
+{
+    (void)state;
+    replace_client();
+    all_are_dropped(OLD_RECORDS);
+    assert_int_equal(atomic_load(&in_new_at_end), 0);
+    assert_in_range(polls_after_end, 0, 2);
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, begin, end)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(what_was_not_delivered_goes_with_the_new_client), TEST(an_end_cuts_the_drain_short),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
