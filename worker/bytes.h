@@ -28,23 +28,28 @@ static inline void bytes_init(struct bytes *b)
     b->failed = false;
 }
 
-/* Room for n more, to be written at once and added to b->n. NULL: none. */
-static inline char *bytes_room(struct bytes *b, size_t n)
+/* Out of line and rarely run, so that what is inlined is short. False: no memory. */
+static __attribute__((noinline, cold, unused)) bool bytes_grow(struct bytes *b, size_t n)
 {
-    if (b->failed)
-        return NULL;
-    if (n <= b->cap - b->n)
-        return b->at + b->n;
     size_t cap = LM_MAX(b->cap * 2, b->n + n);
-    char *grown = b->at == b->first ? lm_malloc(cap) : realloc(b->at, cap);
+    char *grown = b->failed ? NULL : b->at == b->first ? lm_malloc(cap) : realloc(b->at, cap);
     if (!grown) {
         b->failed = true;
-        return NULL;
+        return false;
     }
     if (b->at == b->first)
         memcpy(grown, b->first, b->n);
     b->at = grown;
     b->cap = cap;
+    return true;
+}
+
+/* Room for n more, to be written at once and added to b->n. NULL: none. (Less may find room after
+ * that; bytes_take() gives nothing all the same.) */
+static inline char *bytes_room(struct bytes *b, size_t n)
+{
+    if (__builtin_expect(n > b->cap - b->n, 0) && !bytes_grow(b, n))
+        return NULL;
     return b->at + b->n;
 }
 

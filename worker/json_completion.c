@@ -175,10 +175,10 @@ ALWAYS_INLINE void put_count(struct message_out *o, const char *key, int64_t n)
     out_int(o, n);
 }
 
-ALWAYS_INLINE void put_ms(struct message_out *o, const char *key, double ms)
+ALWAYS_INLINE void put_ms(struct message_out *o, const char *key, int64_t us)
 {
     out_key(o, key);
-    out_real(o, isfinite(ms) ? round(ms * 1000) / 1000 : 0);
+    out_thousandths(o, us);
 }
 
 /* Choices of a part have no reason to end yet; those of a claim have their text elsewhere. */
@@ -223,13 +223,13 @@ static void put_timings(struct message_out *o, const struct completion *done)
     int64_t decode = r->first_token_us > 0 ? r->finished_us - r->first_token_us : 0;
     out_key(o, "timings");
     out_open(o, OUT_RECORD, 0);
-    put_ms(o, "intake_ms", done->received_to_submit_ms);
-    put_ms(o, "fetch_ms", done->fetch_ms);
-    put_ms(o, "queue_ms", (double)r->queued_us / 1e3);
-    put_ms(o, "adapter_ms", (double)r->adapter_us / 1e3);
-    put_ms(o, "prefill_ms", (double)LM_MAX(prefill, 0) / 1e3);
-    put_ms(o, "decode_ms", (double)LM_MAX(decode, 0) / 1e3);
-    put_ms(o, "total_ms", done->received_to_submit_ms + (double)r->finished_us / 1e3);
+    put_ms(o, "intake_ms", done->received_to_submit_us);
+    put_ms(o, "fetch_ms", done->fetch_us);
+    put_ms(o, "queue_ms", r->queued_us);
+    put_ms(o, "adapter_ms", r->adapter_us);
+    put_ms(o, "prefill_ms", LM_MAX(prefill, 0));
+    put_ms(o, "decode_ms", LM_MAX(decode, 0));
+    put_ms(o, "total_ms", done->received_to_submit_us + r->finished_us);
     out_close(o);
 }
 

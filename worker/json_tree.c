@@ -18,7 +18,7 @@
 
 #include "worker/bytes.h"
 
-enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24 };
+enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24, INT_BYTES = 20 };
 
 /* ---- scratch ----------------------------------------------------------------------------- */
 
@@ -61,6 +61,9 @@ void json_scratch_init(struct json_scratch *s)
 
 /* ---- strings ----------------------------------------------------------------------------- */
 
+#define ONES 0x0101010101010101u
+#define HIGH_BITS 0x8080808080808080u
+
 /* Sixteen bytes at a time, as GCC and Clang have them on any machine. */
 typedef signed char v16 __attribute__((vector_size(16)));
 
@@ -78,37 +81,74 @@ static bool any(v16 mask)
     return w[0] | w[1];
 }
 
+/* Two to fifteen bytes are two words, which overlap. A word of fewer than eight bytes has dots in
+ * front, or some of them twice: no question below minds either. */
+static uint64_t load_word(const char *s, size_t n)
+{
+    uint64_t w = 0;
+    uint32_t a, b;
+    if (n >= sizeof w) {
+        memcpy(&w, s, sizeof w);
+        return w;
+    }
+    if (n >= sizeof a) {
+        memcpy(&a, s, sizeof a);
+        memcpy(&b, s + n - sizeof b, sizeof b);
+        return (uint64_t)a << 32 | b;
+    }
+    memset(&w, '.', sizeof w);
+    for (size_t i = 0; i < n; i++)
+        w = w << 8 | (unsigned char)s[i];
+    return w;
+}
+
+/* The last eight, or fewer, of less than sixteen bytes. */
+static uint64_t load_last(const char *s, size_t n)
+{
+    return n > 8 ? load_word(s + n - 8, 8) : load_word(s, n);
+}
+
+/* All of the text in words of sixteen bytes, the last of which overlaps the one before. */
 static bool is_ascii(const char *s, size_t n)
 {
-    size_t i = 0;
     v16 or = { 0 };
-    signed char rest = 0;
-    for (; i + 16 <= n; i += 16)
+    size_t i = 0;
+    if (n < 16)
+        return !((load_word(s, n) | load_last(s, n)) & HIGH_BITS);
+    for (; i + 32 <= n; i += 32)
+        or |= load16(s + i) | load16(s + i + 16);
+    if (i + 16 <= n)
         or |= load16(s + i);
-    for (; i < n; i++)
-        rest |= (signed char)s[i];
-    return rest >= 0 && !any(or < 0);
+    or |= load16(s + n - 16);
+    return !any(or < 0);
 }
 
 /* Where a byte must be looked at: a control character, a quote, a backslash, or one of UTF-8, which
  * is negative. */
 static v16 to_look_at(v16 v)
 {
-    return (v < 0x20) | (v == '"') | (v == '\\');
+    return ((v ^ ('"' ^ ' ')) < '!') | (v == '\\');     /* '"' and ' ' change places */
+}
+
+/* The same of a word, but a byte behind one that it is true of may have it too. */
+static uint64_t to_escape(uint64_t w)
+{
+    uint64_t quote = w ^ ONES * '"', slash = w ^ ONES * '\\';
+    return ((w - ONES * 0x20) | (quote - ONES) | (slash - ONES) | w) & HIGH_BITS;
 }
 
 /* Nothing but printable ASCII, and no quote or backslash? */
 static bool is_plain(const char *s, size_t n)
 {
-    size_t i = 0;
     v16 bad = { 0 };
-    for (; i + 16 <= n; i += 16)
+    size_t i = 0;
+    if (n < 16)
+        return !(to_escape(load_word(s, n)) | to_escape(load_last(s, n)));
+    for (; i + 32 <= n; i += 32)
+        bad |= to_look_at(load16(s + i)) | to_look_at(load16(s + i + 16));
+    if (i + 16 <= n)
         bad |= to_look_at(load16(s + i));
-    if (i < n) {
-        char rest[] = "................";
-        memcpy(rest, s + i, n - i);
-        bad |= to_look_at(load16(rest));
-    }
+    bad |= to_look_at(load16(s + n - 16));
     return !any(bad);
 }
 
@@ -362,15 +402,6 @@ yyjson_mut_val *json_to_value(yyjson_mut_doc *d, const json_t *j)
 
 /* ---- tree to text ------------------------------------------------------------------------ */
 
-/* A word of eight bytes with its high bits set where a byte is below 0x20, a quote or a backslash;
- * also where a byte is above 0x7f or behind such a one, which costs a look at them one by one. */
-static uint64_t to_escape(uint64_t w)
-{
-    const uint64_t ones = 0x0101010101010101u, high = 0x8080808080808080u;
-    uint64_t quote = w ^ ones * '"', slash = w ^ ones * '\\';
-    return ((w - ones * 0x20) | (quote - ones) | (slash - ones) | w) & high;
-}
-
 /* How many of the first bytes need no escape. */
 static size_t plain_len(const char *s, size_t n)
 {
@@ -396,14 +427,9 @@ static void print_escaped(struct bytes *b, unsigned char c)
         bytes_put(b, (char[]){ '\\', 'u', '0', '0', hex[c >> 4], hex[c & 15] }, 6);
 }
 
-/* Its UTF-8 was checked when it became a value. */
-static void print_string(struct bytes *b, const char *s, size_t n)
+static void put_escaped(struct bytes *b, const char *s, size_t n)
 {
     bytes_byte(b, '"');
-    if (is_plain(s, n)) {
-        bytes_put(b, s, n);
-        n = 0;
-    }
     for (size_t i = 0; i < n;) {
         size_t plain = plain_len(s + i, n - i);
         bytes_put(b, s + i, plain);
@@ -414,15 +440,12 @@ static void print_string(struct bytes *b, const char *s, size_t n)
     bytes_byte(b, '"');
 }
 
-bool json_put_text(struct bytes *b, const char *s, size_t n)
+/* False: something in it must be looked at. */
+static bool put_plain(struct bytes *b, const char *s, size_t n)
 {
     char *to = is_plain(s, n) ? bytes_room(b, n + 2) : NULL;
-    if (!to && !json_is_utf8(s, n))
-        return false;
-    if (!to) {
-        print_string(b, s, n);
-        return true;
-    }
+    if (!to)
+        return b->failed;
     to[0] = '"';
     memcpy(to + 1, s, n);
     to[n + 1] = '"';
@@ -430,16 +453,61 @@ bool json_put_text(struct bytes *b, const char *s, size_t n)
     return true;
 }
 
+/* Its UTF-8 was checked when it became a value. */
+static void print_string(struct bytes *b, const char *s, size_t n)
+{
+    if (!put_plain(b, s, n))
+        put_escaped(b, s, n);
+}
+
+bool json_put_text(struct bytes *b, const char *s, size_t n)
+{
+    if (put_plain(b, s, n))
+        return true;
+    if (!json_is_utf8(s, n))
+        return false;
+    put_escaped(b, s, n);
+    return true;
+}
+
+static char *write_digits(char *to, uint64_t u)
+{
+    int n = 1;
+    for (uint64_t rest = u; rest >= 10; rest /= 10)
+        n++;
+    for (char *at = to + n; at > to; u /= 10)
+        *--at = (char)('0' + u % 10);
+    return to + n;
+}
+
 void json_put_int(struct bytes *b, int64_t v)
 {
-    char digits[20], *at = digits + sizeof digits;
-    uint64_t u = v < 0 ? -(uint64_t)v : (uint64_t)v;
-    do
-        *--at = (char)('0' + u % 10);
-    while (u /= 10);
+    char *to = bytes_room(b, INT_BYTES), *at = to;
+    if (!to)
+        return;
     if (v < 0)
-        bytes_byte(b, '-');
-    bytes_put(b, at, (size_t)(digits + sizeof digits - at));
+        *at++ = '-';
+    at = write_digits(at, v < 0 ? -(uint64_t)v : (uint64_t)v);
+    b->n += (size_t)(at - to);
+}
+
+void json_put_thousandths(struct bytes *b, int64_t all)
+{
+    char *to = bytes_room(b, INT_BYTES + 2), *at = to;
+    uint64_t u = all < 0 ? -(uint64_t)all : (uint64_t)all;
+    unsigned rest = (unsigned)(u % 1000);
+    if (!to)
+        return;
+    if (all < 0)
+        *at++ = '-';
+    at = write_digits(at, u / 1000);
+    *at++ = '.';
+    *at++ = (char)('0' + rest / 100);
+    if (rest % 100)
+        *at++ = (char)('0' + rest / 10 % 10);
+    if (rest % 10)
+        *at++ = (char)('0' + rest % 10);
+    b->n += (size_t)(at - to);
 }
 
 /* Thousandths, as all times are: at most 15 digits of a double, 7 of a float, so that no fewer read
@@ -449,11 +517,7 @@ static bool put_thousandths(struct bytes *b, double x)
     int64_t all = x < 1e12 ? llround(x * 1000) : 0;
     if (!(x < 1e12) || (double)all / 1000 != x || (x >= 8192 && (double)(float)x == x))
         return false;
-    int rest = (int)(all % 1000), n = rest % 10 ? 4 : rest % 100 ? 3 : 2;
-    const char point[] = { '.', (char)('0' + rest / 100), (char)('0' + rest / 10 % 10),
-                           (char)('0' + rest % 10) };
-    json_put_int(b, all / 1000);
-    bytes_put(b, point, (size_t)n);
+    json_put_thousandths(b, all);
     return true;
 }
 

@@ -52,6 +52,8 @@ json_t *json_text(const char *s, size_t n);
 /* What is printed above, piece by piece. False: not UTF-8. */
 bool json_put_text(struct bytes *b, const char *s, size_t n);
 void json_put_int(struct bytes *b, int64_t v);
+/* Of n thousandths; no digits more than it has. */
+void json_put_thousandths(struct bytes *b, int64_t n);
 void json_put_real(struct bytes *b, double x);
 
 #endif

@@ -59,9 +59,8 @@ struct completion {
     const char *model;          /* the base model's name */
     const char *worker;         /* this worker's name */
     const struct engine_result *result;
-    /* milliseconds, for "timings" */
-    double fetch_ms;            /* waiting for the adapter to be fetched and loaded */
-    double received_to_submit_ms;
+    int64_t fetch_us;           /* waiting for the adapter to be fetched and loaded */
+    int64_t received_to_submit_us;
     const struct completion_stream *stream;     /* NULL: not streamed */
     const struct completion_claim *claim;       /* NULL: the reply is here; else without its text */
     const struct lm_err *error;                 /* NULL: a completion; else why there is none */

@@ -7,7 +7,7 @@
  */
 #include "worker/message_out.h"
 
-#include <stdio.h>
+#include <endian.h>
 
 #include "worker/json_tree.h"
 
@@ -91,10 +91,8 @@ static void put_string(struct message_out *o, const char *s, size_t n)
 /* Least significant byte first, whatever the machine. */
 static void put_bits(struct message_out *o, uint64_t bits, size_t n)
 {
-    char *to = bytes_room(&o->bytes, n);
-    for (size_t i = 0; to && i < n; i++)
-        to[i] = (char)(bits >> 8 * i);
-    o->bytes.n += to ? n : 0;
+    bits = htole64(bits);
+    bytes_put(&o->bytes, &bits, n);
 }
 
 static bool takes(const struct avro_node *n, unsigned types)
@@ -145,52 +143,72 @@ static void comma(struct message_out *o)
     o->comma = true;
 }
 
-void out_open(struct message_out *o, enum out_kind kind, size_t n)
+static struct out_level *push(struct message_out *o, enum out_kind kind,
+                              const struct avro_node *node)
+{
+    if (o->depth == AVRO_PATH_MAX) {
+        fail(o, LM_MISMATCH, "is nested too deep");
+        return NULL;
+    }
+    struct out_level *l = &o->level[o->depth++];
+    *l = (struct out_level){ kind, node, 0, "" };
+    return l;
+}
+
+static void open_avro(struct message_out *o, enum out_kind kind, size_t n)
 {
     static const unsigned types[] = { [OUT_RECORD] = 1u << AVRO_RECORD, [OUT_MAP] = 1u << AVRO_MAP,
                                       [OUT_ARRAY] = 1u << AVRO_ARRAY };
-    const struct avro_node *node = o->next && !o->fault ? place(o, types[kind]) : NULL;
+    const struct avro_node *node = place(o, types[kind]);
+    if (!node || !push(o, kind, node) || kind == OUT_RECORD)
+        return;
+    o->next = node->child[0];
+    if (n)
+        put_long(o, (int64_t)n);
+}
+
+void out_open(struct message_out *o, enum out_kind kind, size_t n)
+{
     if (o->fault)
         return;
-    if (o->depth == AVRO_PATH_MAX) {
-        fail(o, LM_MISMATCH, "is nested too deep");
+    if (o->next) {
+        open_avro(o, kind, n);
         return;
     }
-    o->level[o->depth++] = (struct out_level){ kind, node, 0, "" };
-    if (!node) {
-        comma(o);
-        bytes_byte(&o->bytes, kind == OUT_ARRAY ? '[' : '{');
-        o->comma = false;
-    } else if (kind != OUT_RECORD) {
-        o->next = node->child[0];
-        if (n)
-            put_long(o, (int64_t)n);
-    }
+    if (!push(o, kind, NULL))
+        return;
+    comma(o);
+    bytes_byte(&o->bytes, kind == OUT_ARRAY ? '[' : '{');
+    o->comma = false;
+}
+
+static void close_avro(struct message_out *o)
+{
+    struct out_level *l = &o->level[o->depth - 1];
+    if (l->kind != OUT_RECORD)
+        put_long(o, 0);
+    while (l->kind == OUT_RECORD && !o->fault && l->field < l->node->n)
+        pass_over(o, l);
+    o->depth--;
+    if (o->depth && l[-1].kind != OUT_RECORD)
+        o->next = l[-1].node->child[0];
 }
 
 void out_close(struct message_out *o)
 {
     if (o->fault)
         return;
-    struct out_level *l = &o->level[o->depth - 1];
-    if (!l->node) {
-        bytes_byte(&o->bytes, l->kind == OUT_ARRAY ? ']' : '}');
-        o->comma = true;
-    } else if (l->kind != OUT_RECORD) {
-        put_long(o, 0);
+    if (o->next) {
+        close_avro(o);
+        return;
     }
-    while (l->node && l->kind == OUT_RECORD && !o->fault && l->field < l->node->n)
-        pass_over(o, l);
-    o->depth--;
-    if (l->node && o->depth && l[-1].kind != OUT_RECORD)
-        o->next = l[-1].node->child[0];
+    bytes_byte(&o->bytes, o->level[--o->depth].kind == OUT_ARRAY ? ']' : '}');
+    o->comma = true;
 }
 
-void out_field(struct message_out *o, const char *key)
+/* The field of that name, which is not the next. */
+static void find_field(struct message_out *o, struct out_level *l, const char *key)
 {
-    if (o->fault)
-        return;
-    struct out_level *l = &o->level[o->depth - 1];
     while (!o->fault && l->field < l->node->n && strcmp(l->node->name[l->field], key))
         pass_over(o, l);
     l->member = key;
@@ -198,6 +216,21 @@ void out_field(struct message_out *o, const char *key)
         o->next = l->node->child[l->field++];
     else
         fail(o, LM_MISMATCH, "is no field of the schema, or not in its order");
+}
+
+void out_field(struct message_out *o, const char *key)
+{
+    if (o->fault)
+        return;
+    struct out_level *l = &o->level[o->depth - 1];
+    int at = l->field;
+    if (at == l->node->n || strcmp(l->node->name[at], key)) {
+        find_field(o, l, key);
+        return;
+    }
+    l->member = key;
+    l->field = at + 1;
+    o->next = l->node->child[at];
 }
 
 void out_entry(struct message_out *o, const char *key, size_t n)
@@ -287,6 +320,20 @@ void out_real(struct message_out *o, double v)
     const struct avro_node *n = place(o, 1u << AVRO_FLOAT | 1u << AVRO_DOUBLE);
     if (n)
         put_number(o, n, v);
+}
+
+void out_thousandths(struct message_out *o, int64_t n)
+{
+    if (o->fault)
+        return;
+    if (!o->next) {
+        comma(o);
+        json_put_thousandths(&o->bytes, n);
+        return;
+    }
+    const struct avro_node *to = place(o, 1u << AVRO_FLOAT | 1u << AVRO_DOUBLE);
+    if (to)
+        put_number(o, to, (double)n / 1000);
 }
 
 void out_text(struct message_out *o, const char *s, size_t n)

@@ -75,6 +75,7 @@ void out_entry(struct message_out *o, const char *key, size_t n);       /* of a 
 void out_null(struct message_out *o);
 void out_bool(struct message_out *o, bool v);
 void out_int(struct message_out *o, int64_t v);
+void out_thousandths(struct message_out *o, int64_t n); /* a real, n / 1000 */
 void out_real(struct message_out *o, double v);
 void out_text(struct message_out *o, const char *s, size_t n);
 

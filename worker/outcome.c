@@ -196,8 +196,7 @@ static struct completion describe(const struct worker *w, const struct job *j)
     return (struct completion){
         .prompt = j->prompt, .model = w->info.model_name, .worker = w->name, .result = j->result,
         .adapter_digest = j->adapter ? engine_adapter_digest(j->adapter) : NULL,
-        .fetch_ms = (double)j->fetch_us / 1e3,
-        .received_to_submit_ms = (double)(j->submitted_us - j->received_us) / 1e3,
+        .fetch_us = j->fetch_us, .received_to_submit_us = j->submitted_us - j->received_us,
     };
 }
 

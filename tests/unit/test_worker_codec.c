@@ -255,8 +255,8 @@ static struct completion make_completion(const char *json, struct prompt **p)
     if (json_decode_prompt(json, strlen(json), p, &err) != LM_OK)
         fail_msg("%s", err.msg);
     return (struct completion){ .prompt = *p, .adapter_digest = "sha256:00", .model = "tiny",
-                                .worker = "w", .result = &result, .fetch_ms = 10,
-                                .received_to_submit_ms = 12.3456 };
+                                .worker = "w", .result = &result, .fetch_us = 10000,
+                                .received_to_submit_us = 12346 };
 }
 
 #define PROMPT \

@@ -222,6 +222,53 @@ static void limits(void **state)
     is_refused("\xef\xbb\xbf{}", 5, LM_FORMAT, "byte order mark");
 }
 
+/* Bytes are looked at in words that overlap: every byte, at every place of every length. */
+static void every_byte_counts_wherever_it_is(void **state)
+{
+    enum { LONGEST = 70 };
+    (void)state;
+    struct bytes b;
+    for (size_t n = 1; n <= LONGEST; n++) {
+        for (size_t at = 0; at < n; at++) {
+            for (int c = 0; c < 256; c++) {
+                char *text = lm_malloc(n);      /* of its own size, for a sanitizer to see */
+                memset(text, 'x', n);
+                text[at] = (char)c;
+                bool brief = c && strchr("\b\f\n\r\t\"\\", c);
+                size_t want = n + 2 + (brief ? 1 : c < 0x20 ? 5 : 0);
+                bytes_init(&b);
+                assert_int_equal(json_is_utf8(text, n), c < 0x80);
+                assert_int_equal(json_put_text(&b, text, n), c < 0x80);
+                if (c < 0x80)
+                    assert_int_equal(b.n, want);
+                bytes_drop(&b);
+                free(text);
+            }
+        }
+    }
+    bytes_init(&b);
+    assert_true(json_is_utf8("", 0) && json_put_text(&b, "", 0));
+    assert_memory_equal(b.at, "\"\"", 2);
+}
+
+static void thousandths_have_no_digits_to_spare(void **state)
+{
+    static const struct { int64_t n; const char *text; } cases[] = {
+        { 0, "0.0" }, { 1, "0.001" }, { 10, "0.01" }, { 100, "0.1" }, { 1000, "1.0" },
+        { 1010, "1.01" }, { 12346, "12.346" }, { 8192125, "8192.125" }, { -5, "-0.005" },
+        { -1500, "-1.5" }, { INT64_MAX, "9223372036854775.807" },
+        { INT64_MIN, "-9223372036854775.808" },
+    };
+    (void)state;
+    for (size_t i = 0; i < LM_COUNT(cases); i++) {
+        struct bytes b;
+        bytes_init(&b);
+        json_put_thousandths(&b, cases[i].n);
+        bytes_byte(&b, '\0');
+        assert_string_equal(b.at, cases[i].text);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -231,6 +278,8 @@ int main(void)
         cmocka_unit_test(floats_have_their_own_digits),
         cmocka_unit_test(a_text_holds_no_more_memory_than_it_has),
         cmocka_unit_test(limits),
+        cmocka_unit_test(every_byte_counts_wherever_it_is),
+        cmocka_unit_test(thousandths_have_no_digits_to_spare),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
