@@ -9,20 +9,24 @@
  * of json_prompt.c.
  *
  * A plan has a taker for each of its nodes. A schema is no circle, so a node is at one place of a
- * datum at a time, and its taker can hold what is being filled there.
+ * datum at a time, and its taker can hold what is being read there.
  *
- *   record, map, array   makes its container and hands it to its owner, then is the owner of what
- *                        comes inside
+ *   record, map, array   opens its container, takes what comes inside, closes it
  *   union                lets the branch take its place: same owner, same key
- *   the others           Avro C reads the value and calls back; the taker hands it to its owner
+ *   the others           Avro C reads the value and calls back; the taker adds it to the tree
  *
  * Most fields of a prompt are null, and say no more than the number of a branch. Avro C would call
  * back three times for each; so where values lie is found here, in bytes that avro_scan() has
  * proved, and Avro C is shown one value's bytes at a time, no more.
  *
+ * The tree is built as yyjson lays one out that it has read: depth first, each container ahead of
+ * what it holds with the way to what follows, a member's name ahead of its value. The scan has
+ * counted what may come, so it is one block, made once and never moved. It outlives what Avro C
+ * reads a value into, so its strings lie in the datum itself, and are not terminated; names are.
+ *
  * Ownership in Avro C: a string or bytes that a callback is given are the callback's to free, a
- * fixed is not. What Avro C allocates while it reads a datum comes from the datum's scratch, where
- * there is room, so that a string is where the tree wants it.
+ * fixed is not. What Avro C allocates while it reads a value comes from the datum's scratch, where
+ * there is room, and is gone with the next value.
  */
 #include <avro.h>
 #include <avro/consumer.h>
@@ -40,16 +44,17 @@ struct taker {
     struct taker **child;
     struct taker *owner;        /* the record, map or array around it; NULL: the whole datum */
     const char *key;            /* of a record's field */
-    yyjson_mut_val *now;        /* a record's, map's or array's container */
-    yyjson_mut_val *map_key;    /* a map's current one */
+    size_t key_len;
+    const char *map_key;        /* a map's current one */
 };
 
 struct datum {
     const unsigned char *at;    /* proved to hold what the plan says */
     struct json_scratch *scratch;
     avro_reader_t reader;       /* of one value at a time */
-    yyjson_mut_doc *doc;
-    yyjson_mut_val *root;
+    yyjson_val *tree;           /* with room for all that the scan has counted */
+    size_t n;
+    char *keys;                 /* room for the text of those to come */
     struct lm_err err;
 };
 
@@ -59,7 +64,7 @@ static const char *name_in_owner(const struct taker *t)
 {
     if (t->owner->node->type == AVRO_ARRAY)
         return "[]";
-    return t->owner->node->type == AVRO_MAP ? yyjson_mut_get_str(t->owner->map_key) : t->key;
+    return t->owner->node->type == AVRO_MAP ? t->owner->map_key : t->key;
 }
 
 static int refuse(struct datum *d, const struct taker *t, lm_status code, const char *what)
@@ -75,65 +80,36 @@ static int refuse(struct datum *d, const struct taker *t, lm_status code, const 
     return EINVAL;
 }
 
-static int no_memory(struct datum *d)
-{
-    lm_err_set(&d->err, LM_NOMEM, "out of memory");
-    return ENOMEM;
-}
-
 /* ---- values --------------------------------------------------------------------------------- */
-
-/* Of a key that comes twice the last one counts. */
-static int give_to_map(struct datum *d, struct taker *t, yyjson_mut_val *v)
-{
-    yyjson_mut_val *key = t->owner->map_key;
-    if (yyjson_mut_is_null(v)) {
-        yyjson_mut_obj_remove(t->owner->now, key);
-        return 0;
-    }
-    return yyjson_mut_obj_put(t->owner->now, key, v) ? 0 : no_memory(d);
-}
-
-/* A null member is left out. */
-static int give(struct datum *d, struct taker *t, yyjson_mut_val *v)
-{
-    bool good = v;
-    if (good && !t->owner)
-        d->root = v;
-    else if (good && t->owner->node->type == AVRO_MAP)
-        return give_to_map(d, t, v);
-    else if (good && t->owner->node->type == AVRO_ARRAY)
-        good = yyjson_mut_arr_append(t->owner->now, v);
-    else if (good && !yyjson_mut_is_null(v))
-        good = yyjson_mut_obj_add(t->owner->now, yyjson_mut_str(d->doc, t->key), v);
-    return good ? 0 : no_memory(d);
-}
 
 static int take_boolean(avro_consumer_t *c, int v, void *ud)
 {
     struct datum *d = ud;
-    return give(d, (struct taker *)c, yyjson_mut_bool(d->doc, v));
-}
-
-static int take_int(avro_consumer_t *c, int32_t v, void *ud)
-{
-    struct datum *d = ud;
-    return give(d, (struct taker *)c, yyjson_mut_sint(d->doc, v));
+    (void)c;
+    unsafe_yyjson_set_bool(&d->tree[d->n++], v);
+    return 0;
 }
 
 static int take_long(avro_consumer_t *c, int64_t v, void *ud)
 {
     struct datum *d = ud;
-    return give(d, (struct taker *)c, yyjson_mut_sint(d->doc, v));
+    (void)c;
+    unsafe_yyjson_set_sint(&d->tree[d->n++], v);
+    return 0;
+}
+
+static int take_int(avro_consumer_t *c, int32_t v, void *ud)
+{
+    return take_long(c, v, ud);
 }
 
 static int take_double(avro_consumer_t *c, double v, void *ud)
 {
     struct datum *d = ud;
-    struct taker *t = (struct taker *)c;
     if (!isfinite(v))
-        return refuse(d, t, LM_INVALID, "must be a finite number");
-    return give(d, t, yyjson_mut_real(d->doc, v));
+        return refuse(d, (struct taker *)c, LM_INVALID, "must be a finite number");
+    unsafe_yyjson_set_real(&d->tree[d->n++], v);
+    return 0;
 }
 
 static int take_float(avro_consumer_t *c, float v, void *ud)
@@ -144,20 +120,21 @@ static int take_float(avro_consumer_t *c, float v, void *ud)
 static int take_string(avro_consumer_t *c, const void *s, size_t size, void *ud)
 {
     struct datum *d = ud;
-    struct taker *t = (struct taker *)c;
-    bool good = json_is_utf8(s, size - 1);      /* its size counts the NUL */
-    bool stays = json_scratch_has(d->scratch, s);
-    yyjson_mut_val *v = !good ? NULL : stays ? yyjson_mut_strn(d->doc, s, size - 1) :
-                        yyjson_mut_strncpy(d->doc, s, size - 1);
-    if (!stays)
-        avro_free((void *)(uintptr_t)s, size);
-    return good ? give(d, t, v) : refuse(d, t, LM_FORMAT, "is not valid UTF-8");
+    size_t n = size - 1;        /* its size counts the NUL */
+    bool good = json_is_utf8(s, n);
+    avro_free((void *)(uintptr_t)s, size);
+    if (!good)
+        return refuse(d, (struct taker *)c, LM_FORMAT, "is not valid UTF-8");
+    unsafe_yyjson_set_strn(&d->tree[d->n++], (const char *)d->at - n, n);
+    return 0;
 }
 
 static int take_enum(avro_consumer_t *c, int v, void *ud)
 {
     struct datum *d = ud;
-    return give(d, (struct taker *)c, yyjson_mut_str(d->doc, avro_schema_enum_get(c->schema, v)));
+    const char *symbol = avro_schema_enum_get(c->schema, v);
+    unsafe_yyjson_set_strn(&d->tree[d->n++], symbol, strlen(symbol));
+    return 0;
 }
 
 static int take_fixed(avro_consumer_t *c, const void *bytes, size_t n, void *ud)
@@ -194,6 +171,7 @@ static struct taker *make_taker(struct arena *a, const struct avro_node *n, stru
     t->node = n;
     t->owner = owner;
     t->key = key;
+    t->key_len = key ? strlen(key) : 0;
     for (int i = 0; !leaf && i < n->n; i++) {
         bool in_union = n->type == AVRO_UNION;
         t->child[i] = make_taker(a, n->child[i], in_union ? owner : t, in_union ? key :
@@ -219,55 +197,129 @@ static int64_t next_long(struct datum *d)
     }
 }
 
-/* Handed over when it begins; it is filled where it lies. */
-static int open_container(struct datum *d, struct taker *t, yyjson_mut_val *v)
+/* All that came since then is its own. */
+static void close_container(struct datum *d, size_t at, yyjson_type type, size_t members)
 {
-    t->now = v;
-    return give(d, t, v);
+    yyjson_val *v = &d->tree[at];
+    unsafe_yyjson_set_tag(v, type, YYJSON_SUBTYPE_NONE, members);
+    v->uni.ofs = (d->n - at) * sizeof *v;
 }
 
+/* Behind the last byte there may be fields that take none. */
 static bool is_null(const struct datum *d, const struct avro_node *n)
 {
-    return n->type == AVRO_UNION && !(*d->at & 0x81) && n->child[*d->at >> 1]->type == AVRO_NULL;
+    return n->null != AVRO_NO_NULL && *d->at == n->null;
+}
+
+static int take_field(struct datum *d, struct taker *t, size_t *members)
+{
+    size_t at = d->n++;
+    unsafe_yyjson_set_strn(&d->tree[at], t->key, t->key_len);
+    int bad = take(d, t);
+    if (!bad && yyjson_is_null(&d->tree[at + 1]))
+        d->n = at;              /* left out */
+    else
+        ++*members;
+    return bad;
 }
 
 static int take_record(struct datum *d, struct taker *t)
 {
-    int bad = open_container(d, t, yyjson_mut_obj(d->doc));
+    int bad = 0;
+    size_t at = d->n++, members = 0;
     for (int i = 0; !bad && i < t->node->n; i++) {
         if (is_null(d, t->node->child[i]))
             d->at++;            /* left out */
         else
-            bad = take(d, t->child[i]);
+            bad = take_field(d, t->child[i], &members);
     }
+    close_container(d, at, YYJSON_TYPE_OBJ, members);
     return bad;
 }
 
+/* Its text is terminated. */
 static int take_key(struct datum *d, struct taker *t)
 {
     size_t n = (size_t)next_long(d);
-    const char *key = (const char *)d->at;
+    t->map_key = d->keys;
+    memcpy(d->keys, d->at, n);
+    d->keys[n] = '\0';
+    d->keys += n + 1;
     d->at += n;
-    t->map_key = yyjson_mut_strncpy(d->doc, key, n);
-    if (!t->map_key)
-        return no_memory(d);
-    return json_is_utf8(key, n) ? 0 : refuse(d, t->child[0], LM_FORMAT,
-                                             "has a name that is not valid UTF-8");
+    unsafe_yyjson_set_strn(&d->tree[d->n++], t->map_key, n);
+    return json_is_utf8(t->map_key, n) ? 0 : refuse(d, t->child[0], LM_FORMAT,
+                                                    "has a name that is not valid UTF-8");
+}
+
+/* The entry behind this one, which is complete. */
+static yyjson_val *next_entry(yyjson_val *key)
+{
+    return unsafe_yyjson_get_next(key + 1);
+}
+
+/* Strikes out the entry of that key, of those from `first`; the map has few. */
+static bool strike_earlier(yyjson_val *first, const yyjson_val *key)
+{
+    size_t n = unsafe_yyjson_get_len((void *)(uintptr_t)key);
+    for (yyjson_val *at = first; at < key; at = next_entry(at)) {
+        if (yyjson_is_str(at) && unsafe_yyjson_equals_strn(at, key->uni.str, n)) {
+            unsafe_yyjson_set_null(at);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Of a key that comes twice the last one counts, and a null says that there is none. */
+static int take_entry(struct datum *d, struct taker *t, size_t first, size_t *entries, bool *gaps)
+{
+    size_t at = d->n;
+    int bad = take_key(d, t);
+    if (!bad)
+        bad = take(d, t->child[0]);
+    if (bad)
+        return bad;
+    if (strike_earlier(&d->tree[first], &d->tree[at])) {
+        *gaps = true;
+        --*entries;
+    }
+    if (yyjson_is_null(&d->tree[at + 1]))
+        d->n = at;
+    else
+        ++*entries;
+    return 0;
+}
+
+/* Once a map: so it costs a pass, however many keys came twice. */
+static void close_gaps(struct datum *d, size_t first)
+{
+    yyjson_val *to = &d->tree[first], *end = &d->tree[d->n];
+    for (yyjson_val *at = to, *next; at < end; at = next) {
+        next = next_entry(at);
+        if (yyjson_is_str(at)) {
+            memmove(to, at, (size_t)(next - at) * sizeof *to);
+            to += next - at;
+        }
+    }
+    d->n = (size_t)(to - d->tree);
 }
 
 static int take_items(struct datum *d, struct taker *t)
 {
-    bool map = t->node->type == AVRO_MAP;
-    int bad = open_container(d, t, map ? yyjson_mut_obj(d->doc) : yyjson_mut_arr(d->doc));
+    bool map = t->node->type == AVRO_MAP, gaps = false;
+    size_t at = d->n++, items = 0;
+    int bad = 0;
     for (int64_t n; !bad && (n = next_long(d)) != 0;) {
         if (n < 0)
             next_long(d);       /* the block's bytes */
         for (n = n < 0 ? -n : n; !bad && n > 0; n--) {
-            bad = map ? take_key(d, t) : 0;
-            if (!bad)
-                bad = take(d, t->child[0]);
+            bad = map ? take_entry(d, t, at + 1, &items, &gaps) : take(d, t->child[0]);
+            items += !map;
         }
     }
+    if (gaps && !bad)
+        close_gaps(d, at + 1);
+    close_container(d, at, map ? YYJSON_TYPE_OBJ : YYJSON_TYPE_ARR, items);
     return bad;
 }
 
@@ -294,9 +346,11 @@ static size_t value_bytes(struct datum *d, const struct avro_node *n)
 static int take_value(struct datum *d, struct taker *t)
 {
     const char *value = (const char *)d->at;
-    size_t n = value_bytes(d, t->node);
+    size_t n = value_bytes(d, t->node), used = d->scratch->used;
     avro_reader_memory_set_source(d->reader, value, (int64_t)n);
-    return avro_consume_binary(d->reader, &t->base, d);
+    int bad = avro_consume_binary(d->reader, &t->base, d);
+    d->scratch->used = used;    /* what it was read into has been freed */
+    return bad;
 }
 
 static int take(struct datum *d, struct taker *t)
@@ -304,7 +358,9 @@ static int take(struct datum *d, struct taker *t)
     while (t->node->type == AVRO_UNION)
         t = t->child[next_long(d)];
     switch (t->node->type) {
-    case AVRO_NULL: return give(d, t, yyjson_mut_null(d->doc));
+    case AVRO_NULL:
+        unsafe_yyjson_set_null(&d->tree[d->n++]);
+        return 0;
     case AVRO_RECORD: return take_record(d, t);
     case AVRO_ARRAY:
     case AVRO_MAP: return take_items(d, t);
@@ -325,33 +381,53 @@ static void *from_scratch(void *user, void *p, size_t old, size_t size)
     return NULL;
 }
 
-/* The tree that was built becomes one that can be read: one block. */
-static lm_status read_datum(struct taker *root, const void *data, struct json_scratch *scratch,
-                            yyjson_doc **out, struct lm_err *err)
+/* The document, room for its values, then for the text of its maps' keys. */
+static yyjson_doc *new_doc(const struct avro_size *size, const yyjson_alc *alc)
 {
+    enum { HEAD = LM_DIV_UP(sizeof(yyjson_doc), sizeof(yyjson_val)) };
+    yyjson_val *block = alc->malloc(alc->ctx, (HEAD + size->values) * sizeof *block +
+                                              size->key_bytes);
+    yyjson_doc *doc = (yyjson_doc *)block;
+    if (doc)
+        *doc = (yyjson_doc){ .root = block + HEAD, .alc = *alc };
+    return doc;
+}
+
+static lm_status read_datum(struct taker *root, const void *data, const struct avro_size *size,
+                            struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err)
+{
+    yyjson_doc *doc = new_doc(size, &scratch->alc);
     struct datum d;
-    d.scratch = scratch;
     d.at = data;
-    d.root = NULL;
+    d.scratch = scratch;
+    d.n = 0;
     d.err.code = LM_OK;
-    d.doc = yyjson_mut_doc_new(&scratch->alc);
     d.reader = avro_reader_memory("", 0);
-    bool good = d.doc && d.reader && !take(&d, root) && d.root &&
-                (*out = yyjson_mut_val_imut_copy(d.root, &scratch->alc));
+    bool good = doc && d.reader;
+    if (good) {
+        d.tree = doc->root;
+        d.keys = (char *)(doc->root + size->values);
+        good = !take(&d, root);
+        doc->val_read = d.n;
+        doc->dat_read = (size_t)(d.at - (const unsigned char *)data);
+    }
     if (d.reader)
         avro_reader_free(d.reader);
-    yyjson_mut_doc_free(d.doc);
-    if (good)
+    if (good) {
+        *out = doc;
         return LM_OK;
+    }
+    yyjson_doc_free(doc);
     if (!d.err.code)            /* the scan leaves nothing else to fail */
-        no_memory(&d);
+        return lm_err_set(err, LM_NOMEM, "out of memory");
     return lm_err_set(err, d.err.code, "%s", d.err.msg);
 }
 
 lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
                           struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err)
 {
-    lm_status st = avro_scan(p, data, len, err);
+    struct avro_size size;
+    lm_status st = avro_scan(p, data, len, &size, err);
     if (st)
         return st;
     avro_lock();
@@ -360,7 +436,7 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
         *root = make_taker(avro_plan_arena(p), avro_plan_root(p), NULL, NULL);
     const struct avro_allocator_state heap = AVRO_CURRENT_ALLOCATOR;
     avro_set_allocator(from_scratch, &scratch->alc);
-    st = *root ? read_datum(*root, data, scratch, out, err)
+    st = *root ? read_datum(*root, data, &size, scratch, out, err)
                : lm_err_set(err, LM_NOMEM, "out of memory");
     avro_set_allocator(heap.alloc, heap.user_data);
     avro_unlock();

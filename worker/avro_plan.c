@@ -301,6 +301,8 @@ static lm_status build_union(struct build *b, avro_schema_t s, struct avro_node 
         if (st)
             return st;
         least = LM_MIN(least, n->child[i]->min_bytes);
+        if (n->child[i]->type == AVRO_NULL && i < 64)
+            n->null = 2 * i;
     }
     n->min_bytes = 1 + least;
     return LM_OK;
@@ -355,6 +357,7 @@ static lm_status build_node(struct build *b, avro_schema_t s, int depth,
         return no_memory(b);
     n->type = avro_typeof(s);
     n->schema = s;
+    n->null = AVRO_NO_NULL;
     set_shape(n, s);
     *out = n;
     bool has_children = n->type == AVRO_RECORD || n->type == AVRO_UNION || n->type == AVRO_ARRAY ||

@@ -20,12 +20,16 @@
 #include <avro.h>
 #include "kernels/base.h"
 
+enum { AVRO_NO_NULL = 256 };
+
 struct avro_node {
     avro_type_t type;           /* never AVRO_LINK */
     avro_schema_t schema;       /* borrowed from the plan's */
     int n;                      /* fields, branches; 1 for array and map; symbols of an enum */
     int64_t size;               /* bytes of a fixed */
     size_t min_bytes;           /* of its shortest encoding */
+    int null;                   /* a union's: the byte that is a whole null, if one of its first 64
+                                 * branches is that; else AVRO_NO_NULL, which is no byte */
     const struct avro_node **child;     /* n of them, for record, union, array and map */
     const char **name;          /* field names of a record */
 };

@@ -23,6 +23,8 @@ enum { MAX_VALUES = 512 * 1024, MAX_MAP_ENTRIES = 256, MAX_MAP_KEY = 1024 };
 struct scan {
     const unsigned char *at, *end;
     size_t values;
+    size_t names;               /* of fields that are not null, and map keys */
+    size_t key_bytes;
     size_t map_entries;         /* of the innermost map */
     struct avro_path path;
     struct lm_err *err;
@@ -111,6 +113,8 @@ static lm_status scan_key(struct scan *s)
                       MAX_MAP_KEY);
     if (memchr(before, 0, (size_t)(s->at - before)))
         return refuse(s, LM_FORMAT, "a map key contains U+0000");
+    s->names++;
+    s->key_bytes += (size_t)(s->at - before) + 1;
     return LM_OK;
 }
 
@@ -170,26 +174,17 @@ static lm_status scan_items(struct scan *s, const struct avro_node *n)
     return st;
 }
 
-/* Most fields of a prompt are null: a union's branch of one byte, and nothing behind it. */
-static bool scan_null(struct scan *s, const struct avro_node *n)
-{
-    if (n->type != AVRO_UNION || s->at == s->end || (*s->at & 0x81))
-        return false;
-    int i = *s->at >> 1;
-    if (i >= n->n || n->child[i]->type != AVRO_NULL)
-        return false;
-    s->at++;
-    s->values += 2;
-    return true;
-}
-
 static lm_status scan_record(struct scan *s, const struct avro_node *n)
 {
     lm_status st = LM_OK;
     s->path.n++;
     for (int i = 0; !st && i < n->n; i++) {
-        if (scan_null(s, n->child[i]))
+        if (s->at < s->end && *s->at == n->child[i]->null) {
+            s->at++;            /* as most fields of a prompt are: a union and its branch */
+            s->values += 2;
             continue;
+        }
+        s->names++;
         s->path.at[s->path.n - 1] = n->name[i];
         st = scan_node(s, n->child[i]);
     }
@@ -249,11 +244,13 @@ static lm_status scan_node(struct scan *s, const struct avro_node *n)
     }
 }
 
-lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len, struct lm_err *err)
+lm_status avro_scan(const struct avro_plan *p, const void *data, size_t len,
+                    struct avro_size *size, struct lm_err *err)
 {
     struct scan s = { .at = data, .end = (const unsigned char *)data + len, .err = err };
     lm_status st = scan_node(&s, avro_plan_root(p));
     if (!st && s.at != s.end)
         return refuse(&s, LM_FORMAT, "%td bytes behind its end", s.end - s.at);
+    *size = (struct avro_size){ s.values + s.names, s.key_bytes };
     return st;
 }

@@ -327,6 +327,61 @@ static void blocks_with_sizes_are_read(void **state)
     avro_plan_free(p);
 }
 
+/* Of a key that comes twice the last one counts, null says that there is none; what lies around it,
+ * and in it, stays whole. */
+static void the_last_of_equal_keys_counts(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of("{\"type\":\"record\",\"name\":\"R\",\"fields\":["
+        "{\"name\":\"f\",\"type\":{\"type\":\"map\",\"values\":[\"null\","
+        "{\"type\":\"map\",\"values\":\"int\"}]}},{\"name\":\"g\",\"type\":\"int\"}]}");
+    static const struct { const char *hex, *want; } rows[] = {
+        /* a: {x: 1}, b: {x: 1, y: 2, x: 3}, a: null, b: {}, c: null, a: {z: 4} */
+        { "0c 0261 02 02 0278 02 00 0262 02 06 0278 02 0279 04 0278 06 00 0261 00"
+          "0262 02 00 0263 00 0261 02 02 027a 08 00 00 0a",
+          "{\"f\":{\"b\":{},\"a\":{\"z\":4}},\"g\":5}" },
+        /* b: {x: 1, y: 2, x: 3} */
+        { "02 0262 02 06 0278 02 0279 04 0278 06 00 00 0a",
+          "{\"f\":{\"b\":{\"y\":2,\"x\":3}},\"g\":5}" },
+        /* a: null; and two blocks: a: {x: 1} and a: {} */
+        { "02 0261 00 00 0a", "{\"f\":{},\"g\":5}" },
+        { "02 0261 02 02 0278 02 00 02 0261 02 00 00 0a", "{\"f\":{\"a\":{}},\"g\":5}" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        unsigned char data[128];
+        json_t *tree, *want = json_loads(rows[i].want, 0, NULL);
+        struct lm_err err = { 0 };
+        if (decode_exact(p, data, from_hex(rows[i].hex, data), &tree, &err))
+            fail_msg("%zu: %s", i, err.msg);
+        assert_true(json_equal(tree, want));
+        json_decref(tree);
+        json_decref(want);
+    }
+    avro_plan_free(p);
+}
+
+/* Such fields take no bytes: nothing may be read for them behind the end. */
+static void fields_without_bytes_end_a_datum(void **state)
+{
+    (void)state;
+    struct avro_plan *p = plan_of("{\"type\":\"record\",\"name\":\"R\",\"fields\":["
+        "{\"name\":\"f\",\"type\":[\"int\",\"null\"]},{\"name\":\"g\",\"type\":\"null\"}]}");
+    static const struct { const char *hex, *want; } rows[] = {
+        { "02", "{}" }, { "82 00", "{}" }, { "00 0a", "{\"f\":5}" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        unsigned char data[8];
+        json_t *tree, *want = json_loads(rows[i].want, 0, NULL);
+        struct lm_err err = { 0 };
+        if (decode_exact(p, data, from_hex(rows[i].hex, data), &tree, &err))
+            fail_msg("%zu: %s", i, err.msg);
+        assert_true(json_equal(tree, want));
+        json_decref(tree);
+        json_decref(want);
+    }
+    avro_plan_free(p);
+}
+
 static void goes_there_and_back(struct avro_plan *p, json_t *tree)
 {
     struct lm_err err = { 0 };
@@ -739,6 +794,8 @@ int main(void)
         cmocka_unit_test(lying_data_are_refused),
         cmocka_unit_test(want_of_memory_is_no_fault_of_the_text),
         cmocka_unit_test(blocks_with_sizes_are_read),
+        cmocka_unit_test(the_last_of_equal_keys_counts),
+        cmocka_unit_test(fields_without_bytes_end_a_datum),
         cmocka_unit_test(a_plan_forgets_the_last_datum),
         cmocka_unit_test(text_that_is_not_utf8_is_refused),
         cmocka_unit_test(bombs_cost_nothing),
