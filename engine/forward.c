@@ -17,6 +17,9 @@
  * Logits are float32 [rows, vocab]: with a vocabulary of 128k and every prompt row scored they
  * would take a gigabyte, so rows go through in slabs. Each slab reads the head's weights again, so
  * an accelerator, for which those are the cost, takes larger ones: 256 decoding rows are one slab.
+ * All slabs of a step have equally many rows, a number that the bucket of its rows decides, and the
+ * last one begins early instead of being smaller: which slab a row is in depends on its neighbours,
+ * and how it is computed must not.
  *
  * Decode steps are recorded, and run again as recorded (kn_graph_run): hundreds of short
  * operations, whose starts a small batch waits for, become one. step.c pads a decode step to a size
@@ -360,8 +363,17 @@ static lm_status ffn_half(const struct run *r, const struct layer_weights *w)
     return reduce(r);
 }
 
-/* Rows [r0, r0 + n) of those that need logits: hidden state to logits to ids. */
-static lm_status sample_slab(const struct run *r, int r0, int n)
+/* Rows of a slab, if so many need logits. */
+static int slab_height(const struct forward *f, int n_rows)
+{
+    const int all = LM_MAX(kn_graph_rows(f->p.dev, n_rows), n_rows);
+    const int slabs = LM_DIV_UP(all, f->slab_rows);
+    return LM_MIN(LM_DIV_UP(all, slabs), n_rows);
+}
+
+/* Rows [r0, r0 + n) of those that need logits: hidden state to logits, and from `fresh` on to ids;
+ * those before have theirs. */
+static lm_status sample_slab(const struct run *r, int r0, int n, int fresh)
 {
     const struct forward *f = r->f;
     const struct model_config *c = f->p.model;
@@ -371,11 +383,12 @@ static lm_status sample_slab(const struct run *r, int r0, int n)
         .ldy = c->vocab, .y_f32 = true,
     };
     const struct kn_sample sample = {
-        .logits = f->logits, .rows = r->b->rows + r0, .history = r->b->history,
-        .out_id = f->out.id + r0, .out_logprob = f->out.logprob + r0,
-        .top_id = f->out.top_id + (size_t)r0 * KN_MAX_TOP_LOGPROBS,
-        .top_logprob = f->out.top_logprob + (size_t)r0 * KN_MAX_TOP_LOGPROBS,
-        .workspace = f->sample_ws, .n = n, .vocab = c->vocab, .ld = c->vocab,
+        .logits = f->logits + (size_t)(fresh - r0) * (size_t)c->vocab,
+        .rows = r->b->rows + fresh, .history = r->b->history,
+        .out_id = f->out.id + fresh, .out_logprob = f->out.logprob + fresh,
+        .top_id = f->out.top_id + (size_t)fresh * KN_MAX_TOP_LOGPROBS,
+        .top_logprob = f->out.top_logprob + (size_t)fresh * KN_MAX_TOP_LOGPROBS,
+        .workspace = f->sample_ws, .n = r0 + n - fresh, .vocab = c->vocab, .ld = c->vocab,
     };
     TRY(kn_op_gather_rows(r->s, &gather));
     TRY(kn_op_gemm(r->s, &head));
@@ -400,8 +413,9 @@ static lm_status run_layers(struct forward *f, kn_stream *s, const struct kn_poo
     if (b->n_rows == 0)
         return LM_OK;
     TRY(norm(&r, f->tmp, f->res, w->final_norm));
-    for (int r0 = 0; r0 < b->n_rows; r0 += f->slab_rows)
-        TRY(sample_slab(&r, r0, LM_MIN(f->slab_rows, b->n_rows - r0)));
+    const int rows = slab_height(f, b->n_rows);
+    for (int r0 = 0; r0 < b->n_rows; r0 += rows)
+        TRY(sample_slab(&r, LM_MIN(r0, b->n_rows - rows), rows, r0));
     return LM_OK;
 }
 

@@ -18,8 +18,15 @@
  *  3. An unsupported value is a named error (LM_UNSUPPORTED), never a silent fallback.
  *  4. Failures on the device surface as LM_DEVICE at the next call on that device; after one,
  *     nothing that the device holds may be trusted.
- *  5. A row's result does not depend on which other rows share the batch, beyond the choice of
- *     kernel by batch size ("bucket").
+ *  5. A row's result is the same to the last bit whatever the other rows are: it follows from what
+ *     the row itself reads and from the operation's bucket. The bucket is a function of one count,
+ *     of rows (gemm, gate_up, lora_*: its n_tok) or of sequences (attention of one query token: its
+ *     n_seqs); for everything else there is but one. On the CPU each count is a bucket of its own;
+ *     on CUDA they are 1, 2, 4, 8 (1 to 8 rows are one), multiples of 8 up to 64, and eighths of
+ *     powers of two from there on. What a row reads is, in lora_*, its own adapter; in attention,
+ *     its sequence: K and V so far, and all of its query tokens in this call. So where the caller
+ *     cuts a prompt is seen in its bits; who else is in the step is not. `x`, `y` and strides are
+ *     taken to be the same. kn_gemm_tune() may change what a bucket gives: do it before.
  *
  * Activations are `props.act` (float32 on the CPU, bf16 on a GPU); logits and LoRA intermediates
  * are always float32.
@@ -123,10 +130,9 @@ lm_status kn_event_sync(kn_event *e, struct lm_err *err);       /* blocks the ca
  * was run or kept, what was enqueued may be enqueued again by itself, and the device is well.
  *
  * kn_graph_rows() is how many rows a recorded step of n tokens should have, n or more: a few such
- * sizes serve all, and at each the device computes a row as it would among n, as long as the caller
- * asks the same otherwise. Up to rounding only: rows that he splits (logits in slabs) where n would
- * have been split elsewhere, and LoRA over more than 512 rows with a max_rank above 256 that he has
- * rounded up. 0: there is nothing to win by recording, and none of the others may be called.
+ * sizes serve all, and at each the device computes a row as it would among n, as each is of n's
+ * bucket (rule 5). A caller who cuts rows into parts does it by this number, too, recorded or not.
+ * 0: there is nothing to win by recording, and none of the others may be called.
  */
 #define KN_GRAPH_KEY_BYTES 512          /* at most */
 int kn_graph_rows(kn_device *dev, int n);
@@ -253,7 +259,7 @@ struct kn_lora_batch {
     const int32_t *block_ids;           /* adapters' block tables, one after the other */
     int n_segs;
     int n_tok;                          /* rows of x and y: the step's, in a segment or not */
-    int max_seg_tok, max_rank;          /* host hints for launch geometry */
+    int max_seg_tok, max_rank;          /* host hints for launch geometry, or more */
     int64_t h_rows;                     /* sum over segments of n_tok * rank_max, or more */
     struct kn_lora_load load[KN_MODULES];       /* host hints too */
 };

@@ -11,8 +11,10 @@
  * same whatever the number of its neighbours inside a bucket. cuda_gemm_tune() measures what the
  * heuristics propose, before the first step; without it their first proposal is taken. They are off
  * by 5 to 15 % for one shape in five on Hopper, most often by splitting a long k. Where a product
- * comes in slices of rows, all of them go by the choice for the first: a row's neighbours decide
- * which slice it is in, and how many rows the last one has.
+ * comes in slices of rows, whether it does follows from the bucket, too, and all of them go by the
+ * choice for the first: a row's neighbours decide which slice it is in, and how many rows the last
+ * one has. Where strides are odd, an algorithm may do for a bucket's rows and not for fewer, so it
+ * must be one that does for every number of them.
  *
  * Parts of a split k are added in float32 only: rounded to bf16 before they meet, they would cost
  * more than the result's own rounding.
@@ -180,13 +182,47 @@ static int proposals(struct cuda_stream *st, const struct plan *p, const struct 
     return n;
 }
 
-static bool ask(struct cuda_stream *st, struct plan *p, const struct scales *s)
+/* Do rows begin at addresses that 16-byte loads don't like? */
+static bool is_odd(const struct plan *p)
 {
-    cublasLtMatmulHeuristicResult_t found;
-    if (proposals(st, p, s, &found, 1) != 1 || found.state != CUBLAS_STATUS_SUCCESS)
-        return false;
-    p->algo = found.algo;
-    return true;
+    const size_t y = p->f32 ? sizeof(float) : sizeof(uint16_t);
+    return p->align < 16 || (size_t)p->ldx * kn_dtype_size(p->t) % 16 || (size_t)p->ldy * y % 16;
+}
+
+static bool runs(struct cuda_stream *st, const struct plan *p, int m, const struct scales *s,
+                 const cublasLtMatmulAlgo_t *algo)
+{
+    struct product d;
+    cublasLtMatmulHeuristicResult_t r;
+    return describe(&d, p, m, s) &&
+           cublasLtMatmulAlgoCheck(st->dev->blas, &d.op, &d.w, &d.x, &d.y, &d.y, algo, &r) == 0 &&
+           r.workspaceSize <= CUDA_GEMM_WS_BYTES;
+}
+
+/* Does it do for all numbers of rows that the bucket has? Only odd strides make one doubt. */
+static bool serves_bucket(struct cuda_stream *st, const struct plan *p, const struct scales *s,
+                          const cublasLtMatmulHeuristicResult_t *found)
+{
+    bool ok = found->state == CUBLAS_STATUS_SUCCESS;
+    for (int m = p->m; m > 0 && cuda_bucket(m) == p->m && ok && is_odd(p); m--)
+        ok = runs(st, p, m, s, &found->algo);
+    return ok;
+}
+
+#define PROPOSALS 8
+
+/* The first proposal, for p->m rows; or the first that serves the whole bucket of them. */
+static bool ask(struct cuda_stream *st, struct plan *p, const struct scales *s, bool bucket)
+{
+    cublasLtMatmulHeuristicResult_t found[PROPOSALS];
+    const int n = proposals(st, p, s, found, bucket && is_odd(p) ? PROPOSALS : 1);
+    for (int i = 0; i < n; i++)
+        if (bucket ? serves_bucket(st, p, s, &found[i])
+                   : found[i].state == CUBLAS_STATUS_SUCCESS) {
+            p->algo = found[i].algo;
+            return true;
+        }
+    return false;
 }
 
 static struct plan *plan_for(struct cuda_stream *st, const struct plan *want,
@@ -203,7 +239,7 @@ static struct plan *plan_for(struct cuda_stream *st, const struct plan *want,
     if (t->plan[i].m)
         return &t->plan[i];
     t->plan[i] = *want;
-    if (!ask(st, &t->plan[i], s)) {
+    if (!ask(st, &t->plan[i], s, true)) {
         t->plan[i].m = 0;
         return NULL;
     }
@@ -253,9 +289,9 @@ static lm_status multiply(struct cuda_stream *st, const struct job *j, bool onto
     struct plan want = shape_of(j, onto);
     const struct plan *p = plan_for(st, &want, &s);
     cublasStatus_t rc = p ? run_plan(st, j, p) : CUBLAS_STATUS_NOT_SUPPORTED;
-    if (rc == CUBLAS_STATUS_NOT_SUPPORTED && want.m != a->m) {
-        want.m = a->m;          /* odd strides: what fits the bucket need not fit m */
-        rc = ask(st, &want, &s) ? run_plan(st, j, &want) : rc;
+    if (rc == CUBLAS_STATUS_NOT_SUPPORTED && is_odd(&want)) {
+        want.m = a->m;          /* none serves the bucket: better this row count's own than none */
+        rc = ask(st, &want, &s, false) ? run_plan(st, j, &want) : rc;
     }
     if (rc == CUBLAS_STATUS_SUCCESS)
         return cuda_check(st->dev, "gemm", cudaSuccess);
@@ -294,8 +330,9 @@ struct room {
     bool split;
 };
 
-/* For as many rows of `a` as fit: x converted to W's dtype (unless it is that already), and the
- * product in float32 if it is wanted; twice, if x comes in two parts. m 0: not even one fits. */
+/* For as many rows of `a` as fit, all of them only if all of their bucket would: x converted to W's
+ * dtype (unless it is that already), and the product in float32 if it is wanted; twice, if x comes
+ * in two parts. m 0: not even one fits. */
 static struct room room_for(struct cuda_stream *st, const struct kn_gemm *a, bool product,
                             bool split)
 {
@@ -307,9 +344,9 @@ static struct room room_for(struct cuda_stream *st, const struct kn_gemm *a, boo
     const size_t x_row = parts * (size_t)r.ldx * kn_dtype_size(t);
     const size_t y_row = product ? parts * (size_t)a->w->rows * sizeof(float) : 0;
     const size_t row = x_row + y_row + scales;
-    r.m = (int)LM_MIN(avail / row, (size_t)a->m);
-    if (r.m < a->m && r.m > 128)
-        r.m = r.m / 128 * 128;  /* whole tiles */
+    const size_t all = (size_t)cuda_bucket(a->m), fit = LM_MIN(avail / row, all);
+    const bool tiles = fit < all && fit > 128;
+    r.m = LM_MIN((int)(tiles ? fit / 128 * 128 : fit), a->m);
     char *at = (char *)st->scratch + CUDA_COUNTER_BYTES;
     r.scales = (float *)(void *)at;
     at += LM_DIV_UP((size_t)r.m * scales, gap) * gap;
@@ -465,7 +502,6 @@ lm_status cuda_op_gemm(kn_stream *s, const struct kn_gemm *a)
 
 /* ---- tuning ---------------------------------------------------------------------------- */
 
-#define TUNE_PROPOSALS 8
 #define TUNE_RUNS 4
 #define TUNE_LONG ((int64_t)1 << 34)    /* multiply-adds that take 50 us or more: once is enough */
 #define TUNE_GAIN 0.97f         /* another than the first must win by 3 %, or noise would choose */
@@ -503,18 +539,20 @@ static float time_plan(struct tuning *t, const struct plan *p)
 
 static void tune_bucket(struct tuning *t)
 {
-    cublasLtMatmulHeuristicResult_t found[TUNE_PROPOSALS];
+    cublasLtMatmulHeuristicResult_t found[PROPOSALS];
     const struct scales s = scales_of(&t->j);
     struct plan want = shape_of(&t->j, false), try = want;
     int64_t t0 = lm_now_us();
     struct plan *p = plan_for(t->st, &want, &s);
-    int n = p ? proposals(t->st, &want, &s, found, TUNE_PROPOSALS) : 0;
+    int n = p ? proposals(t->st, &want, &s, found, PROPOSALS) : 0;
     t->asking_us += lm_now_us() - t0;
     t->buckets++;
+    if (!p && t->j.x_scale)     /* from the first step on, not from the first that meets it */
+        t->st->plans->no_e4m3 = true;
     float best = n > 1 ? time_plan(t, p) * TUNE_GAIN : -1;
     for (int i = 1; i < n && best > 0; i++) {
         try.algo = found[i].algo;
-        float ms = found[i].state == CUBLAS_STATUS_SUCCESS ? time_plan(t, &try) : -1;
+        float ms = serves_bucket(t->st, &want, &s, &found[i]) ? time_plan(t, &try) : -1;
         if (ms > 0 && ms < best) {
             best = ms;
             p->algo = try.algo;

@@ -15,11 +15,15 @@
  *
  * Expand: y += scale h B. A warp keeps 64 output features of B in shared memory and walks the
  * tokens of its tile. B is transposed on the way to registers by ldmatrix; h is float32 and goes in
- * as the sum of two bf16, high and low, in two products.
+ * as the sum of two bf16, high and low, in two products. Segments of adapters too wide for that go
+ * to lora_few.cu's kernel, in a launch of its own that only steps which have such see: each kernel
+ * passes over what is the other's, so a row's way follows from its own adapter.
  *
  * Geometry: token tiles are a bound from n_tok and n_segs; blocks without work leave early.
  */
 #include "kernels/cuda/lora.cuh"
+
+#include <limits.h>
 
 /* ---- shrink ---------------------------------------------------------------------------- */
 
@@ -431,7 +435,7 @@ __device__ static inline bool start_expand(struct expand_work *w, int tile)
         return false;
     w->seg = &a->batch.segs[seg];
     w->tok0 = w->seg->tok0 + tok;
-    w->n_tok = min(tile, w->seg->n_tok - tok);
+    w->n_tok = lora_is_ours(w->p, w->seg) ? min(tile, w->seg->n_tok - tok) : 0;
     const int task = (int)(blockIdx.x * EXPAND_WARPS + threadIdx.x / 32);
     if (w->n_tok <= 0 || !find_slab(task, w))
         return false;
@@ -565,15 +569,22 @@ static size_t stationary_bytes(int ranks)
     return (size_t)(EXPAND_WARPS * LM_DIV_UP(ranks, 16) * 16 * SLAB * 2);
 }
 
-static lm_status launch_expand(struct cuda_stream *st, struct lora_launch *p)
+/* The widest adapters whose B a block may keep on this device. */
+static int stationary_max(const struct cuda_device *d)
+{
+    const int fit = (int)(d->smem_block / stationary_bytes(16)) * 16;
+    return LM_MIN(fit, STATIONARY_MAX);
+}
+
+static lm_status launch_expand(struct cuda_stream *st, struct lora_launch p)
 {
     int tasks = 0;
-    for (int i = 0; i < p->n_active; i++)
-        tasks += p->slabs[i];
-    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(p, LONG_TILE));
-    p->smem_rows = LM_DIV_UP(p->a.batch.max_rank, 16) * 16;
+    for (int i = 0; i < p.n_active; i++)
+        tasks += p.slabs[i];
+    dim3 grid((unsigned)LM_DIV_UP(tasks, EXPAND_WARPS), lora_token_tiles(&p, LONG_TILE));
+    p.smem_rows = LM_MIN(LM_DIV_UP(p.a.batch.max_rank, 16) * 16, p.rank_to);
     return cuda_launch(st, "lora_expand", expand_kernel, grid, dim3(EXPAND_WARPS * 32),
-                       stationary_bytes(p->smem_rows), *p);
+                       stationary_bytes(p.smem_rows), p);
 }
 
 /* Does every row of y, at every part, allow loads of `unit` elements? */
@@ -594,10 +605,17 @@ extern "C" lm_status cuda_op_lora_expand(kn_stream *s, const struct kn_lora *a)
     lm_status rc = prepare(st, a, "lora_expand", &p);
     if (rc != LM_OK || p.n_active == 0)
         return rc;
-    const bool few = a->batch.n_tok <= LONG_STEP || a->batch.max_rank > STATIONARY_MAX ||
-                     stationary_bytes(a->batch.max_rank) > st->dev->smem_block;
-    p.aligned = y_aligned(a, few ? 8 : 4);
-    return few ? cuda_lora_expand_few(st, &p) : launch_expand(st, &p);
+    const int widest = a->batch.n_tok <= LONG_STEP ? 0 : stationary_max(st->dev);
+    if (widest > 0) {
+        p.rank_from = 0, p.rank_to = widest;
+        p.aligned = y_aligned(a, 4);
+        rc = launch_expand(st, p);
+    }
+    if (rc != LM_OK || a->batch.max_rank <= widest)
+        return rc;
+    p.rank_from = widest + 1, p.rank_to = INT_MAX;
+    p.aligned = y_aligned(a, 8);
+    return cuda_lora_expand_few(st, &p);
 }
 
 template <class S> static cudaError_t allow_shrink(void)
@@ -615,6 +633,6 @@ extern "C" cudaError_t cuda_lora_init(const struct cuda_device *d)
         e = cuda_lora_few_init();
     if (e == cudaSuccess)
         e = cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 (int)LM_MIN(stationary_bytes(STATIONARY_MAX), d->smem_block));
+                                 (int)stationary_bytes(stationary_max(d)));
     return e;
 }

@@ -23,6 +23,7 @@ struct lora_launch {
     bool aligned;               /* rows of x or y allow vector loads */
     bool one_tile;              /* every segment is one token tile: no search */
     int smem_rows;              /* expand: rank rows that a warp keeps in shared memory */
+    int rank_from, rank_to;     /* expand: segments of other ranks are another launch's */
 };
 
 /* A matrix of one module of one adapter. */
@@ -128,6 +129,13 @@ __device__ static inline bool lora_find_tile(const struct lora_launch *p, int ti
     return false;
 }
 
+/* A segment's way is its own adapter's, whatever else the step has. */
+__device__ static inline bool lora_is_ours(const struct lora_launch *p,
+                                           const struct kn_lora_seg *seg)
+{
+    return seg->rank_max >= p->rank_from && seg->rank_max <= p->rank_to;
+}
+
 /* Token tiles that a step of these hints can have at most. */
 static inline unsigned lora_token_tiles(struct lora_launch *p, int tile)
 {
@@ -136,7 +144,8 @@ static inline unsigned lora_token_tiles(struct lora_launch *p, int tile)
     return (unsigned)(p->one_tile ? b->n_segs : b->n_tok / tile + b->n_segs);
 }
 
-/* Steps of few tokens; the launch is prepared but for geometry. */
+/* Steps of few tokens, and of many what is too wide to keep in shared memory; the launch is
+ * prepared but for geometry. */
 lm_status cuda_lora_shrink_few(struct cuda_stream *st, struct lora_launch *p);
 lm_status cuda_lora_expand_few(struct cuda_stream *st, struct lora_launch *p);
 cudaError_t cuda_lora_few_init(void);

@@ -386,9 +386,9 @@ __global__ static void __launch_bounds__(EXPAND_WARPS * 32, RESIDENT) expand_few
         w.seg = &a->batch.segs[seg];
         w.tok0 = w.seg->tok0 + tok;
         w.n_tok = min(T, w.seg->n_tok - tok);
-        work = w.n_tok > 0 && lora_find(&a->pool, a->layer, a->batch.block_ids + w.seg->block0,
-                                        a->part[w.part].module, w.seg->rank_max, true, p.fault,
-                                        &w.v);
+        work = w.n_tok > 0 && lora_is_ours(&p, w.seg) &&
+               lora_find(&a->pool, a->layer, a->batch.block_ids + w.seg->block0,
+                         a->part[w.part].module, w.seg->rank_max, true, p.fault, &w.v);
     }
     if (!work) {
         cuda_wait_prior();

@@ -472,6 +472,49 @@ static void check_company(struct twin *c)
     }
 }
 
+/* Runs the tokens from `at` on in a step of their own, the rest of it base-only, and holds them
+ * against the same step with everybody. */
+static void check_alone(struct bed *t, const struct batch *all, int at, int n)
+{
+    static struct batch one;
+    int who[MAX_TOKENS];
+    for (int i = 0; i < all->n; i++)
+        who[i] = i >= at && i < at + n ? all->who[i] : -1;
+    batch_open(&one, t, who, all->n, all->layer, 0);
+    memcpy(one.x, all->x, (size_t)(all->n * all->ldx) * sizeof(float));
+    memcpy(one.y, all->y, (size_t)(all->n * all->ldy) * sizeof(float));
+    run_side(&one, t, 0);
+    const size_t from = (size_t)(at * all->ldy), len = (size_t)(n * all->ldy) * sizeof(float);
+    if (memcmp(one.got[0] + from, all->got[0] + from, len))
+        twin_fail(t->c, "others of other ranks changed rows of rank %d",
+                  t->ad[all->who[at]].rank_max);
+    batch_close(&one);
+}
+
+/* Ranks from 8 to 512 in one step: right, and each adapter's rows as without the others, on either
+ * side of the ranks and of the sizes of a step at which the way through the kernels changes. */
+static void check_ranks_apart(struct twin *c)
+{
+    static const int ranks[] = { 8, 512, 16, 300, 64, 384, 400, 1 }, sizes[] = { 512, 513, 577 };
+    static struct bed t;
+    static struct batch b;
+    int who[MAX_TOKENS];
+    const int n_ranks = LM_COUNT(ranks);
+    for (size_t k = 0; k < LM_COUNT(sizes); k++) {
+        const int n = sizes[k], each = n / n_ranks;
+        twin_case(c, "lora: ranks 1 to 512 in a step of %d tokens", n);
+        bed_open(&t, c, 72, (int[]){ 72, 40 }, 2, 8192, 64, n_ranks, ranks, n_ranks);
+        for (int i = 0; i < n; i++)
+            who[i] = i / each < n_ranks ? i / each : -1;
+        batch_open(&b, &t, who, n, 1, 0);
+        batch_run(&b, &t);
+        for (int i = 0; i < n_ranks; i++)
+            check_alone(&t, &b, i * each, each);
+        batch_close(&b);
+        bed_close(&t);
+    }
+}
+
 /* As many segments as make the device choose smaller blocks for a step of few tokens: right, and
  * the same bits as in a step of four segments. */
 static void check_full(struct twin *c, int tokens, int n_segs)
@@ -586,6 +629,7 @@ bool twin_lora(struct twin *c)
     check_prefill(c);
     good &= twin_end(c, "lora, prefill");
     check_company(c);
+    check_ranks_apart(c);
     check_untargeted(c);
     check_full(c, 2, c->slow ? 10 : 150);       /* 20 or 300 of shrink's blocks */
     check_full(c, 1, c->slow ? 18 : 300);       /* 54 or 900 of expand's */

@@ -14,6 +14,9 @@
  * where steps are not padded either, up to what the CPU's sums owe to the number of rows. The same
  * where the device has no room for what was recorded. A step of which an operation is refused is
  * never kept.
+ *
+ * The same seat before the operations shows how logits are cut into slabs: equal ones, by how many
+ * rows a recorded step would have.
  */
 #include "engine_fixture.h"
 
@@ -122,6 +125,25 @@ static lm_status keep(run_fn *run, const void *args, size_t bytes, bool lora)
     return LM_OK;
 }
 
+/* Products to float32, which are logits, and the rows that were sampled, of a step. */
+static struct {
+    int n, m[16], sampled;
+} heads;
+
+static void note_gemm(const struct kn_gemm *a)
+{
+    if (a->y_f32 && heads.n < (int)LM_COUNT(heads.m))
+        heads.m[heads.n++] = a->m;
+}
+
+static void note(const char *op, const void *args)
+{
+    if (!strcmp(op, "gemm"))
+        note_gemm(args);
+    else if (!strcmp(op, "sample"))
+        heads.sampled += ((const struct kn_sample *)args)->n;
+}
+
 #define X(name, type)                                                                          \
     lm_status __real_kn_op_##name(kn_stream *s, const struct kn_##type *a);                    \
     lm_status __wrap_kn_op_##name(kn_stream *s, const struct kn_##type *a);                    \
@@ -131,6 +153,7 @@ static lm_status keep(run_fn *run, const void *args, size_t bytes, bool lora)
     }                                                                                          \
     lm_status __wrap_kn_op_##name(kn_stream *s, const struct kn_##type *a)                     \
     {                                                                                          \
+        note(#name, a);                                                                        \
         return now ? keep(run_##name, a, sizeof *a, !strcmp(#type, "lora"))                    \
                    : __real_kn_op_##name(s, a);                                                \
     }
@@ -277,6 +300,109 @@ static void half_a_step_is_never_kept(void **state)
     engine_close(e);
 }
 
+/* ---- slabs of logits ------------------------------------------------------------------- */
+
+#define MOST 300                /* rows of a step */
+
+/* So wide that 130 rows are the slab of 64 MiB that the CPU has. */
+static const char wide_shape[] =
+    "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", "
+    "\"hidden_size\": 64, \"intermediate_size\": 96, \"num_hidden_layers\": 1, "
+    "\"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"vocab_size\": 128256, "
+    "\"max_position_embeddings\": 512, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", "
+    "\"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\"}";
+
+static engine *open_wide(void)
+{
+    char path[] = "/tmp/loramill-shape-XXXXXX";
+    struct engine_config cfg = fixture_config(NULL);
+    int fd = mkstemp(path);
+    assert_true(fd >= 0 && write(fd, wide_shape, sizeof wide_shape - 1) == sizeof wide_shape - 1);
+    close(fd);
+    cfg.shape = path;
+    cfg.max_seqs = cfg.max_waiting = MOST;
+    cfg.max_step_tokens = 2 * MOST;
+    cfg.manual = true;
+    engine *e = fixture_engine(&cfg);
+    unlink(path);
+    return e;
+}
+
+/* One step of n prompts, one token each after it. Those from `company` on are others than they are
+ * with another `shift`. */
+static void one_step(engine *e, int as, int n, int company, int shift, struct engine_result **out)
+{
+    struct engine_event ev;
+    bool idle = false;
+    mode = as;
+    memset(&heads, 0, sizeof heads);
+    for (int i = 0; i < n; i++) {
+        const int32_t ids[] = { 5 + i * 17, 9000 + i * 31 + (i < company ? 0 : shift) };
+        struct engine_request r = fixture_request("slabs", ids, 2);
+        r.params.max_tokens = 1;
+        r.params.logprobs = 1;
+        r.user = (void *)(intptr_t)i;
+        fixture_submit(e, &r);
+    }
+    CHECK(engine_pump(e, INT64_MAX, &idle, err));
+    for (int i = 0; i < n; i++) {
+        assert_int_equal(engine_poll(e, &ev, 1, 0, NULL), 1);
+        assert_int_equal(ev.result->status, LM_OK);
+        out[(intptr_t)ev.user] = ev.result;
+    }
+}
+
+/* So many slabs of so many rows, and no row was left out or sampled twice. */
+static void expect_slabs(int n, int slabs, int rows)
+{
+    if (heads.n != slabs || heads.m[0] != rows || heads.sampled != n)
+        fail_msg("%d rows: %d slabs of %d, %d rows sampled", n, heads.n, heads.m[0],
+                 heads.sampled);
+    for (int i = 0; i < heads.n; i++)
+        assert_int_equal(heads.m[i], rows);
+}
+
+/* Whatever the rows of one padded size, they come in slabs of one height, and say what they say
+ * in other slabs, or in a step so small that it needs none. */
+static void slabs_are_equal(void **state)
+{
+    static const struct {
+        int as, n, slabs, rows;
+    } cases[] = {
+        { PLAIN, 130, 1, 130 },  { PLAIN, 131, 2, 66 },  { PADDED, 128, 1, 128 },
+        { PADDED, 129, 2, 66 },  { PADDED, 132, 2, 66 }, { PADDED, 257, 2, 130 },
+        { PADDED, 260, 2, 130 },
+    };
+    static struct engine_result *alone[MOST], *most[MOST], *one[MOST], *other[MOST];
+    const int few = 100;
+    (void)state;
+    engine *e = open_wide();
+    one_step(e, PLAIN, few, few, 0, alone);
+    expect_slabs(few, 1, few);
+    one_step(e, PLAIN, MOST, few, 0, most);
+    expect_slabs(MOST, 3, MOST / 3);
+    for (size_t k = 0; k < LM_COUNT(cases); k++) {
+        const int n = cases[k].n;
+        one_step(e, cases[k].as, n, few, 0, one);
+        expect_slabs(n, cases[k].slabs, cases[k].rows);
+        one_step(e, cases[k].as, n, few, 7, other);
+        for (int i = 0; i < n; i++) {
+            same(i, most[i], one[i], SUMS);
+            if (i < few)
+                same(i, one[i], other[i], 0);
+            engine_result_free(one[i]);
+            engine_result_free(other[i]);
+        }
+    }
+    for (int i = 0; i < MOST; i++) {
+        if (i < few)
+            same(i, alone[i], most[i], SUMS);
+        engine_result_free(alone[i]);
+        engine_result_free(most[i]);
+    }
+    engine_close(e);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_WARN);
@@ -287,6 +413,7 @@ int main(void)
         cmocka_unit_test(recorded_steps_say_the_same),
         cmocka_unit_test(no_room_is_no_failure),
         cmocka_unit_test(half_a_step_is_never_kept),
+        cmocka_unit_test(slabs_are_equal),
     };
     return cmocka_run_group_tests_name("engine_graph", tests, NULL, NULL);
 }
