@@ -633,6 +633,15 @@ static lm_status check_trouble(const struct config *c, struct lm_err *err)
     return check_claims(c, err);
 }
 
+static lm_status check_traces(const struct config *c, struct lm_err *err)
+{
+    const char *url = c->traces_otlp_url;
+    if (*url && strncmp(url, "http://", 7) && strncmp(url, "https://", 8))
+        return lm_err_set(err, LM_INVALID, "traces.otlp_url=%s: must begin with http:// or "
+                          "https://", url);
+    return LM_OK;
+}
+
 lm_status config_check(const struct config *c, struct lm_err *err)
 {
     lm_status st = each_property(visit_required, (void *)(uintptr_t)c, err);
@@ -648,7 +657,7 @@ lm_status config_check(const struct config *c, struct lm_err *err)
                           "brokers as host:port,host:port");
     if (!strcmp(c->replies_encoding, "avro") && !*c->registry_url)
         return lm_err_set(err, LM_INVALID, "replies.encoding=avro needs registry.url");
-    if ((st = check_trouble(c, err)))
+    if ((st = check_trouble(c, err)) || (st = check_traces(c, err)))
         return st;
     if ((st = check_topic("topics.replies", c->topics_replies, err)) ||
         (st = check_topic("topics.dead_letters", c->topics_dead_letters, err)) ||

@@ -62,6 +62,7 @@ struct config {
     bool in_flight_by_default;  /* nobody has set in_flight.max_messages */
     int64_t commit_interval_ms, commit_map_max_bytes, drain_timeout_ms, revoke_drain_ms;
     int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
+    char *traces_otlp_url, *traces_auth_header, *traces_ca_file;
     char *http_address;
     int64_t http_port;          /* 0: off; when busy, the next free of the following 100 */
     char *log_level, *log_format;

@@ -252,6 +252,12 @@ static const struct config_property watch_rows[] = {
     INT("http.port", http_port, "9464", 0, 65535,
         "0: no HTTP. When the port is busy the next free one of the following 100 is taken and "
         "logged, so that workers of a host may share one file."),
+    STR("traces.otlp_url", traces_otlp_url, "", 0,
+        "OpenTelemetry collector that gets spans of prompts whose `traceparent` says \"sampled\", "
+        "over HTTP as JSON: `http://collector:4318/v1/traces`. Empty: none."),
+    STR("traces.auth_header", traces_auth_header, "", CONFIG_SECRET,
+        "A whole header, such as `Authorization: Bearer ...`, sent with them."),
+    STR("traces.ca_file", traces_ca_file, "", 0, "PEM file of the collector's authority."),
     CHOICE("log.level", log_level, "info", "error|warn|info|debug", "Least important line shown."),
     CHOICE("log.format", log_format, "text", "text|json", "One line an event on standard error."),
 };

@@ -89,6 +89,7 @@ struct outgoing {
 /* What is counted of a reply when it is acknowledged. */
 struct reply_tally {
     enum engine_reason reason;
+    bool chat;
     int prompt_tokens, cached_tokens, completion_tokens;
 };
 

@@ -171,6 +171,9 @@ static void write_flow(struct metrics *m, FILE *f)
     counter(f, P "cancel_orders_total", "Orders read from topics.control.", &m->cancel_orders);
     counter(f, P "claims_total", "Replies put into the object store.", &m->claims);
     counter(f, P "claim_bytes_total", "Bytes of those.", &m->claim_bytes);
+    counter(f, P "traces_exported_total", "Prompts whose spans the collector took.", &m->traces);
+    counter(f, P "traces_dropped_total", "Prompts whose spans were dropped: the collector is away, "
+            "slow, or refuses them.", &m->traces_dropped);
     counter(f, P "prompt_tokens_total", "Tokens of answered prompts.", &m->prompt_tokens);
     counter(f, P "cached_tokens_total", "Of those, found in the prefix cache.",
             &m->cached_tokens);

@@ -36,7 +36,7 @@ struct metrics {
     atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
     atomic_ullong retries, produce_failures, reply_bytes, stream_parts;
-    atomic_ullong cancel_orders, claims, claim_bytes;
+    atomic_ullong cancel_orders, claims, claim_bytes, traces, traces_dropped;
     atomic_ullong commits, commit_failures;
     atomic_ullong transactions, transaction_aborts, producer_rebuilds;
     atomic_ullong assigned, revoked, lost, pauses;

@@ -235,6 +235,7 @@ static void tally(struct job *j)
     const struct engine_result *r = j->result;
     j->tally = (struct reply_tally){
         .reason = r->n_choices ? r->choices[0].reason : ENGINE_STOP,
+        .chat = j->prompt->n_messages > 0,
         .prompt_tokens = r->prompt_tokens, .cached_tokens = r->cached_tokens,
         .completion_tokens = r->completion_tokens,
     };

@@ -33,6 +33,7 @@
 #include "worker/journal.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
+#include "worker/spans.h"
 #include "worker/watchdog.h"
 
 enum { SUPERVISE_MS = 100 };
@@ -62,6 +63,7 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
     }
     if (w->cancels)
         cancels_leave(w->cancels, j);
+    spans_end(w->spans, j, outcome);
     j->outcome = outcome;
     job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
     job_queue_push(&w->done, j);
@@ -274,6 +276,8 @@ static lm_status start(struct worker *w, struct lm_err *err)
         st = consumer_new(w, &w->consumer, err);
     if (!st)
         st = producer_new(w, &w->producer, err);
+    if (!st && *w->cfg->traces_otlp_url)
+        st = spans_new(w, &w->spans, err);
     if (!st && w->cfg->http_port)
         st = http_new(w, &w->http, err);
     if (!st)
@@ -321,6 +325,7 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     http_free(w->http);
     bool stopped = producer_stop(w->producer);
     consumer_count_rest(w->consumer);
+    spans_stop(w->spans);
     log_summary(w);
     watchdog_releasing(dog, status, stopped ? WATCHDOG_RELEASE_MS : 0);
     if (!stopped)               /* its thread is inside librdkafka, with all that it holds */
@@ -334,6 +339,7 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
     cancels_free(w->cancels);
+    spans_free(w->spans);
     codec_free(w->codec);
     watchdog_closing(dog);
     if (w->engine)

@@ -31,6 +31,7 @@ typedef struct control control;
 typedef struct claims claims;
 struct cancels;
 struct journal;
+struct spans;
 
 struct worker {
     const struct config *cfg;
@@ -53,6 +54,7 @@ struct worker {
     control *control;           /* NULL: no topics.control */
     struct cancels *cancels;    /* likewise */
     struct journal *journal;    /* NULL: poison.max_attempts=0, or its folder can't be had */
+    struct spans *spans;        /* NULL: no traces.otlp_url */
     claims *claims;             /* NULL: replies.too_large=refuse */
 
     struct job_queue to_intake, done;

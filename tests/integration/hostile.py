@@ -5,8 +5,10 @@
                              both header families; thousands of bombs leave memory as it was
   private MARKER             prompts, good and bad, that all hold MARKER
   adapters N                 N prompts, each for an adapter of its own that is nowhere
+  spans FILE                 what a collector got (otlp_collector.py) of those of `private`
   metrics PORT               every name on /metrics is in docs/operations.md, and the reverse
 """
+import collections
 import io
 import json
 import os
@@ -177,6 +179,57 @@ def private(marker):
     check("all have their outcome", len(got) == 2 * len(records) - 1, len(got))
     check("each reply is linked to the trace of its prompt, byte for byte",
           all(header(m, k) == v for m in replies for k, v in trace))
+
+
+SPANS = {       # by the first word of a name: kind, attributes
+    "process": (5, {"messaging.system", "messaging.operation.name", "messaging.operation.type",
+                    "messaging.destination.name", "messaging.destination.partition.id",
+                    "messaging.kafka.offset", "messaging.consumer.group.name", "messaging.client.id",
+                    "loramill.outcome"}),
+    "send": (4, {"messaging.system", "messaging.operation.name", "messaging.operation.type",
+                 "messaging.destination.name"}),
+    "text_completion": (1, {"gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model",
+                            "gen_ai.usage.input_tokens", "gen_ai.usage.cache_read.input_tokens",
+                            "gen_ai.usage.output_tokens"}),
+}
+
+
+def spans(path):
+    """What the collector got of the prompts of private(), the only ones with a traceparent: of each
+    what was done with it, by names and attributes that are an interface, in the trace of its sender."""
+    n_prompts = 11
+    end, got = time.time() + 20, []
+    while time.time() < end and len(got) < 2 * n_prompts + 1:
+        time.sleep(0.1)
+        got = [json.loads(x) for x in open(path, encoding="utf-8")] if os.path.exists(path) else []
+    names = collections.Counter(s["name"].split()[0] for s in got)
+    check("spans: a process and a send of each prompt, and one generation", names
+          == {"process": n_prompts, "send": n_prompts, "text_completion": 1}, names)
+    by_id = {s["spanId"]: s for s in got}
+    attributes = lambda s: {a["key"]: a["value"] for a in s["attributes"]}
+    roots = [s for s in got if s["name"] == "process prompts"]
+    check("their ids are unique, and all are of the sender's trace", len(by_id) == len(got) and all(
+        s["traceId"] == "0af7651916cd43dd8448eb211c80319c" for s in got))
+    check("what was done with the prompt is the sender's child, and linked to it", len(roots) == n_prompts
+          and all(s["parentSpanId"] == "b7ad6b7169203331" and s["links"] == [
+              {"traceId": s["traceId"], "spanId": s["parentSpanId"]}] for s in roots))
+    check("the rest are children of that, and within its time", all(
+        by_id[s["parentSpanId"]] in roots
+        and int(by_id[s["parentSpanId"]]["startTimeUnixNano"]) <= int(s["startTimeUnixNano"])
+        <= int(s["endTimeUnixNano"]) <= int(by_id[s["parentSpanId"]]["endTimeUnixNano"])
+        for s in got if s not in roots))
+    now = time.time() * 1e9
+    check("they are of this minute", all(now - 60e9 < int(s["startTimeUnixNano"]) < now for s in got))
+    wrong = [s for s in got if (s["kind"], set(attributes(s)) - {"error.type"}) != SPANS[s["name"].split()[0]]]
+    check("kinds and attributes are the documented ones", not wrong, wrong[:1])
+    bad = [s for s in roots if attributes(s)["loramill.outcome"]["stringValue"] == "dead_letter"]
+    check("dead letters are errors, with their code; the others are not", len(bad) == n_prompts - 1 and all(
+        ("error.type" in attributes(s), s.get("status")) == ((True, {"code": 2}) if s in bad else (False, None))
+        for s in got if s in roots))
+    told = open("docs/operations.md", encoding="utf-8").read()
+    check("and all of them are documented", all(f"`{a}`" in told for _, x in SPANS.values() for a in x))
+    check("the resource is the worker", all({a["key"] for a in s["resource"]} == {
+        "service.name", "service.version", "service.instance.id"} for s in got))
 
 
 def adapters(n):

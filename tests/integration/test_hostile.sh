@@ -3,7 +3,7 @@
 #
 # Messages made to harm, one kind after the other, and then by the thousand: each is a dead letter as it
 # came, the process lives and its memory stays as it was. And what the world may see of the others:
-# documented metrics whose number does not grow with adapters, traces linked, no prompt's text anywhere.
+# documented metrics whose number does not grow with adapters, traces linked and their spans, no prompt's text anywhere.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin hostile
 kafka_start 1 || die "the broker started"
@@ -15,7 +15,8 @@ nginx_run registry "$RUN/registry" "$(free_ports 1)" 'default_type application/j
     die "the registry started"
 REGISTRY=$STORE
 nginx_run store "$RUN/store" "$(free_ports 1)" ''
-PORT=$(free_ports 1)
+read -r PORT OTLP <<< "$(free_ports 2)"
+spawn "$RUN/otlp.log" "$PYTHON" tests/infra/otlp_collector.py "$OTLP" "$RUN/spans"
 cat > "$RUN/worker.properties" <<P
 engine.mode=echo
 adapters.url=$STORE/{adapter}
@@ -28,6 +29,7 @@ errors.reply=true
 commit.interval_ms=200
 http.port=$PORT
 log.level=debug
+traces.otlp_url=http://127.0.0.1:$OTLP/v1/traces
 journal.dir=$RUN/journal
 kafka.bootstrap.servers=$BOOTSTRAP
 P
@@ -42,10 +44,11 @@ check "10,000 adapters add no line to /metrics ($before, then $after)" [ "$befor
 h metrics "$PORT" || FAILED=1
 MARKER=Zx7Private$RANDOM$RANDOM
 h private "$MARKER" || FAILED=1
+h spans "$RUN/spans" || FAILED=1
 curl -s "http://127.0.0.1:$PORT/metrics" > "$RUN/metrics"
-unseen() { ! grep -q "$MARKER" "$RUN/worker.log" "$RUN/metrics"; }
-check "no prompt's text in log or metrics, at level debug" unseen
-grep -a "$MARKER" "$RUN/worker.log" "$RUN/metrics" | head -5
+unseen() { ! grep -qE "$MARKER|private-" "$RUN/spans" && ! grep -q "$MARKER" "$RUN/worker.log" "$RUN/metrics"; }
+check "no prompt's text in log, metrics or spans, at level debug" unseen
+grep -a "$MARKER" "$RUN/worker.log" "$RUN/metrics" "$RUN/spans" | head -5
 lag_is_zero() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag hostile prompts | awk '{ exit $2 != $4 }'; }
 check "lag is zero" wait_until 20 lag_is_zero
 kill -TERM "$W"; wait "$W"; check "the worker ends with status 0 (got $?)" [ $? -eq 0 ]

@@ -182,6 +182,7 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "retry.backoff_max_ms=1", "less than retry.backoff_ms" },
     { "kafka.max.poll.interval.ms=6000", "more than half" },
     { "revoke.drain_ms=60001", "more than half of kafka.max.poll.interval.ms=120000" },
+    { "traces.otlp_url=collector:4318", "must begin with http:// or https://" },
     { "group.id=", "group.id may not be empty" },
 };
 
