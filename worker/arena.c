@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FIRST_BYTES = 1536, TEXT_MAX = 64 * 1024, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
+enum { BLOCK_BYTES = 1024, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
 
 struct chunk {
     struct chunk *next;
@@ -26,16 +26,16 @@ struct chunk {
 struct arena {
     struct chunk *chunks;
     size_t bytes;               /* asked of malloc, headers included */
-    size_t first_size, first_used;
+    size_t first_used;
     _Alignas(ALIGN) unsigned char first[];
 };
 
-struct arena *arena_new(size_t text_bytes)
+/* One block, as large as mimalloc has it at hand. */
+struct arena *arena_new(void)
 {
-    size_t first = FIRST_BYTES + (text_bytes <= TEXT_MAX ? text_bytes : 0);
-    struct arena *a = lm_malloc(sizeof *a + first);
+    struct arena *a = lm_malloc(BLOCK_BYTES);
     if (a)
-        *a = (struct arena){ .bytes = sizeof *a + first, .first_size = first };
+        *a = (struct arena){ .bytes = BLOCK_BYTES };
     return a;
 }
 
@@ -74,7 +74,7 @@ static void *take(struct arena *a, size_t bytes)
         return NULL;
     size_t need = LM_DIV_UP(LM_MAX(bytes, 1), ALIGN) * ALIGN;
     struct chunk *c = a->chunks;
-    if (need <= a->first_size - a->first_used) {
+    if (need <= BLOCK_BYTES - sizeof *a - a->first_used) {
         void *p = a->first + a->first_used;
         a->first_used += need;
         return p;

@@ -390,7 +390,7 @@ lm_status avro_plan_new(const char *json, size_t len, struct avro_plan **out, st
     if (st)
         return st;
     struct avro_plan *p = lm_calloc(1, sizeof *p);
-    if (!p || !(p->arena = arena_new(0))) {
+    if (!p || !(p->arena = arena_new())) {
         free(p);
         return lm_err_set(err, LM_NOMEM, "out of memory");
     }

@@ -158,22 +158,24 @@ static void make_utf8(struct lm_err *err)
 }
 
 static lm_status read_prompt(yyjson_doc *doc, enum encoding enc, const char *model_name,
-                             struct prompt **out, struct lm_err *err)
+                             const struct json_source *source, struct prompt **out,
+                             struct lm_err *err)
 {
-    lm_status st = json_prompt_read(yyjson_doc_get_root(doc), enc, model_name, out, err);
+    lm_status st = json_prompt_read(yyjson_doc_get_root(doc), enc, model_name, source, out, err);
     yyjson_doc_free(doc);
     return st;
 }
 
 static lm_status decode_json(const char *text, size_t len, const char *model_name,
-                             struct prompt **out, struct lm_err *err)
+                             const struct json_source *source, struct prompt **out,
+                             struct lm_err *err)
 {
     struct json_scratch scratch;
     yyjson_doc *doc = NULL;
     json_scratch_init(&scratch);
     lm_status st = json_doc_read(text, len, &scratch, &doc, err);
     if (!st)
-        st = read_prompt(doc, ENCODING_JSON, model_name, out, err);
+        st = read_prompt(doc, ENCODING_JSON, model_name, source, out, err);
     if (st)
         make_utf8(err);
     return st;
@@ -227,6 +229,7 @@ static lm_status find_plan(codec *c, const unsigned char *value, size_t len,
 static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
                              const struct header *id, struct prompt **out, struct lm_err *err)
 {
+    const struct json_source source = { (const char *)value, len };
     struct json_scratch scratch;
     struct avro_plan *plan = NULL;
     yyjson_doc *doc = NULL;
@@ -236,7 +239,7 @@ static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
     if (!st)
         st = avro_decode_doc(plan, value + used, len - used, &scratch, &doc, err);
     if (!st)
-        st = read_prompt(doc, ENCODING_AVRO, c->model_name, out, err);
+        st = read_prompt(doc, ENCODING_AVRO, c->model_name, &source, out, err);
     if (st)
         make_utf8(err);
     return st;
@@ -248,7 +251,7 @@ lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
     if (len > DEFAULT_MAX_MESSAGE)
         return lm_err_set(err, LM_TOO_LARGE, "the message has %zu bytes, more than %zu", len,
                           DEFAULT_MAX_MESSAGE);
-    return decode_json(text, len, NULL, out, err);
+    return decode_json(text, len, NULL, NULL, out, err);
 }
 
 lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,
@@ -261,7 +264,8 @@ lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const str
                           c->max_message);
     if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
         return decode_avro(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out, err);
-    return decode_json(value, len, c->model_name, out, err);
+    const struct json_source source = { value, len };
+    return decode_json(value, len, c->model_name, &source, out, err);
 }
 
 lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struct header *h,

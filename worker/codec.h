@@ -39,7 +39,8 @@ void codec_free(codec *c);
 /* What encoding a record has, by the rule above; never fails. */
 enum encoding codec_detect(const void *value, size_t len, const struct header *h, int n_headers);
 
-/* Headers correlation-id / reply topic are the caller's business (worker), not read here.
+/* The prompt's text may stay in `value`, which is to outlive the prompt.
+ * Headers correlation-id / reply topic are the caller's business (worker), not read here.
  * Retriable failures (registry down) have disposition LM_DO_RETRY; everything else is a dead
  * letter. */
 lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,

@@ -14,10 +14,14 @@
 #include <yyjson.h>
 #include "worker/message.h"
 
+/* Bytes that outlive what is read, and in which a long text may lie as it is. */
+struct json_source { const char *at; size_t len; };
+
 struct json_reader {
     const char *prefix;         /* "" or "params." or "messages[3]." */
     struct arena *arena;        /* where strings go */
     struct lm_err *err;
+    const struct json_source *source;   /* NULL: every string is copied */
 };
 
 /* The member, or NULL when it is absent or null. */

@@ -2,10 +2,10 @@
 /*
  * json_params.c - sampling parameters from a JSON object; see json_prompt.h.
  *
- * One table gives name, place, range and `set` bit of every plain parameter; stop, logprobs and
- * their kin have a function each. Names and meanings are OpenAI's, and vLLM's where OpenAI has
- * none. A parameter that others serve and we don't yet is refused by name, so that a client never
- * believes that it was obeyed.
+ * One table gives place, range and `set` bit of every plain parameter; stop, logprobs and their kin
+ * have a function each. Names and meanings are OpenAI's, and vLLM's where OpenAI has none. A
+ * parameter that others serve and we don't yet is refused by name, so that a client never believes
+ * that it was obeyed.
  */
 #include "worker/json_prompt.h"
 
@@ -16,10 +16,30 @@
 
 enum { MAX_STOP_BYTES = 1024, MAX_STOP_TOKENS = 256 };
 
+enum param {
+    MAX_TOKENS, MAX_COMPLETION_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P,
+    REPETITION_PENALTY, PRESENCE_PENALTY, FREQUENCY_PENALTY, N, ECHO, IGNORE_EOS,
+    SKIP_SPECIAL_TOKENS, INCLUDE_STOP_STR, PLAIN, SEED = PLAIN, STOP, STOP_TOKEN_IDS, LOGPROBS,
+    TOP_LOGPROBS, PARAMS
+};
+
+const char *const json_param_names[] = {
+    [MAX_TOKENS] = "max_tokens", [MAX_COMPLETION_TOKENS] = "max_completion_tokens",
+    [MIN_TOKENS] = "min_tokens", [TEMPERATURE] = "temperature", [TOP_P] = "top_p",
+    [TOP_K] = "top_k", [MIN_P] = "min_p", [REPETITION_PENALTY] = "repetition_penalty",
+    [PRESENCE_PENALTY] = "presence_penalty", [FREQUENCY_PENALTY] = "frequency_penalty", [N] = "n",
+    [ECHO] = "echo", [IGNORE_EOS] = "ignore_eos", [SKIP_SPECIAL_TOKENS] = "skip_special_tokens",
+    [INCLUDE_STOP_STR] = "include_stop_str_in_output", [SEED] = "seed", [STOP] = "stop",
+    [STOP_TOKEN_IDS] = "stop_token_ids", [LOGPROBS] = "logprobs",
+    [TOP_LOGPROBS] = "top_logprobs", [PARAMS] = NULL
+};
+
+/* An object's members by their names, found in one pass. NULL: absent, or null. */
+struct param_members { yyjson_val *of[PARAMS]; };
+
 enum kind { INT, REAL, BOOL };
 
 struct param_row {
-    const char *name;
     enum kind kind;
     size_t offset;
     double lo, hi;
@@ -29,31 +49,23 @@ struct param_row {
 
 #define AT(field) offsetof(struct engine_params, field)
 
-static const struct param_row rows[] = {
-    { "max_tokens", INT, AT(max_tokens), 0, INT32_MAX, false, ENGINE_SET_MAX_TOKENS },
-    { "max_completion_tokens", INT, AT(max_tokens), 0, INT32_MAX, false, ENGINE_SET_MAX_TOKENS },
-    { "min_tokens", INT, AT(min_tokens), 0, INT32_MAX, false, 0 },
-    { "temperature", REAL, AT(temperature), 0, 100, false, ENGINE_SET_TEMPERATURE },
-    { "top_p", REAL, AT(top_p), 0, 1, true, ENGINE_SET_TOP_P },
-    { "top_k", INT, AT(top_k), -1, INT32_MAX, false, ENGINE_SET_TOP_K },
-    { "min_p", REAL, AT(min_p), 0, 1, false, ENGINE_SET_MIN_P },
-    { "repetition_penalty", REAL, AT(repetition_penalty), 0, 100, true,
-      ENGINE_SET_REPETITION_PENALTY },
-    { "presence_penalty", REAL, AT(presence_penalty), -2, 2, false, 0 },
-    { "frequency_penalty", REAL, AT(frequency_penalty), -2, 2, false, 0 },
-    { "n", INT, AT(n), 1, ENGINE_MAX_N, false, 0 },
-    { "echo", BOOL, AT(echo), 0, 0, false, 0 },
-    { "ignore_eos", BOOL, AT(ignore_eos), 0, 0, false, 0 },
-    { "skip_special_tokens", BOOL, AT(skip_special_tokens), 0, 0, false, 0 },
-    { "include_stop_str_in_output", BOOL, AT(include_stop), 0, 0, false, 0 },
-};
-
-/* Names for hints: those of the table and of the functions below. */
-const char *const json_param_names[] = {
-    "max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "n", "echo", "ignore_eos",
-    "skip_special_tokens", "include_stop_str_in_output", "seed", "stop", "stop_token_ids",
-    "logprobs", "top_logprobs", NULL
+static const struct param_row rows[PLAIN] = {
+    [MAX_TOKENS] = { INT, AT(max_tokens), 0, INT32_MAX, false, ENGINE_SET_MAX_TOKENS },
+    [MAX_COMPLETION_TOKENS] = { INT, AT(max_tokens), 0, INT32_MAX, false, ENGINE_SET_MAX_TOKENS },
+    [MIN_TOKENS] = { INT, AT(min_tokens), 0, INT32_MAX, false, 0 },
+    [TEMPERATURE] = { REAL, AT(temperature), 0, 100, false, ENGINE_SET_TEMPERATURE },
+    [TOP_P] = { REAL, AT(top_p), 0, 1, true, ENGINE_SET_TOP_P },
+    [TOP_K] = { INT, AT(top_k), -1, INT32_MAX, false, ENGINE_SET_TOP_K },
+    [MIN_P] = { REAL, AT(min_p), 0, 1, false, ENGINE_SET_MIN_P },
+    [REPETITION_PENALTY] = { REAL, AT(repetition_penalty), 0, 100, true,
+                             ENGINE_SET_REPETITION_PENALTY },
+    [PRESENCE_PENALTY] = { REAL, AT(presence_penalty), -2, 2, false, 0 },
+    [FREQUENCY_PENALTY] = { REAL, AT(frequency_penalty), -2, 2, false, 0 },
+    [N] = { INT, AT(n), 1, ENGINE_MAX_N, false, 0 },
+    [ECHO] = { BOOL, AT(echo), 0, 0, false, 0 },
+    [IGNORE_EOS] = { BOOL, AT(ignore_eos), 0, 0, false, 0 },
+    [SKIP_SPECIAL_TOKENS] = { BOOL, AT(skip_special_tokens), 0, 0, false, 0 },
+    [INCLUDE_STOP_STR] = { BOOL, AT(include_stop), 0, 0, false, 0 },
 };
 
 static const char *const not_served[] = {
@@ -68,8 +80,8 @@ static const char *const not_served[] = {
 
 /* ---- plain parameters ------------------------------------------------------------------- */
 
-static lm_status read_real(const struct json_reader *r, const struct param_row *row,
-                           yyjson_val *v, float *out)
+static lm_status read_real(const struct json_reader *r, const char *name,
+                           const struct param_row *row, yyjson_val *v, float *out)
 {
     double x = yyjson_get_num(v);
     if (yyjson_is_num(v) && (row->above ? x > row->lo : x >= row->lo) && x <= row->hi) {
@@ -81,24 +93,26 @@ static lm_status read_real(const struct json_reader *r, const struct param_row *
     char what[96];
     snprintf(what, sizeof what, "a number %s %g and at most %g", row->above ? "above" : "at least",
              row->lo, row->hi);
-    return json_wrong(r, row->name, what, v);
+    return json_wrong(r, name, what, v);
 }
 
-static lm_status read_row(const struct json_reader *r, const struct param_row *row,
-                          yyjson_val *v, struct engine_params *p)
+static lm_status read_plain(const struct json_reader *r, enum param k, yyjson_val *v,
+                            struct engine_params *p)
 {
+    const struct param_row *row = &rows[k];
+    const char *name = json_param_names[k];
     char *at = (char *)p + row->offset;
     int64_t i = 0;
     lm_status st = LM_OK;
     switch (row->kind) {
     case REAL:
-        st = read_real(r, row, v, (float *)(void *)at);
+        st = read_real(r, name, row, v, (float *)(void *)at);
         break;
     case BOOL:
-        st = json_read_bool(r, row->name, v, (bool *)(void *)at);
+        st = json_read_bool(r, name, v, (bool *)(void *)at);
         break;
     case INT:
-        st = json_read_int(r, row->name, v, (int64_t)row->lo, (int64_t)row->hi, &i);
+        st = json_read_int(r, name, v, (int64_t)row->lo, (int64_t)row->hi, &i);
         if (!st)
             *(int *)(void *)at = (int)i;
         break;
@@ -168,28 +182,40 @@ static lm_status read_logprobs(const struct json_reader *r, yyjson_val *v, yyjso
     return LM_OK;
 }
 
-static lm_status check_names(const struct json_reader *r, yyjson_val *obj)
+static enum param param_of(const char *name)
+{
+    enum param k = 0;
+    while (k < PARAMS && (*json_param_names[k] != *name || strcmp(json_param_names[k], name)))
+        k++;
+    return k;
+}
+
+static lm_status find_params(const struct json_reader *r, yyjson_val *obj,
+                             struct param_members *m)
 {
     yyjson_obj_iter it = yyjson_obj_iter_with(obj);
+    *m = (struct param_members){ { NULL } };
     for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
         const char *key = yyjson_get_str(name);
         yyjson_val *v = yyjson_obj_iter_get_val(name);
-        if (json_key_in(json_param_names, key))
-            continue;
-        if (!json_key_in(not_served, key))
+        enum param k = param_of(key);
+        if (k == PARAMS && !json_key_in(not_served, key))
             return json_unknown(r, key, json_param_names);
-        if (!yyjson_is_null(v))
+        if (yyjson_is_null(v))
+            continue;
+        if (k == PARAMS)
             return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
+        m->of[k] = v;
     }
     return LM_OK;
 }
 
-static lm_status check_together(const struct json_reader *r, yyjson_val *obj,
+static lm_status check_together(const struct json_reader *r, const struct param_members *m,
                                 const struct engine_params *p)
 {
-    bool chat_name = json_given(obj, "max_completion_tokens");
-    const char *max = chat_name ? "max_completion_tokens" : "max_tokens";
-    if (chat_name && json_given(obj, "max_tokens"))
+    bool chat_name = m->of[MAX_COMPLETION_TOKENS];
+    const char *max = json_param_names[chat_name ? MAX_COMPLETION_TOKENS : MAX_TOKENS];
+    if (chat_name && m->of[MAX_TOKENS])
         return json_refuse(r, LM_INVALID, "max_completion_tokens",
                            "means the same as max_tokens; give one of them");
     if (p->max_tokens == 0 && !p->echo)
@@ -201,31 +227,32 @@ static lm_status check_together(const struct json_reader *r, yyjson_val *obj,
     return LM_OK;
 }
 
+static lm_status read_members(const struct json_reader *r, const struct param_members *m,
+                              struct engine_params *out)
+{
+    lm_status st = LM_OK;
+    for (enum param k = 0; !st && k < PLAIN; k++)
+        if (m->of[k])
+            st = read_plain(r, k, m->of[k], out);
+    if (!st && m->of[SEED])
+        st = read_seed(r, m->of[SEED], out);
+    if (!st && m->of[STOP])
+        st = read_stop(r, m->of[STOP], out);
+    if (!st && m->of[STOP_TOKEN_IDS])
+        st = json_read_token_ids(r, "stop_token_ids", m->of[STOP_TOKEN_IDS], 0, MAX_STOP_TOKENS,
+                                 &out->stop_token_ids, &out->n_stop_token_ids);
+    if (!st && (m->of[LOGPROBS] || m->of[TOP_LOGPROBS]))
+        st = read_logprobs(r, m->of[LOGPROBS], m->of[TOP_LOGPROBS], out);
+    return st ? st : check_together(r, m, out);
+}
+
 lm_status json_params_read(const struct json_reader *r, yyjson_val *obj,
                            struct engine_params *out)
 {
+    struct param_members m;
     engine_params_default(out);
     if (!obj)
         return LM_OK;
-    lm_status st = check_names(r, obj);
-    size_t left = yyjson_obj_size(obj);        /* most have a few of them */
-    for (size_t i = 0; !st && left > 0 && i < LM_COUNT(rows); i++) {
-        yyjson_val *v = yyjson_obj_get(obj, rows[i].name);
-        left -= v != NULL;
-        if (v && !yyjson_is_null(v))
-            st = read_row(r, &rows[i], v, out);
-    }
-    yyjson_val *seed = json_given(obj, "seed"), *stop = json_given(obj, "stop");
-    yyjson_val *ids = json_given(obj, "stop_token_ids");
-    yyjson_val *logprobs = json_given(obj, "logprobs"), *top = json_given(obj, "top_logprobs");
-    if (!st && seed)
-        st = read_seed(r, seed, out);
-    if (!st && stop)
-        st = read_stop(r, stop, out);
-    if (!st && ids)
-        st = json_read_token_ids(r, "stop_token_ids", ids, 0, MAX_STOP_TOKENS,
-                                 &out->stop_token_ids, &out->n_stop_token_ids);
-    if (!st && (logprobs || top))
-        st = read_logprobs(r, logprobs, top, out);
-    return st ? st : check_together(r, obj, out);
+    lm_status st = find_params(r, obj, &m);
+    return st ? st : read_members(r, &m, out);
 }

@@ -55,13 +55,20 @@ static lm_status no_memory(const struct json_reader *r)
 
 /* ---- parts shared with loramill batch ---------------------------------------------------- */
 
+static bool lies_in(const struct json_source *source, const char *s)
+{
+    return source && s >= source->at && s < source->at + source->len;
+}
+
 lm_status json_text_read(const struct json_reader *r, const char *key, yyjson_val *v,
                          const char **out, size_t *len)
 {
     if (!yyjson_is_str(v))
         return json_wrong(r, key, "a string", v);
     *len = yyjson_get_len(v);
-    *out = arena_strndup(r->arena, yyjson_get_str(v), *len);
+    *out = yyjson_get_str(v);
+    if (!lies_in(r->source, *out))
+        *out = arena_strndup(r->arena, *out, *len);
     return *out ? LM_OK : no_memory(r);
 }
 
@@ -127,7 +134,7 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, yyjso
         yyjson_val *item = yyjson_arr_iter_next(&it);
         char prefix[96];
         snprintf(prefix, sizeof prefix, "%.32s%.32s[%zu].", r->prefix, key, i);
-        struct json_reader at = { prefix, r->arena, r->err };
+        struct json_reader at = { prefix, r->arena, r->err, NULL };
         if (!yyjson_is_obj(item)) {
             prefix[strlen(prefix) - 1] = '\0';
             return json_wrong(&at, "", "an object with role and content", item);
@@ -232,7 +239,7 @@ static lm_status read_params(const struct json_reader *r, yyjson_val *v, struct 
 {
     if (v && !yyjson_is_obj(v))
         return json_wrong(r, "params", "an object", v);
-    struct json_reader at = { "params.", r->arena, r->err };
+    struct json_reader at = { "params.", r->arena, r->err, NULL };
     return json_params_read(&at, v, &p->params);
 }
 
@@ -314,7 +321,7 @@ static lm_status read_metadata(const struct json_reader *r, yyjson_val *v, struc
     struct metadata_entry *list = arena_alloc(r->arena, n * sizeof *list);
     if (!list)
         return no_memory(r);
-    struct json_reader at = { "metadata.", r->arena, r->err };
+    struct json_reader at = { "metadata.", r->arena, r->err, NULL };
     yyjson_obj_iter it = yyjson_obj_iter_with(v);
     for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
         const char *key = yyjson_get_str(name);
@@ -368,11 +375,12 @@ static lm_status read_all(const struct json_reader *r, yyjson_val *root, const c
 }
 
 lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char *model_name,
-                           struct prompt **out, struct lm_err *err)
+                           const struct json_source *source, struct prompt **out,
+                           struct lm_err *err)
 {
     if (!yyjson_is_obj(root))
         return lm_err_set(err, LM_FORMAT, "a prompt must be a record (object) of named fields");
-    struct arena *arena = arena_new(yyjson_get_len(yyjson_obj_get(root, "prompt")));
+    struct arena *arena = arena_new();
     struct prompt *p = arena ? arena_alloc(arena, sizeof *p) : NULL;
     if (!p) {
         arena_free(arena);
@@ -380,7 +388,7 @@ lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char 
     }
     p->arena = arena;
     p->encoding = encoding;
-    struct json_reader r = { "", arena, err };
+    struct json_reader r = { "", arena, err, source };
     lm_status st = read_all(&r, root, model_name, p);
     if (st) {
         prompt_free(p);

@@ -11,9 +11,11 @@
 
 #include "worker/json_field.h"
 
-/* The whole prompt. `model_name`, when not NULL, must equal the prompt's `model` if it has one. */
+/* The whole prompt. `model_name`, when not NULL, must equal the prompt's `model` if it has one.
+ * `source`: its text may stay there, then it is not terminated. */
 lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char *model_name,
-                           struct prompt **out, struct lm_err *err);
+                           const struct json_source *source, struct prompt **out,
+                           struct lm_err *err);
 
 /* Sampling parameters under OpenAI's names; `obj` NULL gives the defaults. Every member of obj must
  * be a parameter: take others (model, prompt, ...) out of a request body first. */
@@ -27,7 +29,7 @@ extern const char *const json_param_names[];
 lm_status json_messages_read(const struct json_reader *r, const char *key, yyjson_val *v,
                              const struct engine_message **out, int *n);
 
-/* A prompt string, which may contain U+0000 (hence the length). */
+/* A prompt string, which may contain U+0000 (hence the length), and may stay in the source. */
 lm_status json_text_read(const struct json_reader *r, const char *key, yyjson_val *v,
                          const char **out, size_t *len);
 

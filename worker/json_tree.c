@@ -8,6 +8,10 @@
  * is refused by yyjson afterwards.
  *
  * What yyjson does not look at is checked in one walk over its tree, before anyone reads it.
+ *
+ * yyjson looks at each byte of a string. Most of a message is one long text, which mostly needs no
+ * more than a look at sixteen bytes at a time; so that text is left out of the copy that yyjson
+ * reads in place, an empty string stands there instead, and its value is put right afterwards.
  */
 #include "worker/json_tree.h"
 
@@ -254,27 +258,27 @@ static lm_status check_number(yyjson_val *v, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status check_value(yyjson_val *v, int depth, struct lm_err *err)
+/* All values stand in one row, each container ahead of what it holds. */
+static lm_status check_values(yyjson_doc *doc, struct lm_err *err)
 {
-    size_t i, n;
-    yyjson_val *name, *child;
+    yyjson_val *v = yyjson_doc_get_root(doc), *end = v + yyjson_doc_get_val_count(doc);
+    yyjson_val *around[MAX_DEPTH];      /* where the containers around v end */
     lm_status st = LM_OK;
-    if (!yyjson_is_ctn(v))
-        return yyjson_is_str(v) ? LM_OK : check_number(v, err);
-    if (depth > MAX_DEPTH)
-        return lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels", MAX_DEPTH);
-    if (yyjson_is_arr(v)) {
-        yyjson_arr_foreach(v, i, n, child)
-            if ((st = check_value(child, depth + 1, err)))
-                return st;
-        return LM_OK;
+    for (int depth = 0; !st && v < end; v++) {
+        while (depth > 0 && v == around[depth - 1])
+            depth--;
+        if (yyjson_is_str(v))
+            continue;
+        if (!yyjson_is_ctn(v)) {
+            st = check_number(v, err);
+        } else if (depth == MAX_DEPTH) {
+            st = lm_err_set(err, LM_TOO_LARGE, "JSON is nested deeper than %d levels", MAX_DEPTH);
+        } else {
+            around[depth++] = unsafe_yyjson_get_next(v);
+            st = yyjson_is_obj(v) ? check_keys(v, err) : LM_OK;
+        }
     }
-    if ((st = check_keys(v, err)))
-        return st;
-    yyjson_obj_foreach(v, i, n, name, child)
-        if ((st = check_value(child, depth + 1, err)))
-            return st;
-    return LM_OK;
+    return st;
 }
 
 static lm_status grammar_error(const char *text, size_t len, const yyjson_read_err *e,
@@ -288,6 +292,103 @@ static lm_status grammar_error(const char *text, size_t len, const yyjson_read_e
                       e->msg);
 }
 
+enum { LONG_TEXT = 128 };
+
+/* The inside of a literal. */
+struct inside { size_t at, len; };
+
+static v16 look4(const char *s)
+{
+    return to_look_at(load16(s)) | to_look_at(load16(s + 16)) | to_look_at(load16(s + 32)) |
+           to_look_at(load16(s + 48));
+}
+
+/* How many of the first bytes are plain; fifteen less at most. */
+static size_t plain_run(const char *s, size_t n)
+{
+    size_t i = 0;
+    while (i + 64 <= n && !any(look4(s + i)))
+        i += 64;
+    while (i + 16 <= n && !any(to_look_at(load16(s + i))))
+        i += 16;
+    return i;
+}
+
+/* The quote that ends the literal that `at` lies in, or `len`. */
+static size_t literal_end(const char *text, size_t at, size_t len)
+{
+    for (const char *quote; at < len && (quote = memchr(text + at, '"', len - at)) != NULL; at++) {
+        size_t slashes = 0;
+        at = (size_t)(quote - text);
+        while (text[at - 1 - slashes] == '\\')       /* in front of them all is its first quote */
+            slashes++;
+        if (slashes % 2 == 0)
+            return at;
+    }
+    return len;
+}
+
+/* Is it the name of a member? Names are to be terminated. */
+static bool colon_follows(const char *text, size_t at, size_t len)
+{
+    while (at < len && memchr(" \t\n\r", text[at], 4))
+        at++;
+    return at < len && text[at] == ':';
+}
+
+/* The first long text that stands there as it is meant. Where the grammar is not kept it may be
+ * anything, but yyjson is stopped ahead of it then. */
+static struct inside find_long_text(const char *text, size_t len)
+{
+    for (size_t at = 0, end; at < len; at = end + 1) {
+        const char *quote = memchr(text + at, '"', len - at);
+        if (!quote)
+            break;
+        at = (size_t)(quote + 1 - text);
+        size_t run = plain_run(text + at, len - at);
+        end = literal_end(text, at + run, len);
+        if (end < len && end - at >= LONG_TEXT && is_plain(text + at + run, end - at - run) &&
+            !colon_follows(text, end + 1, len))
+            return (struct inside){ at, end - at };
+    }
+    return (struct inside){ len, 0 };
+}
+
+/* The value that stands for it is the only one whose text is there. */
+static void put_right(yyjson_doc *doc, const char *there, const char *text, size_t len)
+{
+    yyjson_val *v = yyjson_doc_get_root(doc);
+    while (!yyjson_is_str(v) || v->uni.str != there)
+        v++;
+    unsafe_yyjson_set_strn(v, text, len);
+}
+
+/* The document owns the copy, as it does one of yyjson's own. */
+static yyjson_doc *parse(const char *text, size_t len, const yyjson_alc *alc, yyjson_read_err *e)
+{
+    const struct inside cut = find_long_text(text, len);
+    size_t rest = cut.at + cut.len, n = len - cut.len;
+    char *copy = alc->malloc(alc->ctx, n + YYJSON_PADDING_SIZE);
+    if (!copy) {
+        e->code = YYJSON_READ_ERROR_MEMORY_ALLOCATION;
+        return NULL;
+    }
+    memcpy(copy, text, cut.at);
+    memcpy(copy + cut.at, text + rest, len - rest);
+    memset(copy + n, 0, YYJSON_PADDING_SIZE);
+    yyjson_doc *doc = yyjson_read_opts(copy, n, YYJSON_READ_BIGNUM_AS_RAW | YYJSON_READ_INSITU,
+                                       alc, e);
+    if (!doc) {
+        e->pos += e->pos > cut.at ? cut.len : 0;
+        alc->free(alc->ctx, copy);
+        return NULL;
+    }
+    doc->str_pool = copy;
+    if (cut.len)
+        put_right(doc, copy + cut.at, text + cut.at, cut.len);
+    return doc;
+}
+
 lm_status json_doc_read(const char *text, size_t len, struct json_scratch *s, yyjson_doc **out,
                         struct lm_err *err)
 {
@@ -295,12 +396,10 @@ lm_status json_doc_read(const char *text, size_t len, struct json_scratch *s, yy
     lm_status st = len / 2 < MAX_VALUES ? LM_OK : count_values(text, len, err);
     if (st)
         return st;
-    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len, YYJSON_READ_BIGNUM_AS_RAW,
-                                       &s->alc, &e);
+    yyjson_doc *doc = parse(text, len, &s->alc, &e);
     if (!doc)
         return grammar_error(text, len, &e, err);
-    yyjson_val *root = yyjson_doc_get_root(doc);
-    st = yyjson_is_obj(root) ? check_value(root, 1, err) :
+    st = yyjson_is_obj(yyjson_doc_get_root(doc)) ? check_values(doc, err) :
          lm_err_set(err, LM_FORMAT, "the message must be a JSON object {...}");
     if (st)
         yyjson_doc_free(doc);

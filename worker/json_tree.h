@@ -28,8 +28,9 @@ bool json_scratch_has(const struct json_scratch *s, const void *p);
 
 /* RFC 8259, and stricter: at most 32 deep and 524,288 values, no key twice, no U+0000 in a key,
  * integers within int64, finite numbers, nothing behind the end, an object on top. U+0000 in a
- * string is allowed. yyjson_doc_free() it before the scratch goes. Errors: LM_FORMAT, with line and
- * column where the grammar is at fault, or LM_TOO_LARGE. */
+ * string is allowed. A long string may lie in `text`, and is not terminated then; names are.
+ * yyjson_doc_free() it before either goes. Errors: LM_FORMAT, with line and column where the
+ * grammar is at fault, or LM_TOO_LARGE. */
 lm_status json_doc_read(const char *text, size_t len, struct json_scratch *s, yyjson_doc **out,
                         struct lm_err *err);
 

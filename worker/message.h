@@ -3,7 +3,8 @@
  * message.h - a prompt and a completion as plain data, between the wire (codec.h) and the engine.
  *
  * docs/messages.md is the contract that people read; schemas/ is the same in Avro. A prompt owns
- * all that it points to (one arena) and is immutable after decoding. Strings are UTF-8 and
+ * all that it points to (one arena), but for its text where that stayed in the record (codec.h),
+ * and is immutable after decoding. Strings are UTF-8 and
  * NUL-terminated, without embedded NULs, except where a length is given.
  */
 #ifndef LORAMILL_WORKER_MESSAGE_H
@@ -67,7 +68,7 @@ struct completion {
 };
 
 /* ---- arena: all of a prompt's memory, freed at once ------------------------------------- */
-struct arena *arena_new(size_t text_bytes);      /* of a long string that will be in it, or 0 */
+struct arena *arena_new(void);                  /* NULL: out of memory */
 void arena_free(struct arena *a);
 void *arena_alloc(struct arena *a, size_t bytes);               /* NULL when exhausted; zeroed */
 char *arena_strndup(struct arena *a, const char *s, size_t n);

@@ -201,7 +201,7 @@ static lm_status strip_body(const struct json_reader *r, json_t *body, enum open
 static lm_status read_body(const json_t *root, const char *base_model, struct openai_request *q,
                            struct lm_err *err)
 {
-    const struct json_reader r = { "body.", q->arena, err };
+    const struct json_reader r = { "body.", q->arena, err, NULL };
     json_t *body = json_object_get(root, "body");
     lm_status st = read_model(&r, body, base_model, q);
     if (!st)
@@ -214,7 +214,7 @@ static lm_status read_body(const json_t *root, const char *base_model, struct op
 lm_status openai_parse(const char *line, size_t len, const char *base_model,
                        struct openai_request **out, struct lm_err *err)
 {
-    struct arena *arena = arena_new(0);
+    struct arena *arena = arena_new();
     struct openai_request *q = arena ? arena_alloc(arena, sizeof *q) : NULL;
     *out = q;
     if (!q) {
@@ -225,7 +225,7 @@ lm_status openai_parse(const char *line, size_t len, const char *base_model,
     json_t *root = NULL;
     lm_status st = json_parse_object(line, len, &root, err);
     if (!st) {
-        const struct json_reader r = { "", arena, err };
+        const struct json_reader r = { "", arena, err, NULL };
         st = read_line_fields(&r, root, q);
     }
     if (!st)

@@ -36,7 +36,8 @@ static void try_datum(struct avro_plan *plan, const uint8_t *data, size_t size)
     if (!st) {
         tree = json_from_value(yyjson_doc_get_root(doc));
         check(avro_encode(plan, tree, 0, &back, &len, &err), &err);
-        check(json_prompt_read(yyjson_doc_get_root(doc), ENCODING_AVRO, NULL, &p, &err), &err);
+        check(json_prompt_read(yyjson_doc_get_root(doc), ENCODING_AVRO, NULL, NULL, &p, &err),
+              &err);
     }
     yyjson_doc_free(doc);
     free(back);

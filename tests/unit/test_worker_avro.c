@@ -595,7 +595,7 @@ static lm_status read_prompt(const json_t *tree, struct prompt **out, struct lm_
 {
     yyjson_mut_doc *d = yyjson_mut_doc_new(NULL);
     yyjson_doc *doc = yyjson_mut_val_imut_copy(json_to_value(d, tree), NULL);
-    lm_status st = json_prompt_read(yyjson_doc_get_root(doc), ENCODING_AVRO, NULL, out, err);
+    lm_status st = json_prompt_read(yyjson_doc_get_root(doc), ENCODING_AVRO, NULL, NULL, out, err);
     yyjson_doc_free(doc);
     yyjson_mut_doc_free(d);
     return st;

@@ -454,7 +454,7 @@ static void no_error_object_is_fine(void **state)
 static void arena_keeps_what_it_gave(void **state)
 {
     (void)state;
-    struct arena *a = arena_new(0);
+    struct arena *a = arena_new();
     char *small[100], *big = NULL;
     for (int i = 0; i < 100; i++) {
         small[i] = arena_strndup(a, "0123456789", (size_t)i % 11);

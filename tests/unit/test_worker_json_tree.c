@@ -28,9 +28,13 @@ static json_t *random_string(void)
 {
     static const char *const parts[] = { "a", "\"", "\\", "/", "\n", "\x01", "\x7f", "\xc3\xbc",
                                          "\xe2\x82\xac", "\xf0\x9f\x98\x80", "ascii text", "" };
-    char text[256] = "";
-    for (uint32_t i = 0, n = rnd(12); i < n; i++)
+    char text[1024] = "";
+    uint32_t n = rnd(12), long_at = rnd(12);    /* long: see find_long_text() in json_tree.c */
+    for (uint32_t i = 0; i < n; i++) {
         strncat(text, parts[rnd(LM_COUNT(parts))], sizeof text - strlen(text) - 1);
+        if (i == long_at)
+            snprintf(text + strlen(text), 512, "%0*d", 1 + (int)rnd(400), (int)rnd(100));
+    }
     json_t *s = json_text(text, strlen(text));
     assert_non_null(s);
     return s;
@@ -42,7 +46,7 @@ static json_t *random_real(void)
     switch (rnd(4)) {
     case 0: return json_real(rnd(8000) / 8.0);
     case 1: return json_real(rnd(1000000) / 1000.0);
-    case 2: return json_real(-ldexp(1.1 + rnd(1000) / 10000.0, (int)rnd(2000) - 1000));
+    case 2: return json_real(-ldexp(1.1 + (rnd(1000) + 1 / 3.0) / 10000, (int)rnd(2000) - 1000));
     default: return json_real((double)rnd(100));
     }
 }
@@ -96,6 +100,22 @@ static void both_ways_agree_with_jansson(void **state)
     }
 }
 
+/* The place that yyjson finds by itself. */
+static void assert_place_named(const char *text, size_t len, const struct lm_err *err)
+{
+    yyjson_read_err e;
+    size_t line, column, at;
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text, len, YYJSON_READ_BIGNUM_AS_RAW,
+                                       NULL, &e);
+    yyjson_doc_free(doc);
+    if (doc)
+        return;
+    char want[256];
+    yyjson_locate_pos(text, len, e.pos, &line, &column, &at);
+    snprintf(want, sizeof want, "not valid JSON at line %zu column %zu: %s", line, column, e.msg);
+    assert_string_equal(err->msg, want);
+}
+
 /* A text that is cut or has a wrong byte is read as jansson reads it, or refused as it refuses. Not
  * with a NUL byte: behind a number, jansson 2.14 takes it for white space. */
 static void damaged_text_is_judged_as_jansson_does(void **state)
@@ -120,6 +140,7 @@ static void damaged_text_is_judged_as_jansson_does(void **state)
         }
         if (!st != !!theirs || (theirs && !json_equal(ours, theirs)))
             fail_msg("%.*s: %s", (int)len, text, err.msg);
+        assert_place_named(text, len, &err);
         refused += st != LM_OK;
         json_decref(ours);
         json_decref(theirs);
