@@ -26,49 +26,39 @@ const struct header *header_find(const struct header *h, int n, const char *name
 
 /* ---- list ------------------------------------------------------------------------------- */
 
-/* Room for the headers of a reply. More of them, and longer ones, have blocks of their own. */
 struct header_block {
-    struct header items[6];
-    size_t used;
-    char bytes[240];
+    struct header_block *next;
+    char bytes[];
 };
-
-static bool in_first(const struct header_list *l, const char *p)
-{
-    return l->first && p >= l->first->bytes && p < l->first->bytes + sizeof l->first->bytes;
-}
 
 void header_list_release(struct header_list *l)
 {
-    for (int i = 0; i < l->n; i++)
-        if (!in_first(l, l->items[i].name))
-            free((void *)(uintptr_t)l->items[i].name);  /* with its value */
-    if (l->first && l->items != l->first->items)
+    for (struct header_block *b = l->blocks, *next; b; b = next) {
+        next = b->next;
+        free(b);
+    }
+    if (l->items != l->few)
         free(l->items);
-    free(l->first);
-    *l = (struct header_list){ 0 };
-}
-
-static bool list_begin(struct header_list *l)
-{
-    if (!(l->first = lm_malloc(sizeof *l->first)))
-        return false;
-    l->first->used = 0;
-    l->items = l->first->items;
-    l->cap = (int)LM_COUNT(l->first->items);
-    return true;
+    l->items = NULL;
+    l->blocks = NULL;
+    l->n = l->cap = 0;
+    l->used = 0;
+    l->failed = false;
 }
 
 static bool list_grow(struct header_list *l)
 {
-    if (l->n < l->cap)
+    if (!l->items) {
+        l->items = l->few;
+        l->cap = HEADERS_FEW;
         return true;
-    struct header *old = l->items == l->first->items ? NULL : l->items;
+    }
+    struct header *old = l->items == l->few ? NULL : l->items;
     struct header *grown = lm_reallocarray(old, (size_t)l->cap * 4, sizeof *grown);
     if (!grown)
         return false;
     if (!old)
-        memcpy(grown, l->items, (size_t)l->n * sizeof *grown);
+        memcpy(grown, l->few, sizeof l->few);
     l->items = grown;
     l->cap *= 4;
     return true;
@@ -76,19 +66,44 @@ static bool list_grow(struct header_list *l)
 
 static char *list_room(struct header_list *l, size_t n)
 {
-    if (n > sizeof l->first->bytes - l->first->used)
-        return n < SIZE_MAX / 2 ? lm_malloc(n) : NULL;
-    char *at = l->first->bytes + l->first->used;
-    l->first->used += n;
-    return at;
+    if (n <= sizeof l->bytes - l->used) {
+        l->used += n;
+        return l->bytes + l->used - n;
+    }
+    struct header_block *b = n < SIZE_MAX / 2 ? lm_malloc(sizeof *b + n) : NULL;
+    if (!b)
+        return NULL;
+    b->next = l->blocks;
+    l->blocks = b;
+    return b->bytes;
+}
+
+void header_lend(struct header_list *l, const char *name, const void *value, size_t len)
+{
+    if (l->n == l->cap && !list_grow(l)) {
+        l->failed = true;
+        return;
+    }
+    l->items[l->n++] = (struct header){ name, value, value ? len : 0 };
+}
+
+/* A copy of the value, under a name that is lent. */
+static void add_value(struct header_list *l, const char *name, const void *value, size_t len)
+{
+    char *copy = list_room(l, len);
+    if (!copy) {
+        l->failed = true;
+        return;
+    }
+    memcpy(copy, value, len);
+    header_lend(l, name, copy, len);
 }
 
 void header_add(struct header_list *l, const char *name, const void *value, size_t len)
 {
     size_t name_size = strlen(name) + 1;
     len = value ? len : 0;
-    char *copy = (l->first || list_begin(l)) && list_grow(l) && len < SIZE_MAX / 2 ?
-                 list_room(l, name_size + len) : NULL;
+    char *copy = len < SIZE_MAX / 2 ? list_room(l, name_size + len) : NULL;
     if (!copy) {
         l->failed = true;
         return;
@@ -96,7 +111,7 @@ void header_add(struct header_list *l, const char *name, const void *value, size
     memcpy(copy, name, name_size);
     if (len)
         memcpy(copy + name_size, value, len);
-    l->items[l->n++] = (struct header){ copy, value ? copy + name_size : NULL, len };
+    header_lend(l, copy, value ? copy + name_size : NULL, len);
 }
 
 void header_add_text(struct header_list *l, const char *name, const char *text)
@@ -214,26 +229,35 @@ lm_status reply_route(const struct header *h, int n, const struct header_names *
 static bool repeat_header(struct header_list *out, const struct header *h, int n,
                           const char *name)
 {
-    const struct header *found = header_find(h, n, name);
+    const struct header *found = n ? header_find(h, n, name) : NULL;
     if (found)
-        header_add(out, name, found->value, found->len);
+        header_lend(out, name, found->value, found->len);
     return found;
+}
+
+static void add_correlation(struct header_list *out, const struct header *h, int n,
+                            const struct header_names *names, const struct prompt *p)
+{
+    bool other = strcmp(names->correlation_id, plain_correlation) != 0;
+    bool had = repeat_header(out, h, n, names->correlation_id);
+    if (other)
+        had |= repeat_header(out, h, n, plain_correlation);
+    if (had || !p->correlation_id)
+        return;
+    size_t len = strlen(p->correlation_id);
+    add_value(out, names->correlation_id, p->correlation_id, len);
+    if (other)
+        add_value(out, plain_correlation, p->correlation_id, len);
 }
 
 void reply_headers(struct header_list *out, const struct header *h, int n,
                    const struct header_names *names, const struct prompt *p, enum encoding enc)
 {
-    header_add_text(out, "content-type",
-                    enc == ENCODING_AVRO ? "application/avro" : "application/json");
-    bool had = repeat_header(out, h, n, names->correlation_id);
-    if (strcmp(names->correlation_id, plain_correlation))
-        had |= repeat_header(out, h, n, plain_correlation);
-    if (!had && p->correlation_id) {
-        header_add_text(out, names->correlation_id, p->correlation_id);
-        if (strcmp(names->correlation_id, plain_correlation))
-            header_add_text(out, plain_correlation, p->correlation_id);
-    }
+    static const char json[] = "application/json", avro[] = "application/avro";
+    _Static_assert(sizeof json == sizeof avro, "one length for both");
+    header_lend(out, "content-type", enc == ENCODING_AVRO ? avro : json, sizeof json - 1);
+    add_correlation(out, h, n, names, p);
     for (size_t i = 0; i < LM_COUNT(trace_names); i++)
         repeat_header(out, h, n, trace_names[i]);
-    header_add_text(out, "loramill-request-id", p->id);
+    add_value(out, "loramill-request-id", p->id, strlen(p->id));
 }

@@ -14,16 +14,24 @@
 /* The last header of that name, or NULL. */
 const struct header *header_find(const struct header *h, int n, const char *name);
 
-/* ---- a list that owns copies ------------------------------------------------------------- */
+/* ---- a list ------------------------------------------------------------------------------ */
 
+enum { HEADERS_FEW = 6, HEADERS_FEW_BYTES = 120 };
+
+/* Those of a reply mostly lie in the list itself, so it must not be moved. Begins as zeros. */
 struct header_list {
-    struct header *items;       /* names and values owned */
+    struct header *items;       /* `few`, or a block */
     int n, cap;
     bool failed;                /* an add ran out of memory; test once, at the end */
-    struct header_block *first; /* where the first lie, in one piece: mostly all of them */
+    struct header_block *blocks;        /* copies that have no room in `bytes` */
+    size_t used;                /* of `bytes` */
+    struct header few[HEADERS_FEW];
+    char bytes[HEADERS_FEW_BYTES];
 };
-void header_list_release(struct header_list *l);
+void header_list_release(struct header_list *l);        /* it may be used again */
 void header_add(struct header_list *l, const char *name, const void *value, size_t len);
+/* Without a copy: name and value outlive the list. */
+void header_lend(struct header_list *l, const char *name, const void *value, size_t len);
 void header_add_text(struct header_list *l, const char *name, const char *text);
 void header_add_be32(struct header_list *l, const char *name, int32_t v);
 void header_add_be64(struct header_list *l, const char *name, int64_t v);
@@ -51,7 +59,7 @@ lm_status reply_route(const struct header *h, int n, const struct header_names *
                       struct reply_route *out, struct lm_err *err);
 
 /* content-type, correlation ids as they came (else the prompt's field), trace context and
- * loramill-request-id. */
+ * loramill-request-id. What came is lent, and so are the names; what is the prompt's is copied. */
 void reply_headers(struct header_list *out, const struct header *h, int n,
                    const struct header_names *names, const struct prompt *p, enum encoding enc);
 

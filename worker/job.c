@@ -127,7 +127,8 @@ void outgoing_release(struct outgoing *o)
     if (o->value_owned)
         free(o->value);
     header_list_release(&o->headers);
-    *o = (struct outgoing){ .partition = -1 };
+    memset(o, 0, offsetof(struct outgoing, headers));
+    o->partition = -1;
 }
 
 void job_clear_out(struct job *j)

@@ -81,9 +81,9 @@ struct outgoing {
     void *value;                /* owned unless it is the record's */
     size_t len;
     bool value_owned;
-    struct header_list headers;
     int attempts;
     int64_t first_sent_us;
+    struct header_list headers; /* last; lent what the record and the configuration have */
 };
 
 /* What is counted of a reply when it is acknowledged. */

@@ -262,7 +262,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
         job_clear_out(j);
         return LM_NOMEM;
     }
-    j->out.topic = j->route.topic;
+    j->out.topic = j->route.asked ? j->route.topic : w->cfg->topics_replies;
     j->out.partition = j->route.partition;
     j->out.asked = j->route.asked;
     j->out.follows = j->route.follows;
@@ -298,28 +298,30 @@ lm_status worker_reply(struct worker *w, struct job *j)
     return LM_OK;
 }
 
+/* Headers and destination stay those of the whole reply. */
 lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim)
 {
     struct lm_err err;
-    enum encoding enc = reply_encoding(w, j);
-    struct outgoing whole = j->out;     /* kept until its successor is there */
-    j->out = (struct outgoing){ .partition = -1 };
-    lm_status st = encode_reply(w, j, enc, claim, &err);
-    if (!st)
-        st = address_reply(w, j, enc);
+    struct outgoing *o = &j->out;
+    void *whole = o->value;             /* kept until its successor is there */
+    size_t len = o->len;
+    lm_status st = encode_reply(w, j, reply_encoding(w, j), claim, &err);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {
-        outgoing_release(&j->out);
-        j->out = whole;
+        o->value = whole;
+        o->len = len;
+        o->value_owned = true;
         return st;
     }
-    outgoing_release(&whole);
+    free(whole);
     j->claimed = true;
     if (st) {
         worker_dead_letter(w, j, &err, "ENCODE");
-    } else {
-        worker_generated(w, j);
-        producer_send(w->producer, j);
+        return LM_OK;
     }
+    o->attempts = 0;
+    o->first_sent_us = 0;
+    worker_generated(w, j);
+    producer_send(w->producer, j);
     return LM_OK;
 }
 

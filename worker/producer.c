@@ -75,6 +75,24 @@ static bool sends_key(const struct job *j, const struct outgoing *o)
     return o->trim < DEAD_LETTER_BARE || j->record.key_len <= DEAD_LETTER_KEY_MAX;
 }
 
+/* Most records go to topics.replies: by its handle, which needs no search, once it is known. */
+static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *o,
+                                   rd_kafka_headers_t *h)
+{
+    const bool key = sends_key(j, o), usual = o->topic == p->w->cfg->topics_replies;
+#define RECORD \
+    RD_KAFKA_V_PARTITION(o->partition < 0 ? RD_KAFKA_PARTITION_UA : o->partition), \
+    RD_KAFKA_V_KEY(key ? j->record.key : NULL, key ? j->record.key_len : 0), \
+    RD_KAFKA_V_VALUE(o->value, o->len), RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(o), RD_KAFKA_V_END
+    if (usual && p->replies)
+        return rd_kafka_producev(p->rk, RD_KAFKA_V_RKT(p->replies), RECORD);
+    rd_kafka_resp_err_t e = rd_kafka_producev(p->rk, RD_KAFKA_V_TOPIC(o->topic), RECORD);
+#undef RECORD
+    if (!e && usual)
+        p->replies = rd_kafka_topic_new(p->rk, o->topic, NULL);
+    return e;
+}
+
 /* On success the record is the library's until its delivery report, and counted as unreported. */
 static void send_record(producer *p, struct job *j, struct outgoing *o)
 {
@@ -84,13 +102,7 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
     if (!o->first_sent_us)
         o->first_sent_us = lm_now_us();
     atomic_fetch_add(&j->unreported, 1);
-    rd_kafka_resp_err_t e = rd_kafka_producev(
-        p->rk, RD_KAFKA_V_TOPIC(o->topic),
-        RD_KAFKA_V_PARTITION(o->partition < 0 ? RD_KAFKA_PARTITION_UA : o->partition),
-        RD_KAFKA_V_KEY(sends_key(j, o) ? j->record.key : NULL,
-                       sends_key(j, o) ? j->record.key_len : 0),
-        RD_KAFKA_V_VALUE(o->value, o->len),
-        RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_OPAQUE(o), RD_KAFKA_V_END);
+    rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
         rd_kafka_headers_destroy(h);
         o->error = e;
@@ -109,15 +121,18 @@ bool producer_send_records(producer *p, struct job *j)
     return atomic_fetch_sub(&j->unreported, 1) == 1;
 }
 
+/* At-least-once: the same, from any thread. */
+static bool send_now(producer *p, struct job *j)
+{
+    pthread_mutex_lock(&p->swap);
+    bool judge = producer_send_records(p, j);
+    pthread_mutex_unlock(&p->swap);
+    return judge;
+}
+
 void producer_send(producer *p, struct job *j)
 {
-    bool judge = p->exactly_once;
-    if (!judge) {
-        pthread_mutex_lock(&p->swap);
-        judge = producer_send_records(p, j);
-        pthread_mutex_unlock(&p->swap);
-    }
-    if (judge)
+    if (p->exactly_once || send_now(p, j))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -348,9 +363,11 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     return st;
 }
 
-static void close_client(producer *p, rd_kafka_t *rk)
+static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_topic_t *replies)
 {
     credentials_detach(p->w->credentials, rk);
+    if (replies)
+        rd_kafka_topic_destroy(replies);
     rd_kafka_destroy(rk);
 }
 
@@ -362,8 +379,9 @@ lm_status producer_open(producer *p, struct lm_err *err)
 void producer_close(producer *p)
 {
     if (p->rk)
-        close_client(p, p->rk);
+        close_client(p, p->rk, p->replies);
     p->rk = NULL;
+    p->replies = NULL;
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -381,7 +399,7 @@ static void serve_again(producer *p)
     judge_again(p);
     for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
         next = j->next;
-        if (producer_send_records(p, j))
+        if (send_now(p, j))
             producer_judge(p, j);
     }
 }
@@ -420,13 +438,15 @@ static void renew(producer *p)
     }
     metric_add(&p->w->metrics.producer_rebuilds, 1);
     pthread_mutex_lock(&p->swap);
+    rd_kafka_topic_t *replies = p->replies;
     p->rk = fresh;
+    p->replies = NULL;
     pthread_mutex_unlock(&p->swap);
     leaders_release(&p->leaders);
     p->renewing = true;
     bool whole = drain_old(p, old);
     atomic_store(&p->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
-    close_client(p, old);
+    close_client(p, old, replies);
     atomic_store(&p->w->closing_producer_us, 0);
     p->renewing = false;
     if (!whole)

@@ -2,7 +2,7 @@
 /*
  * producer_int.h - what producer.c and transaction.c share. Everything but `again` and `end`
  * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`
- * while it holds `swap`, with which the producer thread replaces it.
+ * and `replies` while it holds `swap`, with which the producer thread replaces them.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H
@@ -20,6 +20,7 @@ enum { TRANSACTION_LAST_MS = 5000 };
 struct producer {
     struct worker *w;
     rd_kafka_t *rk;             /* replaced: when a transaction's fate is unknown, or a leader */
+    rd_kafka_topic_t *replies;  /* its handle of topics.replies, from the first one on */
     pthread_mutex_t swap;
     pthread_t thread;
     bool started;
