@@ -70,15 +70,11 @@ static bool fill_choices(struct engine_result *res, int n, enum engine_reason re
 
 static struct engine_result *answer(const struct engine_request *r, int n, char *text, size_t len)
 {
-    struct engine_result *res = lm_calloc(1, sizeof *res);
-    struct engine_choice *choices = lm_calloc((size_t)n, sizeof *choices);
-    if (!res || !choices) {
-        free(res);
-        free(choices);
+    struct engine_result *res = engine_result_new(n);
+    if (!res) {
         free(text);
         return NULL;
     }
-    res->choices = choices;
     res->prompt_tokens = r->token_ids ? r->n_token_ids : tokens_of(len);
     res->completion_tokens = tokens_of(len) * n;
     res->steps = 1;

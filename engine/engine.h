@@ -285,6 +285,9 @@ struct engine_result {
     int64_t first_token_us, finished_us;
     int steps, preemptions;
 };
+/* Zeros, with room for n choices behind it in the same block: `choices` points there, n_choices is
+ * 0. NULL: no memory. */
+struct engine_result *engine_result_new(int n);
 void engine_result_free(struct engine_result *r);
 
 enum engine_event_kind { ENGINE_TOKENS, ENGINE_FINISHED };

@@ -166,7 +166,7 @@ static lm_status fill(struct request *r, const struct engine_request *in,
     r->id = lm_strdup(in->id);
     r->spare_account = in->tenant ? tenant_new(in->tenant) : NULL;
     r->finish = lm_calloc(1, sizeof *r->finish);
-    r->result = lm_calloc(1, sizeof *r->result);
+    r->result = engine_result_new(params->n);
     if (!r->id || (in->tenant && !r->spare_account) || !r->finish || !r->result)
         return LM_NOMEM;
     lm_status st = copy_params(r, params);

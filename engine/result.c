@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * result.c - names and freeing of what engine_poll() hands out.
+ * result.c - names, making and freeing of what engine_poll() hands out.
  */
 #include "engine/engine.h"
 
@@ -29,12 +29,21 @@ static void choice_release(struct engine_choice *c)
     free(c->logprobs);
 }
 
+struct engine_result *engine_result_new(int n)
+{
+    struct engine_result *r = lm_calloc(1, sizeof *r + (size_t)n * sizeof *r->choices);
+    if (r)
+        r->choices = (struct engine_choice *)(r + 1);
+    return r;
+}
+
 void engine_result_free(struct engine_result *r)
 {
     if (!r)
         return;
     for (int i = 0; i < r->n_choices; i++)
         choice_release(&r->choices[i]);
-    free(r->choices);
+    if (r->choices != (struct engine_choice *)(r + 1))
+        free(r->choices);
     free(r);
 }

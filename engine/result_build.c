@@ -176,12 +176,9 @@ struct engine_result *output_result(struct request *r)
     struct engine_result *res = r->result;
     r->result = NULL;
     echo_text(&b);
-    res->choices = lm_calloc((size_t)r->n_seqs, sizeof *res->choices);
-    res->n_choices = res->choices ? r->n_seqs : 0;
+    res->n_choices = r->n_seqs;
     for (int i = 0; i < res->n_choices; i++)
         fill_choice(&b, &r->seqs[i], &res->choices[i]);
-    if (!res->choices)
-        fail(&b, LM_NOMEM);
     free(b.echo);
     if (res->status == LM_OK && b.status != LM_OK) {
         res->status = b.status;

@@ -91,13 +91,9 @@ bool stream_has_text(const struct stream *s)
 
 struct engine_result *stream_take(struct stream *s)
 {
-    struct engine_result *r = lm_calloc(1, sizeof *r);
-    if (r)
-        r->choices = lm_calloc((size_t)s->n, sizeof *r->choices);
-    if (!r || !r->choices) {
-        free(r);
+    struct engine_result *r = engine_result_new(s->n);
+    if (!r)
         return NULL;
-    }
     for (int i = 0; i < s->n; i++) {
         struct stream_text *t = &s->text[i];
         if (!t->len)
