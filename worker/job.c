@@ -202,17 +202,37 @@ void job_queue_release(struct job_queue *q)
     pthread_mutex_destroy(&q->lock);
 }
 
-void job_queue_push(struct job_queue *q, struct job *j)
+void job_chain_add(struct job_chain *c, struct job *j)
 {
     j->next = NULL;
+    if (c->last)
+        c->last->next = j;
+    else
+        c->head = j;
+    c->last = j;
+    c->length++;
+}
+
+void job_queue_push_all(struct job_queue *q, struct job_chain *c)
+{
+    if (!c->head)
+        return;
     pthread_mutex_lock(&q->lock);
     bool was_empty = !q->head;
-    *q->tail = j;
-    q->tail = &j->next;
-    q->length++;
+    *q->tail = c->head;
+    q->tail = &c->last->next;
+    q->length += c->length;
     if (was_empty)
         pthread_cond_signal(&q->cond);
     pthread_mutex_unlock(&q->lock);
+    *c = (struct job_chain){ 0 };
+}
+
+void job_queue_push(struct job_queue *q, struct job *j)
+{
+    struct job_chain one = { 0 };
+    job_chain_add(&one, j);
+    job_queue_push_all(q, &one);
 }
 
 static void queue_wait(struct job_queue *q, int timeout_ms)

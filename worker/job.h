@@ -164,9 +164,14 @@ struct job_queue {
     bool woken;
 };
 
+/* Jobs that gather, to be pushed together; one thread's own. Begins as zeros. */
+struct job_chain { struct job *head, *last; size_t length; };
+
 void job_queue_init(struct job_queue *q);
 void job_queue_release(struct job_queue *q);            /* drops what is left */
 void job_queue_push(struct job_queue *q, struct job *j);
+void job_chain_add(struct job_chain *c, struct job *j);
+void job_queue_push_all(struct job_queue *q, struct job_chain *c);      /* and empties it */
 /* Everything that is there, in order, after waiting up to timeout_ms for the first; NULL: none. */
 struct job *job_queue_take(struct job_queue *q, int timeout_ms);
 void job_queue_wake(struct job_queue *q);               /* makes a waiting take return */

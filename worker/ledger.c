@@ -306,6 +306,11 @@ bool ledger_skip(ledger *l, struct ledger_ref ref, int64_t offset)
 static struct entry *find_entry(const struct part *p, int64_t offset)
 {
     size_t lo = 0, hi = p->count;
+    int64_t dense = hi ? offset - entry_at(p, 0)->offset : 0;   /* where it is if none is missing */
+    if (dense >= 0 && (uint64_t)dense < hi) {
+        hi = (size_t)dense + 1;         /* else it is before that */
+        lo = entry_at(p, hi - 1)->offset == offset ? hi - 1 : 0;
+    }
     while (lo < hi) {
         size_t mid = lo + (hi - lo) / 2;
         if (entry_at(p, mid)->offset < offset)

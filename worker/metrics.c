@@ -10,9 +10,10 @@
 
 #define P "loramill_"
 
-/* Upper bounds in seconds; prompts take from milliseconds (echo) to minutes. */
-static const double bounds[METRICS_BUCKETS] = {
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120, 600,
+/* Upper bounds in microseconds; prompts take from milliseconds (echo) to minutes. */
+static const int64_t bounds[METRICS_BUCKETS] = {
+    1000, 2500, 5000, 10000, 25000, 50000, 100000, 250000, 500000, 1000000, 2500000, 5000000,
+    10000000, 30000000, 120000000, 600000000,
 };
 
 void metrics_init(struct metrics *m)
@@ -31,7 +32,7 @@ void histogram_observe(struct histogram *h, int64_t us)
 {
     int i = 0;
     us = LM_MAX(us, 0);
-    while (i < METRICS_BUCKETS && (double)us > bounds[i] * 1e6)
+    while (i < METRICS_BUCKETS && us > bounds[i])
         i++;
     metric_add(&h->buckets[i], 1);
     metric_add(&h->sum_us, (uint64_t)us);
@@ -70,7 +71,8 @@ static void histogram(FILE *f, const char *name, const char *help, struct histog
     metrics_help(f, name, "histogram", help);
     for (int i = 0; i < METRICS_BUCKETS; i++) {
         sum += atomic_load_explicit(&h->buckets[i], memory_order_relaxed);
-        fprintf(f, "%s_bucket{le=\"%g\"} %llu\n", name, bounds[i], sum);
+        fprintf(f, "%s_bucket{le=\"%g\"} %llu\n", name, (double)bounds[i] / 1e6,
+                sum);
     }
     sum += atomic_load_explicit(&h->buckets[METRICS_BUCKETS], memory_order_relaxed);
     fprintf(f, "%s_bucket{le=\"+Inf\"} %llu\n%s_sum %.6f\n%s_count %llu\n", name, sum, name,

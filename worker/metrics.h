@@ -3,8 +3,9 @@
  * metrics.h - the worker's own numbers, and their Prometheus text (exposition format 0.0.4).
  * docs/operations.md documents each as an API: name, unit, when it moves.
  *
- * Threads: counters are relaxed atomics, any thread may add. Partition rows are written by the
- * consumer thread and read by the scraper under a lock.
+ * Threads: counters are relaxed atomics, any thread may add. Those that move with each message
+ * stand by who moves them, each thread's apart from the others' cache lines. Partition rows are
+ * written by the consumer thread and read by the scraper under a lock.
  */
 #ifndef LORAMILL_WORKER_METRICS_H
 #define LORAMILL_WORKER_METRICS_H
@@ -30,20 +31,39 @@ struct metrics_partition {
     int64_t blocked_us;         /* 0: not blocked */
 };
 
+enum { CACHE_LINE = 64 };
+
 struct metrics {
-    atomic_ullong consumed, consumed_bytes, skipped;
-    atomic_ullong completed, expired, cancelled, dropped;
-    atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
+    /* the consumer thread */
+    atomic_ullong consumed, consumed_bytes, skipped, dropped;
+    atomic_llong held, held_bytes;
+    struct histogram record_age;
+    char apart0[CACHE_LINE];
+    /* intake */
+    struct histogram queue_wait, adapter_wait;
+    char apart1[CACHE_LINE];
+    /* the outbox */
+    struct histogram processing;
+    char apart2[CACHE_LINE];
+    /* the producer thread */
+    struct histogram reply_produce;
+    atomic_ullong completed, expired, cancelled, reply_bytes;
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
-    atomic_ullong retries, produce_failures, reply_bytes, stream_parts;
+    char apart3[CACHE_LINE];
+    /* several */
+    atomic_llong backlog;
+    char apart4[CACHE_LINE];
+    atomic_llong held_tokens, reply_bytes_held;
+    char apart5[CACHE_LINE];
+    /* seldom */
+    atomic_ullong dead_letters[LM_STATUS_COUNT];        /* by cause */
+    atomic_ullong retries, produce_failures, stream_parts;
     atomic_ullong cancel_orders, claims, claim_bytes, traces, traces_dropped;
     atomic_ullong commits, commit_failures;
     atomic_ullong transactions, transaction_aborts, producer_rebuilds;
     atomic_ullong assigned, revoked, lost, pauses;
-    atomic_llong backlog, held, held_bytes, held_tokens, reply_bytes_held;
     atomic_bool paused;
-    struct histogram record_age, queue_wait, adapter_wait, processing, reply_produce,
-                     rebalance_drain;
+    struct histogram rebalance_drain;
     pthread_mutex_t lock;
     struct metrics_partition *parts;
     size_t n_parts;

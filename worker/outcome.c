@@ -364,17 +364,14 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
 
 struct engine_result *worker_empty_result(enum engine_reason reason)
 {
-    struct engine_result *r = lm_calloc(1, sizeof *r);
-    struct engine_choice *c = lm_calloc(1, sizeof *c);
+    struct engine_result *r = engine_result_new(1);
     char *text = lm_strdup("");
-    if (!r || !c || !text) {
-        free(r);
-        free(c);
+    if (!r || !text) {
+        engine_result_free(r);
         free(text);
         return NULL;
     }
-    *c = (struct engine_choice){ .text = text, .reason = reason };
-    r->choices = c;
+    r->choices[0] = (struct engine_choice){ .text = text, .reason = reason };
     r->n_choices = 1;
     return r;
 }

@@ -259,14 +259,23 @@ static void drop_notice(struct job *j, const struct lm_err *why)
 static void acknowledged(producer *p, struct job *j)
 {
     struct metrics *m = &p->w->metrics;
-    histogram_observe(&m->reply_produce, lm_now_us() - j->out.first_sent_us);
+    if (!p->reported_us)
+        p->reported_us = lm_now_us();
+    histogram_observe(&m->reply_produce, p->reported_us - j->out.first_sent_us);
     if (is_dead_letter(j))
         metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
     else
         metric_add(&m->reply_bytes, j->out.len);
     if (j->outcome == OUTCOME_REPLY)
         worker_count_reply(p->w, &j->tally);
-    worker_end_job(p->w, j, j->outcome);
+    worker_end_among(p->w, j, j->outcome, &p->ended);
+}
+
+/* Those of one poll, or of one transaction, together: a lock and a look at the clock for all. */
+void producer_give(producer *p)
+{
+    worker_give_ended(p->w, &p->ended);
+    p->reported_us = 0;
 }
 
 /* All that was sent has its report: is the job done? Producer thread. */
@@ -392,6 +401,14 @@ static void judge_again(producer *p)
         next = j->next;
         producer_judge(p, j);
     }
+    producer_give(p);
+}
+
+/* Delivery reports, and whatever else the library has for us. */
+static void poll_client(producer *p, rd_kafka_t *rk, int timeout_ms)
+{
+    rd_kafka_poll(rk, timeout_ms);
+    producer_give(p);
 }
 
 static void serve_again(producer *p)
@@ -402,6 +419,7 @@ static void serve_again(producer *p)
         if (send_now(p, j))
             producer_judge(p, j);
     }
+    producer_give(p);
 }
 
 /* ---- a new client (at-least-once) ------------------------------------------------------- */
@@ -412,15 +430,15 @@ static bool drain_old(producer *p, rd_kafka_t *old)
 {
     int64_t end = lm_now_us() + RENEW_DRAIN_MS * 1000;
     while (rd_kafka_outq_len(old) > 0 && lm_now_us() < end && !atomic_load(&p->end)) {
-        rd_kafka_poll(old, 10);
-        rd_kafka_poll(p->rk, 0);
+        poll_client(p, old, 10);
+        poll_client(p, p->rk, 0);
         serve_again(p);
     }
     rd_kafka_purge(old, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     end = lm_now_us() + RENEW_PURGE_MS * 1000;
     bool whole;                 /* once is enough: what comes then are errors and statistics */
     do
-        rd_kafka_poll(old, 10);
+        poll_client(p, old, 10);
     while (!(whole = rd_kafka_outq_len(old) == 0) && lm_now_us() < end);
     return whole;
 }
@@ -478,7 +496,7 @@ static void *producer_main(void *arg)
 {
     producer *p = arg;
     while (!atomic_load(&p->end)) {
-        rd_kafka_poll(p->rk, job_list_wait_ms(&p->later, lm_now_us(), POLL_MS));
+        poll_client(p, p->rk, job_list_wait_ms(&p->later, lm_now_us(), POLL_MS));
         serve_again(p);
         look_at_leaders(p);
     }

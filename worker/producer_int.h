@@ -27,6 +27,8 @@ struct producer {
     /* At-least-once: could not be queued. Exactly-once: everything to be sent. */
     struct job_queue again;
     struct job_list later;
+    struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
+    int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
     size_t n_stuck;
@@ -48,7 +50,8 @@ lm_status producer_open(producer *p, struct lm_err *err);
 void producer_close(producer *p);       /* fine when it is not open */
 /* Sends what is not acknowledged yet. True: no report will come. */
 bool producer_send_records(producer *p, struct job *j);
-/* All that was sent has its report: is the job done? */
+/* All that was sent has its report: is the job done? Then producer_give(), behind all at hand. */
 void producer_judge(producer *p, struct job *j);
+void producer_give(producer *p);
 
 #endif

@@ -464,6 +464,7 @@ static void after_commit(struct tx *t)
         t->stage.jobs[i] = NULL;
         producer_judge(t->p, j);
     }
+    producer_give(t->p);
 }
 
 static bool timed_out(const struct outgoing *o)
@@ -490,6 +491,7 @@ static void after_abort(struct tx *t, bool going)
             producer_judge(t->p, j);
         }
     }
+    producer_give(t->p);
     put_back(t);
 }
 

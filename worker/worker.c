@@ -52,13 +52,19 @@ void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
         lm_log(LM_ERROR, "worker", "%s", text);
 }
 
-void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
+static void end_part(struct worker *w, struct job *j, enum job_outcome outcome)
+{
+    if (outcome == OUTCOME_DROPPED)
+        j->out.error = j->out.error ? j->out.error : -1;
+    job_queue_push(&w->parts, j);
+    engine_wake(w->engine);
+}
+
+void worker_end_among(struct worker *w, struct job *j, enum job_outcome outcome,
+                      struct job_chain *ended)
 {
     if (j->parent) {            /* a part: no outcome of its own */
-        if (outcome == OUTCOME_DROPPED)
-            j->out.error = j->out.error ? j->out.error : -1;
-        job_queue_push(&w->parts, j);
-        engine_wake(w->engine);
+        end_part(w, j, outcome);
         return;
     }
     if (w->cancels)
@@ -66,7 +72,19 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
     spans_end(w->spans, j, outcome);
     j->outcome = outcome;
     job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
-    job_queue_push(&w->done, j);
+    job_chain_add(ended, j);
+}
+
+void worker_give_ended(struct worker *w, struct job_chain *ended)
+{
+    job_queue_push_all(&w->done, ended);
+}
+
+void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
+{
+    struct job_chain one = { 0 };
+    worker_end_among(w, j, outcome, &one);
+    worker_give_ended(w, &one);
 }
 
 void worker_left_engine(struct worker *w, struct job *j)

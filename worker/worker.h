@@ -89,6 +89,10 @@ void worker_cancel(struct worker *w);
 
 /* The terminal outcome of a job is durable, or it was dropped: gives it to the consumer thread. */
 void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome);
+/* The same of many: they gather in `ended`, and are given together. */
+void worker_end_among(struct worker *w, struct job *j, enum job_outcome outcome,
+                      struct job_chain *ended);
+void worker_give_ended(struct worker *w, struct job_chain *ended);
 
 /* Should unfinished work of this job be given up? */
 bool worker_gives_up(struct worker *w, struct job *j);
