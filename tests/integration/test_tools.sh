@@ -68,6 +68,9 @@ dlq list --id typo; check "by id" [ "$(wc -l < "$RUN/out")" = 1 ]
 dlq list --adapter ''; check "of the base model" [ "$(cut -f6 "$RUN/out")" = typo ]
 dlq list --since 1h --until 30m; check "by time: not before" [ "$(wc -l < "$RUN/out")" = 0 ]
 dlq list --since 10m; check "by time" [ "$(wc -l < "$RUN/out")" = 4 ]
+ago=$((($(date +%s) - 600) * 1000))
+dlq list --since "$ago" --cause not_found --adapter nobody; check "by all at once, and a time in milliseconds" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq list --until "$ago"; check "until such a time" [ "$(wc -l < "$RUN/out")" = 0 ]
 dlq list --limit 1; check "a limit" [ "$(wc -l < "$RUN/out")" = 1 ]
 dlq list --json --id lost
 check "as JSON" quiet jq -e '.error.code == "not_found" and .prompt.adapter == "nobody" and .adapter == "nobody" and .dead_letter.attempt == 1 and .at.offset >= 0' "$RUN/out"

@@ -39,6 +39,7 @@ assigned() { [ "$(metric 'rebalances_total{event="assign"}')" -ge 1 ]; }
 orders() { [ "$(metric cancel_orders_total)" -ge "$1" ]; }
 # One has been let through, by its partition's mark, and waits for its adapter; so many wait for it.
 waits_with() { [ "$(metric intake_backlog_records)" = 1 ] && [ "$(metric in_flight_records)" = $((1 + $1)) ]; }
+shrinking_made() { topic_create shrinking 12; [ "$("$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" leaders shrinking | wc -w)" = 12 ]; }
 case_() { "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" "$@" || FAILED=1; }
 
 if part stream; then
@@ -67,6 +68,19 @@ for mode in at-least-once exactly-once; do
     worker "heir-$mode" "${dying[@]}"
     case_ stream_heir
     stop "$W" "the heir"
+done
+# Its reply topic is made again with fewer partitions: what follows stays together all the same.
+for mode in at-least-once exactly-once; do
+    "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" delete shrinking > /dev/null 2>&1
+    wait_until 20 shrinking_made || die "a topic of twelve partitions"
+    shrinks=(stream.interval_ms=20 "delivery.mode=$mode" "group.id=shrinks-$mode" topics.prompts=streamed
+             topics.replies=shrinking kafka.session.timeout.ms=45000 kafka.producer.transaction.timeout.ms=45000)
+    "$LORAMILL" reset -c "$RUN/worker.properties" "${shrinks[@]/#/--set=}" --to latest --yes > "$RUN/reset.out" 2>&1 ||
+        die "a group at the end of its topic"
+    worker "shrinks-$mode" "${shrinks[@]}"
+    case_ stream_shrinks "$W" "shrinks-$mode"
+    check "$mode: the partition that is gone was noticed" has 'the partition of its parts is no more' "worker-shrinks-$mode"
+    stop "$W" "the worker"
 done
 fi
 

@@ -160,6 +160,53 @@ def stream_heir():
           [len(last)] + [(parts, whole) for parts, whole in texts if parts != whole][:2])
 
 
+def stream_shrinks(pid, run):
+    """A topic is made again with one partition of twelve while parts of four replies go to it. The prompts
+    have no keys, so that the worker chose their partitions, and may choose anew. The worker stands still
+    meanwhile: it sees the new topic only."""
+    import signal
+    from confluent_kafka.admin import AdminClient, NewTopic
+    topic = "shrinking"
+    for n in attempts():
+        r = Reader(topic)
+        ids = [f"{run}-{n}-{i}" for i in range(4)]
+        send([({"id": i, "prompt": "event ->", "stream": True, "params": {**LONG, "n": 8}}, []) for i in ids],
+             "streamed")
+        r.until(lambda s: {body(m)["id"] for m in s} >= set(ids))
+        os.killpg(int(pid), signal.SIGSTOP)
+        begun = {body(m)["id"]: m for m in r.until(lambda s: False, 1)}
+        if all(header(begun[i], "loramill-part") for i in ids if i in begun):
+            break
+        os.killpg(int(pid), signal.SIGCONT)     # one has ended before
+    check("each has begun, and not all in the partition that stays", set(begun) >= set(ids)
+          and any(m.partition() for m in begun.values()), sorted(begun))
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 3})
+    admin.delete_topics([topic])[topic].result(20)
+    while True:
+        try:
+            admin.create_topics([NewTopic(topic, 1)])[topic].result(20)
+            break
+        except Exception:                       # it is there still
+            time.sleep(0.1)
+    while topic not in admin.list_topics(timeout=10).topics:
+        time.sleep(0.1)
+    os.killpg(int(pid), signal.SIGCONT)
+    r = Reader(topic, before=ALL)
+    finals = lambda s: [body(m)["id"] for m in s if not header(m, "loramill-part") and body(m)["id"] in ids]
+    got = r.until(lambda s: len(finals(s)) == len(ids), 90)
+    check("each has one final record in the new topic", sorted(finals(got)) == ids, finals(got))
+    for i in ids:
+        docs = [body(m) for m in got if body(m)["id"] == i]
+        whole, rest = docs[-1], docs[:-1]
+        seqs = [d["stream"]["seq"] for d in docs]
+        texts = [("".join(x["text"] for d in rest for x in d["choices"] if x["index"] == c["index"]), c["text"])
+                 for c in whole["choices"]]
+        check(f"{i}: parts {seqs[0]} to {seqs[-1] - 1} in order, the end of the final record's text",
+              seqs == list(range(seqs[0], seqs[0] + len(docs))) and len(rest) > 0
+              and len({d["stream"]["generation"] for d in docs}) == 1
+              and all(text.endswith(end) for end, text in texts), seqs)
+
+
 def errors():
     """A waiting requester is told of a dead letter; nobody else is."""
     r = Reader("replies", "asked", "dead")
