@@ -129,10 +129,11 @@ static void multiply_widened(struct cuda_stream *st, const struct kn_gemm *a)
         for (int i = 0; i < a->m; i++)
             for (int j = 0; j < n; j++) {
                 uint16_t *y = (uint16_t *)a->y + i * a->ldy + n0 + j;
-                float v = a->bias ? a->bias[n0 + j] : 0;
+                float v = 0;
                 for (int l = 0; l < k; l++)
                     v += bf16_lo(((const uint16_t *)a->x)[i * a->ldx + l]) *
                          bf16_lo(wide[j * k + l]);
+                v += a->bias ? a->bias[n0 + j] : 0;
                 *y = (uint16_t)bf16_pack(v + (a->accumulate ? bf16_lo(*y) : 0), 0);
             }
     }
