@@ -39,7 +39,7 @@ static void check_case(struct gpu_check *c, const struct gemm_case *t, kn_mat *g
     } else {
         got = pair_get(c, &y);
     }
-    /* bias and old y are at most 1, and added in float32: 4 roundings of 2^-24, in F32_SUM's k / 4 */
+    /* adding bias and old y, at most 1, in float32 rounds by 2^-24, at most 4 times: in this too */
     double e = excess(got, y.cpu, NULL, ny, t->f32 ? F32_SUM : OUT_ULP, F32_SUM * t->k / 4);
     check_that(c, st == LM_OK && e <= 1, "gemm m=%d n=%d k=%d%s%s%s%s: %.2f of the tolerance",
                t->m, t->n, t->k, t->bias ? " bias" : "", t->accumulate ? " accumulate" : "",
@@ -87,6 +87,7 @@ static void check_mixed(struct gpu_check *c)
         check_that(c, twin_gemm_fp8(&t), "gemm in E4M3 equals its CPU twin");
         check_that(c, twin_gemm_x_e4m3(&t), "gemm in E4M3 of x in E4M3 equals its CPU twin");
         check_that(c, twin_gemm_f16(&t), "gemm and embed in float16 equal their CPU twins");
+        check_that(c, twin_company(&t), "gemm: a row's bits do not depend on how many there are");
     }
     twin_close(&t);
     for (int i = 0; i < 2; i++) {

@@ -31,6 +31,7 @@ struct side {
 struct twin {
     struct side gpu, cpu;
     bool slow;                  /* emulated: take small cases only */
+    int own_rows;               /* emulated: it multiplies by bf16 with so many rows at most */
     char what[160];             /* the case at work, for messages */
     int n_cases, n_failed, n_printed;
     bool case_failed;
@@ -71,6 +72,7 @@ bool twin_lora(struct twin *c);
 bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
 bool twin_gemm_fp8(struct twin *c);
+bool twin_company(struct twin *c);      /* products */
 bool twin_gate_up(struct twin *c);
 bool twin_gate_up_boxes(struct twin *c);
 bool twin_gemm_x_e4m3(struct twin *c);

@@ -101,7 +101,7 @@ static float *rounded_x(const struct gemm_case *g, const struct gemm_data *d)
     return x;
 }
 
-/* What y [i, j] may be off by: its own rounding, what its sums cost, and what adding to them does. */
+/* What y [i, j] may be off by: its rounding, what its sums cost, and what adding to them does. */
 static double tolerance(const struct gemm_case *g, const struct gemm_data *d, int i, int j,
                         double want, double of_sum)
 {

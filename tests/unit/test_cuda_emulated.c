@@ -24,6 +24,7 @@ static void run(bool (*check)(struct twin *), int cc)
     assert_int_equal(kn_open("cpu", &one, &cpu, NULL), LM_OK);
     assert_true(twin_open(&c, emu, cpu));
     c.slow = true;
+    c.own_rows = cc == 90 ? 32 : 8;
     assert_true(check(&c));
     twin_close(&c);
     kn_close(emu);
@@ -129,6 +130,13 @@ static void gemm_f16(void **state)
     run(twin_gemm_f16, 80);
 }
 
+static void company(void **state)
+{
+    (void)state;
+    run(twin_company, 80);
+    run(twin_company, 90);
+}
+
 static void gate_up(void **state)
 {
     (void)state;
@@ -152,6 +160,7 @@ int main(void)
         cmocka_unit_test(sample),
         cmocka_unit_test(rows),
         cmocka_unit_test(gemm_fp8),
+        cmocka_unit_test(company),
         cmocka_unit_test(gate_up),
         cmocka_unit_test(gate_up_hopper),
         cmocka_unit_test(gemm_x_e4m3),
