@@ -62,7 +62,7 @@ spawn() {
 
 # What the test's workers wrote is held against schemas/ before the broker goes.
 record_messages() {
-    [ -n "${BOOTSTRAP:-}" ] || return
+    [ -n "${BOOTSTRAP:-}" ] || return 0
     timeout 120 "$PYTHON" tests/infra/record.py record "$BOOTSTRAP" "${REGISTRY:-}" "$(basename "$RUN")" \
         "$BUILD/messages-seen.jsonl" 2> "$RUN/record.err"
     case $? in
@@ -74,6 +74,7 @@ record_messages() {
 
 infra_end() {
     local st=$? p t
+    set +e                              # a script may have set it; what has ended can't be killed
     [ $st -eq 0 ] && record_messages
     tac "$RUN/pids" > "$RUN/pids.rev"
     while read -r p; do kill -TERM -- "-$p" 2>/dev/null; done < "$RUN/pids.rev"

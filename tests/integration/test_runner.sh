@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # What tests/run and .ci/run say of tests that fail: each fault by name just before the verdict, for
-# whoever sees only the end, and with what is around it where it happened. On programs made up here.
+# whoever sees only the end, and with what is around it where it happened. And that a program which mostly
+# waits takes nobody's place. On programs made up here.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin runner
 mkdir -p "$RUN"/{tests/integration,tests/unit,b/tests/unit,.ci}
@@ -60,3 +61,20 @@ P
 check "CI fails with it" [ $? = 1 ]
 { grep '^failed' "$RUN/expected" | sed 's/^failed/& in tests/'; echo "212 passed, 6 failed"; } > "$RUN/all"
 check "and names every fault at the end of all that it did" diff <(tail -n 6 "$RUN/out") "$RUN/all"
+
+# Three programs that end once all of them have begun; two may run at once, beside what waits.
+rm "$RUN/tests/unit/test_mocked.c"
+for t in one two waits; do
+    echo "/* $t */" > "$RUN/tests/unit/test_$t.c"
+    script "b/tests/unit/test_$t" <<P
+touch began-$t
+for i in \$(seq 100); do [ \$(ls began-* | wc -l) = 3 ] && echo "ok - $t" && exit; sleep 0.1; done
+P
+done
+echo '/* Mostly waits: for the others. */' > "$RUN/tests/unit/test_waits.c"
+(cd "$RUN" && BUILD=b JOBS=2 tests/run unit) > "$RUN/out"
+check "what mostly waits takes nobody's place" [ "$?: $(tail -n 1 "$RUN/out")" = "0: 3 passed, 0 failed" ]
+
+# lib.sh in a script that ends at the first fault, as tests/bench/run.sh does.
+(trap - EXIT; set -e; infra_begin runner-strict; spawn "$RUN/log" true; wait)
+check "a strict script whose children have ended ends with status 0" [ $? = 0 ]
