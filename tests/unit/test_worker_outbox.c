@@ -493,7 +493,8 @@ static void test_thread_that_does_not_poll(void **state)
     struct fixture *f = *state;
     send_prompt(f, good);
     start_worker(f, "kafka.max.poll.interval.ms=3000\nkafka.session.timeout.ms=3000\n"
-                 "commit.interval_ms=3600000\npoison.max_attempts=0\nkafka.auto.offset.reset=earliest\n");
+                 "commit.interval_ms=3600000\npoison.max_attempts=0\n"
+                 "kafka.auto.offset.reset=earliest\n");
     expect(f, "replies", NULL);
     send_prompt(f, good);
     send_prompt(f, good);
