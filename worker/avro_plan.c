@@ -277,11 +277,13 @@ static lm_status no_memory(struct build *b)
 static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node *n, int depth)
 {
     n->name = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name);
-    if (!n->name)
+    n->name_len = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name_len);
+    if (!n->name || !n->name_len)
         return no_memory(b);
     for (int i = 0; i < n->n; i++) {
         const char *name = avro_schema_record_field_name(s, i);
-        n->name[i] = arena_strndup(b->arena, name, strlen(name));
+        n->name_len[i] = strlen(name);
+        n->name[i] = arena_strndup(b->arena, name, n->name_len[i]);
         if (!n->name[i])
             return no_memory(b);
         lm_status st = build_node(b, avro_schema_record_field_get_by_index(s, i), depth + 1,

@@ -31,7 +31,8 @@ struct avro_node {
     int null;                   /* a union's: the byte that is a whole null, if one of its first 64
                                  * branches is that; else AVRO_NO_NULL, which is no byte */
     const struct avro_node **child;     /* n of them, for record, union, array and map */
-    const char **name;          /* field names of a record */
+    const char **name;          /* field names of a record ... */
+    size_t *name_len;           /* ... and their lengths */
 };
 
 struct avro_plan;

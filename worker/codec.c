@@ -15,6 +15,7 @@
 #include "worker/codec.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,7 +46,7 @@ struct codec {
     struct avro_plan *reply_plan;
     char *subject;
     bool auto_register;
-    int32_t reply_id;           /* 0: not asked yet */
+    _Atomic int32_t reply_id;   /* 0: not asked yet; once it is known it is read without the lock */
 };
 
 /* ---- life ---------------------------------------------------------------------------------- */
@@ -296,8 +297,11 @@ static lm_status prepare(codec *c, struct lm_err *err)
         return lm_err_set(err, LM_UNSUPPORTED, "a reply in Avro needs registry.url");
     if (c->reply_id)
         return LM_OK;
+    int32_t id = 0;
     lm_status st = registry_id_of(c->replies, c->subject, schema_completion_text, c->auto_register,
-                                  &c->reply_id, err);
+                                  &id, err);
+    if (!st)
+        atomic_store(&c->reply_id, id);
     if (st == LM_NOT_FOUND)
         return lm_err_set(err, st, "subject %.200s lacks the reply schema: register "
                           "schemas/completion.avsc, or set registry.auto_register=true",
@@ -313,13 +317,11 @@ lm_status codec_prepare_replies(codec *c, struct lm_err *err)
     return st;
 }
 
-/* The id is asked for once; after that nothing here is locked for long. */
+/* The id is asked for once. */
 static lm_status reply_id(codec *c, uint32_t *id, struct lm_err *err)
 {
-    pthread_mutex_lock(&c->replies_lock);
-    lm_status st = prepare(c, err);
-    *id = (uint32_t)c->reply_id;
-    pthread_mutex_unlock(&c->replies_lock);
+    lm_status st = atomic_load(&c->reply_id) ? LM_OK : codec_prepare_replies(c, err);
+    *id = (uint32_t)atomic_load(&c->reply_id);
     return st;
 }
 

@@ -584,6 +584,11 @@ void json_put_int(struct bytes *b, int64_t v)
     char *to = bytes_room(b, INT_BYTES), *at = to;
     if (!to)
         return;
+    if (v >= 0 && v < 10) {     /* many are */
+        *to = (char)('0' + v);
+        b->n++;
+        return;
+    }
     if (v < 0)
         *at++ = '-';
     at = write_digits(at, v < 0 ? -(uint64_t)v : (uint64_t)v);
@@ -592,6 +597,10 @@ void json_put_int(struct bytes *b, int64_t v)
 
 void json_put_thousandths(struct bytes *b, int64_t all)
 {
+    if (!all) {                 /* a stage that took no time */
+        bytes_put(b, "0.0", 3);
+        return;
+    }
     char *to = bytes_room(b, INT_BYTES + 2), *at = to;
     uint64_t u = all < 0 ? -(uint64_t)all : (uint64_t)all;
     unsigned rest = (unsigned)(u % 1000);

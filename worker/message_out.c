@@ -136,7 +136,7 @@ static void pass_over(struct message_out *o, struct out_level *l)
 /* ---- containers ----------------------------------------------------------------------------- */
 
 /* JSON: before each value that is an item, and each key. */
-static void comma(struct message_out *o)
+static inline void comma(struct message_out *o)
 {
     if (o->comma)
         bytes_byte(&o->bytes, ',');
@@ -206,9 +206,9 @@ void out_close(struct message_out *o)
     o->comma = true;
 }
 
-/* The field of that name, which is not the next. */
-static void find_field(struct message_out *o, struct out_level *l, const char *key)
+void out_find_field(struct message_out *o, const char *key)
 {
+    struct out_level *l = &o->level[o->depth - 1];
     while (!o->fault && l->field < l->node->n && strcmp(l->node->name[l->field], key))
         pass_over(o, l);
     l->member = key;
@@ -216,21 +216,6 @@ static void find_field(struct message_out *o, struct out_level *l, const char *k
         o->next = l->node->child[l->field++];
     else
         fail(o, LM_MISMATCH, "is no field of the schema, or not in its order");
-}
-
-void out_field(struct message_out *o, const char *key)
-{
-    if (o->fault)
-        return;
-    struct out_level *l = &o->level[o->depth - 1];
-    int at = l->field;
-    if (at == l->node->n || strcmp(l->node->name[at], key)) {
-        find_field(o, l, key);
-        return;
-    }
-    l->member = key;
-    l->field = at + 1;
-    o->next = l->node->child[at];
 }
 
 void out_entry(struct message_out *o, const char *key, size_t n)

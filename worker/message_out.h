@@ -49,18 +49,32 @@ void out_avro(struct message_out *o, const struct avro_plan *p, size_t lead);
 /* Of a map or an array, `n` is how many entries come before out_close(). */
 void out_open(struct message_out *o, enum out_kind kind, size_t n);
 void out_close(struct message_out *o);
-void out_field(struct message_out *o, const char *key); /* Avro's part of the next */
-/* Of a record; nothing in it has to be escaped. Here, because the lengths of most are known where
- * it is called. */
-static inline void out_key(struct message_out *o, const char *key)
+/* Avro: the field of that name, which is not the next; those before it are passed over. */
+void out_find_field(struct message_out *o, const char *key);
+
+/* Of a record; nothing in the key has to be escaped. Inlined, because the lengths of most are known
+ * where it is called. */
+static inline __attribute__((always_inline)) void out_key(struct message_out *o, const char *key)
 {
     size_t n = strlen(key);
-    char *at = o->next ? NULL : bytes_room(&o->bytes, n + 4);
-    if (o->next)
-        out_field(o, key);
+    if (o->fault)
+        return;
+    struct out_level *l = &o->level[o->depth - 1];
+    if (o->next) {
+        int at = l->field;
+        if (at == l->node->n || l->node->name_len[at] != n || memcmp(l->node->name[at], key, n)) {
+            out_find_field(o, key);
+            return;
+        }
+        l->member = key;
+        l->field = at + 1;
+        o->next = l->node->child[at];
+        return;
+    }
+    char *at = bytes_room(&o->bytes, n + 4);
     if (!at)
         return;
-    o->level[o->depth - 1].member = key;
+    l->member = key;
     *at = ',';                  /* overwritten where there is none */
     at += o->comma;
     *at++ = '"';
