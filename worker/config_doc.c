@@ -160,7 +160,6 @@ void config_print_markdown(FILE *f)
           "| `kafka.producer.sticky.partitioning.linger.ms` | exactly-once: `10` |\n"
           "| `kafka.producer.retry.backoff.ms` | exactly-once, from librdkafka 2.10 on: `10`, "
           "which topic.metadata.refresh.fast.interval.ms follows |\n"
-          "| `kafka.producer.batch.size` | `262144` |\n"
           "| `kafka.producer.delivery.timeout.ms` | `120000` |\n", f);
     print_owned(f);
 }

@@ -55,11 +55,13 @@ static const struct setting classic_defaults[] = {
 static const struct setting producer_defaults[] = {
     { "partitioner", "murmur2_random" },                /* keys land where Java's land */
     { "compression.type", "lz4" },
-    /* While a reply waits for longer than that because five requests are on their way, librdkafka's
-     * thread polls without a pause; with batches of 64 KiB that took more CPU than all the rest. */
+    /* What waits for longer than that behind a batch on its way to the same partition makes
+     * librdkafka's thread poll without a pause. So producer.c holds records back then, and what
+     * it lets go at once is to be one batch. More than the library's default might be too large for
+     * a broker with its own default, 1 MiB; see producer.c on MSG_SIZE_TOO_LARGE. */
     { "linger.ms", "5" },
     { "statistics.interval.ms", "10000" },
-    { "batch.size", "262144" },                         /* see producer.c on MSG_SIZE_TOO_LARGE */
+    { "batch.size", "1000000" },
     /* No limit of the client's own: replies are measured against message.max_bytes before they get
      * here, and a dead letter must go out however large its prompt was. */
     { "message.max.bytes", "1000000000" },

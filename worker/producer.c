@@ -25,14 +25,20 @@
  * their body's id, which are the same each time.
  *
  * MSG_SIZE_TOO_LARGE is the broker's verdict on a whole batch, so a small reply may be condemned
- * with its neighbours. batch.size is kept small: a reply above it travels alone, and its verdict is
- * its own; a smaller one is tried a few times more, among other neighbours, before it is believed.
+ * with its neighbours. A reply above batch.size travels alone, and its verdict is its own; a
+ * smaller one is tried a few times more, among other neighbours, before it is believed.
  *
  * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
  * has committed; what is said above about failed deliveries holds there too.
  *
  * At-least-once: a client that keeps to a leader which a partition has no more (leaders.h) is
  * replaced, see renew().
+ *
+ * At-least-once: while records are on their way, the next ones are held back until those have their
+ * reports, or for HOLD_US. librdkafka sends a partition's batches one after the other, and its
+ * thread polls without a pause while what waits behind one is older than linger.ms; and what was
+ * held back together leaves in larger batches, which cost the brokers less. A record that comes
+ * while nothing is on its way leaves at once, so an idle worker answers no later.
  *
  * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
  * and everything else happen on the producer thread. The value is not copied by the library: it
@@ -54,6 +60,7 @@ enum {
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
+    HOLD_US = 20000,
     RENEW_DRAIN_MS = 2000,
     RENEW_PURGE_MS = 5000,
 };
@@ -102,11 +109,13 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
     if (!o->first_sent_us)
         o->first_sent_us = lm_now_us();
     atomic_fetch_add(&j->unreported, 1);
+    atomic_fetch_add(&p->under_way, 1);
     rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
         rd_kafka_headers_destroy(h);
         o->error = e;
         atomic_fetch_sub(&j->unreported, 1);
+        atomic_fetch_sub(&p->under_way, 1);
     }
 }
 
@@ -130,9 +139,24 @@ static bool send_now(producer *p, struct job *j)
     return judge;
 }
 
+/* At-least-once, from any thread. Under `swap`, so that whoever takes the last report finds here
+ * what was held back for it. */
+static bool send_or_hold(producer *p, struct job *j)
+{
+    pthread_mutex_lock(&p->swap);
+    bool hold = p->held.head || atomic_load(&p->under_way);
+    bool judge = !hold && producer_send_records(p, j);
+    if (hold && !p->held.head)
+        p->held_since_us = lm_now_us();
+    if (hold)
+        job_chain_add(&p->held, j);
+    pthread_mutex_unlock(&p->swap);
+    return judge;
+}
+
 void producer_send(producer *p, struct job *j)
 {
-    if (p->exactly_once || send_now(p, j))
+    if (p->exactly_once || send_or_hold(p, j))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -314,6 +338,7 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     struct job *j = o->job;
     o->error = m->err;
     o->acked = !m->err;
+    atomic_fetch_sub(&p->under_way, 1);
     if (o->acked && j->parent)
         o->partition = m->partition;
     if (atomic_fetch_sub(&j->unreported, 1) == 1 && !p->exactly_once)
@@ -422,6 +447,36 @@ static void serve_again(producer *p)
     producer_give(p);
 }
 
+/* Takes what is held back, if it may go now; `all`: in any case. */
+static struct job *take_held(producer *p, bool all)
+{
+    struct job_chain held = { 0 };
+    pthread_mutex_lock(&p->swap);
+    if (all || !atomic_load(&p->under_way) || lm_now_us() - p->held_since_us >= HOLD_US) {
+        held = p->held;
+        p->held = (struct job_chain){ 0 };
+    }
+    pthread_mutex_unlock(&p->swap);
+    return held.head;
+}
+
+static void serve_held(producer *p)
+{
+    for (struct job *j = take_held(p, false), *next; j; j = next) {
+        next = j->next;
+        if (send_now(p, j))
+            producer_judge(p, j);
+    }
+}
+
+static void drop_held(producer *p)
+{
+    for (struct job *j = take_held(p, true), *next; j; j = next) {
+        next = j->next;
+        worker_end_job(p->w, j, OUTCOME_DROPPED);
+    }
+}
+
 /* ---- a new client (at-least-once) ------------------------------------------------------- */
 
 /* Reports of the old one, until it has none to give: what the brokers take they may take yet, the
@@ -433,6 +488,7 @@ static bool drain_old(producer *p, rd_kafka_t *old)
         poll_client(p, old, 10);
         poll_client(p, p->rk, 0);
         serve_again(p);
+        serve_held(p);
     }
     rd_kafka_purge(old, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     end = lm_now_us() + RENEW_PURGE_MS * 1000;
@@ -496,8 +552,10 @@ static void *producer_main(void *arg)
 {
     producer *p = arg;
     while (!atomic_load(&p->end)) {
-        poll_client(p, p->rk, job_list_wait_ms(&p->later, lm_now_us(), POLL_MS));
+        poll_client(p, p->rk, job_list_wait_ms(&p->later, lm_now_us(), atomic_load(&p->under_way) ?
+                                               HOLD_US / 1000 : POLL_MS));
         serve_again(p);
+        serve_held(p);
         look_at_leaders(p);
     }
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
@@ -508,6 +566,7 @@ static void *producer_main(void *arg)
         next = j->next;
         worker_end_job(p->w, j, OUTCOME_DROPPED);
     }
+    drop_held(p);
     atomic_store(&p->over, true);
     return NULL;
 }

@@ -79,7 +79,7 @@ int main(int argc, char **argv)
     static const char *const producer[][2] = {
         { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "5" },
         { "partitioner", "murmur2_random" }, { "compression.type", "lz4" },
-        { "batch.size", "262144" }, { NULL, NULL },
+        { "batch.size", "1000000" }, { NULL, NULL },
     };
     if (argc != 5)
         return 2;

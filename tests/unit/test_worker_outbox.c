@@ -540,6 +540,30 @@ static void test_producer_that_stays(void **state)
 }
 
 /* The broker goes away under a running worker, and the prompts behind it are answered after. */
+/* Records wait for those on their way, to travel together, but not for long: one that is not
+ * acknowledged holds up no other. */
+static void test_reply_behind_one_without_an_answer(void **state)
+{
+    enum { SILENT_MS = 8000 };
+    struct fixture *f = *state;
+    int64_t low, high = 0;
+    send_prompt(f, good);
+    rd_kafka_mock_broker_push_request_error_rtts(f->mock, 1, API_PRODUCE, 1,
+                                                 RD_KAFKA_RESP_ERR_NO_ERROR, SILENT_MS);
+    start_worker(f, "");
+    expect(f, "replies", NULL);
+    int64_t silent_us = lm_now_us();
+    send_prompt(f, good);
+    while (high < 2 && lm_now_us() - silent_us < SILENT_MS * 1000) {
+        usleep(50000);
+        rd_kafka_query_watermark_offsets(f->reader, "replies", 0, &low, &high, 1000);
+    }
+    assert_true(lm_now_us() - silent_us < SILENT_MS * 1000 / 2);
+    assert_true(committed(f) <= 0);
+    wait_committed(f, 2);
+    assert_int_equal(end_worker(f), 0);
+}
+
 static void test_broker_outage(void **state)
 {
     struct fixture *f = *state;
@@ -840,6 +864,7 @@ int main(void)
         TEST(test_own_size_limit), TEST(test_dead_letter_blocks_offset),
         TEST(test_large_dead_letter_is_trimmed), TEST(test_huge_dead_letter_goes_bare),
         TEST(test_commit_errors_heal), TEST(test_broker_outage),
+        TEST(test_reply_behind_one_without_an_answer),
         TEST(test_commit_of_an_old_generation), TEST(test_transaction_errors_heal),
         TEST(test_thread_that_does_not_poll), TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
