@@ -90,9 +90,7 @@ lm_status echo_submit(struct echo_counters *c, mailbox *mail, const struct engin
     struct engine_params p;
     char *text = NULL;
     size_t len = 0;
-    lm_status st = mailbox_accepts(mail, err);
-    if (st == LM_OK)
-        st = prompt_check(r, err);
+    lm_status st = prompt_check(r, err);
     if (st == LM_OK)
         st = params_resolve(&r->params, NULL, &p, err);
     if (st == LM_OK && r->token_ids && r->n_token_ids < 0)

@@ -37,27 +37,33 @@ static void model_defaults(struct engine_params *p, const struct model_config *m
 
 struct float_range {
     const char *name;
-    float value, lo, hi;
+    size_t offset;
+    float lo, hi;
     bool lo_open;               /* lo itself is not allowed */
+};
+
+#define AT(field) offsetof(struct engine_params, field)
+
+static const struct float_range float_ranges[] = {
+    { "temperature", AT(temperature), 0, 100, false },
+    { "top_p", AT(top_p), 0, 1, true },
+    { "min_p", AT(min_p), 0, 1, false },
+    { "repetition_penalty", AT(repetition_penalty), 0, 100, true },
+    { "presence_penalty", AT(presence_penalty), -2, 2, false },
+    { "frequency_penalty", AT(frequency_penalty), -2, 2, false },
 };
 
 static lm_status check_floats(const struct engine_params *p, struct lm_err *err)
 {
-    const struct float_range r[] = {
-        { "temperature", p->temperature, 0, 100, false },
-        { "top_p", p->top_p, 0, 1, true },
-        { "min_p", p->min_p, 0, 1, false },
-        { "repetition_penalty", p->repetition_penalty, 0, 100, true },
-        { "presence_penalty", p->presence_penalty, -2, 2, false },
-        { "frequency_penalty", p->frequency_penalty, -2, 2, false },
-    };
-    for (size_t i = 0; i < LM_COUNT(r); i++) {
-        bool ok = r[i].lo_open ? r[i].value > r[i].lo : r[i].value >= r[i].lo;
-        if (!ok || !(r[i].value <= r[i].hi))
+    for (size_t i = 0; i < LM_COUNT(float_ranges); i++) {
+        const struct float_range *r = &float_ranges[i];
+        float value;
+        memcpy(&value, (const char *)p + r->offset, sizeof value);
+        bool ok = r->lo_open ? value > r->lo : value >= r->lo;
+        if (!ok || !(value <= r->hi))
             return lm_err_set(err, LM_INVALID, "%s is %g; it must be %s %g and at most %g",
-                              r[i].name, (double)r[i].value,
-                              r[i].lo_open ? "greater than" : "at least", (double)r[i].lo,
-                              (double)r[i].hi);
+                              r->name, (double)value, r->lo_open ? "greater than" : "at least",
+                              (double)r->lo, (double)r->hi);
     }
     return LM_OK;
 }

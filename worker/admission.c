@@ -35,20 +35,35 @@ enum {
 /* How long a burst may take before it costs a pause, by rank. */
 static const int settle_ms[CONSUMER_RANKS] = { 250, 40 };
 
-/* Does anything held exceed `share` eighths of its budget? */
-static bool exceeds(const consumer *c, int64_t share)
+static int64_t part_of(int64_t budget, int64_t share)
+{
+    return LM_MAX(budget / 8 * share + budget % 8 * share / 8, 1);
+}
+
+/* `share` eighths of the budgets. */
+static struct admission_limits limits_at(const consumer *c, int64_t share)
 {
     const struct config *cfg = c->w->cfg;
-    const struct { int64_t held, budget; } rows[] = {
-        { atomic_load(&c->w->metrics.backlog) + isolation_waiting(c), cfg->intake_max_messages },
-        { c->held, config_in_flight(cfg) },
-        { c->held_bytes + atomic_load(&c->w->metrics.reply_bytes_held), cfg->intake_max_bytes },
-        { atomic_load(&c->w->metrics.held_tokens), cfg->intake_max_tokens },
+    return (struct admission_limits){
+        part_of(cfg->intake_max_messages, share), part_of(config_in_flight(cfg), share),
+        part_of(cfg->intake_max_bytes, share), part_of(cfg->intake_max_tokens, share),
     };
-    for (size_t i = 0; i < LM_COUNT(rows); i++)
-        if (rows[i].held >= LM_MAX(rows[i].budget / 8 * share + rows[i].budget % 8 * share / 8, 1))
-            return true;
-    return false;
+}
+
+/* Is any of them reached by what is held? */
+static bool reached(const consumer *c, const struct admission_limits *l)
+{
+    struct metrics *m = &c->w->metrics;
+    int64_t backlog = atomic_load(&m->backlog) + (int64_t)c->ready.length + isolation_waiting(c);
+    return backlog >= l->backlog || c->held >= l->messages ||
+           c->held_bytes + atomic_load(&m->reply_bytes_held) >= l->bytes ||
+           atomic_load(&m->held_tokens) >= l->tokens;
+}
+
+static bool exceeds(const consumer *c, int64_t share)
+{
+    const struct admission_limits l = limits_at(c, share);
+    return reached(c, &l);
 }
 
 /* Eighths of the budgets: [rank][resume below, pause at]. Lower topics may hold their share for as
@@ -89,14 +104,14 @@ static bool anyone_lower(const consumer *c)
     return false;
 }
 
-int64_t admission_share(const consumer *c)
+struct admission_limits admission_limits(const consumer *c)
 {
-    return shares[anyone_lower(c) ? 1 : 0][1];
+    return limits_at(c, shares[anyone_lower(c) ? 1 : 0][1]);
 }
 
-bool admission_due(const consumer *c, int64_t share)
+bool admission_due(const consumer *c, const struct admission_limits *limits)
 {
-    return c->braked || exceeds(c, share);
+    return c->braked || reached(c, limits);
 }
 
 /* Is the rank's state to change? */

@@ -23,15 +23,23 @@ enum {
     CLOSE_WAIT_MS = 6000,       /* librdkafka gives LeaveGroup 5 s */
     SNAPSHOT_US = 1000000,
     STAMP_EVERY = 16,           /* records of a burst: microseconds */
+    HANDFUL = 16,               /* of jobs for one lock and one wake of intake */
     COMPLAIN_EVERY_US = 10 * 1000000,
 };
 
 /* ---- finished jobs ------------------------------------------------------------------------ */
 
+static void hand_over(consumer *c)
+{
+    atomic_fetch_add(&c->w->metrics.backlog, (long long)c->ready.length);
+    job_queue_push_all(&c->w->to_intake, &c->ready);
+}
+
 void consumer_to_intake(consumer *c, struct job *j)
 {
-    atomic_fetch_add(&c->w->metrics.backlog, 1);
-    job_queue_push(&c->w->to_intake, j);
+    job_chain_add(&c->ready, j);
+    if (!c->gathers || c->ready.length == HANDFUL)
+        hand_over(c);
 }
 
 static void finish_job(consumer *c, struct job *j)
@@ -313,10 +321,16 @@ static bool poll_once(consumer *c, int timeout_ms, bool first)
 /* What is there already comes in one go, until something else is due. */
 static void poll_burst(consumer *c, int timeout_ms)
 {
-    int64_t share = admission_share(c);
-    for (int n = 0; n < LEDGER_BURST && poll_once(c, n ? 0 : timeout_ms, n % STAMP_EVERY == 0); n++)
-        if (c->iso.busy || c->iso.wanted || admission_due(c, share))
-            return;
+    const struct admission_limits limits = admission_limits(c);
+    bool due = false;
+    c->gathers = true;
+    for (int n = 0; n < LEDGER_BURST && !due; n++) {
+        if (!poll_once(c, n ? 0 : timeout_ms, n % STAMP_EVERY == 0))
+            break;
+        due = c->iso.busy || c->iso.wanted || admission_due(c, &limits);
+    }
+    c->gathers = false;
+    hand_over(c);
 }
 
 /* Polls on while what runs finishes, so that the group keeps us. */

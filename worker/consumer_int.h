@@ -94,6 +94,8 @@ struct consumer {
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
     int64_t now_us, wall_ms;    /* when the records at hand were read; 0: to be stamped */
+    bool gathers;               /* a burst is read: what may start goes to intake by the handful */
+    struct job_chain ready;
     struct kafka_said said;
 };
 
@@ -110,10 +112,11 @@ int consumer_poll_ms(const consumer *c);        /* for how long the thread may w
 /* admission.c */
 void admission_control(consumer *c);    /* every turn of the loop */
 void admission_apply(consumer *c);      /* something has changed */
-/* Within a burst: the share of the budgets that it may fill, and whether it has, or is to end for
- * another reason. */
-int64_t admission_share(const consumer *c);
-bool admission_due(const consumer *c, int64_t share);
+/* Within a burst: what of each budget it may fill, and whether it has, or is to end for another
+ * reason. */
+struct admission_limits { int64_t backlog, messages, bytes, tokens; };
+struct admission_limits admission_limits(const consumer *c);
+bool admission_due(const consumer *c, const struct admission_limits *limits);
 void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *parts);
 
 /* commit.c */

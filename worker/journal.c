@@ -46,6 +46,7 @@ struct journal {
     int max_attempts;
     int fd;
     struct file *file;
+    atomic_bool any_deaths;     /* are known; mostly none are, and nobody need take the lock */
     pthread_mutex_t lock;       /* everything below */
     int *free_slots, n_free;
     char **read;                /* names of .dead files whose deaths are known */
@@ -196,6 +197,7 @@ static void scan(journal *j)
         closedir(d);
     if (j->n_deaths > before)
         qsort(j->deaths, j->n_deaths, sizeof *j->deaths, by_key);
+    atomic_store(&j->any_deaths, j->n_deaths > 0);
 }
 
 void journal_refresh(journal *j, int64_t now_us)
@@ -226,6 +228,8 @@ uint64_t journal_key(const journal *j, const struct job *job)
 struct journal_count journal_counts(journal *j, uint64_t key)
 {
     struct journal_count n = { 0 };
+    if (!atomic_load(&j->any_deaths))
+        return n;
     pthread_mutex_lock(&j->lock);
     size_t lo = 0, hi = j->n_deaths;
     while (lo < hi) {

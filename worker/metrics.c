@@ -36,7 +36,6 @@ void histogram_observe(struct histogram *h, int64_t us)
         i++;
     metric_add(&h->buckets[i], 1);
     metric_add(&h->sum_us, (uint64_t)us);
-    metric_add(&h->count, 1);
 }
 
 void metrics_set_partitions(struct metrics *m, struct metrics_partition *parts, size_t n)

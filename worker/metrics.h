@@ -20,7 +20,7 @@ enum { METRICS_BUCKETS = 16 };
 
 struct histogram {
     atomic_ullong buckets[METRICS_BUCKETS + 1];
-    atomic_ullong sum_us, count;
+    atomic_ullong sum_us;
 };
 
 struct metrics_partition {

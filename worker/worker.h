@@ -66,11 +66,14 @@ struct worker {
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
     atomic_bool look_for_cancelled;     /* intake: sweep what waits */
-    atomic_int in_engine;       /* prompts that the engine has */
-    atomic_bool alone;          /* one of them, which must be alone there */
+    atomic_bool alone;          /* one of those in the engine, which must be alone there */
     atomic_bool closed;         /* a suspect is to run alone: intake starts nothing else */
     atomic_bool intake_rests;   /* since `closed` intake has ended what it had begun */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
+    /* What is changed for each message, apart from what is only looked at. */
+    char apart0[CACHE_LINE];
+    atomic_int in_engine;       /* prompts that the engine has */
+    char apart1[CACHE_LINE];
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
     atomic_llong consumer_beat_us, outbox_beat_us, intake_beat_us;
