@@ -205,10 +205,18 @@ static void close_container(struct datum *d, size_t at, yyjson_type type, size_t
     v->uni.ofs = (d->n - at) * sizeof *v;
 }
 
-/* Behind the last byte there may be fields that take none. */
-static bool is_null(const struct datum *d, const struct avro_node *n)
+/* Fields from i on that are null, and left out. Behind the last byte there may be some that take
+ * none. */
+static int skip_nulls(struct datum *d, const struct avro_node *n, int i)
 {
-    return n->null != AVRO_NO_NULL && *d->at == n->null;
+    const unsigned char *at = d->at;
+    int first = i;
+    while (i < n->n && n->null_of[i] != AVRO_NO_NULL && *at == n->null_of[i]) {
+        at++;
+        i++;
+    }
+    d->at = at;
+    return i - first;
 }
 
 static int take_field(struct datum *d, struct taker *t, size_t *members)
@@ -225,14 +233,11 @@ static int take_field(struct datum *d, struct taker *t, size_t *members)
 
 static int take_record(struct datum *d, struct taker *t)
 {
-    int bad = 0;
+    const struct avro_node *n = t->node;
     size_t at = d->n++, members = 0;
-    for (int i = 0; !bad && i < t->node->n; i++) {
-        if (is_null(d, t->node->child[i]))
-            d->at++;            /* left out */
-        else
-            bad = take_field(d, t->child[i], &members);
-    }
+    int bad = 0;
+    for (int i = skip_nulls(d, n, 0); !bad && i < n->n; i += 1 + skip_nulls(d, n, i + 1))
+        bad = take_field(d, t->child[i], &members);
     close_container(d, at, YYJSON_TYPE_OBJ, members);
     return bad;
 }

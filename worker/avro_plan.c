@@ -274,11 +274,20 @@ static lm_status no_memory(struct build *b)
     return lm_err_set(b->err, LM_NOMEM, "out of memory compiling an Avro schema");
 }
 
+static int16_t null_byte(const struct avro_node *n)
+{
+    for (int i = 0; n->type == AVRO_UNION && i < LM_MIN(n->n, 64); i++)
+        if (n->child[i]->type == AVRO_NULL)
+            return (int16_t)(2 * i);
+    return AVRO_NO_NULL;
+}
+
 static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node *n, int depth)
 {
     n->name = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name);
     n->name_len = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name_len);
-    if (!n->name || !n->name_len)
+    n->null_of = arena_alloc(b->arena, (size_t)n->n * sizeof *n->null_of);
+    if (!n->name || !n->name_len || !n->null_of)
         return no_memory(b);
     for (int i = 0; i < n->n; i++) {
         const char *name = avro_schema_record_field_name(s, i);
@@ -291,6 +300,7 @@ static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node
         if (st)
             return st;
         n->min_bytes += n->child[i]->min_bytes;
+        n->null_of[i] = null_byte(n->child[i]);
     }
     return LM_OK;
 }
@@ -303,8 +313,6 @@ static lm_status build_union(struct build *b, avro_schema_t s, struct avro_node 
         if (st)
             return st;
         least = LM_MIN(least, n->child[i]->min_bytes);
-        if (n->child[i]->type == AVRO_NULL && i < 64)
-            n->null = 2 * i;
     }
     n->min_bytes = 1 + least;
     return LM_OK;
@@ -359,7 +367,6 @@ static lm_status build_node(struct build *b, avro_schema_t s, int depth,
         return no_memory(b);
     n->type = avro_typeof(s);
     n->schema = s;
-    n->null = AVRO_NO_NULL;
     set_shape(n, s);
     *out = n;
     bool has_children = n->type == AVRO_RECORD || n->type == AVRO_UNION || n->type == AVRO_ARRAY ||

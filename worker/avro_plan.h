@@ -28,11 +28,12 @@ struct avro_node {
     int n;                      /* fields, branches; 1 for array and map; symbols of an enum */
     int64_t size;               /* bytes of a fixed */
     size_t min_bytes;           /* of its shortest encoding */
-    int null;                   /* a union's: the byte that is a whole null, if one of its first 64
-                                 * branches is that; else AVRO_NO_NULL, which is no byte */
     const struct avro_node **child;     /* n of them, for record, union, array and map */
-    const char **name;          /* field names of a record ... */
-    size_t *name_len;           /* ... and their lengths */
+    /* of a record's fields */
+    const char **name;
+    size_t *name_len;
+    int16_t *null_of;           /* the byte that is a whole null: of a union with such a branch,
+                                 * among its first 64; else AVRO_NO_NULL, which is no byte */
 };
 
 struct avro_plan;

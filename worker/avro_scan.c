@@ -174,16 +174,25 @@ static lm_status scan_items(struct scan *s, const struct avro_node *n)
     return st;
 }
 
+/* Most fields of a prompt are null, a union and its branch in one byte: so many from field i on. */
+static int scan_nulls(struct scan *s, const struct avro_node *n, int i)
+{
+    const unsigned char *at = s->at, *end = s->end;
+    int first = i;
+    while (i < n->n && at < end && *at == n->null_of[i]) {
+        at++;
+        i++;
+    }
+    s->at = at;
+    s->values += 2 * (size_t)(i - first);
+    return i - first;
+}
+
 static lm_status scan_record(struct scan *s, const struct avro_node *n)
 {
     lm_status st = LM_OK;
     s->path.n++;
-    for (int i = 0; !st && i < n->n; i++) {
-        if (s->at < s->end && *s->at == n->child[i]->null) {
-            s->at++;            /* as most fields of a prompt are: a union and its branch */
-            s->values += 2;
-            continue;
-        }
+    for (int i = scan_nulls(s, n, 0); !st && i < n->n; i += 1 + scan_nulls(s, n, i + 1)) {
         s->names++;
         s->path.at[s->path.n - 1] = n->name[i];
         st = scan_node(s, n->child[i]);
