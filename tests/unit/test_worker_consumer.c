@@ -6,6 +6,7 @@
  * What a group makes of it: tests/integration/test_flow.sh,
  * test_partitions.sh.
  */
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -44,17 +45,14 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
 }
 
 static atomic_bool transaction_over;    /* the one that holds the offset of the partition */
-static int asked_before, asked_after;
+static atomic_int asked_before, asked_after;
 
 rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *l,
                                        int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
-    if (atomic_load(&transaction_over))
-        asked_after++;
-    else
-        asked_before++;
+    atomic_fetch_add(atomic_load(&transaction_over) ? &asked_after : &asked_before, 1);
     for (int i = 0; i < l->cnt; i++)
         l->elems[i].offset = 1;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
@@ -66,9 +64,10 @@ static int polls;
 static struct world *polled;
 static int64_t second_from_us;  /* the second one comes then, or later */
 
+static rd_kafka_message_t records[2];
+
 rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
 {
-    static rd_kafka_message_t m[2];
     (void)timeout_ms;
     if (!polled || polls == 2) {
         if (polled)
@@ -82,13 +81,17 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
         rd_kafka_topic_partition_list_destroy(l);
         second_from_us = lm_now_us();
     }
-    m[polls] = (rd_kafka_message_t){ .offset = polls };
-    return &m[polls++];
+    records[polls] = (rd_kafka_message_t){ .offset = polls };
+    return &records[polls++];
 }
 
-void rd_kafka_message_destroy(rd_kafka_message_t *m)
+/* What the client itself says, at its close, is the library's. */
+void rd_kafka_message_destroy(rd_kafka_message_t *message)
 {
-    (void)m;
+    void (*real)(rd_kafka_message_t *) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_message_destroy");
+    if (message != &records[0] && message != &records[1])
+        real(message);
 }
 
 const char *rd_kafka_topic_name(const rd_kafka_topic_t *t)
@@ -97,16 +100,18 @@ const char *rd_kafka_topic_name(const rd_kafka_topic_t *t)
     return "t";
 }
 
-int64_t rd_kafka_message_timestamp(const rd_kafka_message_t *m, rd_kafka_timestamp_type_t *type)
+int64_t rd_kafka_message_timestamp(const rd_kafka_message_t *message,
+                                   rd_kafka_timestamp_type_t *type)
 {
-    (void)m;
+    (void)message;
     *type = RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
     return -1;
 }
 
-rd_kafka_resp_err_t rd_kafka_message_headers(const rd_kafka_message_t *m, rd_kafka_headers_t **h)
+rd_kafka_resp_err_t rd_kafka_message_headers(const rd_kafka_message_t *message,
+                                             rd_kafka_headers_t **h)
 {
-    (void)m;
+    (void)message;
     (void)h;
     return RD_KAFKA_RESP_ERR__NOENT;
 }
@@ -166,7 +171,7 @@ static void an_eager_revocation_commits_while_it_drains(void **state)
 {
     (void)state;
     struct world *x = world_open();
-    x->cfg.revoke_drain_ms = 5000;
+    x->cfg.revoke_drain_ms = 60000;
     x->cfg.commit_interval_ms = 1;
     x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
     lease_ref(x->part.lease);           /* the world's; the consumer gives its own up */
@@ -179,7 +184,7 @@ static void an_eager_revocation_commits_while_it_drains(void **state)
     rd_kafka_topic_partition_list_add(parts, "t", 0);
     int64_t start = lm_now_us();
     rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, parts, &x->c);
-    assert_true(lm_now_us() - start < 4000000);         /* the last commit comes after the drain */
+    assert_true(lm_now_us() - start < 50000000);        /* the last commit comes after the drain */
     assert_int_equal(commits_meanwhile, 1);
     assert_non_null(strstr(metadata, "0:"));
     assert_true(strlen(metadata) > 4);  /* it has a map */
@@ -191,13 +196,16 @@ static void an_eager_revocation_commits_while_it_drains(void **state)
     world_close(x);
 }
 
-struct transaction { struct world *x; struct stage s; bool committed; };
+struct transaction { struct world *x; struct stage s; bool committed, outlasts_the_wait; };
 
-/* The producer thread, whose transaction takes a while. */
+/* The producer thread, whose transaction takes a while: the group is asked before its end if it
+ * outlasts the wait for it, however slow the machine. */
 static void *end_transaction(void *arg)
 {
     struct transaction *t = arg;
-    nanosleep(&(struct timespec){ .tv_nsec = 200 * 1000000 }, NULL);
+    int64_t end = lm_now_us() + (t->outlasts_the_wait ? 60 * 1000000 : 200000);
+    while (!atomic_load(&asked_before) && lm_now_us() < end)
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
     atomic_store(&transaction_over, true);
     consumer_settle(&t->x->c, &t->s, t->committed);
     return NULL;
@@ -222,20 +230,22 @@ static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool 
     struct job *jobs[] = { j };
     enum stage_verdict verdicts[1];
     struct transaction t = { .x = x, .s = { .jobs = jobs, .verdicts = verdicts, .n = 1 },
-                             .committed = committed };
+                             .committed = committed,
+                             .outlasts_the_wait = !same_partition || !in_time };
     x->c.staging.asked = &t.s;
     staging_serve(&x->c);
     assert_int_equal(t.s.n_commits, 1);
     rebalance_remove(&x->c, &x->c.parts[0]);
-    asked_before = asked_after = 0;
+    atomic_store(&asked_before, 0);
+    atomic_store(&asked_after, 0);
     atomic_store(&transaction_over, false);
     pthread_t producer;
     assert_int_equal(pthread_create(&producer, NULL, end_transaction, &t), 0);
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
     rd_kafka_topic_partition_list_add(l, "t", same_partition ? 0 : 1);
     rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
-    assert_int_equal(asked_before, same_partition && in_time ? 0 : 1);
-    assert_int_equal(asked_after, same_partition && in_time ? 1 : 0);
+    assert_int_equal(atomic_load(&asked_before), t.outlasts_the_wait ? 1 : 0);
+    assert_int_equal(atomic_load(&asked_after), t.outlasts_the_wait ? 0 : 1);
     while (!atomic_load(&transaction_over) || x->c.staging.open)
         staging_serve(&x->c);
     pthread_join(producer, NULL);
