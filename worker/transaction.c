@@ -30,8 +30,8 @@
  *                map are its own
  *                The same is done when all went well in the end but a request had no answer and was
  *                sent again: its first copy may come late, see unanswered.h. And when records were
- *                not taken in time, twice: librdkafka (2.15.1) keeps to the leader of a topic that
- *                was deleted and made again, as the new one's leader epoch is lower
+ *                not taken in time: librdkafka (2.15.1) keeps to the leader of a topic that was
+ *                deleted and made again, as the new one's leader epoch is lower
  *   fenced       another producer has our transactional.id: the worker ends. Unless our transaction
  *                had outlived transaction.timeout.ms while this process was awake: then it was the
  *                coordinator that fenced us, for a broker was away, and a new producer is made. A
@@ -61,7 +61,6 @@ enum {
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
-    TIMEOUTS_MOST = 2,
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
 
@@ -78,7 +77,7 @@ struct tx {
     size_t bytes;               /* of the stage */
     bool initialised;
     int failures;               /* in a row */
-    int timeouts;               /* of them, since the producer is this one: records not taken */
+    bool stale;                 /* records were not taken in time, since the producer is this one */
     int64_t since_us;           /* the oldest in `ready` ... */
     int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
@@ -267,7 +266,7 @@ static bool rebuild(struct tx *t)
     if (t->rebuilt_us && wait > 0)
         nanosleep(&(struct timespec){ .tv_nsec = LM_MIN(wait, 999999) * 1000 }, NULL);
     t->rebuilt_us = lm_now_us();
-    t->timeouts = 0;
+    t->stale = false;
     metric_add(&t->w->metrics.producer_rebuilds, 1);
     rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     atomic_store(&t->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
@@ -284,10 +283,9 @@ static bool rebuild(struct tx *t)
 /* Between transactions: what the last one has left on its way must not end the next one. */
 static bool fence(struct tx *t)
 {
-    bool stale = t->timeouts >= TIMEOUTS_MOST;
-    if (!stale && !atomic_load(&t->p->unanswered.any))
+    if (!t->stale && !atomic_load(&t->p->unanswered.any))
         return true;
-    lm_log(LM_INFO, "producer", "%s", stale ?
+    lm_log(LM_INFO, "producer", "%s", t->stale ?
            "records are not taken in time: a new producer asks anew who leads their topics" :
            "a request was not answered: a new producer fences what may come late");
     return rebuild(t);
@@ -453,7 +451,7 @@ static void after_commit(struct tx *t)
     if (t->stage.n == 1 && t->stage.jobs[0] && t->stage.jobs[0]->out.attempts)
         trust(t, t->stage.jobs[0]->out.topic);
     metric_add(&t->w->metrics.transactions, 1);
-    t->timeouts = 0;
+    t->stale = false;
     for (size_t i = 0; i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (!j || t->stage.verdicts[i] != STAGE_IN)
@@ -483,7 +481,7 @@ static bool any_timed_out(const struct stage *s)
 static void after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
-    t->timeouts += any_timed_out(&t->stage);
+    t->stale |= any_timed_out(&t->stage);
     for (size_t i = 0; going && i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (j && t->stage.verdicts[i] == STAGE_IN && forget_attempt(j)) {

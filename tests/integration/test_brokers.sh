@@ -73,7 +73,7 @@ send; answered "leaders were moved"
 
 # A reply topic is deleted and made again with other leaders, and the producer sees only the new one. The
 # leader epochs of the old one were higher, for its leaders had changed: librdkafka (2.15.1) keeps to them.
-# Exactly-once: two transactions may time out, 10 s each. At-least-once: the statistics of 20 s tell.
+# Exactly-once: a transaction may time out, 10 s. At-least-once: the statistics of 20 s tell.
 to_side() {             # FIRST COUNT
     "$PYTHON" - "$BOOTSTRAP" "$1" "$2" $MODES <<'P'
 import json, sys

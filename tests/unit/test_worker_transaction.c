@@ -25,6 +25,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char said[2048];         /* of each transaction: its prompts' offsets, and how it ended */
 static char sizes[256];         /* ... and how many they were */
 static int records, fail_next;
+static struct job *late;        /* not taken in time by the transaction that fails next */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
 static char wanted[256];        /* of each part of a stream: the partition that it was sent to */
 
@@ -104,6 +105,9 @@ rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
     (void)timeout_ms;
     bool fails = fail_next > 0;
     fail_next -= fails;
+    if (fails && late)                  /* the report of a record of it */
+        late->out.error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    late = NULL;
     say(said, sizeof said, -1, fails ? "aborted," : "committed,");
     say(sizes, sizeof sizes, records, "");
     return fails ? rd_kafka_error_new(RD_KAFKA_RESP_ERR__TIMED_OUT, "as the test says") : NULL;
@@ -448,6 +452,36 @@ static void an_open_transaction_is_aborted_at_the_end(void **state)
         worker_end_job(&x->w, jobs[i], OUTCOME_DROPPED);
 }
 
+/* ---- records that are not taken -------------------------------------------------------------- */
+
+/* The client may keep to brokers of before: one transaction's time is enough to find out. */
+static void what_is_not_taken_in_time_brings_a_new_producer(void **state)
+{
+    (void)state;
+    char mode[] = "at-least-once";      /* the client's; it is not to be told of transactions */
+    struct job *jobs[2];
+    x->cfg.delivery_mode = mode;
+    x->w.credentials = credentials_new(&x->cfg);
+    snprintf(x->w.name, sizeof x->w.name, "w");
+    read_prompts(jobs, 0, 2);
+    fail_next = 1;
+    finish(jobs, 0, 1);
+    begin();
+    until_in_flight(1);                 /* aborted as the group went on, for example: no reason */
+    assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 0);
+    fail_next = 1;
+    late = jobs[1];
+    finish(jobs, 1, 1);
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
+    assert_string_equal(sizes, "1 1 1 1 ");
+    atomic_store(&p.end, true);
+    while (!atomic_load(&p.over))
+        turn();
+    producer_close(&p);
+    credentials_free(x->w.credentials);
+}
+
 /* ---- parts of a stream ------------------------------------------------------------------- */
 
 /* A transaction with one part is aborted and made again. */
@@ -505,6 +539,7 @@ int main(void)
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
         TEST(an_open_transaction_is_aborted_at_the_end),
+        TEST(what_is_not_taken_in_time_brings_a_new_producer),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
     };
