@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompts and the oracle of the chaos suite.
 
-  chaos.py produce BOOTSTRAP SECONDS COUNT RATE JOURNAL [REGISTRY]
-      Prompts c-0, c-1, ... to `prompts` until COUNT are sent or SECONDS are over: JSON and (with a
-      registry) Avro, base model and adapters, one in 25 bad, one in 40 long, one in 50 with its
-      reply in `side`, a topic that the suite deletes. JOURNAL gets a line for each that the
-      brokers hold.
+  chaos.py produce BOOTSTRAP OVER COUNT RATE JOURNAL [REGISTRY]
+      Prompts c-0, c-1, ... to `prompts` until COUNT are sent or the file OVER is there: JSON and
+      (with a registry) Avro, base model and adapters, one in 25 bad, one in 40 long, one in 20 for an
+      adapter that nobody has had yet, one in 50 with its reply in `side`, a topic that the suite
+      deletes. JOURNAL gets a line for each that the brokers hold.
   chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE CONDEMNED
       Reads the outcomes with read_committed while the faults happen. Every few seconds: whatever
       the group has committed, offset or map, must have its outcome. When the file DONE is there,
@@ -28,6 +28,7 @@ import xxhash
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 ADAPTERS = "tests/models/storefront-adapters"
+SCHEMAS = 100           # of the same prompts: each second one that no worker knows, for 100 seconds
 
 
 def client(bootstrap, group, **more):
@@ -47,11 +48,14 @@ def avro_encoder(registry):
     from confluent_kafka.schema_registry import SchemaRegistryClient
     from confluent_kafka.schema_registry.avro import AvroSerializer
     from confluent_kafka.serialization import MessageField, SerializationContext
-    encode = AvroSerializer(SchemaRegistryClient({"url": registry}),
-                            open("schemas/prompt.avsc", encoding="utf-8").read())
+    registry = SchemaRegistryClient({"url": registry})
+    schema = json.load(open("schemas/prompt.avsc", encoding="utf-8"))
     context = SerializationContext("prompts", MessageField.VALUE)
-    encode({"id": "x", "prompt": "x"}, context)         # registers while the registry is there
-    return lambda p: encode(p, context)
+    encoders = [AvroSerializer(registry, json.dumps({**schema, "doc": f"{n} of {SCHEMAS}"}))
+                for n in range(SCHEMAS)]
+    for e in encoders:
+        e({"id": "x", "prompt": "x"}, context)          # registers while the registry is there
+    return lambda p, i: encoders[i // 40 % SCHEMAS](p, context)
 
 
 def is_bad(i):
@@ -67,6 +71,8 @@ def make(i, rng, ids, avro):
          "params": {"max_tokens": rng.randint(1, 4 if i % 3 else 24), "temperature": 0.0}}
     if i % 2:
         p["adapter"] = rng.choice(ids)
+    if i % 20 == 9:             # one that nobody has had: for it the store is needed
+        p["adapter"] = f"fresh-{i}/{p['adapter']}"
     if i % 40 == 11:            # slow: those behind it are finished first, and the offset map has work
         p["params"] |= {"max_tokens": 300, "ignore_eos": True}
     if is_side(i):
@@ -74,11 +80,11 @@ def make(i, rng, ids, avro):
     elif is_bad(i):
         p["no_such_field"] = True
     elif avro and i % 10 == 4:
-        return avro(p)
+        return avro(p, i)
     return json.dumps(p).encode()
 
 
-def produce(bootstrap, seconds, count, rate, journal, registry=None):
+def produce(bootstrap, over, count, rate, journal, registry=None):
     rng, ids = random.Random(11), adapter_ids()
     avro = avro_encoder(registry) if registry else None
     p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "enable.idempotence": True,
@@ -90,7 +96,7 @@ def produce(bootstrap, seconds, count, rate, journal, registry=None):
                     f.write(json.dumps([f"c-{i}", m.partition(), m.offset()]) + "\n")
             return report
         start, i = time.time(), 0
-        while i < int(count) and time.time() - start < float(seconds):
+        while i < int(count) and not os.path.exists(over):
             p.produce("prompts", key=str(i % 97), value=make(i, rng, ids, avro),
                       headers=[("test-id", f"c-{i}".encode())], on_delivery=sent(i))
             i += 1

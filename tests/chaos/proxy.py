@@ -6,6 +6,7 @@ MODE-FILE is read five times a second:
   delay MS      forward, MS milliseconds late
   hang          keep connections open, forward nothing
   cut           close all connections and refuse new ones
+The standard output says how many connections each mode has met, once it is over.
 
 or, for Kafka without TLS, lines that each fault one request: the first with this API key (produce 0,
 offset commit 8, offset fetch 9, leave group 13, init producer id 22, end transaction 26, offset
@@ -20,7 +21,7 @@ import asyncio
 import struct
 import sys
 
-mode, rules, hung, writers = ["pass"], [], set(), set()
+mode, rules, hung, writers, met = ["pass"], [], set(), set(), [0]
 
 
 def parse(text):
@@ -38,8 +39,10 @@ async def watch(path):
         except OSError:
             text = ""
         if text != last:
+            if last is not None:
+                print("mode", mode[0], "met", met[0], "connections", flush=True)
             parse(text)
-            last = text
+            last, met[0] = text, len(writers) // 2
         if mode[0] == "cut":
             for w in list(writers):
                 w.close()
@@ -106,6 +109,7 @@ async def answers(reader, writer, who):
 
 async def serve(listen, target):
     async def accept(reader, writer):
+        met[0] += 1
         if mode[0] == "cut":
             writer.close()
             return
