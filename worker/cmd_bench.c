@@ -16,9 +16,16 @@
  * With --start the only figure is the time from the start of the process to the first token of its
  * first request: program, libraries, device, weights, and all that is made before a step can run.
  *
+ * With --idle it is what adapters cost steps that use none of them: two engines, one of which holds
+ * --dummy adapters in its pool, decode the same batch of base-only requests in turns, --repeat
+ * times. The figure is the median of the pairs' ratios, so that neither a clock that changes nor a
+ * neighbour on the machine counts against one of the two. Both are pumped on this thread: the same
+ * steps each time.
+ *
  * tests/bench/run.sh runs a peer beside it and fills in the last two.
  *
- * Every figure is the best of --repeat runs: on a shared machine the others measure the neighbours.
+ * Every other figure is the best of --repeat runs: on a shared machine the rest measure the
+ * neighbours.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -124,9 +131,12 @@ static lm_status run_batch(struct bench *b, int n, int prompt_tokens, int max_to
         return lm_err_set(err, LM_NOMEM, "no memory for %d prompt tokens", prompt_tokens);
     engine_stats(b->e, &out->before);
     int64_t start = engine_now_us(b->e);
+    bool idle = false;
     lm_status st = LM_OK;
     for (int i = 0; i < n && st == LM_OK; i++)
         st = submit_one(b, i, prompt_tokens, max_tokens, distinct, ids, err);
+    if (st == LM_OK && b->args.idle)
+        st = engine_pump(b->e, INT64_MAX, &idle, err);
     if (st == LM_OK)
         st = await_all(b, n, out, start, err);
     engine_stats(b->e, &out->after);
@@ -213,6 +223,85 @@ static lm_status bench_start(struct bench *b, double opened_s, struct lm_err *er
     return LM_OK;
 }
 
+/* ---- adapters that nobody uses --------------------------------------------------------- */
+
+static int by_size(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Milliseconds of a step in which `batch` base-only requests decode. */
+static lm_status base_step(struct bench *b, double *ms, struct lm_err *err)
+{
+    struct run r;
+    lm_status st = run_batch(b, b->args.batch, b->args.prompt_tokens, b->args.tokens, 0, &r, err);
+    if (st == LM_OK && r.steps_s <= 0)
+        st = lm_err_set(err, LM_INVALID, "no step has all %d sequences: more --tokens are needed",
+                        b->args.batch);
+    if (st == LM_OK)
+        *ms = r.steps_s * 1e3 / (b->args.tokens - 1);
+    return st;
+}
+
+/* Each engine first in every second pair. Sorts what it leaves. */
+static lm_status idle_pairs(struct bench *none, struct bench *held, int n, double *ratio,
+                            double least[2], struct lm_err *err)
+{
+    lm_status st = LM_OK;
+    for (int i = -1; i < n && st == LM_OK; i++) {       /* the first pair warms up */
+        double ms[2];
+        st = base_step(i % 2 ? none : held, &ms[i % 2 == 0], err);
+        if (st == LM_OK)
+            st = base_step(i % 2 ? held : none, &ms[i % 2 != 0], err);
+        if (st != LM_OK || i < 0)
+            continue;
+        ratio[i] = ms[0] / ms[1];
+        for (int k = 0; k < 2; k++)
+            least[k] = i == 0 ? ms[k] : LM_MIN(least[k], ms[k]);
+    }
+    qsort(ratio, (size_t)n, sizeof *ratio, by_size);
+    return st;
+}
+
+static lm_status compare_idle(struct bench *none, struct bench *held, struct lm_err *err)
+{
+    const int n = held->args.repeat;
+    double least[2] = { 0 }, *ratio = lm_calloc((size_t)n, sizeof *ratio);
+    struct run r;
+    struct engine_stats s;
+    if (!ratio)
+        return lm_err_set(err, LM_NOMEM, "no memory for %d figures", n);
+    lm_status st = run_batch(held, held->n_adapters, 4, 1, held->n_adapters, &r, err);
+    if (st == LM_OK)
+        st = idle_pairs(none, held, n, ratio, least, err);
+    engine_stats(held->e, &s);
+    if (st == LM_OK)
+        printf("{\"name\": \"idle_adapters\", \"value\": %.5g, \"unit\": \"x\", \"peer\": null, "
+               "\"ratio\": null, \"adapters\": %d, \"resident\": %d, \"pairs\": %d, "
+               "\"lowest\": %.5g, \"highest\": %.5g, \"step_ms\": %.5g, "
+               "\"step_ms_held\": %.5g}\n", (ratio[(n - 1) / 2] + ratio[n / 2]) / 2,
+               held->n_adapters, s.adapters_resident, n, ratio[0], ratio[n - 1], least[0],
+               least[1]);
+    free(ratio);
+    return st;
+}
+
+/* `held` has its adapters in host memory already. */
+static lm_status bench_idle(struct bench *held, const struct engine_config *cfg,
+                            struct lm_err *err)
+{
+    struct bench none = { .args = held->args, .info = held->info };
+    lm_status st = engine_open(cfg, &none.e, err);
+    if (st != LM_OK)
+        return st;
+    st = compare_idle(&none, held, err);
+    engine_close(none.e);
+    return st;
+}
+
+/* ---- all of them ----------------------------------------------------------------------- */
+
 static lm_status bench_all(struct bench *b, struct lm_err *err)
 {
     lm_status st = bench_prefill(b, err);
@@ -269,8 +358,8 @@ static lm_status fixed_figures(struct bench *b, struct lm_err *err)
         .threads = a->threads, .pool_bytes = a->pool_bytes, .block_tokens = a->block_tokens,
         .kv = a->kv, .weights = a->weights, .shape_layers = a->layers,
         .max_seqs = a->max_seqs ? a->max_seqs : a->batch, .max_step_tokens = a->max_step_tokens,
-        .max_waiting = a->batch + 1, .host_adapter_bytes = a->host_adapter_bytes,
-        .policy = &a->policy,
+        .max_waiting = LM_MAX(a->batch, a->idle ? a->dummy : 0) + 1,
+        .host_adapter_bytes = a->host_adapter_bytes, .policy = &a->policy, .manual = a->idle,
     };
     lm_status st = engine_open(&cfg, &b->e, err);
     if (st != LM_OK)
@@ -282,7 +371,8 @@ static lm_status fixed_figures(struct bench *b, struct lm_err *err)
     else
         st = make_adapters(b, err);
     if (st == LM_OK)
-        st = a->start ? bench_start(b, opened_s, err) : bench_all(b, err);
+        st = a->start ? bench_start(b, opened_s, err)
+                      : a->idle ? bench_idle(b, &cfg, err) : bench_all(b, err);
     for (int i = 0; i < b->n_adapters; i++)
         engine_adapter_unref(b->adapter[i]);
     free(b->adapter);

@@ -36,6 +36,7 @@ struct bench_args {
     int fetches;                /* at once */
     int warm_up;                /* requests before a trace that don't count */
     bool start;                 /* only the time to the first token */
+    bool idle;                  /* only what adapters that nobody asks for cost */
     bool json;                  /* no table */
     struct engine_policy policy;
 };

@@ -42,6 +42,7 @@ static const struct bench_option options[] = {
     { "modules", MODULES, 0, "LIST", "of stand-ins: q,k,v,o,gate,up,down or all; default q,k,v,o" },
     { NULL, TEXT, 0, "Fixed figures (without --trace): one JSON line each", NULL },
     { "start", ON, AT(start), NULL, "only seconds from the process's start to a first token" },
+    { "idle", ON, AT(idle), NULL, "only what the stand-ins cost those who don't use them" },
     { "prompt-tokens", COUNT, AT(prompt_tokens), "N", "default 32" },
     { "tokens", COUNT, AT(tokens), "N", "tokens to decode; default 64" },
     { "batch", COUNT, AT(batch), "N", "sequences at once; default 32" },
@@ -246,6 +247,8 @@ static int check(const struct bench_args *a)
         return complain("--model and --shape are both given");
     if (a->adapters && (a->dummy || a->trace))
         return complain("--adapters is for fixed figures without --dummy");
+    if (a->idle && (!a->dummy || !a->pool_bytes || a->trace || a->start))
+        return complain("--idle is for fixed figures with --dummy, and two engines: --pool-bytes");
     if (a->policy.adapter_percent >= 100)
         return complain("--split-pool is a percentage from 1 to 99");
     return 0;

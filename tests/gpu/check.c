@@ -7,6 +7,7 @@
  *     bench     the table of achieved bandwidth and arithmetic
  *     golden    the whole engine on the small models against transformers + PEFT
  *     graph     decode steps as CUDA graphs against each operation by itself, bit by bit
+ *     company   a request beside these and beside those, bit by bit
  *
  * gpu-check loramill bench ...: `loramill bench`, for machines without librdkafka and Avro.
  * gpu-check files ...: a checkpoint to load, see files.c.
@@ -59,6 +60,7 @@ static const struct {
     { "bench", run_bench },
     { "golden", check_golden },
     { "graph", check_graph },
+    { "company", check_company },
     { "device", check_device },
     { "rows", check_rows },
     { "gemm", check_gemm },

@@ -105,6 +105,7 @@ void check_prefill(struct gpu_check *c);        /* a part of it */
 void check_lora(struct gpu_check *c);           /* merge too */
 void check_golden(struct gpu_check *c);         /* the whole engine, on the small models */
 void check_graph(struct gpu_check *c);          /* the same, recorded against single operations */
+void check_company(struct gpu_check *c);        /* the same request beside others */
 
 void bench_ceilings(struct gpu_check *c);
 void bench_rows(struct gpu_check *c);

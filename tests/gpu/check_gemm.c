@@ -52,7 +52,7 @@ static void check_case(struct gpu_check *c, const struct gemm_case *t, kn_mat *g
 }
 
 /* The same row alone among zeros and among strangers, at the same row count: the same bits. */
-static void check_company(struct gpu_check *c, int m, int n, int k, kn_mat *g)
+static void check_row(struct gpu_check *c, int m, int n, int k, kn_mat *g)
 {
     struct pair x = pair_new(c, (size_t)m * (size_t)k), z = pair_new(c, (size_t)m * (size_t)k);
     size_t row = (size_t)k * 2;
@@ -98,7 +98,7 @@ static void check_mixed(struct gpu_check *c)
         must(kn_stream_new(c->cuda, &own, &err), "stream_new");     /* it knows of FP8 weights */
         c->gs = own;
         for (size_t k = 0; k < LM_COUNT(ms); k++)
-            check_company(c, ms[k], 4096, 1024, w);
+            check_row(c, ms[k], 4096, 1024, w);
         c->gs = was;
         kn_stream_free(own);
         kn_mat_free(w);
@@ -122,7 +122,7 @@ void check_gemm(struct gpu_check *c)
             t.pad = (i + s) % 3 == 2 ? 8 : 0;
             check_case(c, &t, g, h);
             if (ms[i] > 1)
-                check_company(c, ms[i], n, k, g);
+                check_row(c, ms[i], n, k, g);
         }
         kn_mat_free(g);
         kn_mat_free(h);

@@ -5,23 +5,25 @@
 #   PART=smoke     every operation against the CPU's, golden logits; memcheck    (at most 90 s)
 #   PART=kernels   the same operations at all sizes, then their speed            (2 min)
 #   PART=start     seconds to the first token; loading a checkpoint              (90 s)
-#   PART=trace     decode steps, end-to-end traces                               (8 min)
+#   PART=trace     decode steps, idle adapters, end-to-end traces                (8 min)
 #   PART=full      all of them                                                   (9 min)
 #   STEPS='a b'    only these steps of the part: checks golden memcheck speed first-token load decode
-#                  traces more-traces
+#                  idle traces more-traces
 #   TRACES='a b'   only these traces, as patterns: 7b-* 7b-1000-mixed 8b-32 (see traces() below)
 #   BUDGET=N       seconds; what would not be done by then is left out, and said to be
 #   RESULTS=DIR    one JSON line a figure goes to DIR/gpu-check.jsonl (default: build)
 #
 # Runs the prebuilt build/gpu/gpu-check if it is there, else builds it. Each part prints its lines
-# even if a later one fails; what matters most comes first. Exit status: 0 all that ran is well, 1 a
-# part failed, 2 no GPU or nothing to run.
+# even if a later one fails; what matters most comes first. How long smoke and kernels take is a
+# figure, in full too, and must be within their time. Exit status: 0 all that ran is well, 1 a part
+# failed, 2 no GPU or nothing to run.
 set -u
 cd "$(dirname "$0")/../.."
 : "${PART:=smoke}" "${RESULTS:=build}" "${STEPS:=}" "${TRACES:=*}"
 bin=build/gpu/gpu-check
 failed=0
 left_out=0
+declare -A took                 # seconds, by a step's short name
 matched=0
 asked=0
 picked=0
@@ -74,7 +76,7 @@ within() {
 
 # step SHORT NAME FUNCTION: a step's result does not depend on that of the one before.
 step() {
-    local start=$SECONDS st
+    local start=$EPOCHREALTIME st
     [ -z "$STEPS" ] || [[ " $STEPS " == *" $1 "* ]] || return
     matched=1
     say "$2"
@@ -87,8 +89,32 @@ step() {
     st=$?
     [ $st -eq 124 ] && printf 'not ok - %s timed out\n' "$2"
     [ $st -eq 0 ] || failed=1
-    printf '== %s: %s (%d s)\n' "$2" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
-        $((SECONDS - start))
+    took[$1]=$(awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
+    printf '== %s: %s (%s s)\n' "$2" "$([ $st -eq 0 ] && echo passed || echo "failed, status $st")" \
+        "${took[$1]}"
+}
+
+# goal WHAT VALUE at-least|at-most LIMIT: a line, and a failure if it is missed.
+goal() {
+    if awk -v v="$2" -v h="$3" -v l="$4" 'BEGIN { exit !(h == "at-least" ? v >= l : v <= l) }'; then
+        echo "ok - $1: $2 ($3 $4)"
+    else
+        echo "not ok - $1: $2 ($3 $4)"
+        return 1
+    fi
+}
+
+# seconds PART LIMIT STEP...: how long these steps took, if all of them ran.
+seconds() {
+    local part=$1 limit=$2 sum=0 s
+    shift 2
+    for s; do
+        [ -n "${took[$s]:-}" ] || return 0
+        sum=$(awk -v a="$sum" -v b="${took[$s]}" 'BEGIN { printf "%.1f", a + b }')
+    done
+    printf '{"run": "gpu-check", "name": "seconds_%s", "value": %s, "unit": "s", "goal": %s}\n' \
+        "$part" "$sum" "$limit" | tee -a "$results"
+    goal "seconds that PART=$part takes" "$sum" at-most "$limit"
 }
 
 memcheck() {
@@ -138,10 +164,12 @@ bench() {
 # What the engine says about its start.
 opening() { grep -E 'engine: (opening|opened|weights):? ' "$RESULTS/gpu-check.err" | sed 's/^[^ ]* *INFO *engine: /# /'; }
 
-# The second of two starts finds program and libraries in memory.
+# The second of two starts finds program and libraries in memory, as the first does where other steps
+# have run.
 first_token() {
-    local st=0 shape
-    for shape in llama-2-7b llama-2-7b llama-3.1-8b; do
+    local st=0 shape again=llama-2-7b
+    [ "$PART" != full ] || again=
+    for shape in llama-2-7b $again llama-3.1-8b; do
         bench 30 "first token, $shape" --load-format dummy --shape ops/shapes/$shape.json --start \
             --max-step-tokens 4096 || st=1
         [ $ran -eq 0 ] || opening
@@ -189,7 +217,8 @@ load() {
     if [ -n "${many:-}" ]; then
         echo "# read from the page cache in $one s by one thread, $many s by $threads"
         loading "load llama-2-7b from the page cache" "$dir" "$many" "$bytes" || st=1
-        loading "load llama-2-7b from the page cache, again" "$dir" "$many" "$bytes" || st=1
+        [ "$PART" = full ] ||
+            loading "load llama-2-7b from the page cache, again" "$dir" "$many" "$bytes" || st=1
     else
         st=1
     fi
@@ -209,16 +238,17 @@ load() {
     return $st
 }
 
+# Each run has a batch of 1 among its figures, too.
 decode() {
     local b st=0 shape=llama-2-7b
-    for b in 1 32 256; do
+    for b in 32 256; do
         bench 60 "decode $shape, batch $b" --load-format dummy --shape ops/shapes/$shape.json \
             --prompt-tokens 32 --tokens 128 --batch $b --repeat 2 || st=1
     done
     bench 60 "decode $shape, batch 256, weights in float16" --load-format dummy \
         --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 256 --repeat 1 \
         --weights-dtype stored || st=1
-    for b in 1 32 256; do
+    for b in 32 256; do
         bench 60 "decode $shape, batch $b, weights in fp8" --load-format dummy \
             --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch $b --repeat 1 \
             --weights-dtype fp8 || st=1
@@ -231,6 +261,19 @@ decode() {
         --shape ops/shapes/$shape.json --prompt-tokens 32 --tokens 128 --batch 32 --dummy 32 \
         --repeat 2 || st=1
     return $st
+}
+
+# What 100 adapters in the pool cost a batch that uses none of them. At 32 rows Hopper has no product
+# that is tuned, so two engines have the same kernels.
+idle() {
+    local x
+    bench 45 'idle adapters, llama-2-7b' --load-format dummy --shape ops/shapes/llama-2-7b.json \
+        --idle --dummy 100 --batch 32 --prompt-tokens 32 --tokens 64 --repeat 8 --pool-bytes 8G \
+        --swap-bytes 0 --host-adapter-bytes 16G --max-step-tokens 2048 || return 1
+    [ $ran -eq 1 ] || return 0
+    x=$(grep -F '"name": "idle_adapters"' "$results" | tail -n 1 |
+        sed 's/.*"value": \([0-9.e+-]*\).*/\1/')
+    goal "speed of an adapter-free batch beside 100 adapters" "$x" at-least 0.99
 }
 
 # trace NAME SHAPE ADAPTERS RANKS [OPTION...]: 1,000 requests at once, 256 running unless an option
@@ -281,7 +324,7 @@ more_traces() {
 
 speed() { timeout -k 5 "$(within 130)" "$bin" "$results" bench; }
 checks() { timeout -k 5 "$(within 80)" "$bin" "$results" smoke; }
-golden() { timeout -k 5 "$(within 60)" "$bin" "$results" golden graph; }
+golden() { timeout -k 5 "$(within 70)" "$bin" "$results" golden graph company; }
 
 part_checks() { step checks "operations against the CPU" checks; }
 part_golden() { step golden "golden logits" golden; }
@@ -290,6 +333,7 @@ part_speed() { step speed "speed of operations" speed; }
 part_first() { step first-token "first token" first_token; }
 part_load() { step load "loading" load; }
 part_decode() { step decode "decode" decode; }
+part_idle() { step idle "idle adapters" idle; }
 part_traces() { step traces "traces" traces; }
 part_more() { step more-traces "traces without the limit of 256, and with FP8" more_traces; }
 
@@ -297,12 +341,16 @@ case $PART in
 smoke) order="checks golden memcheck" ;;
 kernels) order="checks speed" ;;
 start) order="first load" ;;
-trace) order="traces decode more" ;;
-full) order="checks golden first traces decode load speed memcheck more" ;;
+trace) order="traces decode idle more" ;;
+full) order="checks golden first traces decode idle load speed memcheck more" ;;
 esac
 for part in $order; do
     "part_$part"
 done
+case $PART in
+smoke | full) seconds smoke 90 checks golden memcheck || failed=1 ;;&
+kernels | full) seconds kernels 120 checks speed || failed=1 ;;
+esac
 [ $matched -eq 1 ] || die "part $PART has none of the steps '$STEPS'; nothing was checked"
 [ $asked -eq $picked ] || die "no trace is called '$TRACES'"
 [ $failed -eq 0 ] && say "all passed" || say "something failed"

@@ -119,7 +119,8 @@ static void options_are_checked(void **state)
         "--shape x --model y", "", "--shape x --tokens 0", "--shape x --modules q,x",
         "--shape x --split-pool 100", "--shape x --preempt never", "--shape x --pool-bytes 4Q",
         "--shape x extra", "--shape x --nothing", "--shape x --load-format real",
-        "--shape x --kv-dtype fp4", "--shape x --weights-dtype int8",
+        "--shape x --kv-dtype fp4", "--shape x --weights-dtype int8", "--shape x --idle --dummy 4",
+        "--shape x --idle --pool-bytes 1G", "--shape x --idle --dummy 4 --pool-bytes 1G --start",
     };
     for (size_t i = 0; i < LM_COUNT(bad); i++) {
         char line[128];
@@ -127,8 +128,10 @@ static void options_are_checked(void **state)
         snprintf(line, sizeof line, "bench %s", bad[i]);
         assert_int_equal(parse(line, &a), 2);
     }
-    struct bench_args a =
-        arguments("--modules q,down --pool-bytes 2G --fcfs --slo-ttft 6 --no-early-abort "
+    char idle[] = "bench --shape x --idle --dummy 4 --pool-bytes 1G";
+    struct bench_args a;
+    assert_true(parse(idle, &a) == 0 && a.idle && a.dummy == 4);
+    a = arguments("--modules q,down --pool-bytes 2G --fcfs --slo-ttft 6 --no-early-abort "
                   "--kv-dtype fp8 --weights-dtype fp8");
     assert_int_equal(a.kv, ENGINE_KV_FP8);
     assert_int_equal(a.weights, ENGINE_WEIGHTS_FP8);
