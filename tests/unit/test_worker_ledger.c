@@ -2,7 +2,9 @@
 /*
  * test_worker_ledger.c - the ledger by example, then against a naive model over random histories:
  * assign, revoke, deliver with gaps, rewind, finish out of order, finish late with a stale epoch,
- * commit. The model keeps every delivered offset in a flat array and computes each answer anew.
+ * commit. The model keeps every delivered offset in a flat array and computes each answer anew. One
+ * history is long, for what takes many operations to come about; two million are short, each from
+ * an empty ledger, for all the ways to begin.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -203,7 +205,8 @@ static void test_refuses_nonsense(void **state)
 
 /* ---- against a naive model --------------------------------------------------------------- */
 
-enum { PARTS = 5, MODEL_MAX = 4096, STALE_MAX = 64, OPERATIONS = 2000000 };
+enum { PARTS = 5, MODEL_MAX = 4096, STALE_MAX = 64, OPERATIONS = 2000000, HISTORIES = 2000000,
+       SHORT = 16 };
 
 struct model {
     bool assigned;
@@ -322,15 +325,20 @@ static void do_commit(ledger *l, struct model *m)
     m->n -= keep;
 }
 
-static void test_against_model(void **state)
+/* One history; a partition is taken away once in `keeps` times that it might be. */
+static void play(long operations, uint32_t parts, uint32_t keeps)
 {
-    (void)state;
     static struct model models[PARTS];
     struct { struct ledger_ref ref; int64_t offset; } stale[STALE_MAX];
     int n_stale = 0;
     ledger *l = ledger_new(NULL, NULL, OFFSET_MAP_MAX);
-    for (long op = 0; op < OPERATIONS; op++) {
-        int32_t k = (int32_t)pick(PARTS);
+    for (uint32_t k = 0; k < parts; k++) {
+        models[k].assigned = false;
+        models[k].n = 0;
+        models[k].next = pick(3) ? 0 : pick(1000);
+    }
+    for (long op = 0; op < operations; op++) {
+        int32_t k = (int32_t)pick(parts);
         struct model *m = &models[k];
         if (!m->assigned || m->n >= MODEL_MAX - 1) {
             model_start(m, pick(4) ? m->next : LEDGER_NONE);
@@ -347,7 +355,7 @@ static void test_against_model(void **state)
             do_commit(l, m);
             break;
         default:
-            if (pick(200) == 0) {
+            if (pick(keeps) == 0) {
                 if (m->n)
                     stale[n_stale++ % STALE_MAX].ref = m->ref,
                     stale[(n_stale - 1) % STALE_MAX].offset = m->offsets[m->n - 1];
@@ -367,6 +375,19 @@ static void test_against_model(void **state)
     ledger_free(l);
 }
 
+static void test_against_model(void **state)
+{
+    (void)state;
+    play(OPERATIONS, PARTS, 200);
+}
+
+static void test_many_histories_against_model(void **state)
+{
+    (void)state;
+    for (int i = 0; i < HISTORIES; i++)
+        play(1 + pick(SHORT), 1 + pick(2), 2);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -378,6 +399,7 @@ int main(void)
         cmocka_unit_test(test_partitions_are_apart),
         cmocka_unit_test(test_refuses_nonsense),
         cmocka_unit_test(test_against_model),
+        cmocka_unit_test(test_many_histories_against_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
