@@ -25,6 +25,7 @@ struct header_list {
     bool failed;                /* an add ran out of memory; test once, at the end */
     struct header_block *blocks;        /* copies that have no room in `bytes` */
     size_t used;                /* of `bytes` */
+    /* Written before they are read, and need not begin as zeros; last, see struct job. */
     struct header few[HEADERS_FEW];
     char bytes[HEADERS_FEW_BYTES];
 };
@@ -43,10 +44,10 @@ void header_add_decimal(struct header_list *l, const char *name, int64_t v);
 struct header_names { const char *correlation_id, *reply_topic, *reply_partition; };
 
 struct reply_route {
-    char topic[256];
     int32_t partition;          /* -1: by key */
     bool asked;                 /* the prompt named the topic, not the configuration */
     bool follows;               /* the partition is where the parts went, nobody has named it */
+    char topic[256];            /* last, see struct job */
 };
 
 /* `allowed`: comma-separated exact names or "prefix*". */

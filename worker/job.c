@@ -85,7 +85,8 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
     struct job *j = lm_malloc(sizeof *j + bytes);
     if (!j)
         return LM_NOMEM;
-    memset(j, 0, sizeof *j);
+    memset(j, 0, offsetof(struct job, out.headers.few));
+    memset(&j->route, 0, offsetof(struct reply_route, topic) + 1);
     atomic_init(&j->refs, 1);
     atomic_init(&j->stage, JOB_QUEUED);
     j->lease = lease_ref(lease);

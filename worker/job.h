@@ -108,12 +108,10 @@ struct job {
     bool ordered;               /* in key_order.h's table */
     struct prompt *prompt;
     engine_adapter *adapter;
-    struct reply_route route;   /* of its reply; of the notice, once it is a dead letter */
     struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */
     struct reply_tally tally;
     struct lm_err *err;         /* NULL: none */
     enum job_outcome outcome;
-    struct outgoing out;
     struct outgoing *notice;    /* error reply that goes with a dead letter; NULL: none */
     atomic_int unreported;      /* records with the client library, plus one while sending */
     struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
@@ -134,6 +132,10 @@ struct job {
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */
     int64_t received_us, decoded_us, fetch_us, submitted_us, answered_us;
+    /* Last, as most of both is not touched before it is written, nor is it zeroed: thousands of
+     * jobs are more than caches hold. */
+    struct outgoing out;
+    struct reply_route route;   /* of its reply; of the notice, once it is a dead letter */
 };
 
 /* Copies everything out of the arguments. */

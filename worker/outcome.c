@@ -351,7 +351,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
         job_unref(child);
         return st;
     }
-    o->topic = child->route.topic;
+    o->topic = child->route.asked ? child->route.topic : w->cfg->topics_replies;
     o->partition = j->route.partition;
     o->asked = j->route.asked;
     o->follows = j->route.follows;

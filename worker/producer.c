@@ -100,7 +100,8 @@ static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *
     return e;
 }
 
-/* On success the record is the library's until its delivery report, and counted as unreported. */
+/* On success the record is the library's until its delivery report; else it counts no more as
+ * unreported. */
 static void send_record(producer *p, struct job *j, struct outgoing *o)
 {
     rd_kafka_headers_t *h = to_kafka_headers(&o->headers);
@@ -108,7 +109,6 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
     o->error = 0;
     if (!o->first_sent_us)
         o->first_sent_us = lm_now_us();
-    atomic_fetch_add(&j->unreported, 1);
     atomic_fetch_add(&p->under_way, 1);
     rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
@@ -122,10 +122,12 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
 /* Sends what is not acknowledged yet. True: no report will come, the caller judges the job. */
 bool producer_send_records(producer *p, struct job *j)
 {
-    atomic_store(&j->unreported, 1);    /* ours: reports may come while we are still here */
-    if (!j->out.acked)
+    bool out = !j->out.acked, notice = j->notice && !j->notice->acked;
+    /* One is ours: reports may come while we are still here. */
+    atomic_store_explicit(&j->unreported, 1 + out + notice, memory_order_relaxed);
+    if (out)
         send_record(p, j, &j->out);
-    if (j->notice && !j->notice->acked)
+    if (notice)
         send_record(p, j, j->notice);
     return atomic_fetch_sub(&j->unreported, 1) == 1;
 }

@@ -99,8 +99,11 @@ void worker_left_engine(struct worker *w, struct job *j)
 static void count(struct worker *w, struct job *j, size_t reply_bytes)
 {
     struct metrics *m = &w->metrics;
-    atomic_fetch_sub(&m->held_tokens, j->tokens);
-    atomic_fetch_add(&m->reply_bytes_held, (long long)reply_bytes - (long long)j->reply_bytes);
+    if (j->tokens)
+        atomic_fetch_sub(&m->held_tokens, j->tokens);
+    if (reply_bytes != j->reply_bytes)
+        atomic_fetch_add(&m->reply_bytes_held,
+                         (long long)reply_bytes - (long long)j->reply_bytes);
     j->tokens = 0;
     j->reply_bytes = reply_bytes;
 }
