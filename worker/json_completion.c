@@ -126,7 +126,7 @@ static size_t count_chars(struct counter *c, size_t end)
     return c->chars;
 }
 
-static void open_list(struct message_out *o, const char *key, int n)
+ALWAYS_INLINE void open_list(struct message_out *o, const char *key, int n)
 {
     out_key(o, key);
     out_open(o, OUT_ARRAY, (size_t)n);

@@ -119,9 +119,9 @@ static bool is_ascii(const char *s, size_t n)
     size_t i = 0;
     if (n < 16)
         return !((load_word(s, n) | load_last(s, n)) & HIGH_BITS);
-    for (; i + 32 <= n; i += 32)
-        or |= load16(s + i) | load16(s + i + 16);
-    if (i + 16 <= n)
+    for (; i + 64 <= n; i += 64)
+        or |= load16(s + i) | load16(s + i + 16) | load16(s + i + 32) | load16(s + i + 48);
+    for (; i + 16 <= n; i += 16)
         or |= load16(s + i);
     or |= load16(s + n - 16);
     return !any(or < 0);

@@ -77,6 +77,15 @@ static void put_long(struct message_out *o, int64_t l)
         o->bytes.n += (size_t)(write_long(to, l) - to);
 }
 
+/* Of a branch, or of few items: mostly one byte. */
+static inline void put_count(struct message_out *o, size_t n)
+{
+    if (n < 64)
+        bytes_byte(&o->bytes, (char)(n << 1));
+    else
+        put_long(o, (int64_t)n);
+}
+
 static void put_string(struct message_out *o, const char *s, size_t n)
 {
     char *to = bytes_room(&o->bytes, LONG_BYTES + n);
@@ -91,8 +100,11 @@ static void put_string(struct message_out *o, const char *s, size_t n)
 /* Least significant byte first, whatever the machine. */
 static void put_bits(struct message_out *o, uint64_t bits, size_t n)
 {
+    char *to = bytes_room(&o->bytes, sizeof bits);
     bits = htole64(bits);
-    bytes_put(&o->bytes, &bits, n);
+    if (to)
+        memcpy(to, &bits, sizeof bits);         /* those behind n are written over */
+    o->bytes.n += to ? n : 0;
 }
 
 static bool takes(const struct avro_node *n, unsigned types)
@@ -100,21 +112,24 @@ static bool takes(const struct avro_node *n, unsigned types)
     return types >> n->type & 1;
 }
 
-/* The node of the value that comes, whose type is one of `types`, behind the number of its branch.
- * NULL: none, which is kept as an error. */
-static const struct avro_node *place(struct message_out *o, unsigned types)
+static const struct avro_node *place_in_union(struct message_out *o, unsigned types)
 {
     const struct avro_node *n = o->next;
-    if (n->type != AVRO_UNION && takes(n, types))
-        return n;
     for (int i = 0; n->type == AVRO_UNION && i < n->n; i++)
         if (takes(n->child[i], types)) {
-            put_long(o, i);
+            put_count(o, (size_t)i);
             return n->child[i];
         }
     fail(o, LM_MISMATCH, n->type == AVRO_UNION ? "fits no branch of the schema's union" :
          "does not fit the schema");
     return NULL;
+}
+
+/* The node of the value that comes, whose type is one of `types`, behind the number of its branch.
+ * NULL: none, which is kept as an error. */
+static inline const struct avro_node *place(struct message_out *o, unsigned types)
+{
+    return takes(o->next, types) ? o->next : place_in_union(o, types);
 }
 
 /* A field that nobody gave. */
@@ -126,7 +141,7 @@ static void pass_over(struct message_out *o, struct out_level *l)
         return;
     for (int i = 0; n->type == AVRO_UNION && i < n->n; i++)
         if (n->child[i]->type == AVRO_NULL) {
-            put_long(o, i);
+            put_count(o, (size_t)i);
             return;
         }
     fail(o, LM_MISMATCH, n->type == AVRO_UNION ? "fits no branch of the schema's union" :
@@ -164,7 +179,7 @@ static void open_avro(struct message_out *o, enum out_kind kind, size_t n)
         return;
     o->next = node->child[0];
     if (n)
-        put_long(o, (int64_t)n);
+        put_count(o, n);
 }
 
 void out_open(struct message_out *o, enum out_kind kind, size_t n)
@@ -186,7 +201,7 @@ static void close_avro(struct message_out *o)
 {
     struct out_level *l = &o->level[o->depth - 1];
     if (l->kind != OUT_RECORD)
-        put_long(o, 0);
+        put_count(o, 0);
     while (l->kind == OUT_RECORD && !o->fault && l->field < l->node->n)
         pass_over(o, l);
     o->depth--;
