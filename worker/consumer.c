@@ -52,7 +52,7 @@ static void finish_job(consumer *c, struct job *j)
     c->held_bytes -= (long long)j->bytes;
     worker_discount(c->w, j);
     if (j->outcome == OUTCOME_DROPPED)
-        metric_add(&c->w->metrics.dropped, 1);
+        metric_move(&c->w->metrics.dropped, 1);
     else if (ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)
         job_unref(held);
     job_unref(j);
@@ -183,7 +183,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
 {
     struct job *j = NULL;
     if (ledger_skip(c->ledger, a->ref, m->offset)) {
-        metric_add(&c->w->metrics.skipped, 1);
+        metric_move(&c->w->metrics.skipped, 1);
         return LM_OK;
     }
     lm_status st = enter_ledger(c, a, m, &j);
@@ -198,8 +198,8 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     c->held_bytes += (long long)j->bytes;
     j->tokens = job_tokens_guess(j);
     atomic_fetch_add(&c->w->metrics.held_tokens, j->tokens);
-    metric_add(&c->w->metrics.consumed, 1);
-    metric_add(&c->w->metrics.consumed_bytes, j->bytes);
+    metric_move(&c->w->metrics.consumed, 1);
+    metric_move(&c->w->metrics.consumed_bytes, j->bytes);
     if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))
         a->crowded = c->braked = true;
     if (j->record.timestamp_ms >= 0)

@@ -34,8 +34,8 @@ void histogram_observe(struct histogram *h, int64_t us)
     us = LM_MAX(us, 0);
     while (i < METRICS_BUCKETS && us > bounds[i])
         i++;
-    metric_add(&h->buckets[i], 1);
-    metric_add(&h->sum_us, (uint64_t)us);
+    metric_move(&h->buckets[i], 1);
+    metric_move(&h->sum_us, (uint64_t)us);
 }
 
 void metrics_set_partitions(struct metrics *m, struct metrics_partition *parts, size_t n)

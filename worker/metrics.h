@@ -4,8 +4,9 @@
  * docs/operations.md documents each as an API: name, unit, when it moves.
  *
  * Threads: counters are relaxed atomics, any thread may add. Those that move with each message
- * stand by who moves them, each thread's apart from the others' cache lines. Partition rows are
- * written by the consumer thread and read by the scraper under a lock.
+ * stand by who moves them, each thread's apart from the others' cache lines, and are moved by that
+ * thread alone, as histograms are: without a locked instruction. Partition rows are written by the
+ * consumer thread and read by the scraper under a lock.
  */
 #ifndef LORAMILL_WORKER_METRICS_H
 #define LORAMILL_WORKER_METRICS_H
@@ -75,6 +76,13 @@ void metrics_release(struct metrics *m);
 static inline void metric_add(atomic_ullong *c, uint64_t n)
 {
     atomic_fetch_add_explicit(c, n, memory_order_relaxed);
+}
+
+/* Of a counter that no other thread adds to. */
+static inline void metric_move(atomic_ullong *c, uint64_t n)
+{
+    uint64_t now = atomic_load_explicit(c, memory_order_relaxed) + n;
+    atomic_store_explicit(c, now, memory_order_relaxed);
 }
 
 void histogram_observe(struct histogram *h, int64_t us);

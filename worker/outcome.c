@@ -223,11 +223,11 @@ static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc
 void worker_count_reply(struct worker *w, const struct reply_tally *t)
 {
     struct metrics *m = &w->metrics;
-    metric_add(t->reason == ENGINE_EXPIRED ? &m->expired :
-               t->reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
-    metric_add(&m->prompt_tokens, (uint64_t)t->prompt_tokens);
-    metric_add(&m->cached_tokens, (uint64_t)t->cached_tokens);
-    metric_add(&m->completion_tokens, (uint64_t)t->completion_tokens);
+    metric_move(t->reason == ENGINE_EXPIRED ? &m->expired :
+                t->reason == ENGINE_CANCELLED ? &m->cancelled : &m->completed, 1);
+    metric_move(&m->prompt_tokens, (uint64_t)t->prompt_tokens);
+    metric_move(&m->cached_tokens, (uint64_t)t->cached_tokens);
+    metric_move(&m->completion_tokens, (uint64_t)t->completion_tokens);
 }
 
 static void tally(struct job *j)

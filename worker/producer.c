@@ -291,7 +291,7 @@ static void acknowledged(producer *p, struct job *j)
     if (is_dead_letter(j))
         metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
     else
-        metric_add(&m->reply_bytes, j->out.len);
+        metric_move(&m->reply_bytes, j->out.len);
     if (j->outcome == OUTCOME_REPLY)
         worker_count_reply(p->w, &j->tally);
     worker_end_among(p->w, j, j->outcome, &p->ended);

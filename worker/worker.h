@@ -121,7 +121,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
 /* The engine has it no more: strikes it out of the journal. */
 void worker_left_engine(struct worker *w, struct job *j);
 
-/* The reply is acknowledged. */
+/* The reply is acknowledged. The producer thread's. */
 void worker_count_reply(struct worker *w, const struct reply_tally *t);
 
 /* The reply lies in the object store: produces the record that says so. As worker_reply(). */
