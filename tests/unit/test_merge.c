@@ -89,25 +89,46 @@ static void a_trial_ends_for_others(void **state)
 
 /* ---- the engine ------------------------------------------------------------------------ */
 
-/* A model of each dtype. With float32 weights merging is a reordering of sums, so the engine's own
+/*
+ * A model of each dtype. With float32 weights merging is a reordering of sums, so the engine's own
  * bound holds, and proves that every module went where it belongs. Else it rounds each targeted
- * weight once more, by up to the dtype's unit roundoff u (test_kernels_lora holds it to that):
- * logits of about ten, from a few layers, move by some u of their size. */
+ * weight once more, by up to the dtype's unit roundoff u (test_kernels_lora holds it to that).
+ *
+ * What that may do to an answer is measured on the same model, prompt and adapter, as the largest
+ * move of a log-probability between `weights` and `other`: the finer of the two rounded at load to
+ * the rougher, with `times` u as unit roundoff. To first order answers move in proportion to that,
+ * and merging rounds some of the weights where loading rounded all of them. Both are draws of one
+ * kind, so one largest move is held against ROUNDINGS of the other.
+ */
 struct model {
     const char *name, *dir, *adapter[2];
-    double tol;
+    enum engine_weights weights;        /* of the engines that are compared */
+    enum engine_weights other;
+    double times;               /* 0: the bound is SUMS */
 };
+
+#define SUMS 1e-4
+#define ROUNDINGS 2
 
 static const struct model models[] = {
     { "float32", "tests/fixtures/families/qwen2-window/model",
       { "tests/fixtures/families/qwen2-window/adapters/full-names",
-        "tests/fixtures/families/qwen2-window/adapters/full-names" }, 1e-4 },
+        "tests/fixtures/families/qwen2-window/adapters/full-names" },
+      ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_AUTO, 0 },
     { "float16", SPM_TINY, { "tests/models/spm-tiny-adapters/captain-sal",
-                             "tests/models/spm-tiny-adapters/nordwind-terse" }, 16 * 0x1p-11 },
-    { "bfloat16", "tests/fixtures/families/llama2/model",
+                             "tests/models/spm-tiny-adapters/nordwind-terse" },
+      ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_BF16, 8 },
+    { "bfloat16", "tests/fixtures/families/mistral/model",      /* stored in float16 */
+      { "tests/fixtures/families/mistral/adapters/fan-in",
+        "tests/fixtures/families/mistral/adapters/layers-pattern" },
+      ENGINE_WEIGHTS_BF16, ENGINE_WEIGHTS_AUTO, 1 },
+    { "bfloat16, two ranks", "tests/fixtures/families/llama2/model",
       { "tests/fixtures/families/llama2/adapters/list",
-        "tests/fixtures/families/llama2/adapters/patterns" }, 16 * 0x1p-8 },
+        "tests/fixtures/families/llama2/adapters/patterns" },
+      ENGINE_WEIGHTS_AUTO, ENGINE_WEIGHTS_FP8, 16 },
 };
+
+#define LONG 120                /* tokens */
 
 static const int32_t ids[6] = { 40, 41, 42, 43, 44, 45 };
 
@@ -163,9 +184,10 @@ struct pair {
     struct fixture_dir dir;
     engine *plain, *merging;
     engine_adapter *a[2], *b[2];        /* the former's, the latter's */
+    double tol[2];              /* with each adapter */
 };
 
-static engine *open_engine(const char *dir, bool merge)
+static engine *open_engine(const char *dir, bool merge, enum engine_weights weights)
 {
     struct engine_policy policy;
     struct engine_config cfg = fixture_config(dir);
@@ -173,21 +195,52 @@ static engine *open_engine(const char *dir, bool merge)
     policy.merge = merge;
     policy.prefix_cache = false;
     cfg.policy = &policy;
+    cfg.weights = weights;
     core_force_merge(merge);
     engine *e = fixture_engine(&cfg);
     core_force_merge(false);
     return e;
 }
 
+/* The largest move of a log-probability, as far as the words are the same. Frees both. */
+static double largest_move(struct engine_result *a, struct engine_result *b)
+{
+    const struct engine_choice *x = &a->choices[0], *y = &b->choices[0];
+    double most = 0;
+    for (int i = 1; i < x->n_logprobs && x->logprobs[i].id == y->logprobs[i].id; i++)
+        most = fmax(most, fabs((double)x->logprobs[i].logprob - (double)y->logprobs[i].logprob));
+    engine_result_free(a);
+    engine_result_free(b);
+    return most;
+}
+
+/* What roundings of the weights do to answers with each adapter. */
+static void measure(struct pair *p, const struct model *m)
+{
+    engine *other = open_engine(p->dir.path, false, m->other);
+    for (int i = 0; i < 2; i++) {
+        engine_adapter *a;
+        CHECK(engine_adapter_load(other, i ? "b" : "a", m->adapter[i], &a, err));
+        struct engine_request r = request(p->a[i], LONG), s = request(a, LONG);
+        double move = largest_move(fixture_run(p->plain, &r), fixture_run(other, &s)) / m->times;
+        p->tol[i] = SUMS + ROUNDINGS * move;
+        print_message("%s, adapter %d: %g allowed\n", m->name, i, p->tol[i]);
+        engine_adapter_unref(a);
+    }
+    engine_close(other);
+}
+
 static void pair_open(struct pair *p, const struct model *m)
 {
-    p->dir = fixture_open(m->dir);
-    p->plain = open_engine(p->dir.path, false);
-    p->merging = open_engine(p->dir.path, true);
+    *p = (struct pair){ .dir = fixture_open(m->dir), .tol = { SUMS, SUMS } };
+    p->plain = open_engine(p->dir.path, false, m->weights);
+    p->merging = open_engine(p->dir.path, true, m->weights);
     for (int i = 0; i < 2; i++) {
         CHECK(engine_adapter_load(p->plain, i ? "b" : "a", m->adapter[i], &p->a[i], err));
         CHECK(engine_adapter_load(p->merging, i ? "b" : "a", m->adapter[i], &p->b[i], err));
     }
+    if (m->times > 0)
+        measure(p, m);
 }
 
 static void pair_close(struct pair *p)
@@ -210,7 +263,7 @@ static void merged_says_the_same(void **state)
     for (int round = 0; round < 2; round++) {
         for (int i = 0; i < 2; i++) {
             before = merged_steps(p.merging, &merges);
-            same(ask(p.plain, p.a[i]), ask(p.merging, p.b[i]), m->tol);
+            same(ask(p.plain, p.a[i]), ask(p.merging, p.b[i]), p.tol[i]);
             after = merged_steps(p.merging, &merges);
             assert_int_equal(merges, (uint64_t)(round * 2 + i + 1));
             assert_true(after >= before + 23);  /* the first one takes the other adapter out */
@@ -228,7 +281,7 @@ static void company_comes_and_goes(void **state)
     struct pair p;
     uint64_t merges, steps_merged = 0;
     pair_open(&p, m);
-    struct engine_request r = request(p.a[0], 120);
+    struct engine_request r = request(p.a[0], LONG);
     struct engine_result *want = fixture_run(p.plain, &r), *got = NULL;
     r.adapter = p.b[0];
     engine_handle h = fixture_submit(p.merging, &r);
@@ -241,9 +294,9 @@ static void company_comes_and_goes(void **state)
         if (ev.handle == h)
             got = ev.result;
         else
-            same(fixture_run(p.plain, &other), ev.result, 1e-4);        /* in company */
+            same(fixture_run(p.plain, &other), ev.result, SUMS);        /* in company */
     }
-    same(want, got, m->tol);
+    same(want, got, p.tol[0]);
     pair_close(&p);
 }
 
@@ -267,9 +320,11 @@ int main(void)
         MODEL(merged_says_the_same, 0),
         MODEL(merged_says_the_same, 1),
         MODEL(merged_says_the_same, 2),
+        MODEL(merged_says_the_same, 3),
         MODEL(company_comes_and_goes, 0),
         MODEL(company_comes_and_goes, 1),
         MODEL(company_comes_and_goes, 2),
+        MODEL(company_comes_and_goes, 3),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     return failed + cmocka_run_group_tests_name("pipelined", tests, pipelined, NULL);
