@@ -3,10 +3,10 @@
  * arena.c - all memory of one prompt, freed at once; see message.h for the interface.
  *
  * A list of chunks, newest first; allocation bumps the newest one and never moves what was handed
- * out. The first one, which suffices for most prompts, is the arena's own. Memory is made zero when
- * it is handed out, but for strings. Something larger than half a kilobyte that has no room there
- * gets a chunk of its own, put behind the newest, so that a long text doesn't waste the room left
- * in it.
+ * out. The first one, which suffices for most prompts, is the arena's own, or lent. Memory is made
+ * zero when it is handed out, but for strings. Something larger than half a kilobyte that has no
+ * room there gets a chunk of its own, put behind the newest, so that a long text doesn't waste the
+ * room left in it.
  *
  * Threads: an arena belongs to whoever owns its prompt; nothing here locks.
  */
@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK_BYTES = 1024, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = 16 };
+enum { BLOCK_BYTES = 1024, CHUNK_BYTES = 4096, LARGE = 512, ALIGN = ARENA_ALIGN };
 
 struct chunk {
     struct chunk *next;
@@ -26,7 +26,8 @@ struct chunk {
 struct arena {
     struct chunk *chunks;
     size_t bytes;               /* asked of malloc, headers included */
-    size_t first_used;
+    bool lent;                  /* its memory is somebody else's */
+    uint32_t first_size, first_used;
     _Alignas(ALIGN) unsigned char first[];
 };
 
@@ -35,7 +36,14 @@ struct arena *arena_new(void)
 {
     struct arena *a = lm_malloc(BLOCK_BYTES);
     if (a)
-        *a = (struct arena){ .bytes = BLOCK_BYTES };
+        *a = (struct arena){ .bytes = BLOCK_BYTES, .first_size = BLOCK_BYTES - sizeof *a };
+    return a;
+}
+
+struct arena *arena_in(void *room, size_t size)
+{
+    struct arena *a = room;
+    *a = (struct arena){ .lent = true, .first_size = (uint32_t)(size - sizeof *a) };
     return a;
 }
 
@@ -47,7 +55,8 @@ void arena_free(struct arena *a)
         next = c->next;
         free(c);
     }
-    free(a);
+    if (!a->lent)
+        free(a);
 }
 
 static struct chunk *add_chunk(struct arena *a, size_t size, bool behind)
@@ -74,9 +83,9 @@ static void *take(struct arena *a, size_t bytes)
         return NULL;
     size_t need = LM_DIV_UP(LM_MAX(bytes, 1), ALIGN) * ALIGN;
     struct chunk *c = a->chunks;
-    if (need <= BLOCK_BYTES - sizeof *a - a->first_used) {
+    if (need <= a->first_size - a->first_used) {
         void *p = a->first + a->first_used;
-        a->first_used += need;
+        a->first_used += (uint32_t)need;
         return p;
     }
     if (!c || c->size - c->used < need) {

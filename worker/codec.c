@@ -227,10 +227,11 @@ static lm_status find_plan(codec *c, const unsigned char *value, size_t len,
     return st ? st : schema_cache_get(c->cache, &key, plan, err);
 }
 
-static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
-                             const struct header *id, struct prompt **out, struct lm_err *err)
+static lm_status decode_avro(codec *c, const struct json_source *source, const struct header *id,
+                             struct prompt **out, struct lm_err *err)
 {
-    const struct json_source source = { (const char *)value, len };
+    const unsigned char *value = (const unsigned char *)source->at;
+    const size_t len = source->len;
     struct json_scratch scratch;
     struct avro_plan *plan = NULL;
     yyjson_doc *doc = NULL;
@@ -240,7 +241,7 @@ static lm_status decode_avro(codec *c, const unsigned char *value, size_t len,
     if (!st)
         st = avro_decode_doc(plan, value + used, len - used, &scratch, &doc, err);
     if (!st)
-        st = read_prompt(doc, ENCODING_AVRO, c->model_name, &source, out, err);
+        st = read_prompt(doc, ENCODING_AVRO, c->model_name, source, out, err);
     if (st)
         make_utf8(err);
     return st;
@@ -256,16 +257,17 @@ lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
 }
 
 lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,
-                              int n_headers, struct prompt **out, struct lm_err *err)
+                              int n_headers, struct arena *arena, struct prompt **out,
+                              struct lm_err *err)
 {
+    const struct json_source source = { value, len, arena };
     if (!value || len == 0)
         return lm_err_set(err, LM_FORMAT, "the record has no value (a tombstone?)");
     if (len > c->max_message)
         return lm_err_set(err, LM_TOO_LARGE, "the message has %zu bytes, more than %zu", len,
                           c->max_message);
     if (codec_detect(value, len, h, n_headers) == ENCODING_AVRO)
-        return decode_avro(c, value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), out, err);
-    const struct json_source source = { value, len };
+        return decode_avro(c, &source, find_header(h, n_headers, SCHEMA_ID_HEADER), out, err);
     return decode_json(value, len, c->model_name, &source, out, err);
 }
 

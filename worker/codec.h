@@ -39,12 +39,14 @@ void codec_free(codec *c);
 /* What encoding a record has, by the rule above; never fails. */
 enum encoding codec_detect(const void *value, size_t len, const struct header *h, int n_headers);
 
-/* The prompt's text may stay in `value`, which is to outlive the prompt.
+/* The prompt's text may stay in `value`, which is to outlive the prompt. The rest lies in `arena`,
+ * which goes with it; NULL: in one of its own.
  * Headers correlation-id / reply topic are the caller's business (worker), not read here.
  * Retriable failures (registry down) have disposition LM_DO_RETRY; everything else is a dead
  * letter. */
 lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const struct header *h,
-                              int n_headers, struct prompt **out, struct lm_err *err);
+                              int n_headers, struct arena *arena, struct prompt **out,
+                              struct lm_err *err);
 
 /* Any message, a completion for instance, as a tree of jansson's; the caller json_decref()s it.
  * Fields that are null in Avro are left out. Nothing about its fields is checked. */

@@ -413,7 +413,7 @@ static void decode(intake *in, struct job *j)
     if (in->w->journal)
         journal_decoding(in->w->journal, j->journal_key);
     lm_status st = codec_decode_prompt(in->w->codec, r->value, r->value_len, r->headers,
-                                       r->n_headers, &j->prompt, &err);
+                                       r->n_headers, job_arena(j), &j->prompt, &err);
     if (in->w->journal)
         journal_decoding(in->w->journal, 0);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {

@@ -79,10 +79,20 @@ static void record_copy(struct record *to, const struct record *from, void *bloc
     }
 }
 
+/* A job's block: the job, room for its prompt, its record. One more for the prompt would be made by
+ * one thread and freed by another, which is dear. */
+enum { PROMPT_AT = LM_DIV_UP(sizeof(struct job), ARENA_ALIGN) * ARENA_ALIGN, PROMPT_ROOM = 768,
+       RECORD_AT = PROMPT_AT + PROMPT_ROOM };
+
+struct arena *job_arena(struct job *j)
+{
+    return arena_in((char *)j + PROMPT_AT, PROMPT_ROOM);
+}
+
 lm_status job_new(struct lease *lease, const struct record *from, struct job **out)
 {
-    size_t bytes = record_bytes(from);
-    struct job *j = lm_malloc(sizeof *j + bytes);
+    size_t bytes = RECORD_AT + record_bytes(from);
+    struct job *j = lm_malloc(bytes);
     if (!j)
         return LM_NOMEM;
     memset(j, 0, offsetof(struct job, out.headers.few));
@@ -90,8 +100,8 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
     atomic_init(&j->refs, 1);
     atomic_init(&j->stage, JOB_QUEUED);
     j->lease = lease_ref(lease);
-    j->bytes = bytes + sizeof *j;
-    record_copy(&j->record, from, j + 1);
+    j->bytes = bytes;
+    record_copy(&j->record, from, (char *)j + RECORD_AT);
     *out = j;
     return LM_OK;
 }

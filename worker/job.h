@@ -140,6 +140,8 @@ struct job {
 
 /* Copies everything out of the arguments. */
 lm_status job_new(struct lease *lease, const struct record *from, struct job **out);
+/* An empty arena for its prompt, in its own block. Not of a part. */
+struct arena *job_arena(struct job *j);
 /* A part of a streamed reply: same lease, record and route as the parent. NULL: out of memory. */
 struct job *job_child(struct job *parent);
 /* Tokens of a prompt that is not decoded yet: some three bytes each, and the default max_tokens. */

@@ -14,8 +14,9 @@
 #include <yyjson.h>
 #include "worker/message.h"
 
-/* Bytes that outlive what is read, and in which a long text may lie as it is. */
-struct json_source { const char *at; size_t len; };
+/* Bytes that outlive what is read, and in which a long text may lie as it is; and an arena that the
+ * rest may lie in, NULL: it has its own. */
+struct json_source { const char *at; size_t len; struct arena *arena; };
 
 struct json_reader {
     const char *prefix;         /* "" or "params." or "messages[3]." */

@@ -380,7 +380,7 @@ lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char 
 {
     if (!yyjson_is_obj(root))
         return lm_err_set(err, LM_FORMAT, "a prompt must be a record (object) of named fields");
-    struct arena *arena = arena_new();
+    struct arena *arena = source && source->arena ? source->arena : arena_new();
     struct prompt *p = arena ? arena_alloc(arena, sizeof *p) : NULL;
     if (!p) {
         arena_free(arena);

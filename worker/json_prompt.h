@@ -12,7 +12,7 @@
 #include "worker/json_field.h"
 
 /* The whole prompt. `model_name`, when not NULL, must equal the prompt's `model` if it has one.
- * `source`: its text may stay there, then it is not terminated. */
+ * `source`, or NULL: its text may stay there, then it is not terminated. */
 lm_status json_prompt_read(yyjson_val *root, enum encoding encoding, const char *model_name,
                            const struct json_source *source, struct prompt **out,
                            struct lm_err *err);

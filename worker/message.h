@@ -69,6 +69,9 @@ struct completion {
 
 /* ---- arena: all of a prompt's memory, freed at once ------------------------------------- */
 struct arena *arena_new(void);                  /* NULL: out of memory */
+enum { ARENA_ALIGN = 16 };
+/* One that begins in memory of the caller's, so aligned, which outlives it; at least 64 bytes. */
+struct arena *arena_in(void *room, size_t size);
 void arena_free(struct arena *a);
 void *arena_alloc(struct arena *a, size_t bytes);               /* NULL when exhausted; zeroed */
 char *arena_strndup(struct arena *a, const char *s, size_t n);

@@ -57,7 +57,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     n += take_header("__value_schema_id", &data, &size, &h[n]);
     struct prompt *p = NULL;
     struct lm_err err = { 0 };
-    lm_status st = codec_decode_prompt(c, data, size, h, (int)n, &p, &err);
+    lm_status st = codec_decode_prompt(c, data, size, h, (int)n, NULL, &p, &err);
     if (st ? p || !err.msg[0] : !p)
         abort();
     json_t *utf8 = json_string(err.msg);    /* messages end in UTF-8 headers */

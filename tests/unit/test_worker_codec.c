@@ -102,7 +102,7 @@ static lm_status decode(codec *c, const char *value, size_t len, const struct he
     exact = malloc(len ? len : 1);
     memcpy(exact, value, len);
     *p = NULL;
-    return codec_decode_prompt(c, exact, len, h, h ? 1 : 0, p, err);
+    return codec_decode_prompt(c, exact, len, h, h ? 1 : 0, NULL, p, err);
 }
 
 static void assert_text(const struct prompt *p, const char *want)
