@@ -61,6 +61,7 @@ enum {
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
     HOLD_US = 20000,
+    SEND_AT_ONCE = 64,          /* while other threads that have something to send wait */
     RENEW_DRAIN_MS = 2000,
     RENEW_PURGE_MS = 5000,
 };
@@ -102,13 +103,13 @@ static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *
 
 /* On success the record is the library's until its delivery report; else it counts no more as
  * unreported. */
-static void send_record(producer *p, struct job *j, struct outgoing *o)
+static void send_record(producer *p, struct job *j, struct outgoing *o, int64_t now_us)
 {
     rd_kafka_headers_t *h = to_kafka_headers(&o->headers);
     o->job = j;
     o->error = 0;
     if (!o->first_sent_us)
-        o->first_sent_us = lm_now_us();
+        o->first_sent_us = now_us;
     atomic_fetch_add(&p->under_way, 1);
     rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
@@ -120,15 +121,15 @@ static void send_record(producer *p, struct job *j, struct outgoing *o)
 }
 
 /* Sends what is not acknowledged yet. True: no report will come, the caller judges the job. */
-bool producer_send_records(producer *p, struct job *j)
+bool producer_send_records(producer *p, struct job *j, int64_t now_us)
 {
     bool out = !j->out.acked, notice = j->notice && !j->notice->acked;
     /* One is ours: reports may come while we are still here. */
     atomic_store_explicit(&j->unreported, 1 + out + notice, memory_order_relaxed);
     if (out)
-        send_record(p, j, &j->out);
+        send_record(p, j, &j->out, now_us);
     if (notice)
-        send_record(p, j, j->notice);
+        send_record(p, j, j->notice, now_us);
     return atomic_fetch_sub(&j->unreported, 1) == 1;
 }
 
@@ -136,7 +137,7 @@ bool producer_send_records(producer *p, struct job *j)
 static bool send_now(producer *p, struct job *j)
 {
     pthread_mutex_lock(&p->swap);
-    bool judge = producer_send_records(p, j);
+    bool judge = producer_send_records(p, j, lm_now_us());
     pthread_mutex_unlock(&p->swap);
     return judge;
 }
@@ -147,7 +148,7 @@ static bool send_or_hold(producer *p, struct job *j)
 {
     pthread_mutex_lock(&p->swap);
     bool hold = p->held.head || atomic_load(&p->under_way);
-    bool judge = !hold && producer_send_records(p, j);
+    bool judge = !hold && producer_send_records(p, j, lm_now_us());
     if (hold && !p->held.head)
         p->held_since_us = lm_now_us();
     if (hold)
@@ -462,13 +463,30 @@ static struct job *take_held(producer *p, bool all)
     return held.head;
 }
 
+/* The first of them under one lock. Returns the rest; who has no report to wait for is judged. */
+static struct job *send_some(producer *p, struct job *j, int64_t now_us)
+{
+    struct job_chain judge = { 0 };
+    pthread_mutex_lock(&p->swap);
+    for (int i = 0; j && i < SEND_AT_ONCE; i++) {
+        struct job *this = j;
+        j = j->next;
+        if (producer_send_records(p, this, now_us))
+            job_chain_add(&judge, this);
+    }
+    pthread_mutex_unlock(&p->swap);
+    for (struct job *failed = judge.head, *next; failed; failed = next) {
+        next = failed->next;
+        producer_judge(p, failed);
+    }
+    return j;
+}
+
 static void serve_held(producer *p)
 {
-    for (struct job *j = take_held(p, false), *next; j; j = next) {
-        next = j->next;
-        if (send_now(p, j))
-            producer_judge(p, j);
-    }
+    int64_t now = lm_now_us();
+    for (struct job *j = take_held(p, false); j;)
+        j = send_some(p, j, now);
 }
 
 static void drop_held(producer *p)

@@ -53,7 +53,7 @@ struct producer {
 lm_status producer_open(producer *p, struct lm_err *err);
 void producer_close(producer *p);       /* fine when it is not open */
 /* Sends what is not acknowledged yet. True: no report will come. */
-bool producer_send_records(producer *p, struct job *j);
+bool producer_send_records(producer *p, struct job *j, int64_t now_us);
 /* All that was sent has its report: is the job done? Then producer_give(), behind all at hand. */
 void producer_judge(producer *p, struct job *j);
 void producer_give(producer *p);

@@ -343,11 +343,12 @@ static enum fate undo(struct tx *t, rd_kafka_error_t *e)
 /* Hands the portion's records to the client; false: one was refused on the spot. */
 static bool produce(struct tx *t)
 {
+    int64_t now = lm_now_us();
     for (size_t i = t->stage.from; i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (!j || t->stage.verdicts[i] != STAGE_IN)
             continue;
-        producer_send_records(t->p, j);
+        producer_send_records(t->p, j, now);
         if (j->out.error || (j->notice && j->notice->error))
             return false;
     }
