@@ -155,9 +155,7 @@ void config_print_markdown(FILE *f)
           "| `kafka.statistics.interval.ms` | `10000` |\n"
           "| `kafka.producer.partitioner` | `murmur2_random`, as Java clients hash keys |\n"
           "| `kafka.producer.compression.type` | `lz4` |\n"
-          "| `kafka.producer.linger.ms` | `5`; exactly-once: `1000`, for a transaction's end sends "
-          "what is left, and half of a shorter delivery.timeout.ms or transaction.timeout.ms |\n"
-          "| `kafka.producer.sticky.partitioning.linger.ms` | exactly-once: `10` |\n"
+          "| `kafka.producer.linger.ms` | `5` |\n"
           "| `kafka.producer.retry.backoff.ms` | exactly-once, from librdkafka 2.10 on: `10`, "
           "which topic.metadata.refresh.fast.interval.ms follows |\n"
           "| `kafka.producer.delivery.timeout.ms` | `120000` |\n", f);

@@ -72,10 +72,6 @@ static const struct setting at_least_once_defaults[] = {
 };
 
 static const struct setting exactly_once_defaults[] = {
-    /* Full batches go at once, the rest with the flush at a transaction's end. What has waited
-     * for longer, behind a batch on its way, makes librdkafka's thread poll without a pause. */
-    { "linger.ms", "1000" },
-    { "sticky.partitioning.linger.ms", "10" },          /* else twice as long: one partition */
     /* What a dead worker's open transaction costs its readers; bounds delivery.timeout.ms too. */
     { "transaction.timeout.ms", "10000" },
     { "topic.metadata.propagation.max.ms", "5000" },    /* a missing topic holds a transaction up */
@@ -174,23 +170,6 @@ int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key)
     return rd_kafka_conf_get(conf, key, text, &n) == RD_KAFKA_CONF_OK ? strtoll(text, NULL, 10) : 0;
 }
 
-/* librdkafka refuses a linger.ms that is not below the time which a record or a transaction has: if
- * that was set to less than our default, ours gives way. */
-static lm_status lower_linger(rd_kafka_conf_t *conf, const struct config *c, struct lm_err *err)
-{
-    char text[32];
-    int64_t record = kafka_conf_int(conf, "message.timeout.ms");
-    int64_t most = kafka_conf_int(conf, "transaction.timeout.ms");
-    if (record > 0)
-        most = LM_MIN(most, record);
-    if (kafka_conf_int(conf, "linger.ms") < most ||
-        config_kafka(c, CONFIG_PRODUCER, "linger.ms") ||
-        config_kafka(c, CONFIG_PRODUCER, "queue.buffering.max.ms"))
-        return LM_OK;
-    snprintf(text, sizeof text, "%" PRId64, most / 2);
-    return set_one(conf, "linger.ms", text, err);
-}
-
 static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, const char *client_id,
                               struct lm_err *err)
 {
@@ -203,8 +182,6 @@ static lm_status set_producer(rd_kafka_conf_t *conf, const struct config *c, con
         st = set_all(conf, exactly_once_defaults_2_10, LM_COUNT(exactly_once_defaults_2_10), err);
     if (!st)
         st = set_passthrough(conf, c, CONFIG_PRODUCER, err);
-    if (!st && eos)
-        st = lower_linger(conf, c, err);
     if (!st)
         st = set_all(conf, producer_forced, LM_COUNT(producer_forced), err);
     return st || !eos ? st : set_transactional(conf, c, client_id, err);

@@ -272,6 +272,7 @@ static bool rebuild(struct tx *t)
     atomic_store(&t->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     producer_close(t->p);
     atomic_store(&t->w->closing_producer_us, 0);
+    atomic_store(&t->p->under_way, 0);          /* no report comes any more */
     t->initialised = false;
     if (producer_open(t->p, &err)) {
         worker_fail(t->w, LM_STATE, "%s", err.msg);
@@ -616,13 +617,15 @@ static int64_t until_due(const struct tx *t, int64_t now)
     return LM_MAX(at, t->not_before_us) - now;
 }
 
-/* Are so many ready that they may travel before their transaction is due? Not after a failure, nor
- * where it would be open for much of the time that it has at all. */
+/* Are so many ready that they may travel before their transaction is due? Not behind others, see
+ * producer.c on what is held back; nor after a failure, nor where it would be open for much of the
+ * time that it has at all. */
 static bool worth_sending(const struct tx *t, int64_t now)
 {
     size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
     return t->n_ready >= chunk && !t->failures && !t->full && !t->ready->out.attempts &&
-           now >= t->not_before_us && interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
+           !atomic_load(&t->p->under_way) && now >= t->not_before_us &&
+           interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
 }
 
 /* Where jobs finish all the time, a look at each would cost two threads more than the job: they

@@ -41,6 +41,8 @@ static void say(char *text, size_t size, long long n, const char *words)
     pthread_mutex_unlock(&lock);
 }
 
+static struct producer p;
+
 /* These win over the shared library's. */
 rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
 {
@@ -80,6 +82,7 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     va_end(ap);
     records++;
     atomic_fetch_add(&sent, 1);
+    atomic_fetch_sub(&p.under_way, 1);          /* acknowledged at once */
     say(said, sizeof said, o->job->record.offset, "");
     if (o->job->parent) {               /* its report says where it went */
         say(wanted, sizeof wanted, partition, partition == RD_KAFKA_PARTITION_UA ? "any" : "");
@@ -151,7 +154,6 @@ rd_kafka_resp_err_t rd_kafka_purge(rd_kafka_t *rk, int flags)
 /* ---- the worker ------------------------------------------------------------------------- */
 
 static struct world *x;
-static struct producer p;
 static int asked;               /* how often the producer thread wanted to stage */
 
 static int open_world(void **state)
@@ -343,7 +345,26 @@ static void what_finishes_early_is_sent_early(void **state)
     assert_int_equal(atomic_load(&aborts), 0);
 }
 
-/* ... but not where it would be open for long. */
+/* ... but not behind others: the client library would poll without a pause. */
+static void a_portion_waits_for_what_is_under_way(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    atomic_store(&p.under_way, 1);
+    finish(jobs, 0, PORTION);
+    begin();
+    turn_for_ms(50);
+    assert_int_equal(atomic_load(&sent), 0);
+    atomic_store(&p.under_way, 0);
+    until_sent(PORTION);
+    atomic_store(&p.under_way, 1);
+    finish(jobs, PORTION, MANY - PORTION);          /* full: its end waits for nobody */
+    until_in_flight(0);
+    assert_string_equal(sizes, "2000 ");
+}
+
+/* ... nor where it would be open for long. */
 static void nothing_is_sent_early_into_a_long_transaction(void **state)
 {
     (void)state;
@@ -535,6 +556,7 @@ int main(void)
         TEST(a_transaction_that_failed_is_followed_by_a_shorter_one),
         TEST(what_finishes_early_is_sent_early),
         TEST(nothing_is_sent_early_into_a_long_transaction),
+        TEST(a_portion_waits_for_what_is_under_way),
         TEST(a_failure_takes_all_portions_back),
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
