@@ -231,11 +231,11 @@ $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
-# A worker whose engine some prompts kill or hang: the shipped objects, three calls wrapped.
+# A worker whose engine some prompts kill or hang: the shipped objects, four calls wrapped.
 POISON := $(BUILD)/tests/integration/poison_worker
 $(POISON): $(BUILD)/tests/integration/poison_worker.o $(LIB)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_stats,--wrap=engine_close \
+	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=engine_submit,--wrap=engine_poll,--wrap=engine_stats,--wrap=engine_close \
 	    $^ $(MALLOC) $(LDLIBS) -o $@
 
 $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \

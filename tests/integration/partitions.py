@@ -4,6 +4,7 @@
   big GROUP TOPIC BYTES            commit with so many bytes of metadata; exit 1 when it is refused
   delete TOPIC OFFSET              delete partition 0's records below OFFSET
   retries MAX-MS                   prompts whose engine fails for a while, or for good; TAP
+  streams TOPIC                    streamed replies whose first generation fails at its end; TAP
 """
 import json
 import sys
@@ -59,6 +60,43 @@ def deadline(n, max_ms):
     took, _, limit = retries(n, max_ms)
     # backoff is at most 200 ms; the rest is a busy machine
     check(f"at the deadline of {limit:.0f} ms", limit - 250 <= took <= limit + 3000)
+
+
+def streams(topic):
+    """What was streamed of a generation that failed stays where it is; the next one is streamed anew, from 0
+    and together, to a partition of its own choice, which may be the same (of twelve)."""
+    moved = 0
+    for n in t.attempts():
+        moved += streams_once(topic, [f"s-{n}-{i}" for i in range(8)])
+        if moved:
+            break
+    check(f"the second generation need not be where the first was ({moved} are not)", moved > 0)
+
+
+def streams_once(topic, ids):
+    r = Reader(topic, "dead")
+    send([({"id": i, "prompt": "BREAKS ->", "stream": True,
+            "params": {"max_tokens": 60, "ignore_eos": True}}, []) for i in ids])
+    finals = lambda s: [m for m in s if not header(m, "loramill-part")]
+    got = r.until(lambda s: len(finals(s)) >= len(ids))
+    check("each is answered, in the second attempt", sorted(body(m)["id"] for m in finals(got)) == ids
+          and all(m.topic() == topic for m in got), len(finals(got)))
+    moved = 0
+    for i in ids:
+        runs = {}
+        for m in got:
+            d = body(m)
+            if d["id"] == i:
+                runs.setdefault(d["stream"]["generation"], []).append((m.partition(), d))
+        where = [{p for p, _ in x} for x in runs.values()]
+        last = next(x for x in runs.values() if x[-1][1]["stream"]["final"])
+        text = "".join(d["choices"][0]["text"] for _, d in last[:-1])
+        check(f"{i}: two generations, each in order from 0 in one partition, the second one whole", len(runs) == 2
+              and all([d["stream"]["seq"] for _, d in x] == list(range(len(x))) for x in runs.values())
+              and all(len(p) == 1 for p in where) and text == last[-1][1]["choices"][0]["text"] != "",
+              (where, len(last)))
+        moved += len(set.union(*where)) > 1
+    return moved
 
 
 if __name__ == "__main__":

@@ -1,28 +1,35 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * poison_worker.c - `loramill worker` with an engine that some prompts kill or hang, for
- * test_trouble.sh and test_shutdown.sh. Linked with --wrap, so that the worker itself is the
- * shipped one.
+ * poison_worker.c - `loramill worker` with an engine that some prompts kill or hang, or that fails
+ * them, for test_trouble.sh, test_shutdown.sh and test_partitions.sh. Linked with --wrap, so that
+ * the worker itself is the shipped one.
  *
  *   a prompt with POISON-KILL    the process dies of SIGSEGV a moment after it was submitted, with
  *                                whatever else is in the engine
  *   a prompt with POISON-HANG    the engine runs it, makes no step any more, and can't be closed
  *   a prompt with FAIL-n         the engine is out of memory for it, n (0 to 99) times
+ *   a prompt with BREAKS         the same at the end of its first generation, its text being out
  */
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "engine/engine.h"
 #include "worker/commands.h"
+#include "worker/job.h"
 
 lm_status __real_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err);
 lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err);
+int __real_engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms,
+                       lm_status *state);
+int __wrap_engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms,
+                       lm_status *state);
 void __real_engine_stats(engine *e, struct engine_stats *out);
 void __wrap_engine_stats(engine *e, struct engine_stats *out);
 void __real_engine_close(engine *e);
@@ -63,6 +70,21 @@ lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine
         atomic_store(&hung, true);
     *out = UINT64_MAX;
     return LM_OK;
+}
+
+int __wrap_engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms,
+                       lm_status *state)
+{
+    int n = __real_engine_poll(e, out, max, timeout_ms, state);
+    for (int i = 0; i < n; i++) {
+        const struct job *j = out[i].user;
+        if (out[i].kind == ENGINE_FINISHED && !j->attempts && j->prompt->prompt &&
+            strstr(j->prompt->prompt, "BREAKS")) {
+            out[i].result->status = LM_NOMEM;
+            snprintf(out[i].result->error, sizeof out[i].result->error, "no room for more");
+        }
+    }
+    return n;
 }
 
 void __wrap_engine_stats(engine *e, struct engine_stats *out)

@@ -4,7 +4,7 @@
 # What a partition can bear. A map of finished offsets that grows to its limit, and one that is damaged;
 # records deleted that were not read yet; partitions that go and come back while they are paused; workers
 # that come and go all the time; order by key while prompts wait and heal; prompts that the engine fails
-# again and again.
+# again and again, also when half of their reply was streamed.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin partitions
 kafka_start 1 || die "the broker started"
@@ -27,6 +27,7 @@ kafka.bootstrap.servers=$BOOTSTRAP
 kafka.session.timeout.ms=6000
 kafka.heartbeat.interval.ms=500
 P
+MODEL=(engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1)
 # worker NAME TOPIC [KEY=VALUE]...; the topic is the group too; $W is its pid
 worker() {
     start_worker "worker-$1" "worker.name=$1" "topics.prompts=$2" "group.id=$2" http.port=0 "${@:3}"
@@ -115,7 +116,7 @@ stop "$A" "the worker that stayed"; store_down
 # 4. Workers come and go, generations take about a second: all is answered once, and what a worker keeps
 # is never cut off.
 topic_create loop 6; topic_create loop-replies 1
-LONG=(engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 revoke.drain_ms=20000
+LONG=("${MODEL[@]}" revoke.drain_ms=20000
       topics.replies=loop-replies engine.max_seqs=4 engine.max_waiting=8 intake.max_messages=8)
 "$PYTHON" - "$BOOTSTRAP" <<'P'
 import json, sys
@@ -154,4 +155,8 @@ p attempts 5 30000 || FAILED=1
 stop "$W" "it"
 worker deadline prompts retry.max_attempts=1000 retry.deadline_ms=2000
 p deadline 1000 2000 || FAILED=1
+stop "$W" "it"
+topic_create parts 12
+worker broken prompts "${MODEL[@]}" topics.replies=parts stream.interval_ms=20
+p streams parts || FAILED=1
 stop "$W" "it"
