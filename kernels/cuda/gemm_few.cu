@@ -80,8 +80,6 @@ extern "C" lm_status cuda_add_product(struct cuda_stream *st, const struct kn_ge
 
 /* ---- few rows -------------------------------------------------------------------------- */
 
-#define TILE_ROWS 16            /* of W, a block */
-
 struct few {
     const bf16 *w, *x;
     struct few_out out;
@@ -125,29 +123,6 @@ __device__ static inline void use_chunk(float acc[NT][4], const uint4 w[U][2],
     }
 }
 
-/* The warps' sum of one element, added in order. */
-template <int NT, int WARPS>
-__device__ static inline float add_warps(const float *sums, int tok, int row)
-{
-    float v = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++)
-        v += sums[(w * NT * 8 + tok) * TILE_ROWS + row];
-    return v;
-}
-
-/* The warps' sums, added in order, to y. */
-template <int NT, int WARPS>
-__device__ static inline void finish(const struct few &a, const float *sums, int row0)
-{
-    for (int i = threadIdx.x; i < NT * 8 * TILE_ROWS; i += WARPS * 32) {
-        int tok = i / TILE_ROWS, row = i % TILE_ROWS;
-        if (tok >= a.m || row0 + row >= a.n)
-            continue;
-        few_store(&a.out, tok, row0 + row, add_warps<NT, WARPS>(sums, tok, row));
-    }
-}
-
 /* Rows 0-7 of the tile are of gate, 8-15 the same of up; y is [m, n / 2]. */
 template <int NT, int WARPS>
 __device__ static inline void finish_gate_up(const struct few &a, const float *sums, int row0)
@@ -156,17 +131,18 @@ __device__ static inline void finish_gate_up(const struct few &a, const float *s
         int tok = i / 8, row = i % 8;
         if (tok >= a.m || row0 + row >= a.n / 2)
             continue;
-        few_store_gate_up(&a.out, tok, row0 + row, add_warps<NT, WARPS>(sums, tok, row),
-                          add_warps<NT, WARPS>(sums, tok, row + 8));
+        few_store_gate_up(&a.out, tok, row0 + row,
+                          few_sum<NT, WARPS>(sums, FEW_TILE_ROWS, tok, row),
+                          few_sum<NT, WARPS>(sums, FEW_TILE_ROWS, tok, row + 8));
     }
 }
 
 template <int NT, int U, int WARPS, int RESIDENT, bool GATE_UP>
 __global__ static void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const struct few a)
 {
-    __shared__ float sums[WARPS * NT * 8 * TILE_ROWS];
+    __shared__ float sums[WARPS * NT * 8 * FEW_TILE_ROWS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int row0 = blockIdx.x * (GATE_UP ? 8 : TILE_ROWS), n = GATE_UP ? a.n / 2 : a.n;
+    const int row0 = blockIdx.x * (GATE_UP ? 8 : FEW_TILE_ROWS), n = GATE_UP ? a.n / 2 : a.n;
     const int step = U * 32 * WARPS, k = a.k - t * 8;
     const int lo_row = min(row0 + g, n - 1);
     const int hi_row = GATE_UP ? n + lo_row : min(row0 + g + 8, n - 1);
@@ -188,17 +164,12 @@ __global__ static void __launch_bounds__(WARPS * 32, RESIDENT) gemm_few(const st
         use_chunk<NT, U>(acc, w1, x, k0 + step, k, a.k);
         k0 += 2 * step;
     }
-#pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-            sums[(warp * NT * 8 + j * 8 + 2 * t + (c & 1)) * TILE_ROWS + g + (c & 2) * 4] =
-                acc[j][c];
+    few_leave<NT>(sums, acc, warp, lane);
     __syncthreads();
     if (GATE_UP)
         finish_gate_up<NT, WARPS>(a, sums, row0);
     else
-        finish<NT, WARPS>(a, sums, row0);
+        few_finish<NT, WARPS>(&a.out, a.m, a.n, NULL, sums, row0);
 }
 
 #define FEW_MAX 8               /* rows of x up to which this measures faster than cuBLASLt */
@@ -229,7 +200,7 @@ static lm_status multiply_few(struct cuda_stream *st, const struct kn_gemm *a, v
     return gate_up ? cuda_launch(st, "gate_up", gemm_few<1, 2, 16, 2, true>,
                                  dim3((unsigned)LM_DIV_UP(n / 2, 8)), dim3(16 * 32), 0, f)
                    : cuda_launch(st, "gemm", gemm_few<1, 2, 16, 2, false>,
-                                 dim3((unsigned)LM_DIV_UP(n, TILE_ROWS)), dim3(16 * 32), 0, f);
+                                 dim3((unsigned)LM_DIV_UP(n, FEW_TILE_ROWS)), dim3(16 * 32), 0, f);
 }
 
 extern "C" lm_status cuda_gemm_few(struct cuda_stream *st, const struct kn_gemm *a)

@@ -33,12 +33,11 @@
  *   unscale      the product, times the row's scale (or the products of both parts), plus what else
  *                is to be added, rounded once.
  */
-#include "kernels/cuda/prim.cuh"
+#include "kernels/cuda/gemm_few.cuh"
 
 #include <float.h>
 
 #define WARPS 16
-#define TILE_ROWS 16            /* of W, a warp's fragment */
 #define FEW_MAX 32              /* rows of x */
 
 /* A lane's 16 bytes of W: `LANE` numbers; four lanes load a chunk. */
@@ -94,11 +93,9 @@ struct few {
     const uint8_t *w;
     const float *scale;         /* NULL: 1 */
     const uint16_t *x;
-    void *y;
-    const float *bias;
-    int64_t ldx, ldy;
+    struct few_out out;
+    int64_t ldx;
     int m, n, k;
-    bool accumulate, f32;
 };
 
 /* U chunks of a lane's rows; `left` is what is left of a row from the lane's first column on. */
@@ -147,37 +144,13 @@ __device__ static inline void use_chunks(float acc[RT][NT][4], const uint4 w[U][
     }
 }
 
-/* The warps' sums for 16 rows of W, added in order, to y. */
-template <int NT>
-__device__ static inline void finish(const struct few &a, const float *sums, int row0)
-{
-    for (int i = (int)threadIdx.x; i < NT * 8 * TILE_ROWS; i += WARPS * 32) {
-        int tok = i / TILE_ROWS, row = i % TILE_ROWS;
-        if (tok >= a.m || row0 + row >= a.n)
-            continue;
-        float v = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-            v += sums[(w * NT * 8 + tok) * TILE_ROWS + row];
-        v = v * (a.scale ? a.scale[row0 + row] : 1.0f) + (a.bias ? a.bias[row0 + row] : 0.0f);
-        int64_t at = tok * a.ldy + row0 + row;
-        if (a.f32) {
-            float *y = (float *)a.y + at;
-            *y = v + (a.accumulate ? *y : 0.0f);
-        } else {
-            uint16_t *y = (uint16_t *)a.y + at;
-            *y = (uint16_t)bf16_pack(v + (a.accumulate ? bf16_lo(*y) : 0.0f), 0);
-        }
-    }
-}
-
 template <class W, int NT, int RT, int U>
 __global__ static void __launch_bounds__(WARPS * 32, NT == 1 ? 2 : 1) gemm_mixed(
     const __grid_constant__ struct few a)
 {
-    __shared__ float sums[WARPS * NT * 8 * TILE_ROWS];
+    __shared__ float sums[WARPS * NT * 8 * FEW_TILE_ROWS];
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4;
-    const int t = lane % 4, row0 = (int)blockIdx.x * TILE_ROWS * RT, left = a.k - t * W::LANE;
+    const int t = lane % 4, row0 = (int)blockIdx.x * FEW_TILE_ROWS * RT, left = a.k - t * W::LANE;
     const int step = U * W::CHUNK * WARPS, first = warp * U * W::CHUNK;
     const uint8_t *row[RT][2];
     const uint16_t *x[NT];
@@ -187,7 +160,7 @@ __global__ static void __launch_bounds__(WARPS * 32, NT == 1 ? 2 : 1) gemm_mixed
     for (int r = 0; r < RT; r++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            row[r][h] = a.w + ((int64_t)min(row0 + r * TILE_ROWS + h * 8 + g, a.n - 1) * a.k +
+            row[r][h] = a.w + ((int64_t)min(row0 + r * FEW_TILE_ROWS + h * 8 + g, a.n - 1) * a.k +
                                t * W::LANE) * W::BYTES;
 #pragma unroll
     for (int j = 0; j < NT; j++) {
@@ -209,14 +182,9 @@ __global__ static void __launch_bounds__(WARPS * 32, NT == 1 ? 2 : 1) gemm_mixed
     for (int r = 0; r < RT; r++) {
         if (r > 0)
             __syncthreads();    /* all have read the sums before */
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                sums[(warp * NT * 8 + j * 8 + 2 * t + (c & 1)) * TILE_ROWS + g + (c & 2) * 4] =
-                    acc[r][j][c];
+        few_leave<NT>(sums, acc[r], warp, lane);
         __syncthreads();
-        finish<NT>(a, sums, row0 + r * TILE_ROWS);
+        few_finish<NT, WARPS>(&a.out, a.m, a.n, a.scale, sums, row0 + r * FEW_TILE_ROWS);
     }
 }
 
@@ -232,14 +200,15 @@ template <class W> static lm_status launch_few(struct cuda_stream *st, const str
     auto *kernel = f.m <= 8 ? gemm_mixed<W, 1, 1, 2>
                             : f.m <= 16 ? gemm_mixed<W, 2, 2, 1> : gemm_mixed<W, 4, 2, 1>;
     return cuda_launch(st, "gemm (mixed)", kernel,
-                       dim3((unsigned)LM_DIV_UP(f.n, TILE_ROWS * rt)), dim3(WARPS * 32), 0, f);
+                       dim3((unsigned)LM_DIV_UP(f.n, FEW_TILE_ROWS * rt)), dim3(WARPS * 32), 0, f);
 }
 
 extern "C" lm_status cuda_gemm_mixed(struct cuda_stream *st, const struct kn_gemm *a)
 {
     const struct cuda_mat *w = cuda_mat_of(a->w);
-    struct few f = { (const uint8_t *)w->data, w->scale, (const uint16_t *)a->x, a->y, a->bias,
-                     a->ldx, a->ldy, a->m, a->w->rows, a->w->cols, a->accumulate, a->y_f32 };
+    const struct few f = { (const uint8_t *)w->data, w->scale, (const uint16_t *)a->x,
+                           { a->y, a->bias, a->ldy, a->accumulate, a->y_f32 }, a->ldx, a->m,
+                           a->w->rows, a->w->cols };
     return a->w->dtype == KN_E4M3 ? launch_few<weight_e4m3>(st, f) : launch_few<weight_f16>(st, f);
 }
 

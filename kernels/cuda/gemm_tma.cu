@@ -221,17 +221,6 @@ __device__ static inline void put_sums(float *sums, const float acc[RT][NT][4],
     }
 }
 
-/* The sum of an element, added in order. */
-template <int NT, int KW>
-__device__ static inline float sum_of(const float *sums, int ld, int tok, int row)
-{
-    float v = 0;
-#pragma unroll
-    for (int k = 0; k < KW; k++)
-        v += sums[(k * NT * 8 + tok) * ld + row];
-    return v;
-}
-
 template <int NT, int KW>
 __device__ static inline void finish(const struct few_tma *a, const float *sums, struct share mine)
 {
@@ -239,7 +228,7 @@ __device__ static inline void finish(const struct few_tma *a, const float *sums,
     const int row0 = mine.first * GROUP, rows = min(mine.n * GROUP, a->n - row0);
     for (int tok = warp; tok < a->m; tok += WARPS + 1)
         for (int row = lane; row < rows; row += 32)
-            few_store(&a->out, tok, row0 + row, sum_of<NT, KW>(sums, ld, tok, row));
+            few_store(&a->out, tok, row0 + row, few_sum<NT, KW>(sums, ld, tok, row));
 }
 
 /* Rows 2i of a group are of gate, 2i + 1 the same of up. */
@@ -251,8 +240,8 @@ __device__ static inline void finish_gate_up(const struct few_tma *a, const floa
     const int row0 = mine.first * GROUP / 2, rows = min(mine.n * GROUP / 2, a->n - row0);
     for (int tok = warp; tok < a->m; tok += WARPS + 1)
         for (int row = lane; row < rows; row += 32)
-            few_store_gate_up(&a->out, tok, row0 + row, sum_of<NT, KW>(sums, ld, tok, 2 * row),
-                              sum_of<NT, KW>(sums, ld, tok, 2 * row + 1));
+            few_store_gate_up(&a->out, tok, row0 + row, few_sum<NT, KW>(sums, ld, tok, 2 * row),
+                              few_sum<NT, KW>(sums, ld, tok, 2 * row + 1));
 }
 #endif
 

@@ -495,7 +495,7 @@ static void check_alone(struct bed *t, const struct batch *all, int at, int n)
  * side of the ranks and of the sizes of a step at which the way through the kernels changes. */
 static void check_ranks_apart(struct twin *c)
 {
-    static const int ranks[] = { 8, 512, 16, 300, 64, 384, 400, 1 }, sizes[] = { 512, 513, 577 };
+    static const int ranks[] = { 8, 512, 16, 300, 64, 384, 400, 1 }, sizes[] = { 512, 513 };
     static struct bed t;
     static struct batch b;
     int who[MAX_TOKENS];
