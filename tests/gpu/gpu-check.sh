@@ -18,6 +18,7 @@
 # figure, in full too, and must be within their time. Exit status: 0 all that ran is well, 1 a part
 # failed, 2 no GPU or nothing to run.
 set -u
+export LC_ALL=C                 # numbers have a point
 cd "$(dirname "$0")/../.."
 : "${PART:=smoke}" "${RESULTS:=build}" "${STEPS:=}" "${TRACES:=*}"
 bin=build/gpu/gpu-check
@@ -269,7 +270,7 @@ idle() {
     local x
     bench 45 'idle adapters, llama-2-7b' --load-format dummy --shape ops/shapes/llama-2-7b.json \
         --idle --dummy 100 --batch 32 --prompt-tokens 32 --tokens 64 --repeat 8 --pool-bytes 8G \
-        --swap-bytes 0 --host-adapter-bytes 16G --max-step-tokens 2048 || return 1
+        --swap-bytes 0 --no-prefix-cache --host-adapter-bytes 16G --max-step-tokens 2048 || return 1
     [ $ran -eq 1 ] || return 0
     x=$(grep -F '"name": "idle_adapters"' "$results" | tail -n 1 |
         sed 's/.*"value": \([0-9.e+-]*\).*/\1/')
