@@ -4,8 +4,8 @@
  *
  * docs/messages.md is the contract that people read; schemas/ is the same in Avro. A prompt owns
  * all that it points to (one arena), but for its text where that stayed in the record (codec.h),
- * and is immutable after decoding. Strings are UTF-8 and
- * NUL-terminated, without embedded NULs, except where a length is given.
+ * and is immutable after decoding. Strings are UTF-8 and NUL-terminated, without embedded NULs,
+ * except where a length is given.
  */
 #ifndef LORAMILL_WORKER_MESSAGE_H
 #define LORAMILL_WORKER_MESSAGE_H
