@@ -142,24 +142,23 @@ static bool send_now(producer *p, struct job *j)
     return judge;
 }
 
-/* At-least-once, from any thread. Under `swap`, so that whoever takes the last report finds here
- * what was held back for it. */
-static bool send_or_hold(producer *p, struct job *j)
+/* At-least-once, from any thread. Under the lock, so that whoever takes the last report finds here
+ * what was held back for it; not under `swap`, which is held while many are sent. */
+static bool hold_back(producer *p, struct job *j)
 {
-    pthread_mutex_lock(&p->swap);
+    pthread_mutex_lock(&p->hold);
     bool hold = p->held.head || atomic_load(&p->under_way);
-    bool judge = !hold && producer_send_records(p, j, lm_now_us());
     if (hold && !p->held.head)
         p->held_since_us = lm_now_us();
     if (hold)
         job_chain_add(&p->held, j);
-    pthread_mutex_unlock(&p->swap);
-    return judge;
+    pthread_mutex_unlock(&p->hold);
+    return hold;
 }
 
 void producer_send(producer *p, struct job *j)
 {
-    if (p->exactly_once || send_or_hold(p, j))
+    if (p->exactly_once || (!hold_back(p, j) && send_now(p, j)))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -454,12 +453,12 @@ static void serve_again(producer *p)
 static struct job *take_held(producer *p, bool all)
 {
     struct job_chain held = { 0 };
-    pthread_mutex_lock(&p->swap);
+    pthread_mutex_lock(&p->hold);
     if (all || !atomic_load(&p->under_way) || lm_now_us() - p->held_since_us >= HOLD_US) {
         held = p->held;
         p->held = (struct job_chain){ 0 };
     }
-    pthread_mutex_unlock(&p->swap);
+    pthread_mutex_unlock(&p->hold);
     return held.head;
 }
 
@@ -602,6 +601,7 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
     p->exactly_once = config_exactly_once(w->cfg);
     job_queue_init(&p->again);
     pthread_mutex_init(&p->swap, NULL);
+    pthread_mutex_init(&p->hold, NULL);
     lm_status st = producer_open(p, err);
     p->started = !st && !pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main :
                                         producer_main, p);
@@ -642,5 +642,6 @@ void producer_free(producer *p)
     job_queue_release(&p->again);
     leaders_release(&p->leaders);
     pthread_mutex_destroy(&p->swap);
+    pthread_mutex_destroy(&p->hold);
     free(p);
 }

@@ -30,7 +30,8 @@ struct producer {
     struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     atomic_long under_way;      /* records with the client library that have no report yet */
-    /* At-least-once, under `swap`: to be sent when those have theirs. */
+    pthread_mutex_t hold;
+    /* At-least-once, under `hold`: to be sent when those have theirs. */
     struct job_chain held;
     int64_t held_since_us;
     struct leaders leaders;     /* at-least-once */
