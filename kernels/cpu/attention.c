@@ -16,7 +16,9 @@
  * position 0 or its window's first block, so its result does not depend on its neighbours.
  *
  * When a step has fewer tasks than threads (one long sequence), decode tasks are split along the
- * keys: each part keeps (max, sum, output) and the parts are merged by the caller.
+ * keys: each part keeps (max, sum, output) and the parts are merged by the caller. In how many
+ * follows from the number of sequences and the task's own length, not from how long others are, or
+ * whether one of them is prefilled beside it.
  */
 #include "kernels/cpu/cpu_int.h"
 
@@ -33,7 +35,7 @@ struct attn_job {
     const struct kn_attention *a;
     const struct cpu_vec *v;
     int group, q_items;
-    int splits;                 /* 1: write out, else partials */
+    int splits;                 /* of any task at most; see splits_of() */
     float *partial;
 };
 
@@ -202,11 +204,26 @@ static void write_rows(const struct tile *t, int seq, int group, int row0)
     }
 }
 
-/* Part `split` of a decode tile: leaves [rows][head_dim + 2] in the partial buffer. */
-static void save_partial(const struct attn_job *j, const struct tile *t, int item)
+/* Of a sequence's tasks. 1: write out, else partials. */
+static int splits_of(const struct attn_job *j, int seq)
+{
+    const struct kn_attention *a = j->a;
+    if (a->q_start[seq + 1] - a->q_start[seq] != 1)
+        return 1;
+    return LM_MAX(1, LM_MIN(j->splits, a->kv_len[seq] / SPLIT_MIN_KEYS));
+}
+
+/* [group][head_dim + 2] of a part of a decode task. */
+static float *partial_at(const struct attn_job *j, int seq, int kv_head, int split)
+{
+    const int64_t at = ((int64_t)seq * j->a->kv_heads + kv_head) * j->splits + split;
+    return j->partial + at * j->group * (j->a->head_dim + 2);
+}
+
+static void save_partial(const struct attn_job *j, const struct tile *t, int seq, int split)
 {
     const int hd = j->a->head_dim;
-    float *p = j->partial + (int64_t)item * j->group * (hd + 2);
+    float *p = partial_at(j, seq, t->kv_head, split);
     for (int r = 0; r < t->rows; r++, p += hd + 2) {
         p[0] = t->max[r];
         p[1] = t->sum[r];
@@ -214,22 +231,24 @@ static void save_partial(const struct attn_job *j, const struct tile *t, int ite
     }
 }
 
-static void run_tile(const struct attn_job *j, struct tile *t, int seq, int row0, int split,
-                     int item)
+static void run_tile(const struct attn_job *j, struct tile *t, int seq, int row0, int split)
 {
+    const int splits = splits_of(j, seq);
+    if (split >= splits)
+        return;
     load_rows(t, seq, j->group, row0);
     const int bt = j->a->block_tokens;
     int begin = t->first[0] / bt * bt, end = t->last[t->rows - 1] + 1;
-    if (j->splits == 1) {
+    if (splits == 1) {
         add_keys(t, begin, end);
         write_rows(t, seq, j->group, row0);
         return;
     }
-    int per = LM_DIV_UP(LM_DIV_UP(end - begin, j->splits), bt) * bt;
+    int per = LM_DIV_UP(LM_DIV_UP(end - begin, splits), bt) * bt;
     int from = begin + split * per;
     if (from < end)
         add_keys(t, from, LM_MIN(end, from + per));
-    save_partial(j, t, item);
+    save_partial(j, t, seq, split);
 }
 
 static void attn_range(void *ctx, int slot, int begin, int end)
@@ -250,7 +269,7 @@ static void attn_range(void *ctx, int slot, int begin, int end)
         int row_end = LM_MIN(n_q, (part + 1) * TASK_TOKENS) * j->group;
         for (; row < row_end; row += TILE_ROWS) {
             t.rows = LM_MIN(TILE_ROWS, row_end - row);
-            run_tile(j, &t, seq, row, split, i);
+            run_tile(j, &t, seq, row, split);
         }
     }
 }
@@ -262,17 +281,16 @@ static void merge_splits(const struct attn_job *j)
     const int hd = a->head_dim;
     const int64_t stride = (int64_t)j->group * (hd + 2);
     for (int i = 0; i < a->n_seqs * a->kv_heads; i++) {
-        if (a->q_start[i / a->kv_heads] == a->q_start[i / a->kv_heads + 1])
-            continue;
-        for (int r = 0; r < j->group; r++) {
-            const float *p = j->partial + i * j->splits * stride + (int64_t)r * (hd + 2);
+        const int splits = splits_of(j, i / a->kv_heads);
+        for (int r = 0; r < j->group && splits > 1; r++) {
+            const float *p = partial_at(j, i / a->kv_heads, i % a->kv_heads, 0) + r * (hd + 2);
             float m = -INFINITY, sum = 0;
             int head = i % a->kv_heads * j->group + r, tok = a->q_start[i / a->kv_heads];
             float *out = (float *)a->out + ((int64_t)tok * a->q_heads + head) * hd;
-            for (int k = 0; k < j->splits; k++)
+            for (int k = 0; k < splits; k++)
                 m = LM_MAX(m, p[k * stride]);
             memset(out, 0, (size_t)hd * sizeof(float));
-            for (int k = 0; k < j->splits; k++) {
+            for (int k = 0; k < splits; k++) {
                 const float *part = p + k * stride;
                 float w = part[1] > 0 ? expf(part[0] - m) : 0;
                 sum += w * part[1];
@@ -285,10 +303,11 @@ static void merge_splits(const struct attn_job *j)
     }
 }
 
-static int choose_splits(const struct kn_attention *a, int group, int threads)
+/* The most that any task may have. */
+static int most_splits(const struct kn_attention *a, int group, int threads)
 {
     int tasks = a->n_seqs * a->kv_heads;
-    if (a->max_q != 1 || tasks >= threads || group > TILE_ROWS)
+    if (tasks >= threads || group > TILE_ROWS)
         return 1;
     int by_keys = LM_MAX(1, a->max_kv / SPLIT_MIN_KEYS);
     int by_room = SPLIT_FLOATS * threads / (tasks * group * (a->head_dim + 2));
@@ -341,7 +360,7 @@ lm_status cpu_op_attention(kn_stream *s, const struct kn_attention *a)
     struct attn_job j = { .a = a, .v = st->dev->v, .partial = st->partial };
     j.group = a->q_heads / a->kv_heads;
     j.q_items = LM_MAX(1, LM_DIV_UP(a->max_q, TASK_TOKENS));
-    j.splits = choose_splits(a, j.group, st->dev->threads);
+    j.splits = most_splits(a, j.group, st->dev->threads);
     int n = a->n_seqs * a->kv_heads * j.q_items * j.splits;
     int64_t keys = 0;
     for (int i = 0; i < a->n_seqs; i++)

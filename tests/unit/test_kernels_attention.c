@@ -325,6 +325,48 @@ static void long_decode(void **state)
     each_env(long_decode_env);
 }
 
+/* The second sequence's output in a step where the first has `len` positions before it and `n_q`
+ * queries in it, and the second's query is `row`. */
+static void second_of_two(struct world *w, int len, int n_q, const float *row, float *out)
+{
+    struct step st;
+    w->len[0] = len;
+    step_build(w, (int[]){ n_q, 1 }, &st);
+    memcpy(st.qkv + (size_t)n_q * (size_t)w->width, row, (size_t)w->width * sizeof *row);
+    struct kn_rope_kv r = rope_args(w, &st);
+    struct kn_attention a = attn_args(w, &st);
+    assert_int_equal(kn_op_rope_kv(w->e->s, &r), LM_OK);
+    assert_int_equal(kn_op_attention(w->e->s, &a), LM_OK);
+    const size_t n = (size_t)(w->h.q_heads * w->h.hd);
+    memcpy(out, st.out + (size_t)n_q * n, n * sizeof *out);
+    step_free(&st);
+}
+
+/* How a row's keys are split, and so its bits, follows from its own length: not from a neighbour
+ * that is shorter, longer, or in its prefill. */
+static void company_env(struct env *e)
+{
+    static const int beside[][2] = { { 1700, 1 }, { 3300, 1 }, { 1700, 2 }, { 20, 70 } };
+    struct world w;
+    float one[32 * 8], other[32 * 8];
+    world_open(&w, e, (struct shape){ 8, 1, 32, 16, 0, false }, 2, 3400);
+    step_run(&w, (int[]){ 3300, 1600 });
+    float *row = rnd_floats((size_t)w.width);
+    second_of_two(&w, 40, 1, row, one);
+    for (size_t i = 0; i < LM_COUNT(beside); i++) {
+        second_of_two(&w, beside[i][0], beside[i][1], row, other);
+        assert_memory_equal(one, other, sizeof one);
+    }
+    free(row);
+    world_close(&w);
+}
+
+static void company(void **state)
+{
+    (void)state;
+    each_env(company_env);
+}
+
 static void fp8(void **state)
 {
     (void)state;
@@ -456,6 +498,7 @@ int main(void)
         cmocka_unit_test(shapes),
         cmocka_unit_test(boundaries),
         cmocka_unit_test(long_decode),
+        cmocka_unit_test(company),
         cmocka_unit_test(fp8),
         cmocka_unit_test(e4m3),
         cmocka_unit_test(dynamic_ntk),
