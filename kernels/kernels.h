@@ -21,8 +21,9 @@
  *  5. A row's result is the same to the last bit whatever the other rows are: it follows from what
  *     the row itself reads and from the operation's bucket. The bucket is a function of one count,
  *     of rows (gemm, gate_up, lora_*: its n_tok) or of sequences (attention of one query token: its
- *     n_seqs); for everything else there is but one. On the CPU each count is a bucket of its own;
- *     on CUDA they are 1, 2, 4, 8 (1 to 8 rows are one), multiples of 8 up to 64, and eighths of
+ *     n_seqs); for everything else there is but one. On the CPU each count is a bucket of its own
+ *     (of rows, with the row's place among them: a last tile may be lower than the others); on CUDA
+ *     they are 1, 2, 4, 8 (1 to 8 rows are one), multiples of 8 up to 64, and eighths of
  *     powers of two from there on. What a row reads is, in lora_*, its own adapter; in attention,
  *     its sequence: K and V so far, and all of its query tokens in this call. So where the caller
  *     cuts a prompt is seen in its bits; who else is in the step is not. `x`, `y` and strides are
