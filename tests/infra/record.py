@@ -125,7 +125,7 @@ def record(bootstrap, registry, test, seen):
     c = Consumer({"bootstrap.servers": bootstrap, "group.id": "record", "log_level": 0,
                   "enable.auto.commit": False, "enable.partition.eof": True})
     try:
-        topics = c.list_topics(timeout=5).topics
+        topics = c.list_topics(timeout=20).topics
     except KafkaException:
         return 3
     parts = [TopicPartition(t, p, 0) for t, md in topics.items() if not t.startswith("__")
