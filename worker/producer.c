@@ -35,9 +35,9 @@
  * replaced, see renew().
  *
  * At-least-once: while records are on their way, the next ones are held back until those have their
- * reports, or for HOLD_US. librdkafka sends a partition's batches one after the other, and its
- * thread polls without a pause while what waits behind one is older than linger.ms; and what was
- * held back together leaves in larger batches, which cost the brokers less. A record that comes
+ * reports, or for PRODUCER_HOLD_US. librdkafka sends a partition's batches one after the other, and
+ * its thread polls without a pause while what waits behind one is older than linger.ms; and what
+ * was held back together leaves in larger batches, which cost the brokers less. A record that comes
  * while nothing is on its way leaves at once, so an idle worker answers no later.
  *
  * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
@@ -60,7 +60,6 @@ enum {
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
-    HOLD_US = 20000,
     SEND_AT_ONCE = 64,          /* while other threads that have something to send wait */
     RENEW_DRAIN_MS = 2000,
     RENEW_PURGE_MS = 5000,
@@ -454,7 +453,8 @@ static struct job *take_held(producer *p, bool all)
 {
     struct job_chain held = { 0 };
     pthread_mutex_lock(&p->hold);
-    if (all || !atomic_load(&p->under_way) || lm_now_us() - p->held_since_us >= HOLD_US) {
+    if (all || !atomic_load(&p->under_way) ||
+        lm_now_us() - p->held_since_us >= PRODUCER_HOLD_US) {
         held = p->held;
         p->held = (struct job_chain){ 0 };
     }
@@ -572,7 +572,7 @@ static void *producer_main(void *arg)
     producer *p = arg;
     while (!atomic_load(&p->end)) {
         poll_client(p, p->rk, job_list_wait_ms(&p->later, lm_now_us(), atomic_load(&p->under_way) ?
-                                               HOLD_US / 1000 : POLL_MS));
+                                               PRODUCER_HOLD_US / 1000 : POLL_MS));
         serve_again(p);
         serve_held(p);
         look_at_leaders(p);

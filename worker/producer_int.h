@@ -14,8 +14,10 @@
 #include "worker/unanswered.h"
 #include "worker/worker.h"
 
-/* After the drain, for the transaction that is under way. */
-enum { TRANSACTION_LAST_MS = 5000 };
+enum {
+    TRANSACTION_LAST_MS = 5000,         /* after the drain, for the one that is under way */
+    PRODUCER_HOLD_US = 20000,           /* at most: for records, behind those on their way */
+};
 
 struct producer {
     struct worker *w;

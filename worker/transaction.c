@@ -58,6 +58,7 @@ enum {
     GATHER_US = 2000,           /* between two looks at what has finished */
     CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
     CHUNK_LEAST = 500,
+    PORTIONS = 2,               /* at least, of a full transaction */
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */
@@ -95,6 +96,13 @@ static void make_ready(struct tx *t, struct job *j)
     t->n_ready++;
 }
 
+/* What is handed over at once should be one batch a partition: what is more waits behind it in the
+ * client library, see producer.c on what is held back. */
+static size_t portion_most(const struct tx *t)
+{
+    return LM_MAX((size_t)t->w->cfg->transaction_max_messages / PORTIONS, CHUNK_LEAST);
+}
+
 /* The next portion. */
 static void take_ready(struct tx *t)
 {
@@ -112,12 +120,13 @@ static void take_ready(struct tx *t)
     int less = LM_MIN(t->failures, FAILURES_COUNTED);
     size_t most_bytes = MAX_BYTES >> less;
     size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
+    size_t portion = t->stage.more ? t->stage.from + portion_most(t) : most;
     /* One that was refused before goes alone. */
     bool alone = all && all->out.attempts > 0;
     for (struct job *j = all, *next; j; j = next) {
         next = j->next;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
-                                              t->bytes < most_bytes;
+                                              t->stage.n < portion && t->bytes < most_bytes;
         if (!fits) {
             make_ready(t, j);
             continue;
@@ -126,7 +135,7 @@ static void take_ready(struct tx *t)
         t->stage.verdicts[t->stage.n] = STAGE_GONE;
         t->stage.jobs[t->stage.n++] = j;
     }
-    t->full = t->ready;
+    t->full = t->ready && t->stage.n < portion;
 }
 
 /* Back to the front, in order. */
@@ -202,6 +211,15 @@ static void flush(struct tx *t)
     int64_t end = lm_now_us() + CALL_MS * (int64_t)1000;
     while (call_ms(t) && rd_kafka_flush(t->p->rk, FLUSH_MS) && lm_now_us() < end)
         ;
+}
+
+/* The last portion, too, goes in behind nothing, if that takes no longer than at-least-once would
+ * hold it back. */
+static void let_earlier_arrive(struct tx *t)
+{
+    int64_t end = lm_now_us() + PRODUCER_HOLD_US;
+    while (t->open && atomic_load(&t->p->under_way) && !last_call(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, FLUSH_MS);
 }
 
 typedef rd_kafka_error_t *call(struct tx *t);
@@ -568,8 +586,8 @@ static bool transact(struct tx *t, bool last)
     enum fate fate = ABORTED;
     if (last)
         atomic_store(&t->p->want_offsets, false);
-    take_ready(t);
     t->stage.more = !last;
+    take_ready(t);
     lm_status st = consumer_stage(t->w->consumer, &t->stage);
     if (st == LM_OK)
         fate = run_staged(t);
@@ -689,8 +707,13 @@ void *transaction_main(void *arg)
             continue;
         if (!t.open && !(t.initialised ? fence(&t) : initialise(&t)))
             break;
-        if (last)
+        if (last) {
             t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
+            let_earlier_arrive(&t);
+            gather(&t, 0);
+            last = last_call(&t) || t.n_ready <= portion_most(&t) ||
+                   !worth_sending(&t, lm_now_us());
+        }
         going = transact(&t, last);
     }
     while (!atomic_load(&p->end))

@@ -364,6 +364,19 @@ static void a_portion_waits_for_what_is_under_way(void **state)
     assert_string_equal(sizes, "2000 ");
 }
 
+/* However many are ready, what is handed over at once is half a transaction. */
+static void a_portion_has_a_limit(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    finish(jobs, 0, MANY);
+    begin();
+    until_in_flight(0);
+    assert_int_equal(asked, 2);
+    assert_string_equal(sizes, "2000 ");
+}
+
 /* ... nor where it would be open for long. */
 static void nothing_is_sent_early_into_a_long_transaction(void **state)
 {
@@ -556,7 +569,7 @@ int main(void)
         TEST(a_transaction_that_failed_is_followed_by_a_shorter_one),
         TEST(what_finishes_early_is_sent_early),
         TEST(nothing_is_sent_early_into_a_long_transaction),
-        TEST(a_portion_waits_for_what_is_under_way),
+        TEST(a_portion_waits_for_what_is_under_way), TEST(a_portion_has_a_limit),
         TEST(a_failure_takes_all_portions_back),
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
