@@ -633,9 +633,22 @@ static lm_status check_trouble(const struct config *c, struct lm_err *err)
     return check_claims(c, err);
 }
 
+/* Has it a name or a password before its host? Told without its scheme, too, and with as many
+ * slashes behind it as libcurl forgives: no message may show one. */
+static bool has_userinfo(const char *url)
+{
+    const char *at = url + strcspn(url, "/?#@");
+    if (at > url && at[-1] == ':')
+        at += strspn(at, "/");
+    return at[strcspn(at, "/?#@")] == '@';
+}
+
 static lm_status check_traces(const struct config *c, struct lm_err *err)
 {
     const char *url = c->traces_otlp_url;
+    if (has_userinfo(url))
+        return lm_err_set(err, LM_INVALID, "traces.otlp_url may not hold a name or a password: "
+                          "put them into traces.auth_header, as \"Authorization: Basic ...\"");
     if (*url && strncmp(url, "http://", 7) && strncmp(url, "https://", 8))
         return lm_err_set(err, LM_INVALID, "traces.otlp_url=%s: must begin with http:// or "
                           "https://", url);

@@ -183,6 +183,11 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "kafka.max.poll.interval.ms=6000", "more than half" },
     { "revoke.drain_ms=60001", "more than half of kafka.max.poll.interval.ms=120000" },
     { "traces.otlp_url=collector:4318", "must begin with http:// or https://" },
+    { "traces.otlp_url=http://me:pass@collector/v1/traces", "put them into traces.auth_header" },
+    { "traces.otlp_url=https:///me:pass@collector", "put them into traces.auth_header" },
+    { "traces.otlp_url=http://pass@collector?x", "put them into traces.auth_header" },
+    { "traces.otlp_url=me:pass@collector:4318", "put them into traces.auth_header" },
+    { "traces.otlp_url=collector/@", "must begin with http:// or https://" },
     { "group.id=", "group.id may not be empty" },
 };
 
@@ -193,6 +198,15 @@ static void test_check_refusals(void **state)
         setup(state);
         bad_check(check_rows[i].set, check_rows[i].words);
     }
+}
+
+static void test_no_password_is_told(void **state)
+{
+    (void)state;
+    bad_check("traces.otlp_url=http://me:hunter2@collector/v1/traces", "traces.auth_header");
+    assert_null(strstr(err.msg, "hunter2"));
+    bad_check("traces.otlp_url=me:hunter2@collector", "traces.auth_header");
+    assert_null(strstr(err.msg, "hunter2"));
 }
 
 static void test_claim_checks(void **state)
@@ -467,7 +481,8 @@ int main(void)
         cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
-        TEST(test_checks), TEST(test_claim_checks), TEST(test_passthrough),
+        TEST(test_checks), TEST(test_no_password_is_told),
+        TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
         TEST(test_librdkafka_refusals), TEST(test_secrets),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
