@@ -28,6 +28,7 @@ struct ended {
     uint64_t id;                /* of its first span; the others' follow from it */
     struct lease *lease;        /* a reference: topic and partition */
     int64_t offset, received_us, submitted_us, answered_us, sent_us, ended_us;
+    int64_t epoch_us;           /* added to those: since the Unix epoch, as it was known then */
     enum job_outcome outcome;
     struct reply_tally tally;
     lm_status error;            /* of a dead letter */
@@ -108,12 +109,16 @@ static struct ended *note(const struct job *j, const struct span_context *contex
                           enum job_outcome outcome)
 {
     struct ended *e = lm_malloc(sizeof *e);
+    struct timespec wall;
     if (!e)
         return NULL;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    int64_t now = lm_now_us();
     *e = (struct ended){
         .context = *context, .lease = lease_ref(j->lease), .offset = j->record.offset,
         .received_us = j->received_us, .submitted_us = j->submitted_us,
-        .answered_us = j->answered_us, .sent_us = j->out.first_sent_us, .ended_us = lm_now_us(),
+        .answered_us = j->answered_us, .sent_us = j->out.first_sent_us, .ended_us = now,
+        .epoch_us = (int64_t)wall.tv_sec * 1000000 + wall.tv_nsec / 1000 - now,
         .outcome = outcome, .tally = j->tally,
         .error = outcome == OUTCOME_DEAD_LETTER ? j->err ? j->err->code : LM_INTERNAL : LM_OK,
     };
@@ -172,10 +177,10 @@ static json_t *span_id(uint64_t id)
     return json_sprintf("%016" PRIx64, id);
 }
 
-/* Our clock's microseconds since the epoch, in nanoseconds. */
-static json_t *nanoseconds(int64_t us, int64_t epoch_us)
+/* A time of our clock, in nanoseconds since the epoch. */
+static json_t *nanoseconds(const struct ended *e, int64_t us)
 {
-    return json_sprintf("%" PRId64 "000", us + epoch_us);
+    return json_sprintf("%" PRId64 "000", us + e->epoch_us);
 }
 
 static json_t *span(const struct ended *e, uint64_t id, json_t *parent, json_t *name, int kind,
@@ -209,7 +214,7 @@ static json_t *messaging(const char *operation, const char *topic)
     return a;
 }
 
-static json_t *process_span(const struct worker *w, const struct ended *e, int64_t epoch_us)
+static json_t *process_span(const struct worker *w, const struct ended *e)
 {
     char partition[16];
     json_t *a = messaging("process", e->lease->topic);
@@ -223,7 +228,7 @@ static json_t *process_span(const struct worker *w, const struct ended *e, int64
         add_text(a, "error.type", lm_status_wire(e->error));
     json_t *o = span(e, e->id, hex(e->context.parent, sizeof e->context.parent),
                      json_sprintf("process %s", e->lease->topic), KIND_CONSUMER,
-                     nanoseconds(e->received_us, epoch_us), nanoseconds(e->ended_us, epoch_us), a);
+                     nanoseconds(e, e->received_us), nanoseconds(e, e->ended_us), a);
     json_object_set_new(o, "links", json_pack("[{s:o, s:o}]", "traceId",
         hex(e->context.trace, sizeof e->context.trace), "spanId",
         hex(e->context.parent, sizeof e->context.parent)));
@@ -232,7 +237,7 @@ static json_t *process_span(const struct worker *w, const struct ended *e, int64
     return o;
 }
 
-static json_t *engine_span(const struct worker *w, const struct ended *e, int64_t epoch_us)
+static json_t *engine_span(const struct worker *w, const struct ended *e)
 {
     const char *operation = e->tally.chat ? "chat" : "text_completion";
     const char *model = w->info.model_name ? w->info.model_name : "";
@@ -244,26 +249,25 @@ static json_t *engine_span(const struct worker *w, const struct ended *e, int64_
     add_number(a, "gen_ai.usage.cache_read.input_tokens", e->tally.cached_tokens);
     add_number(a, "gen_ai.usage.output_tokens", e->tally.completion_tokens);
     return span(e, e->id + 1, span_id(e->id), json_sprintf("%s %s", operation, model),
-                KIND_INTERNAL, nanoseconds(e->submitted_us, epoch_us),
-                nanoseconds(e->answered_us, epoch_us), a);
+                KIND_INTERNAL, nanoseconds(e, e->submitted_us),
+                nanoseconds(e, e->answered_us), a);
 }
 
-static json_t *send_span(const struct ended *e, int64_t epoch_us)
+static json_t *send_span(const struct ended *e)
 {
     return span(e, e->id + 2, span_id(e->id), json_sprintf("send %s", e->sent_to), KIND_PRODUCER,
-                nanoseconds(e->sent_us, epoch_us), nanoseconds(e->ended_us, epoch_us),
+                nanoseconds(e, e->sent_us), nanoseconds(e, e->ended_us),
                 messaging("send", e->sent_to));
 }
 
 static void add_spans(const struct worker *w, const struct ended *e, json_t *to)
 {
-    int64_t epoch_us = lm_wall_ms() * 1000 - lm_now_us();
     bool sent = e->outcome == OUTCOME_REPLY || e->outcome == OUTCOME_DEAD_LETTER;
-    json_array_append_new(to, process_span(w, e, epoch_us));
+    json_array_append_new(to, process_span(w, e));
     if (e->outcome == OUTCOME_REPLY && e->answered_us > e->submitted_us)
-        json_array_append_new(to, engine_span(w, e, epoch_us));
+        json_array_append_new(to, engine_span(w, e));
     if (sent && e->sent_us)
-        json_array_append_new(to, send_span(e, epoch_us));
+        json_array_append_new(to, send_span(e));
 }
 
 json_t *spans_take(spans *s, size_t *n)

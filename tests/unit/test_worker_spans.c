@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_spans.c - which traceparent is one, and that a collector which never answers costs a
- * bounded number of prompts' spans and no time. What a collector gets: tests/integration/
+ * bounded number of prompts' spans and no time; and which times spans tell. What a collector gets: tests/integration/
  * test_hostile.sh.
  */
 #include <arpa/inet.h>
@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -124,10 +126,59 @@ static void test_a_silent_collector(void **state)
     close(fd);
 }
 
+/* A clock of the wall that stands, for who asks here. */
+static _Atomic time_t wall_s;
+
+int clock_gettime(clockid_t which, struct timespec *at)
+{
+    time_t s = atomic_load(&wall_s);
+    if (which != CLOCK_REALTIME || !s)
+        return (int)syscall(SYS_clock_gettime, which, at);
+    *at = (struct timespec){ .tv_sec = s, .tv_nsec = 123456789 };
+    return 0;
+}
+
+/* A prompt's times are those of its end: a clock that is set while spans wait moves none. */
+static void test_the_clock_is_set_meanwhile(void **state)
+{
+    (void)state;
+    static char none[] = "";
+    char url[64], group[] = "g";
+    struct config cfg = { .traces_otlp_url = url, .traces_auth_header = none,
+                          .traces_ca_file = none, .group_id = group };
+    struct worker w = { .cfg = &cfg, .name = "w" };
+    struct lm_err err;
+    const char *end = NULL;
+    spans *s;
+    json_t *o;
+    size_t n;
+    int fd = listen_silently(url, sizeof url);
+    struct lease *lease = lease_new("t", 0, (struct ledger_ref){ 0 });
+    struct job *j = prompt_with(lease, GOOD);
+    metrics_init(&w.metrics);
+    assert_int_equal(spans_new(&w, &s, &err), LM_OK);
+    do {                                /* the sending thread may have been faster */
+        atomic_store(&wall_s, 1700000000);
+        spans_end(s, j, OUTCOME_REPLY);
+        atomic_store(&wall_s, 1700003600);
+    } while (!(o = spans_take(s, &n)));
+    atomic_store(&wall_s, 0);
+    assert_int_equal(json_unpack(o, "{s:[{s:[{s:[{s:s}]}]}]}", "resourceSpans", "scopeSpans",
+                                 "spans", "endTimeUnixNano", &end), 0);
+    assert_string_equal(end, "1700000000123456000");
+    json_decref(o);
+    spans_free(s);
+    job_unref(j);
+    lease_unref(lease);
+    metrics_release(&w.metrics);
+    close(fd);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_what_is_a_context), cmocka_unit_test(test_a_silent_collector),
+        cmocka_unit_test(test_the_clock_is_set_meanwhile),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
