@@ -36,6 +36,7 @@
 #include <string.h>
 
 #include "worker/log.h"
+#include "worker/resolver.h"
 
 enum { IDLE_MS = 100, CONNECT_MS = 5000, STALL_S = 30, STALL_BYTES = 4096, HEX = 65 };
 
@@ -115,6 +116,7 @@ static void set_transfer(claims *c, const char *url, struct body *b, struct curl
     curl_easy_setopt(c->curl, CURLOPT_WRITEFUNCTION, drop_body);
     curl_easy_setopt(c->curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(c->curl, CURLOPT_NOSIGNAL, 1L);
+    resolver_let_go(c->curl);
     curl_easy_setopt(c->curl, CURLOPT_NOPROGRESS, 0L);
     curl_easy_setopt(c->curl, CURLOPT_XFERINFOFUNCTION, on_progress);
     curl_easy_setopt(c->curl, CURLOPT_XFERINFODATA, c);

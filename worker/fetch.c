@@ -24,6 +24,8 @@
 #include <sys/queue.h>
 #include <unistd.h>
 
+#include "worker/resolver.h"
+
 #define MAX_REDIRECTS 5
 #define MAX_HEADER_BYTES 65536
 #define MAX_ERROR_BODY 65536    /* read to keep the connection; beyond that we hang up */
@@ -439,7 +441,7 @@ static CURLcode set_options(struct fetch_attempt *a)
     if (f->ca_file)
         SET(CURLOPT_CAINFO, f->ca_file);
 #undef SET
-    return bad;
+    return bad == CURLE_OK ? resolver_let_go(e) : bad;
 }
 
 lm_status fetch_start(fetcher *f, struct fetch *file, struct lm_err *err)

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/resolver.h"
+
 enum {
     MAX_URLS = 8, MAX_REPLY = 1 << 20, HOLD_OFF_US = 500000,
     RACES = 3, RACE_PAUSE_MS = 100,     /* see registry_id_of() */
@@ -166,6 +168,7 @@ static void set_options(registry *r, const char *url, const char *body, struct r
     curl_easy_setopt(c, CURLOPT_URL, url);
     curl_easy_setopt(c, CURLOPT_HTTPHEADER, r->headers);
     curl_easy_setopt(c, CURLOPT_NOSIGNAL, 1L);
+    resolver_let_go(c);
     curl_easy_setopt(c, CURLOPT_PROTOCOLS_STR, "http,https");
     curl_easy_setopt(c, CURLOPT_FOLLOWLOCATION, 0L);
     curl_easy_setopt(c, CURLOPT_CONNECTTIMEOUT_MS, (long)r->connect_ms);

@@ -16,6 +16,7 @@
 #include <xxhash.h>
 
 #include "worker/log.h"
+#include "worker/resolver.h"
 #include "worker/worker.h"
 
 enum { SEND_EVERY_MS = 1000, CONNECT_MS = 2000, SEND_MS = 5000, LAST_MS = 1000 };
@@ -389,6 +390,7 @@ static void set_transfer(spans *s)
     curl_easy_setopt(s->curl, CURLOPT_HTTPHEADER, s->headers);
     curl_easy_setopt(s->curl, CURLOPT_WRITEFUNCTION, drop_body);
     curl_easy_setopt(s->curl, CURLOPT_NOSIGNAL, 1L);
+    resolver_let_go(s->curl);
     curl_easy_setopt(s->curl, CURLOPT_NOPROGRESS, 0L);
     curl_easy_setopt(s->curl, CURLOPT_XFERINFOFUNCTION, on_progress);
     curl_easy_setopt(s->curl, CURLOPT_XFERINFODATA, s);
