@@ -42,6 +42,13 @@ void consumer_to_intake(consumer *c, struct job *j)
         hand_over(c);
 }
 
+/* What has gathered does not wait for what the thread does next. */
+void consumer_hand_over(consumer *c)
+{
+    c->gathers = false;
+    hand_over(c);
+}
+
 static void finish_job(consumer *c, struct job *j)
 {
     void *held = NULL;
@@ -199,7 +206,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     j->tokens = job_tokens_guess(j);
     atomic_fetch_add(&c->w->metrics.held_tokens, j->tokens);
     metric_move(&c->w->metrics.consumed, 1);
-    metric_move(&c->w->metrics.consumed_bytes, j->bytes);
+    metric_move(&c->w->metrics.consumed_bytes, job_record_bytes(j));
     if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))
         a->crowded = c->braked = true;
     if (j->record.timestamp_ms >= 0)
@@ -329,8 +336,7 @@ static void poll_burst(consumer *c, int timeout_ms)
             break;
         due = c->iso.busy || c->iso.wanted || admission_due(c, &limits);
     }
-    c->gathers = false;
-    hand_over(c);
+    consumer_hand_over(c);
 }
 
 /* Polls on while what runs finishes, so that the group keeps us. */

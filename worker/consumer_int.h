@@ -107,6 +107,8 @@ void consumer_take_finished(consumer *c, int timeout_ms);
 /* Delivered, and allowed to start: to intake, or behind the others of its key. */
 lm_status consumer_admit(consumer *c, struct job *j);
 void consumer_to_intake(consumer *c, struct job *j);    /* whose turn in its key it is */
+/* Ends the gathering of a burst: what is ready goes to intake, now and from now on. */
+void consumer_hand_over(consumer *c);
 int consumer_poll_ms(const consumer *c);        /* for how long the thread may wait for records */
 
 /* admission.c */

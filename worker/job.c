@@ -106,6 +106,11 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
     return LM_OK;
 }
 
+size_t job_record_bytes(const struct job *j)
+{
+    return j->bytes - RECORD_AT - (size_t)j->record.n_headers * (sizeof *j->record.headers + 1);
+}
+
 long long job_tokens_guess(const struct job *j)
 {
     return (long long)(j->record.value_len / 3) + 16;

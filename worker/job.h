@@ -144,6 +144,8 @@ lm_status job_new(struct lease *lease, const struct record *from, struct job **o
 struct arena *job_arena(struct job *j);
 /* A part of a streamed reply: same lease, record and route as the parent. NULL: out of memory. */
 struct job *job_child(struct job *parent);
+/* Of its record, as it came: key, value, names and values of its headers. Not of a part. */
+size_t job_record_bytes(const struct job *j);
 /* Tokens of a prompt that is not decoded yet: some three bytes each, and the default max_tokens. */
 long long job_tokens_guess(const struct job *j);
 struct job *job_ref(struct job *j);

@@ -372,7 +372,10 @@ void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partitio
 {
     consumer *c = opaque;
     bool cooperative = !strcmp(rd_kafka_rebalance_protocol(rk), "COOPERATIVE");
-    c->now_us = 0;              /* may take its time: the burst around it needs a new stamp */
+    /* It may take its time: the burst around it needs a new stamp, and what the burst has read is
+     * intake's already, as is what the waits below let go. */
+    consumer_hand_over(c);
+    c->now_us = 0;
     switch (e) {
     case RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
         on_assign(c, parts);

@@ -47,12 +47,17 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
 static atomic_bool transaction_over;    /* the one that holds the offset of the partition */
 static atomic_int asked_before, asked_after;
 
+static struct world *polled;
+static atomic_llong handed_over;       /* to intake, when the group was asked */
+
 rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *l,
                                        int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
     atomic_fetch_add(atomic_load(&transaction_over) ? &asked_after : &asked_before, 1);
+    if (polled)
+        atomic_store(&handed_over, atomic_load(&polled->w.metrics.backlog));
     for (int i = 0; i < l->cnt; i++)
         l->elems[i].offset = 1;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
@@ -61,10 +66,10 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
 /* ---- a client with two records, and a rebalance between them -------------------------------- */
 
 static int polls;
-static struct world *polled;
 static int64_t second_from_us;  /* the second one comes then, or later */
 
 static rd_kafka_message_t records[2];
+static rd_kafka_headers_t *sent_headers;
 
 rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
 {
@@ -81,7 +86,9 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
         rd_kafka_topic_partition_list_destroy(l);
         second_from_us = lm_now_us();
     }
-    records[polls] = (rd_kafka_message_t){ .offset = polls };
+    static char key[] = "k", value[] = "prompt";
+    records[polls] = (rd_kafka_message_t){ .offset = polls, .key = key, .key_len = 1,
+                                           .payload = value, .len = 6 };
     return &records[polls++];
 }
 
@@ -112,8 +119,10 @@ rd_kafka_resp_err_t rd_kafka_message_headers(const rd_kafka_message_t *message,
                                              rd_kafka_headers_t **h)
 {
     (void)message;
-    (void)h;
-    return RD_KAFKA_RESP_ERR__NOENT;
+    if (!sent_headers)
+        return RD_KAFKA_RESP_ERR__NOENT;
+    *h = sent_headers;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
 static struct job *deliver(struct world *x, int64_t offset, const char *key)
@@ -367,7 +376,8 @@ static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 }
 
 /* Records that come together have one stamp, but not when a rebalance was between them: what its
- * wait took is no part of what the second one's intake took. */
+ * wait took is no part of what the second one's intake took. Nor does the first one wait for it.
+ * And of both the bytes that came are counted, no others. */
 static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
 {
     (void)state;
@@ -384,6 +394,8 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     x->cfg.commit_interval_ms = 3600000;
     x->cfg.intake_max_messages = x->cfg.intake_max_bytes = x->cfg.intake_max_tokens = 1000000;
     x->cfg.in_flight_max_messages = 1000000;
+    sent_headers = rd_kafka_headers_new(1);
+    rd_kafka_header_add(sent_headers, "name", -1, "xyz", 3);
     polled = x;
     assert_int_equal(consumer_start(&x->c, &err), LM_OK);
     struct job *j[2] = { NULL };
@@ -394,9 +406,13 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     }
     assert_true(j[0]->received_us <= second_from_us);
     assert_true(j[1]->received_us >= second_from_us);
+    assert_int_equal(atomic_load(&handed_over), 1);
     for (int i = 0; i < 2; i++)
         worker_end_job(&x->w, j[i], OUTCOME_DROPPED);
     consumer_join(&x->c);
+    assert_int_equal(atomic_load(&x->w.metrics.consumed_bytes), 2 * (1 + 6 + 4 + 3));
+    rd_kafka_headers_destroy(sent_headers);
+    sent_headers = NULL;
     consumer_take_finished(&x->c, 0);
     polled = NULL;
     while (x->c.n_parts)
