@@ -47,6 +47,7 @@
 #include "worker/producer_int.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -57,6 +58,7 @@
 enum {
     POLL_MS = 100,
     BELIEVE_TOO_LARGE_AFTER = 5,
+    BATCH_LEAST = 16384,
     COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
@@ -215,11 +217,28 @@ static bool destination_fault(const struct outgoing *o, int e)
     }
 }
 
-static bool too_large(const producer *p, const struct job *j, const struct outgoing *o)
+/* A verdict on a whole batch asks for smaller ones, until they are small enough to be believed. */
+static bool too_large(producer *p, const struct job *j, const struct outgoing *o)
 {
     if (o->error != RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE)
         return false;
-    return (int64_t)o->len > p->batch_bytes || j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
+    if ((int64_t)o->len > p->batch_bytes)
+        return true;
+    if (p->batch_bytes > BATCH_LEAST) {
+        p->shrink |= !p->renewing;      /* else it is the old client's */
+        return false;
+    }
+    return j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
+}
+
+/* The next client's batches are smaller. */
+void producer_shrink(producer *p)
+{
+    p->shrink = false;
+    p->batch_most = LM_MAX(p->batch_bytes / 4, BATCH_LEAST);
+    lm_log(LM_WARN, "producer", "brokers refuse batches of %" PRId64 " bytes "
+           "(max.message.bytes of a topic): smaller ones from here on, see "
+           "kafka.producer.batch.size", p->batch_bytes);
 }
 
 /* Why this reply can never be delivered; LM_OK: it may be. */
@@ -384,6 +403,10 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
     if (st)
         return st;
+    char most[24];
+    snprintf(most, sizeof most, "%" PRId64, p->batch_most);
+    if (p->batch_most)
+        rd_kafka_conf_set(conf, "batch.size", most, NULL, 0);
     p->batch_bytes = kafka_conf_int(conf, "batch.size");
     p->transaction_timeout_ms = kafka_conf_int(conf, "transaction.timeout.ms");
     rd_kafka_conf_set_opaque(conf, p);
@@ -576,6 +599,10 @@ static void *producer_main(void *arg)
         serve_again(p);
         serve_held(p);
         look_at_leaders(p);
+        if (p->shrink) {
+            producer_shrink(p);
+            renew(p);
+        }
     }
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);

@@ -32,6 +32,8 @@ struct producer {
     struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     atomic_long under_way;      /* records with the client library that have no report yet */
+    int64_t batch_most;         /* batch.size, since a broker has refused what was configured */
+    bool shrink;                /* it is to be less */
     pthread_mutex_t hold;
     /* At-least-once, under `hold`: to be sent when those have theirs. */
     struct job_chain held;
@@ -60,5 +62,7 @@ bool producer_send_records(producer *p, struct job *j, int64_t now_us);
 /* All that was sent has its report: is the job done? Then producer_give(), behind all at hand. */
 void producer_judge(producer *p, struct job *j);
 void producer_give(producer *p);
+/* The next client gets a smaller batch.size. */
+void producer_shrink(producer *p);
 
 #endif

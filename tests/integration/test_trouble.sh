@@ -146,6 +146,17 @@ check "the waiting was counted as retries ($(metric retries_total))" [ "$(metric
 stop "$W" "the worker"
 fi
 
+if part batches; then
+topic_create many 2; topic_create modest 2 max.message.bytes=300000
+for mode in at-least-once exactly-once; do
+    worker "batches-$mode" engine.mode=echo "delivery.mode=$mode" "group.id=batches-$mode" topics.prompts=many \
+        topics.replies=modest topics.replies_allowed=
+    case_ batches 4000 4000
+    check "the log names the remedy" wait_until 5 grep -q 'see kafka.producer.batch.size' "$RUN/worker-batches-$mode.log"
+    stop "$W" "the worker"
+done
+fi
+
 if part claim; then
 worker refuse
 case_ claims refuse

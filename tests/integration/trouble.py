@@ -641,6 +641,28 @@ def head(group):
     check(f"the lag that it held up ({held[0]}) is gone then", held[0] > n and lag() == [0, 0], lag())
 
 
+def batches(n, least):
+    """Replies that a topic takes each, and not in the batches that are configured: none is refused."""
+    r = Reader("modest", "dead")
+    run = uuid.uuid4().hex[:6]
+    send([({"id": f"{run}-{i}", "prompt": os.urandom(int(least) // 2).hex(),
+            "params": {"max_tokens": 20000}}, []) for i in range(int(n))], "many")
+    ids, dead = set(), []
+
+    def done(records):
+        for m in records:
+            if m.topic() == "dead":
+                dead.append(m)
+            elif body(m)["id"].startswith(run):
+                ids.add(body(m)["id"])
+        records.clear()
+        return len(ids) + len(dead) >= int(n)
+
+    r.until(done)
+    check("no good reply becomes a dead letter", not dead, (len(dead), dead and dead[0].headers()))
+    check(f"all {n} replies are there", len(ids) == int(n), len(ids))
+
+
 def outage(pid_store, pid_registry, seconds, adapters):
     """Store and registry stand still for a while: everything waits, nothing is dead-lettered."""
     import signal

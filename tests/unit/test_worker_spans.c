@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_spans.c - which traceparent is one, and that a collector which never answers costs a
- * bounded number of prompts' spans and no time; and which times spans tell. What a collector gets: tests/integration/
- * test_hostile.sh.
+ * bounded number of prompts' spans and no time; and which times spans tell. What a collector
+ * gets: tests/integration/ test_hostile.sh.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
