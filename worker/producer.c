@@ -26,7 +26,8 @@
  *
  * MSG_SIZE_TOO_LARGE is the broker's verdict on a whole batch, so a small reply may be condemned
  * with its neighbours. A reply above batch.size travels alone, and its verdict is its own; a
- * smaller one is tried a few times more, among other neighbours, before it is believed.
+ * smaller one goes again with smaller batches, a new client's, and is believed at BATCH_LEAST only,
+ * after a few tries more.
  *
  * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
  * has committed; what is said above about failed deliveries holds there too.
