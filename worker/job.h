@@ -83,6 +83,8 @@ struct outgoing {
     bool value_owned;
     int attempts;
     int64_t first_sent_us;
+    int road;                   /* hold.h's, and the flight on it */
+    unsigned flight;
     struct header_list headers; /* last; lent what the record and the configuration have */
 };
 

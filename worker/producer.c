@@ -35,11 +35,8 @@
  * At-least-once: a client that keeps to a leader which a partition has no more (leaders.h) is
  * replaced, see renew().
  *
- * At-least-once: while records are on their way, the next ones are held back until those have their
- * reports, or for PRODUCER_HOLD_US. librdkafka sends a partition's batches one after the other, and
- * its thread polls without a pause while what waits behind one is older than linger.ms; and what
- * was held back together leaves in larger batches, which cost the brokers less. A record that comes
- * while nothing is on its way leaves at once, so an idle worker answers no later.
+ * At-least-once: while records are on their way to a topic, the next ones to it are held back for a
+ * moment and leave together, see hold.h.
  *
  * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
  * and everything else happen on the producer thread. The value is not copied by the library: it
@@ -103,6 +100,22 @@ static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *
     return e;
 }
 
+static void on_its_way(producer *p, struct outgoing *o, int64_t now_us)
+{
+    if (p->exactly_once)
+        atomic_fetch_add(&p->under_way, 1);
+    else
+        hold_sent(&p->hold, o, now_us);
+}
+
+static void has_arrived(producer *p, struct outgoing *o)
+{
+    if (p->exactly_once)
+        atomic_fetch_sub(&p->under_way, 1);
+    else
+        hold_reported(&p->hold, o);
+}
+
 /* On success the record is the library's until its delivery report; else it counts no more as
  * unreported. */
 static void send_record(producer *p, struct job *j, struct outgoing *o, int64_t now_us)
@@ -112,13 +125,13 @@ static void send_record(producer *p, struct job *j, struct outgoing *o, int64_t 
     o->error = 0;
     if (!o->first_sent_us)
         o->first_sent_us = now_us;
-    atomic_fetch_add(&p->under_way, 1);
+    on_its_way(p, o, now_us);
     rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
         rd_kafka_headers_destroy(h);
         o->error = e;
         atomic_fetch_sub(&j->unreported, 1);
-        atomic_fetch_sub(&p->under_way, 1);
+        has_arrived(p, o);
     }
 }
 
@@ -136,31 +149,37 @@ bool producer_send_records(producer *p, struct job *j, int64_t now_us)
 }
 
 /* At-least-once: the same, from any thread. */
-static bool send_now(producer *p, struct job *j)
+static bool send_now(producer *p, struct job *j, int64_t now_us)
 {
     pthread_mutex_lock(&p->swap);
-    bool judge = producer_send_records(p, j, lm_now_us());
+    bool judge = producer_send_records(p, j, now_us);
     pthread_mutex_unlock(&p->swap);
     return judge;
 }
 
-/* At-least-once, from any thread. Under the lock, so that whoever takes the last report finds here
- * what was held back for it; not under `swap`, which is held while many are sent. */
-static bool hold_back(producer *p, struct job *j)
+/* At-least-once, from any thread: the producer thread is to come out of its poll. */
+static void wake_thread(producer *p)
 {
-    pthread_mutex_lock(&p->hold);
-    bool hold = p->held.head || atomic_load(&p->under_way);
-    if (hold && !p->held.head)
-        p->held_since_us = lm_now_us();
-    if (hold)
-        job_chain_add(&p->held, j);
-    pthread_mutex_unlock(&p->hold);
-    return hold;
+    pthread_mutex_lock(&p->swap);
+    rd_kafka_queue_yield(p->queue);
+    pthread_mutex_unlock(&p->swap);
+}
+
+/* At-least-once, from any thread. True: it is to be judged. */
+static bool send_or_hold(producer *p, struct job *j)
+{
+    bool wake;
+    int64_t now = lm_now_us();
+    if (!hold_back(&p->hold, j, now, &wake))
+        return send_now(p, j, now);
+    if (wake)
+        wake_thread(p);
+    return false;
 }
 
 void producer_send(producer *p, struct job *j)
 {
-    if (p->exactly_once || (!hold_back(p, j) && send_now(p, j)))
+    if (p->exactly_once || send_or_hold(p, j))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
 
@@ -359,7 +378,7 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     struct job *j = o->job;
     o->error = m->err;
     o->acked = !m->err;
-    atomic_fetch_sub(&p->under_way, 1);
+    has_arrived(p, o);
     if (o->acked && j->parent)
         o->partition = m->partition;
     if (atomic_fetch_sub(&j->unreported, 1) == 1 && !p->exactly_once)
@@ -422,9 +441,11 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     return st;
 }
 
-static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_topic_t *replies)
+static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_queue_t *queue,
+                         rd_kafka_topic_t *replies)
 {
     credentials_detach(p->w->credentials, rk);
+    rd_kafka_queue_destroy(queue);
     if (replies)
         rd_kafka_topic_destroy(replies);
     rd_kafka_destroy(rk);
@@ -432,14 +453,18 @@ static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_topic_t *replies)
 
 lm_status producer_open(producer *p, struct lm_err *err)
 {
-    return open_client(p, &p->rk, err);
+    lm_status st = open_client(p, &p->rk, err);
+    if (!st)
+        p->queue = rd_kafka_queue_get_main(p->rk);
+    return st;
 }
 
 void producer_close(producer *p)
 {
     if (p->rk)
-        close_client(p, p->rk, p->replies);
+        close_client(p, p->rk, p->queue, p->replies);
     p->rk = NULL;
+    p->queue = NULL;
     p->replies = NULL;
 }
 
@@ -464,26 +489,13 @@ static void poll_client(producer *p, rd_kafka_t *rk, int timeout_ms)
 static void serve_again(producer *p)
 {
     judge_again(p);
-    for (struct job *j = job_list_take_due(&p->later, lm_now_us()), *next; j; j = next) {
+    int64_t now = lm_now_us();
+    for (struct job *j = job_list_take_due(&p->later, now), *next; j; j = next) {
         next = j->next;
-        if (send_now(p, j))
+        if (send_now(p, j, now))
             producer_judge(p, j);
     }
     producer_give(p);
-}
-
-/* Takes what is held back, if it may go now; `all`: in any case. */
-static struct job *take_held(producer *p, bool all)
-{
-    struct job_chain held = { 0 };
-    pthread_mutex_lock(&p->hold);
-    if (all || !atomic_load(&p->under_way) ||
-        lm_now_us() - p->held_since_us >= PRODUCER_HOLD_US) {
-        held = p->held;
-        p->held = (struct job_chain){ 0 };
-    }
-    pthread_mutex_unlock(&p->hold);
-    return held.head;
 }
 
 /* The first of them under one lock. Returns the rest; who has no report to wait for is judged. */
@@ -508,13 +520,13 @@ static struct job *send_some(producer *p, struct job *j, int64_t now_us)
 static void serve_held(producer *p)
 {
     int64_t now = lm_now_us();
-    for (struct job *j = take_held(p, false); j;)
+    for (struct job *j = hold_take(&p->hold, now, false); j;)
         j = send_some(p, j, now);
 }
 
 static void drop_held(producer *p)
 {
-    for (struct job *j = take_held(p, true), *next; j; j = next) {
+    for (struct job *j = hold_take(&p->hold, 0, true), *next; j; j = next) {
         next = j->next;
         worker_end_job(p->w, j, OUTCOME_DROPPED);
     }
@@ -556,14 +568,16 @@ static void renew(producer *p)
     metric_add(&p->w->metrics.producer_rebuilds, 1);
     pthread_mutex_lock(&p->swap);
     rd_kafka_topic_t *replies = p->replies;
+    rd_kafka_queue_t *queue = p->queue;
     p->rk = fresh;
+    p->queue = rd_kafka_queue_get_main(fresh);
     p->replies = NULL;
     pthread_mutex_unlock(&p->swap);
     leaders_release(&p->leaders);
     p->renewing = true;
     bool whole = drain_old(p, old);
     atomic_store(&p->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
-    close_client(p, old, replies);
+    close_client(p, old, queue, replies);
     atomic_store(&p->w->closing_producer_us, 0);
     p->renewing = false;
     if (!whole)
@@ -595,8 +609,9 @@ static void *producer_main(void *arg)
 {
     producer *p = arg;
     while (!atomic_load(&p->end)) {
-        poll_client(p, p->rk, job_list_wait_ms(&p->later, lm_now_us(), atomic_load(&p->under_way) ?
-                                               PRODUCER_HOLD_US / 1000 : POLL_MS));
+        int64_t now = lm_now_us();
+        poll_client(p, p->rk, hold_wait_ms(&p->hold, now,
+                                           job_list_wait_ms(&p->later, now, POLL_MS)));
         serve_again(p);
         serve_held(p);
         look_at_leaders(p);
@@ -629,7 +644,7 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
     p->exactly_once = config_exactly_once(w->cfg);
     job_queue_init(&p->again);
     pthread_mutex_init(&p->swap, NULL);
-    pthread_mutex_init(&p->hold, NULL);
+    hold_init(&p->hold, w->cfg->topics_replies);
     lm_status st = producer_open(p, err);
     p->started = !st && !pthread_create(&p->thread, NULL, p->exactly_once ? transaction_main :
                                         producer_main, p);
@@ -670,6 +685,6 @@ void producer_free(producer *p)
     job_queue_release(&p->again);
     leaders_release(&p->leaders);
     pthread_mutex_destroy(&p->swap);
-    pthread_mutex_destroy(&p->hold);
+    hold_release(&p->hold);
     free(p);
 }

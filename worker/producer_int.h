@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * producer_int.h - what producer.c and transaction.c share. Everything but `again` and `end`
- * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`
- * and `replies` while it holds `swap`, with which the producer thread replaces them.
+ * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`,
+ * `queue` and `replies` while it holds `swap`, with which the producer thread replaces them.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/hold.h"
 #include "worker/kafka_conf.h"
 #include "worker/leaders.h"
 #include "worker/unanswered.h"
@@ -16,12 +17,12 @@
 
 enum {
     TRANSACTION_LAST_MS = 5000,         /* after the drain, for the one that is under way */
-    PRODUCER_HOLD_US = 20000,           /* at most: for records, behind those on their way */
 };
 
 struct producer {
     struct worker *w;
     rd_kafka_t *rk;             /* replaced: when a transaction's fate is unknown, or a leader */
+    rd_kafka_queue_t *queue;    /* its main one, to be woken by */
     rd_kafka_topic_t *replies;  /* its handle of topics.replies, from the first one on */
     pthread_mutex_t swap;
     pthread_t thread;
@@ -31,13 +32,10 @@ struct producer {
     struct job_list later;
     struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
-    atomic_long under_way;      /* records with the client library that have no report yet */
+    atomic_long under_way;      /* exactly-once: records that have no report yet */
     int64_t batch_most;         /* batch.size, since a broker has refused what was configured */
     bool shrink;                /* it is to be less */
-    pthread_mutex_t hold;
-    /* At-least-once, under `hold`: to be sent when those have theirs. */
-    struct job_chain held;
-    int64_t held_since_us;
+    struct hold hold;           /* at-least-once: what waits behind others */
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
     size_t n_stuck;

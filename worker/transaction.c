@@ -217,7 +217,7 @@ static void flush(struct tx *t)
  * hold it back. */
 static void let_earlier_arrive(struct tx *t)
 {
-    int64_t end = lm_now_us() + PRODUCER_HOLD_US;
+    int64_t end = lm_now_us() + HOLD_US;
     while (t->open && atomic_load(&t->p->under_way) && !last_call(t) && lm_now_us() < end)
         rd_kafka_flush(t->p->rk, FLUSH_MS);
 }

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_renew.c - at-least-once: what becomes of records that wait in a client which keeps to
- * a leader of before. The real producer thread, and real clients of a broker that never says a
- * word, so that records stay in them; that one is stuck, and who leads, is the test's to say. On
- * real brokers: tests/integration/test_brokers.sh; how it is noticed: test_worker_leaders.c.
+ * a leader of before, and of those behind them. The real producer thread, and real clients of a
+ * broker that never says a word, so that records stay in them; that one is stuck, and who leads, is
+ * the test's to say. On real brokers: tests/integration/test_brokers.sh; how it is
+ * noticed: test_worker_leaders.c.
  */
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -23,13 +24,13 @@
 
 #include "worker/producer_int.h"
 
-enum { MOST_US = 20 * 1000000, OLD_RECORDS = 3, ALL = 4 };
+enum { MOST_US = 20 * 1000000, OLD_RECORDS = 3, ALL = 4, JOBS = 1000 };
 
 static struct config cfg;
 static struct worker w;
 static producer *p;
 static struct lease *lease;
-static struct job *jobs[ALL];
+static struct job *jobs[JOBS];
 static int broker;
 
 /* ---- the client library ----------------------------------------------------------------- */
@@ -38,6 +39,7 @@ static rd_kafka_t *_Atomic stuck;             /* NULL: none is */
 static atomic_int in_new_at_end = -1;   /* records, when the old one is destroyed */
 static int polls_after_end;             /* of the old one, before it is told to give all back */
 static bool given_back;
+static atomic_int woken;                /* the producer thread, out of its poll */
 
 /* These win over the shared library's. */
 int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
@@ -78,6 +80,13 @@ rd_kafka_resp_err_t rd_kafka_metadata(rd_kafka_t *rk, int all, rd_kafka_topic_t 
 void rd_kafka_metadata_destroy(const struct rd_kafka_metadata *md)
 {
     (void)md;
+}
+
+void rd_kafka_queue_yield(rd_kafka_queue_t *q)
+{
+    void (*real)(rd_kafka_queue_t *) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_queue_yield");
+    atomic_fetch_add(&woken, 1);
+    real(q);
 }
 
 void rd_kafka_destroy(rd_kafka_t *rk)
@@ -121,20 +130,26 @@ static int begin(void **state)
     stuck = NULL;
     given_back = false;
     polls_after_end = 0;
+    atomic_store(&woken, 0);
     atomic_store(&in_new_at_end, -1);
     lease = lease_new("t", 0, (struct ledger_ref){ 0 });
     return producer_new(&w, &p, &err) ? -1 : 0;
 }
 
-static void send_one(int i)
+static void send_to(int i, const char *topic)
 {
-    static char topic[] = "replies", text[] = "text";
+    static char text[] = "text";
     struct record r = { .offset = i };
     assert_int_equal(job_new(lease, &r, &jobs[i]), LM_OK);
     jobs[i]->outcome = OUTCOME_REPLY;
     jobs[i]->out = (struct outgoing){ .topic = topic, .partition = 0, .value = text,
                                       .len = sizeof text };
     producer_send(p, jobs[i]);
+}
+
+static void send_one(int i)
+{
+    send_to(i, "replies");
 }
 
 /* How many records the client of now has; -1: it is still the old one. */
@@ -227,12 +242,43 @@ static void an_end_cuts_the_drain_short(void **state)
     assert_in_range(polls_after_end, 0, 2);
 }
 
+/* No report ever comes: what is not held back is with the client when producer_send() returns. */
+static void a_stuck_record_holds_no_other_topic_back(void **state)
+{
+    const struct timespec some = { 0, 2 * HOLD_US * INT64_C(1000) };
+    (void)state;
+    send_to(0, "side");
+    nanosleep(&some, NULL);
+    send_one(1);
+    assert_int_equal(rd_kafka_outq_len(p->rk), 2);
+    nanosleep(&some, NULL);
+    send_to(2, "side");
+    assert_int_equal(rd_kafka_outq_len(p->rk), 3);
+    all_are_dropped(3);
+}
+
+/* Pairs, until one comes while the thread sleeps for longer than the second may be held back. */
+static void the_thread_is_woken_for_what_is_held_back(void **state)
+{
+    const struct timespec some = { 0, 2 * HOLD_US * INT64_C(1000) };
+    (void)state;
+    int n = 0;
+    for (int64_t until = lm_now_us() + MOST_US; !atomic_load(&woken); nanosleep(&some, NULL)) {
+        assert_true(lm_now_us() < until && n < JOBS);
+        send_one(n++);
+        send_one(n++);
+    }
+    all_are_dropped(n);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, begin, end)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(what_was_not_delivered_goes_with_the_new_client), TEST(an_end_cuts_the_drain_short),
+        TEST(a_stuck_record_holds_no_other_topic_back),
+        TEST(the_thread_is_woken_for_what_is_held_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
