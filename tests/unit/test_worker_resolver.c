@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_resolver.c - a name that nobody answers for holds up nobody's end: spans, adapters,
- * schemas. Each must be gone while the system's resolver still tries.
+ * test_worker_resolver.c - a name that nobody answers for holds up nobody's end: spans, claims,
+ * adapters, schemas. Each must be gone while the system's resolver still tries.
  */
 #include <netdb.h>
 #include <pthread.h>
@@ -55,6 +55,14 @@ static int now_asking(void)
     return n;
 }
 
+static void until_asked(void)
+{
+    pthread_mutex_lock(&lock);
+    while (!asking)
+        pthread_cond_wait(&moved, &lock);
+    pthread_mutex_unlock(&lock);
+}
+
 static int let_them_end(void **state)
 {
     (void)state;
@@ -86,13 +94,41 @@ static void test_spans(void **state)
     assert_int_equal(job_new(lease, &r, &j), LM_OK);
     assert_int_equal(spans_new(&w, &s, &err), LM_OK);
     spans_end(s, j, OUTCOME_REPLY);
-    pthread_mutex_lock(&lock);
-    while (!asking)
-        pthread_cond_wait(&moved, &lock);
-    pthread_mutex_unlock(&lock);
+    until_asked();
     spans_free(s);
     assert_true(now_asking());
     job_unref(j);
+    lease_unref(lease);
+    metrics_release(&w.metrics);
+}
+
+static void test_claims(void **state)
+{
+    (void)state;
+    static char none[] = "", url[] = "http://nobody.example/{object}", text[] = "a reply";
+    struct config cfg = { .claim_url = url, .claim_auth_header = none, .claim_s3_region = none,
+                          .adapters_ca_file = none };
+    struct worker w = { .cfg = &cfg, .name = "w" };
+    struct lease *lease = lease_new("t", 0, (struct ledger_ref){ 0 });
+    struct record r = { .offset = 0 };
+    struct lm_err err;
+    struct job *j;
+    claims *c;
+    metrics_init(&w.metrics);
+    job_queue_init(&w.done);
+    assert_int_equal(job_new(lease, &r, &j), LM_OK);
+    j->out.value = text;
+    j->out.len = sizeof text;
+    assert_int_equal(claims_new(&w, &c, &err), LM_OK);
+    claims_put(c, j);
+    until_asked();
+    atomic_store(&w.ending, true);
+    claims_free(c);
+    assert_true(now_asking());
+    assert_ptr_equal(job_queue_take(&w.done, 0), j);    /* it runs again elsewhere */
+    assert_int_equal(j->outcome, OUTCOME_DROPPED);
+    job_unref(j);
+    job_queue_release(&w.done);
     lease_unref(lease);
     metrics_release(&w.metrics);
 }
@@ -140,6 +176,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_spans, let_them_end),
+        cmocka_unit_test_teardown(test_claims, let_them_end),
         cmocka_unit_test_teardown(test_adapters, let_them_end),
         cmocka_unit_test_teardown(test_schemas, let_them_end),
     };
