@@ -480,8 +480,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
-        TEST(test_checks), TEST(test_check_refusals), TEST(test_passthrough),
-        TEST(test_checks), TEST(test_no_password_is_told),
+        TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
         TEST(test_librdkafka_refusals), TEST(test_secrets),
