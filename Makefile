@@ -354,7 +354,7 @@ bench:
 
 # Coverage-guided fuzzing of one target: make fuzz TARGET=json SECONDS=60
 fuzz:
-	$(Q)DEPS='$(DEPS)' tests/fuzz/fuzz.sh '$(TARGET)' '$(or $(SECONDS),60)'
+	$(Q)BUILD=$(BUILD) DEPS='$(DEPS)' tests/fuzz/fuzz.sh '$(TARGET)' '$(or $(SECONDS),60)'
 
 docs: $(BIN)
 	$(Q)$(BIN) worker --help-markdown > docs/configuration.md
