@@ -82,7 +82,7 @@ struct outgoing {
     size_t len;
     bool value_owned;
     int attempts;
-    int64_t first_sent_us;
+    int64_t handed_us;          /* to the producer */
     int road;                   /* hold.h's, and the flight on it */
     unsigned flight;
     struct header_list headers; /* last; lent what the record and the configuration have */

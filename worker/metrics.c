@@ -235,7 +235,7 @@ void metrics_write(struct metrics *m, const struct metrics_labels *l, FILE *f)
               &m->adapter_wait);
     histogram(f, P "processing_seconds", "From submitted to finished by the engine.",
               &m->processing);
-    histogram(f, P "reply_produce_seconds", "From produced to acknowledged.", &m->reply_produce);
+    histogram(f, P "reply_produce_seconds", "From answered to acknowledged.", &m->reply_produce);
     histogram(f, P "rebalance_drain_seconds", "How long revocations waited for running prompts.",
               &m->rebalance_drain);
 }

@@ -319,7 +319,6 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
         return LM_OK;
     }
     o->attempts = 0;
-    o->first_sent_us = 0;
     worker_generated(w, j);
     producer_send(w->producer, j);
     return LM_OK;

@@ -123,8 +123,6 @@ static void send_record(producer *p, struct job *j, struct outgoing *o, int64_t 
     rd_kafka_headers_t *h = to_kafka_headers(&o->headers);
     o->job = j;
     o->error = 0;
-    if (!o->first_sent_us)
-        o->first_sent_us = now_us;
     on_its_way(p, o, now_us);
     rd_kafka_resp_err_t e = produce(p, j, o, h);
     if (e) {
@@ -169,7 +167,7 @@ static void wake_thread(producer *p)
 static bool send_or_hold(producer *p, struct job *j)
 {
     bool wake;
-    int64_t now = lm_now_us();
+    int64_t now = j->out.handed_us;
     if (!hold_back(&p->hold, j, now, &wake))
         return send_now(p, j, now);
     if (wake)
@@ -179,6 +177,7 @@ static bool send_or_hold(producer *p, struct job *j)
 
 void producer_send(producer *p, struct job *j)
 {
+    j->out.handed_us = lm_now_us();
     if (p->exactly_once || send_or_hold(p, j))
         job_queue_push(&p->again, j);   /* judged on the producer thread */
 }
@@ -325,7 +324,7 @@ static void acknowledged(producer *p, struct job *j)
     struct metrics *m = &p->w->metrics;
     if (!p->reported_us)
         p->reported_us = lm_now_us();
-    histogram_observe(&m->reply_produce, p->reported_us - j->out.first_sent_us);
+    histogram_observe(&m->reply_produce, p->reported_us - j->out.handed_us);
     if (is_dead_letter(j))
         metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
     else

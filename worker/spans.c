@@ -118,7 +118,7 @@ static struct ended *note(const struct job *j, const struct span_context *contex
     *e = (struct ended){
         .context = *context, .lease = lease_ref(j->lease), .offset = j->record.offset,
         .received_us = j->received_us, .submitted_us = j->submitted_us,
-        .answered_us = j->answered_us, .sent_us = j->out.first_sent_us, .ended_us = now,
+        .answered_us = j->answered_us, .sent_us = j->out.handed_us, .ended_us = now,
         .epoch_us = (int64_t)wall.tv_sec * 1000000 + wall.tv_nsec / 1000 - now,
         .outcome = outcome, .tally = j->tally,
         .error = outcome == OUTCOME_DEAD_LETTER ? j->err ? j->err->code : LM_INTERNAL : LM_OK,

@@ -257,6 +257,17 @@ static void a_stuck_record_holds_no_other_topic_back(void **state)
     all_are_dropped(3);
 }
 
+/* Its time with us begins when it was answered. */
+static void what_is_held_back_counts_as_on_its_way(void **state)
+{
+    (void)state;
+    send_one(0);
+    int64_t before = lm_now_us();
+    send_one(1);
+    assert_in_range(jobs[1]->out.handed_us, before, lm_now_us());
+    all_are_dropped(2);
+}
+
 /* Pairs, until one comes while the thread sleeps for longer than the second may be held back. */
 static void the_thread_is_woken_for_what_is_held_back(void **state)
 {
@@ -278,6 +289,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(what_was_not_delivered_goes_with_the_new_client), TEST(an_end_cuts_the_drain_short),
         TEST(a_stuck_record_holds_no_other_topic_back),
+        TEST(what_is_held_back_counts_as_on_its_way),
         TEST(the_thread_is_woken_for_what_is_held_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
