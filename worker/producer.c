@@ -513,6 +513,8 @@ static struct job *send_some(producer *p, struct job *j, int64_t now_us)
         next = failed->next;
         producer_judge(p, failed);
     }
+    if (judge.head)
+        producer_give(p);
     return j;
 }
 
