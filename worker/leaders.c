@@ -75,31 +75,14 @@ bool leaders_differ(const struct stuck *s, const rd_kafka_metadata_t *md)
     return false;
 }
 
-/* NULL: nobody has answered. */
-static const rd_kafka_metadata_t *ask(rd_kafka_t *rk, const char *name)
-{
-    const rd_kafka_metadata_t *md = NULL;
-    rd_kafka_topic_t *topic = rd_kafka_topic_new(rk, name, NULL);
-    if (!topic || rd_kafka_metadata(rk, 0, topic, &md, ASK_MS))
-        md = NULL;
-    if (topic)
-        rd_kafka_topic_destroy(topic);
-    return md;
-}
-
 size_t leaders_moved(rd_kafka_t *rk, const struct stuck *s, size_t n)
 {
-    for (size_t i = 0, next; i < n; i = next) {
-        const rd_kafka_metadata_t *md = ask(rk, s[i].topic);
-        if (!md)
-            return n;
-        size_t found = n;
-        for (next = i; next < n && !strcmp(s[next].topic, s[i].topic); next++)
-            if (found == n && leaders_differ(&s[next], md))
-                found = next;
-        rd_kafka_metadata_destroy(md);
-        if (found < n)
-            return found;
-    }
-    return n;
+    const rd_kafka_metadata_t *md;
+    if (!n || rd_kafka_metadata(rk, 0, NULL, &md, ASK_MS))
+        return n;
+    size_t found = 0;
+    while (found < n && !leaders_differ(&s[found], md))
+        found++;
+    rd_kafka_metadata_destroy(md);
+    return found;
 }

@@ -44,8 +44,8 @@ struct stuck {
 size_t leaders_stuck(struct leaders *l, const json_t *stats, struct stuck *out, size_t most);
 void leaders_release(struct leaders *l);
 
-/* The index of the first that another broker leads, `n`: none, or nobody says so. Asks the brokers,
- * a second for each topic at most. */
+/* The index of the first that another broker leads, `n`: none, or nobody says so. Asks the brokers
+ * once, about all topics that the client knows, and waits for a second at most. */
 size_t leaders_moved(rd_kafka_t *rk, const struct stuck *s, size_t n);
 /* Its judgement. */
 bool leaders_differ(const struct stuck *s, const rd_kafka_metadata_t *md);

@@ -14,9 +14,35 @@
 
 #include <cmocka.h>
 
+#include "kernels/base.h"
 #include "worker/leaders.h"
 
 static long long clock_us;      /* when statistics are made */
+static int asked_ms;            /* brokers, in all */
+static int answer_leader;       /* who leads what was stuck; -1: they don't answer */
+
+/* These win over the shared library's. */
+rd_kafka_resp_err_t rd_kafka_metadata(rd_kafka_t *rk, int all, rd_kafka_topic_t *only,
+                                      const struct rd_kafka_metadata **out, int timeout_ms)
+{
+    static char third[] = "third", fourth[] = "fourth";
+    static rd_kafka_metadata_partition_t part;
+    static rd_kafka_metadata_topic_t t[] = {
+        { .topic = fourth, .partition_cnt = 1, .partitions = &part },
+        { .topic = third, .partition_cnt = 1, .partitions = &part } };
+    static rd_kafka_metadata_t md = { .topics = t, .topic_cnt = LM_COUNT(t) };
+    (void)rk;
+    assert_false(all || only);          /* all that the client knows */
+    asked_ms += timeout_ms;
+    part.leader = answer_leader;
+    *out = &md;
+    return answer_leader < 0 ? RD_KAFKA_RESP_ERR__TIMED_OUT : RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+void rd_kafka_metadata_destroy(const struct rd_kafka_metadata *md)
+{
+    (void)md;
+}
 
 /* One topic of two partitions: how many were queued, and acknowledged, on each. */
 static json_t *stats(int waiting, int msgs0, int acked0, int msgs1, int acked1)
@@ -122,11 +148,28 @@ static void another_leads(void **state)
     assert_false(differ("side", RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART, 3, 2));
 }
 
+/* However many topics are stuck: nothing else is done while their leaders are asked for. */
+static void one_question_for_all(void **state)
+{
+    const struct stuck s[] = { { "side", 0, 1 }, { "side", 1, 1 }, { "other", 0, 1 },
+                               { "third", 0, 1 }, { "fourth", 0, 2 } };
+    (void)state;
+    answer_leader = 2;
+    assert_int_equal(leaders_moved(NULL, s, LM_COUNT(s)), 3);
+    assert_int_equal(asked_ms, 1000);
+    assert_int_equal(leaders_moved(NULL, s + 4, 1), 1);
+    answer_leader = -1;
+    assert_int_equal(leaders_moved(NULL, s, LM_COUNT(s)), LM_COUNT(s));
+    asked_ms = 0;
+    assert_int_equal(leaders_moved(NULL, s, 0), 0);
+    assert_int_equal(asked_ms, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(stuck_is_what_has_not_moved_since), cmocka_unit_test(nothing_waits),
-        cmocka_unit_test(stuck_takes_its_time),
+        cmocka_unit_test(stuck_takes_its_time), cmocka_unit_test(one_question_for_all),
         cmocka_unit_test(other_texts), cmocka_unit_test(another_leads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
