@@ -37,6 +37,7 @@
 
 #include "worker/log.h"
 #include "worker/resolver.h"
+#include "worker/url.h"
 
 enum { IDLE_MS = 100, CONNECT_MS = 5000, STALL_S = 30, STALL_BYTES = 4096, HEX = 65 };
 
@@ -157,9 +158,11 @@ static lm_status put(claims *c, const struct job *j, const struct completion_cla
                      struct lm_err *err)
 {
     const char *url = o->url;
+    char shown[URL_SHOWN];
     long status = 0;
     struct body b = { j->out.value, j->out.len };
     struct curl_slist *headers = put_headers(c->w->cfg, o);
+    url_show(url, shown, sizeof shown);
     set_transfer(c, url, &b, headers);
     if (*c->w->cfg->claim_s3_region)
         sign(c);
@@ -167,12 +170,12 @@ static lm_status put(claims *c, const struct job *j, const struct completion_cla
     curl_easy_getinfo(c->curl, CURLINFO_RESPONSE_CODE, &status);
     curl_slist_free_all(headers);
     if (e)
-        return lm_err_set(err, LM_NET, "PUT %s: %s", url, curl_easy_strerror(e));
+        return lm_err_set(err, LM_NET, "PUT %s: %s", shown, curl_easy_strerror(e));
     if (status == 413)
         return lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, more than the object store "
-                          "takes: PUT %s: HTTP 413", j->out.len, url);
+                          "takes: PUT %s: HTTP 413", j->out.len, shown);
     if (status < 200 || status > 299)
-        return lm_err_set(err, LM_NET, "PUT %s: HTTP %ld", url, status);
+        return lm_err_set(err, LM_NET, "PUT %s: HTTP %ld", shown, status);
     return LM_OK;
 }
 

@@ -18,6 +18,8 @@
 #include <string.h>
 #include <strings.h>
 
+#include "worker/url.h"
+
 enum { LINE_MAX_BYTES = 64 * 1024, NAME_MAX_BYTES = 128, MAX_CLAIM_URL = 1900, MAX_REGION = 64 };
 
 /* ---- fields ---------------------------------------------------------------------------- */
@@ -563,14 +565,16 @@ static lm_status check_prompt_topics(const struct config *c, struct lm_err *err)
 static lm_status check_adapters_url(const struct config *c, struct lm_err *err)
 {
     const char *url = c->adapters_url;
+    char shown[URL_SHOWN];
     if (!*url)
         return LM_OK;
+    url_show(url, shown, sizeof shown);
     if (strncmp(url, "http://", 7) && strncmp(url, "https://", 8) && strncmp(url, "file://", 7))
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: use http://, https:// or file://",
-                          url);
+                          shown);
     if (!strstr(url, "{adapter}"))
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: {adapter} is missing, so every "
-                          "adapter would be the same", url);
+                          "adapter would be the same", shown);
     return LM_OK;
 }
 
@@ -599,19 +603,34 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status check_claims(const struct config *c, struct lm_err *err)
+/* A claim tells its URL to whoever reads replies. */
+static lm_status check_claim_url(const struct config *c, struct lm_err *err)
 {
-    if (strcmp(c->replies_too_large, "claim"))
-        return LM_OK;
+    char shown[URL_SHOWN];
+    url_show(c->claim_url, shown, sizeof shown);
+    if (url_has_userinfo(c->claim_url))
+        return lm_err_set(err, LM_INVALID, "replies.claim_url may not hold a name or a password: "
+                          "put them into replies.claim_auth_header, as \"Authorization: Basic "
+                          "...\"");
     if (!strstr(c->claim_url, "{object}"))
         return lm_err_set(err, LM_INVALID, "replies.too_large=claim needs replies.claim_url with "
                           "{object} in it, as https://store/replies/{object}");
     if (strncmp(c->claim_url, "http://", 7) && strncmp(c->claim_url, "https://", 8))
         return lm_err_set(err, LM_INVALID, "replies.claim_url=%s: must begin with http:// or "
-                          "https://", c->claim_url);
+                          "https://", shown);
     if (strlen(c->claim_url) > MAX_CLAIM_URL)
         return lm_err_set(err, LM_TOO_LARGE, "replies.claim_url has more than %d bytes",
                           MAX_CLAIM_URL);
+    return LM_OK;
+}
+
+static lm_status check_claims(const struct config *c, struct lm_err *err)
+{
+    if (strcmp(c->replies_too_large, "claim"))
+        return LM_OK;
+    lm_status st = check_claim_url(c, err);
+    if (st)
+        return st;
     if (!*c->claim_s3_region != !*c->claim_s3_key || !*c->claim_s3_key != !*c->claim_s3_secret)
         return lm_err_set(err, LM_INVALID, "replies.claim_s3_region, replies.claim_s3_key and "
                           "replies.claim_s3_secret go together");
@@ -633,25 +652,17 @@ static lm_status check_trouble(const struct config *c, struct lm_err *err)
     return check_claims(c, err);
 }
 
-/* Has it a name or a password before its host? Told without its scheme, too, and with as many
- * slashes behind it as libcurl forgives: no message may show one. */
-static bool has_userinfo(const char *url)
-{
-    const char *at = url + strcspn(url, "/?#@");
-    if (at > url && at[-1] == ':')
-        at += strspn(at, "/");
-    return at[strcspn(at, "/?#@")] == '@';
-}
-
 static lm_status check_traces(const struct config *c, struct lm_err *err)
 {
     const char *url = c->traces_otlp_url;
-    if (has_userinfo(url))
+    char shown[URL_SHOWN];
+    url_show(url, shown, sizeof shown);
+    if (url_has_userinfo(url))
         return lm_err_set(err, LM_INVALID, "traces.otlp_url may not hold a name or a password: "
                           "put them into traces.auth_header, as \"Authorization: Basic ...\"");
     if (*url && strncmp(url, "http://", 7) && strncmp(url, "https://", 8))
         return lm_err_set(err, LM_INVALID, "traces.otlp_url=%s: must begin with http:// or "
-                          "https://", url);
+                          "https://", shown);
     return LM_OK;
 }
 
@@ -725,10 +736,23 @@ bool config_is_secret(const char *key)
     return false;
 }
 
+static const char *shown_text(const struct config *c, const struct config_property *p, char *buf,
+                              size_t size)
+{
+    const char *text = string_of(c, p);
+    if ((p->flags & CONFIG_SECRET) && *text)
+        return "[set]";
+    if (!(p->flags & (CONFIG_URL | CONFIG_URLS)))
+        return text;
+    (p->flags & CONFIG_URLS ? url_show_list : url_show)(text, buf, size);
+    return buf;
+}
+
 static lm_status visit_log(const struct config_property *p, void *ctx, struct lm_err *err)
 {
     (void)err;
     const struct config *c = ctx;
+    char shown[4096];
     switch (p->type) {
     case CONFIG_INT:
     case CONFIG_BYTES:
@@ -739,8 +763,7 @@ static lm_status visit_log(const struct config_property *p, void *ctx, struct lm
                *(const bool *)((const char *)c + p->offset) ? "true" : "false");
         break;
     default:
-        lm_log(LM_DEBUG, "config", "%s=%s", p->name,
-               (p->flags & CONFIG_SECRET) && *string_of(c, p) ? "[set]" : string_of(c, p));
+        lm_log(LM_DEBUG, "config", "%s=%s", p->name, shown_text(c, p, shown, sizeof shown));
     }
     return LM_OK;
 }

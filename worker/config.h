@@ -122,7 +122,8 @@ struct config_property {
     const char *help;
 };
 
-enum { CONFIG_SECRET = 1, CONFIG_REQUIRED = 2 };
+/* URL, URLS: shown without passwords, see url.h. */
+enum { CONFIG_SECRET = 1, CONFIG_REQUIRED = 2, CONFIG_URL = 4, CONFIG_URLS = 8 };
 
 struct config_section { const char *title; const struct config_property *rows; int n; };
 

@@ -88,7 +88,7 @@ static const struct config_property model_rows[] = {
 };
 
 static const struct config_property adapter_rows[] = {
-    STR("adapters.url", adapters_url, "", 0,
+    STR("adapters.url", adapters_url, "", CONFIG_URL,
         "URL template with `{adapter}`; `adapter_config.json` and `adapter_model.safetensors` lie "
         "under it. http, https or file. Empty: prompts that name an adapter are dead letters."),
     STR("adapters.cache_dir", adapters_cache_dir, "", 0,
@@ -142,9 +142,9 @@ static const struct config_property topic_rows[] = {
     CHOICE("replies.too_large", replies_too_large, "refuse", "refuse|claim",
         "A reply that is too large for the broker: `refuse` makes a dead letter that names the "
         "sizes, `claim` puts it into the object store and replies with where it is."),
-    STR("replies.claim_url", claim_url, "", 0,
+    STR("replies.claim_url", claim_url, "", CONFIG_URL,
         "URL template with `{object}` (the SHA-256 of its bytes), for PUT. Required by "
-        "replies.too_large=claim. http or https."),
+        "replies.too_large=claim. http or https; as claims name it, without a password."),
     STR("replies.claim_auth_header", claim_auth_header, "", CONFIG_SECRET,
         "A whole header, such as `Authorization: Bearer ...`, sent with every PUT."),
     STR("replies.claim_s3_region", claim_s3_region, "", 0,
@@ -165,7 +165,7 @@ static const struct config_property topic_rows[] = {
 };
 
 static const struct config_property registry_rows[] = {
-    STR("registry.url", registry_url, "", 0,
+    STR("registry.url", registry_url, "", CONFIG_URLS,
         "Schema registry, Confluent API. Empty: Avro is refused by name."),
     STR("registry.auth", registry_auth, "", CONFIG_SECRET, "`user:password` for basic auth."),
     STR("registry.ca_file", registry_ca_file, "", 0, "PEM file of the registry's authority."),
@@ -252,7 +252,7 @@ static const struct config_property watch_rows[] = {
     INT("http.port", http_port, "9464", 0, 65535,
         "0: no HTTP. When the port is busy the next free one of the following 100 is taken and "
         "logged, so that workers of a host may share one file."),
-    STR("traces.otlp_url", traces_otlp_url, "", 0,
+    STR("traces.otlp_url", traces_otlp_url, "", CONFIG_URL,
         "OpenTelemetry collector that gets spans of prompts whose `traceparent` says \"sampled\", "
         "over HTTP as JSON: `http://collector:4318/v1/traces`. Empty: none."),
     STR("traces.auth_header", traces_auth_header, "", CONFIG_SECRET,

@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "worker/resolver.h"
+#include "worker/url.h"
 
 #define MAX_REDIRECTS 5
 #define MAX_HEADER_BYTES 65536
@@ -57,20 +58,6 @@ struct fetcher {
     LIST_HEAD(, fetch_attempt) running;
 };
 
-/* ---- URLs in messages ------------------------------------------------------------------- */
-
-void fetch_url_show(const char *url, char *buf, size_t size)
-{
-    const char *host = strstr(url, "://");
-    host = host ? host + 3 : url;
-    const char *end = host + strcspn(host, "?#");
-    const char *slash = memchr(host, '/', (size_t)(end - host));
-    const char *authority_end = slash ? slash : end;
-    const char *at = memrchr(host, '@', (size_t)(authority_end - host));
-    const char *rest = at ? at + 1 : host;
-    snprintf(buf, size, "%.*s%.*s", (int)(host - url), url, (int)(end - rest), rest);
-}
-
 /* ---- verdicts --------------------------------------------------------------------------- */
 
 /* Sets the outcome once: what went wrong first is what is told. */
@@ -78,14 +65,14 @@ static void LM_PRINTF(4, 5) judge(struct fetch_attempt *a, lm_status status, boo
                                   const char *fmt, ...)
 {
     struct fetch *file = a->file;
-    char url[256], text[300];
+    char url[URL_SHOWN], text[300];
     if (a->judged)
         return;
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    fetch_url_show(file->url, url, sizeof url);
+    url_show(file->url, url, sizeof url);
     a->judged = true;
     file->status = lm_err_set(&file->err, status, "GET %s: %s", url, text);
     file->retry = retry;

@@ -66,7 +66,4 @@ void fetcher_run(fetcher *f, int timeout_ms, void (*ended)(void *ctx, struct fet
                  void *ctx);
 void fetcher_wake(fetcher *f);  /* any thread: a waiting fetcher_run() returns */
 
-/* The URL without user, password and query, for messages. */
-void fetch_url_show(const char *url, char *buf, size_t size);
-
 #endif

@@ -13,6 +13,7 @@
 #include <time.h>
 
 #include "worker/resolver.h"
+#include "worker/url.h"
 
 enum {
     MAX_URLS = 8, MAX_REPLY = 1 << 20, HOLD_OFF_US = 500000,
@@ -48,14 +49,6 @@ static pthread_once_t curl_once = PTHREAD_ONCE_INIT;
 static void curl_start(void)
 {
     curl_global_init(CURL_GLOBAL_DEFAULT);
-}
-
-/* Errors end in logs and dead letters, so a password in a URL is left out. */
-static void shown_url(const char *url, char *buf, size_t size)
-{
-    const char *host = strstr(url, "://"), *at = strrchr(url, '@');
-    host = host ? host + 3 : url;
-    snprintf(buf, size, "%.*s%s", (int)(host - url), url, at && at > host ? at + 1 : host);
 }
 
 static lm_status add_url(registry *r, const char *s, size_t n, struct lm_err *err)
@@ -190,8 +183,8 @@ static void set_options(registry *r, const char *url, const char *body, struct r
 static lm_status exchange(registry *r, const char *base, const char *path, const char *body,
                           struct reply *rep, struct lm_err *err)
 {
-    char *url = NULL, shown[256], detail[CURL_ERROR_SIZE] = "";
-    shown_url(base, shown, sizeof shown);
+    char *url = NULL, shown[URL_SHOWN], detail[CURL_ERROR_SIZE] = "";
+    url_show(base, shown, sizeof shown);
     if (asprintf(&url, "%s%s", base, path) < 0)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     set_options(r, url, body, rep);
@@ -217,8 +210,8 @@ static lm_status judge(const char *base, const char *path, const struct reply *r
 {
     if (rep->status == 200 && json_is_object(rep->json))
         return LM_OK;
-    char shown[256];
-    shown_url(base, shown, sizeof shown);
+    char shown[URL_SHOWN];
+    url_show(base, shown, sizeof shown);
     json_int_t code = json_integer_value(json_object_get(rep->json, "error_code"));
     const char *message = json_string_value(json_object_get(rep->json, "message"));
     message = message ? message : "";

@@ -46,6 +46,7 @@
 #include "worker/fetch.h"
 #include "worker/log.h"
 #include "worker/store_form.h"
+#include "worker/url.h"
 
 #define BACKOFF_MAX_MS 10000
 #define RETRY_AFTER_MAX_MS 30000
@@ -649,14 +650,14 @@ static bool has_scheme(const char *url, const char *scheme)
 }
 
 /* file:///folder/{adapter}: the path, with its percent-encoding undone. */
-static lm_status take_file_url(store *s, const char *url, struct lm_err *err)
+static lm_status take_file_url(store *s, const char *url, const char *shown, struct lm_err *err)
 {
     const char *path = url + strlen("file://");
     if (has_scheme(path, "localhost/"))
         path += strlen("localhost");
     if (*path != '/')
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: a file URL names this machine, as "
-                          "file:///folder/" HOLE, url);
+                          "file:///folder/" HOLE, shown);
     char *plain = curl_easy_unescape(NULL, path, 0, NULL);
     s->local_template = plain ? lm_strdup(plain) : NULL;
     curl_free(plain);
@@ -665,15 +666,15 @@ static lm_status take_file_url(store *s, const char *url, struct lm_err *err)
 
 static lm_status check_url(store *s, const char *url, struct lm_err *err)
 {
-    char shown[256];
+    char shown[URL_SHOWN];
     if (!url || !*url)
         return LM_OK;
-    fetch_url_show(url, shown, sizeof shown);
+    url_show(url, shown, sizeof shown);
     if (!strstr(url, HOLE))
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: without " HOLE " all adapters would "
                           "be one", shown);
     if (has_scheme(url, "file://"))
-        return take_file_url(s, url, err);
+        return take_file_url(s, url, shown, err);
     if (!has_scheme(url, "http://") && !has_scheme(url, "https://"))
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: must start with http://, https:// or "
                           "file://", shown);

@@ -207,6 +207,17 @@ static void test_no_password_is_told(void **state)
     assert_null(strstr(err.msg, "hunter2"));
     bad_check("traces.otlp_url=me:hunter2@collector", "traces.auth_header");
     assert_null(strstr(err.msg, "hunter2"));
+    good("traces.otlp_url=");
+    bad_check("adapters.url=ftp://me:hunter2@store/{adapter}?sig=hunter2", "ftp://store/{adapter}");
+    assert_null(strstr(err.msg, "hunter2"));
+    bad_check("adapters.url=http://me:hunter2@store/", "adapters.url=http://store/: {adapter}");
+    assert_null(strstr(err.msg, "hunter2"));
+    good("adapters.url=");
+    good("replies.too_large=claim");
+    bad_check("replies.claim_url=http://me:hunter2@store/{object}", "replies.claim_auth_header");
+    assert_null(strstr(err.msg, "hunter2"));
+    bad_check("replies.claim_url=ftp://store/{object}?sig=hunter2", "ftp://store/{object}: must");
+    assert_null(strstr(err.msg, "hunter2"));
 }
 
 static void test_claim_checks(void **state)
@@ -337,6 +348,10 @@ static void test_log_hides_secrets(void **state)
     good("kafka.sasl.password=hunter2");
     good("registry.auth=joe:hunter2");
     good("adapters.auth_header=Authorization: Bearer hunter2");
+    good("adapters.url=http://me:hunter2@store/{adapter}?sig=hunter2");
+    good("replies.claim_url=https://store/{object}?sig=hunter2");
+    good("registry.url=http://me:hunter2@one, https://me:hunter2@two:8081");
+    good("traces.otlp_url=hunter2@three");
     seen[0] = '\0';
     lm_log_set_sink(collect, NULL);
     lm_log_set_level(LM_DEBUG);
@@ -345,6 +360,8 @@ static void test_log_hides_secrets(void **state)
     lm_log_set_sink(NULL, NULL);
     assert_non_null(strstr(seen, "kafka.sasl.password=[set]"));
     assert_non_null(strstr(seen, "topics.prompts=prompts"));
+    assert_non_null(strstr(seen, "adapters.url=http://store/{adapter}"));
+    assert_non_null(strstr(seen, "registry.url=http://one, https://two:8081"));
     assert_null(strstr(seen, "hunter2"));
 }
 

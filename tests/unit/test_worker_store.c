@@ -680,6 +680,18 @@ static void test_messages_hide_credentials(void **state)
     assert_non_null(strstr(w.err.msg, "/nobody/" CACHE_CONFIG));
 }
 
+static void test_a_file_url_hides_them_too(void **state)
+{
+    struct fix *f = *state;
+    struct store_config cfg = base_config(f);
+    struct lm_err err;
+    store *s;
+    cfg.url = "file://me:hunter2@elsewhere/{adapter}";
+    assert_int_equal(store_new(&cfg, &s, &err), LM_INVALID);
+    assert_null(strstr(err.msg, "hunter2"));
+    assert_non_null(strstr(err.msg, "file://elsewhere/{adapter}"));
+}
+
 /* ---- damage ----------------------------------------------------------------------------- */
 
 static void damage(struct fix *f, const char *id, const char *name, long at)
@@ -909,6 +921,7 @@ int main(int argc, char **argv)
         TEST(test_short_body), TEST(test_too_large), TEST(test_silence_and_trickle),
         TEST(test_not_an_adapter), TEST(test_nonsense_protocol), TEST(test_redirects),
         TEST(test_credentials_stay_home), TEST(test_messages_hide_credentials),
+        TEST(test_a_file_url_hides_them_too),
         TEST(test_damage_heals), TEST(test_bad_copy_is_fetched_once_more_only),
         TEST(test_race_of_processes), TEST(test_claim_ends_with_its_process),
         TEST(test_kill_and_sweep),

@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_url.c - what messages show of a URL, and that those of an upload show no more.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <cmocka.h>
+
+#include "worker/log.h"
+#include "worker/url.h"
+#include "worker/worker.h"
+
+enum { MOST_US = 20 * 1000000 };
+
+static void test_what_is_shown(void **state)
+{
+    (void)state;
+    static const struct { const char *url, *shown; bool userinfo; } rows[] = {
+        { "http://host/x", "http://host/x", false },
+        { "http://me:pass@host:80/x?sig=1#y", "http://host:80/x", true },
+        { "http://pass@host", "http://host", true },
+        { "http://me:p@ss@host/x", "http://host/x", true },
+        { "https:///me:pass@host/x", "https:///host/x", true },
+        { "http:/me:pass@host/x", "http:/host/x", true },
+        { "me:pass@host:4318/x", "host:4318/x", true },
+        { "host:4318/team@x/y", "host:4318/team@x/y", false },
+        { "http://host/team@x?a@b", "http://host/team@x", false },
+        { "http://[::1]:80/x", "http://[::1]:80/x", false },
+        { "file:///folder/{adapter}", "file:///folder/{adapter}", false },
+        { "http://", "http://", false },
+        { "@", "", true },
+        { "", "", false },
+    };
+    char shown[URL_SHOWN];
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        url_show(rows[i].url, shown, sizeof shown);
+        assert_string_equal(shown, rows[i].shown);
+        assert_int_equal(url_has_userinfo(rows[i].url), rows[i].userinfo);
+    }
+}
+
+static void test_lists(void **state)
+{
+    (void)state;
+    static const char list[] = "http://a:b@one?x, https://c@two/,,http://three";
+    char shown[URL_SHOWN], all[] = "http://one, https://two/,,http://three";
+    url_show_list(list, shown, sizeof shown);
+    assert_string_equal(shown, all);
+    for (size_t size = sizeof all; size > 0; size--) {          /* cut, where it has to be */
+        url_show_list(list, shown, size);
+        assert_true(strlen(shown) < size && !strncmp(shown, all, strlen(shown)));
+    }
+}
+
+/* ---- uploads ---------------------------------------------------------------------------- */
+
+static char said[1024];
+static atomic_bool has_said;
+
+static void hear(void *ctx, enum lm_level level, const char *area, const char *line)
+{
+    (void)ctx;
+    (void)level;
+    (void)area;
+    if (!atomic_load(&has_said))
+        snprintf(said, sizeof said, "%s", line);
+    atomic_store(&has_said, true);
+}
+
+/* The log, and, as the same words, a dead letter. */
+static void test_an_upload_that_fails(void **state)
+{
+    (void)state;
+    static char none[] = "", url[] = "http://me:hunter2@127.0.0.1:1/{object}?sig=hunter2";
+    static char text[] = "a reply";
+    const struct timespec tick = { 0, 1000000 };
+    struct config cfg = { .claim_url = url, .claim_auth_header = none, .claim_s3_region = none,
+                          .adapters_ca_file = none };
+    struct worker w = { .cfg = &cfg, .name = "w" };
+    struct lease *lease = lease_new("t", 0, (struct ledger_ref){ 0 });
+    struct record r = { .offset = 0 };
+    struct lm_err err;
+    struct job *j;
+    claims *c;
+    metrics_init(&w.metrics);
+    job_queue_init(&w.done);
+    lm_log_set_sink(hear, NULL);
+    assert_int_equal(job_new(lease, &r, &j), LM_OK);
+    j->out.value = text;
+    j->out.len = sizeof text;
+    assert_int_equal(claims_new(&w, &c, &err), LM_OK);
+    claims_put(c, j);
+    for (int64_t end = lm_now_us() + MOST_US; !atomic_load(&has_said); nanosleep(&tick, NULL))
+        assert_true(lm_now_us() < end);
+    atomic_store(&w.ending, true);
+    claims_free(c);
+    lm_log_set_sink(NULL, NULL);
+    assert_non_null(strstr(said, "PUT http://127.0.0.1:1/"));
+    assert_null(strstr(said, "hunter2"));
+    job_unref(job_queue_take(&w.done, 0));
+    job_queue_release(&w.done);
+    lease_unref(lease);
+    metrics_release(&w.metrics);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_what_is_shown), cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_an_upload_that_fails),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * url.h - URLs of the configuration in messages, which end in logs and dead letters: without the
+ * name and the password before a host, and without the query, which may be a signature. Read as
+ * libcurl reads them: a scheme may be missing, and one slash behind it, or three, are forgiven.
+ *
+ * Threads: any.
+ */
+#ifndef LORAMILL_WORKER_URL_H
+#define LORAMILL_WORKER_URL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+enum { URL_SHOWN = 256 };       /* a good size for what is shown */
+
+void url_show(const char *url, char *buf, size_t size);
+/* Of several, separated by commas. */
+void url_show_list(const char *urls, char *buf, size_t size);
+/* Has it a name or a password? */
+bool url_has_userinfo(const char *url);
+
+#endif
