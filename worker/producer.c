@@ -27,7 +27,9 @@
  * MSG_SIZE_TOO_LARGE is the broker's verdict on a whole batch, so a small reply may be condemned
  * with its neighbours. A reply above batch.size travels alone, and its verdict is its own; a
  * smaller one goes again with smaller batches, a new client's, and is believed at BATCH_LEAST only,
- * after a few tries more.
+ * after a few tries more. It may itself have been what was too large, so batches grow again step
+ * by step: when none was refused for GROW_FIRST_US, and nothing is on its way that a new client
+ * could overtake. Where that proves wrong the next try waits twice as long, GROW_MOST_US at most.
  *
  * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
  * has committed; what is said above about failed deliveries holds there too.
@@ -64,6 +66,9 @@ enum {
     RENEW_DRAIN_MS = 2000,
     RENEW_PURGE_MS = 5000,
 };
+
+#define GROW_FIRST_US (600 * INT64_C(1000000))
+#define GROW_MOST_US (144 * GROW_FIRST_US)
 
 /* ---- sending ---------------------------------------------------------------------------- */
 
@@ -250,14 +255,41 @@ static bool too_large(producer *p, const struct job *j, const struct outgoing *o
     return j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
 }
 
-/* The next client's batches are smaller. */
-void producer_shrink(producer *p)
+static void shrink(producer *p, int64_t now_us)
 {
     p->shrink = false;
+    if (p->grown && now_us < p->grow_at_us)
+        p->grow_wait_us = LM_MIN(2 * p->grow_wait_us, GROW_MOST_US);
+    else if (p->grown || !p->grow_wait_us)
+        p->grow_wait_us = GROW_FIRST_US;
+    p->grown = false;
     p->batch_most = LM_MAX(p->batch_bytes / 4, BATCH_LEAST);
-    lm_log(LM_WARN, "producer", "brokers refuse batches of %" PRId64 " bytes "
-           "(max.message.bytes of a topic): smaller ones from here on, see "
-           "kafka.producer.batch.size", p->batch_bytes);
+    lm_log(LM_WARN, "producer", "brokers refuse batches of %" PRId64 " bytes (max.message.bytes of "
+           "a topic): smaller ones for the next %" PRId64 " minutes, see "
+           "kafka.producer.batch.size", p->batch_bytes, p->grow_wait_us / (60 * 1000000));
+}
+
+static void grow(producer *p)
+{
+    p->grown = true;
+    p->batch_most = p->batch_most < p->batch_full / 4 ? p->batch_most * 4 : 0;
+    lm_log(LM_INFO, "producer", "batches of %" PRId64 " bytes are tried again",
+           p->batch_most ? p->batch_most : p->batch_full);
+}
+
+bool producer_resize(producer *p)
+{
+    if (!p->shrink && !p->batch_most)
+        return false;
+    int64_t now = lm_now_us();
+    if (p->shrink)
+        shrink(p, now);
+    else if (now >= p->grow_at_us && !rd_kafka_outq_len(p->rk))
+        grow(p);
+    else
+        return false;
+    p->grow_at_us = now + p->grow_wait_us;
+    return true;
 }
 
 /* Why this reply can never be delivered; LM_OK: it may be. */
@@ -422,6 +454,7 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
     if (st)
         return st;
+    p->batch_full = kafka_conf_int(conf, "batch.size");
     char most[24];
     snprintf(most, sizeof most, "%" PRId64, p->batch_most);
     if (p->batch_most)
@@ -614,12 +647,10 @@ static void *producer_main(void *arg)
         poll_client(p, p->rk, hold_wait_ms(&p->hold, now,
                                            job_list_wait_ms(&p->later, now, POLL_MS)));
         serve_again(p);
+        if (producer_resize(p))         /* before what was held back leaves */
+            renew(p);
         serve_held(p);
         look_at_leaders(p);
-        if (p->shrink) {
-            producer_shrink(p);
-            renew(p);
-        }
     }
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);

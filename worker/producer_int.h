@@ -33,8 +33,11 @@ struct producer {
     struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     atomic_long under_way;      /* exactly-once: records that have no report yet */
-    int64_t batch_most;         /* batch.size, since a broker has refused what was configured */
+    int64_t batch_full;         /* batch.size as configured */
+    int64_t batch_most;         /* for now, since brokers have refused such; 0: that */
     bool shrink;                /* it is to be less */
+    bool grown;                 /* the last change of it was to more */
+    int64_t grow_at_us, grow_wait_us;
     struct hold hold;           /* at-least-once: what waits behind others */
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
@@ -60,7 +63,7 @@ bool producer_send_records(producer *p, struct job *j, int64_t now_us);
 /* All that was sent has its report: is the job done? Then producer_give(), behind all at hand. */
 void producer_judge(producer *p, struct job *j);
 void producer_give(producer *p);
-/* The next client gets a smaller batch.size. */
-void producer_shrink(producer *p);
+/* The next client gets another batch.size. True: it is to be made. */
+bool producer_resize(producer *p);
 
 #endif

@@ -302,10 +302,8 @@ static bool rebuild(struct tx *t)
 /* Between transactions: what the last one has left on its way must not end the next one. */
 static bool fence(struct tx *t)
 {
-    if (t->p->shrink) {
-        producer_shrink(t->p);
+    if (producer_resize(t->p))
         return rebuild(t);
-    }
     if (!t->stale && !atomic_load(&t->p->unanswered.any))
         return true;
     lm_log(LM_INFO, "producer", "%s", t->stale ?

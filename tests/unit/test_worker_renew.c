@@ -40,6 +40,23 @@ static atomic_int in_new_at_end = -1;   /* records, when the old one is destroye
 static int polls_after_end;             /* of the old one, before it is told to give all back */
 static bool given_back;
 static atomic_int woken;                /* the producer thread, out of its poll */
+static atomic_bool begun;               /* `p` is there */
+static atomic_int refused;              /* batches, from now on: that many verdicts */
+static atomic_bool time_passes;         /* as much as batches wait for before they grow */
+static atomic_llong batch;              /* batch.size, and for how long */
+static atomic_llong batch_wait_us;
+
+static void look_at_batches(const rd_kafka_t *rk)
+{
+    if (rk == p->rk && !p->renewing && atomic_load(&refused) > 0) {
+        p->shrink = true;
+        atomic_fetch_sub(&refused, 1);
+    }
+    if (atomic_load(&time_passes) && p->batch_most)
+        p->grow_at_us = 0;
+    atomic_store(&batch_wait_us, p->grow_wait_us);
+    atomic_store(&batch, p->batch_bytes);
+}
 
 /* These win over the shared library's. */
 int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
@@ -49,6 +66,8 @@ int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
         p->stuck[0] = (struct stuck){ .topic = "replies", .partition = 0, .leader = 1 };
         p->n_stuck = 1;
     }
+    if (atomic_load(&begun))
+        look_at_batches(rk);
     polls_after_end += rk == stuck && p && atomic_load(&p->end) && !given_back;
     return real(rk, timeout_ms);
 }
@@ -131,9 +150,15 @@ static int begin(void **state)
     given_back = false;
     polls_after_end = 0;
     atomic_store(&woken, 0);
+    atomic_store(&refused, 0);
+    atomic_store(&batch, 0);
+    atomic_store(&time_passes, false);
     atomic_store(&in_new_at_end, -1);
     lease = lease_new("t", 0, (struct ledger_ref){ 0 });
-    return producer_new(&w, &p, &err) ? -1 : 0;
+    if (producer_new(&w, &p, &err))
+        return -1;
+    atomic_store(&begun, true);
+    return 0;
 }
 
 static void send_to(int i, const char *topic)
@@ -205,6 +230,7 @@ static void all_are_dropped(int n)
 static int end(void **state)
 {
     (void)state;
+    atomic_store(&begun, false);
     producer_free(p);
     lease_unref(lease);
     job_queue_release(&w.done);
@@ -257,6 +283,56 @@ static void a_stuck_record_holds_no_other_topic_back(void **state)
     all_are_dropped(3);
 }
 
+static void until_batch_is(long long bytes)
+{
+    const struct timespec tick = { 0, 1000000 };
+    for (int64_t until = lm_now_us() + MOST_US; atomic_load(&batch) != bytes;
+         nanosleep(&tick, NULL))
+        if (lm_now_us() > until)
+            fail_msg("batches have %lld bytes, not %lld", atomic_load(&batch), bytes);
+}
+
+static void batches_that_were_refused_grow_again(void **state)
+{
+    (void)state;
+    atomic_store(&refused, 2);
+    until_batch_is(62500);
+    assert_int_equal(atomic_load(&batch_wait_us), 600 * 1000000);
+    atomic_store(&time_passes, true);
+    until_batch_is(1000000);
+    assert_int_equal(atomic_load(&w.metrics.producer_rebuilds), 4);
+    all_are_dropped(0);
+}
+
+/* Refused at once when they had grown, so the next time is later. */
+static void batches_that_grew_in_vain_wait_longer(void **state)
+{
+    (void)state;
+    atomic_store(&refused, 1);
+    until_batch_is(250000);
+    atomic_store(&time_passes, true);
+    until_batch_is(1000000);
+    atomic_store(&time_passes, false);
+    atomic_store(&refused, 1);
+    until_batch_is(250000);
+    assert_int_equal(atomic_load(&batch_wait_us), 1200 * 1000000);
+    all_are_dropped(0);
+}
+
+/* A new client could overtake it. */
+static void batches_do_not_grow_while_something_is_on_its_way(void **state)
+{
+    const struct timespec some = { 0, 300 * 1000000 };
+    (void)state;
+    atomic_store(&refused, 1);
+    until_batch_is(250000);
+    send_one(0);
+    atomic_store(&time_passes, true);
+    nanosleep(&some, NULL);
+    assert_int_equal(atomic_load(&batch), 250000);
+    all_are_dropped(1);
+}
+
 /* Its time with us begins when it was answered. */
 static void what_is_held_back_counts_as_on_its_way(void **state)
 {
@@ -290,6 +366,8 @@ int main(void)
         TEST(what_was_not_delivered_goes_with_the_new_client), TEST(an_end_cuts_the_drain_short),
         TEST(a_stuck_record_holds_no_other_topic_back),
         TEST(what_is_held_back_counts_as_on_its_way),
+        TEST(batches_that_were_refused_grow_again), TEST(batches_that_grew_in_vain_wait_longer),
+        TEST(batches_do_not_grow_while_something_is_on_its_way),
         TEST(the_thread_is_woken_for_what_is_held_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
