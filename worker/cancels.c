@@ -7,6 +7,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/queue.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -14,7 +15,7 @@ enum { BUCKETS = 1 << 14 };
 
 struct order {
     struct order *chain;
-    struct order *younger;
+    TAILQ_ENTRY(order) age;
     int64_t when_ms, until_ms;
     char id[];
 };
@@ -22,7 +23,7 @@ struct order {
 struct cancels {
     pthread_mutex_t lock;
     int64_t retention_ms;
-    struct order *oldest, **youngest;
+    TAILQ_HEAD(, order) by_age;         /* oldest first */
     size_t n;
     struct order *orders[BUCKETS];
     struct job *jobs[BUCKETS];
@@ -35,7 +36,7 @@ cancels *cancels_new(int64_t retention_ms)
         return NULL;
     pthread_mutex_init(&c->lock, NULL);
     c->retention_ms = retention_ms;
-    c->youngest = &c->oldest;
+    TAILQ_INIT(&c->by_age);
     return c;
 }
 
@@ -43,8 +44,8 @@ void cancels_free(cancels *c)
 {
     if (!c)
         return;
-    for (struct order *o = c->oldest, *next; o; o = next) {
-        next = o->younger;
+    for (struct order *o; (o = TAILQ_FIRST(&c->by_age));) {
+        TAILQ_REMOVE(&c->by_age, o, age);
         free(o);
     }
     pthread_mutex_destroy(&c->lock);
@@ -58,25 +59,21 @@ static unsigned bucket(const char *id)
 
 static void forget_oldest(cancels *c)
 {
-    struct order *o = c->oldest, **at = &c->orders[bucket(o->id)];
+    struct order *o = TAILQ_FIRST(&c->by_age), **at = &c->orders[bucket(o->id)];
     while (*at != o)
         at = &(*at)->chain;
     *at = o->chain;
-    c->oldest = o->younger;
-    if (!c->oldest)
-        c->youngest = &c->oldest;
+    TAILQ_REMOVE(&c->by_age, o, age);
     c->n--;
     free(o);
 }
 
-/* The latest order for this id, in wall-clock milliseconds; INT64_MIN: none. */
-static int64_t order_time(const cancels *c, const char *id)
+static struct order *find(const cancels *c, const char *id)
 {
-    int64_t when = INT64_MIN;
-    for (const struct order *o = c->orders[bucket(id)]; o; o = o->chain)
-        if (!strcmp(o->id, id))
-            when = LM_MAX(when, o->when_ms);
-    return when;
+    struct order *o = c->orders[bucket(id)];
+    while (o && strcmp(o->id, id))
+        o = o->chain;
+    return o;
 }
 
 static bool concerns(int64_t when_ms, const struct job *j)
@@ -94,8 +91,8 @@ bool cancels_enter(cancels *c, struct job *j)
         j->same_bucket = c->jobs[b];
         c->jobs[b] = j;
     }
-    int64_t when = order_time(c, id);
-    if (when != INT64_MIN && concerns(when, j))
+    const struct order *o = find(c, id);
+    if (o && concerns(o->when_ms, j))
         atomic_store(&j->cancelled, true);
     pthread_mutex_unlock(&c->lock);
     return atomic_load(&j->cancelled);
@@ -114,20 +111,31 @@ void cancels_leave(cancels *c, struct job *j)
     pthread_mutex_unlock(&c->lock);
 }
 
-static void remember(cancels *c, const char *id, int64_t when_ms, int64_t now_ms)
+static struct order *new_order(cancels *c, const char *id)
 {
     size_t len = strlen(id);
     struct order *o = lm_malloc(sizeof *o + len + 1);
     if (!o)
-        return;                 /* it still reaches the prompts that are here */
+        return NULL;
     unsigned b = bucket(id);
-    *o = (struct order){ .chain = c->orders[b], .when_ms = when_ms,
-                         .until_ms = now_ms + c->retention_ms };
+    *o = (struct order){ .chain = c->orders[b], .when_ms = INT64_MIN };
     memcpy(o->id, id, len + 1);
     c->orders[b] = o;
-    *c->youngest = o;
-    c->youngest = &o->younger;
     c->n++;
+    return o;
+}
+
+/* One entry an id, of its latest order: nobody makes a chain longer by saying the same again. */
+static void remember(cancels *c, const char *id, int64_t when_ms, int64_t now_ms)
+{
+    struct order *o = find(c, id);
+    if (o)
+        TAILQ_REMOVE(&c->by_age, o, age);
+    else if (!(o = new_order(c, id)))
+        return;                 /* it still reaches the prompts that are here */
+    o->when_ms = LM_MAX(o->when_ms, when_ms);
+    o->until_ms = now_ms + c->retention_ms;
+    TAILQ_INSERT_TAIL(&c->by_age, o, age);
 }
 
 int cancels_order(cancels *c, const char *id, int64_t when_ms, int64_t now_ms,
@@ -135,9 +143,10 @@ int cancels_order(cancels *c, const char *id, int64_t when_ms, int64_t now_ms,
 {
     int n = 0;
     pthread_mutex_lock(&c->lock);
-    while (c->oldest && (c->oldest->until_ms <= now_ms || c->n >= CANCELS_MAX))
-        forget_oldest(c);
     remember(c, id, when_ms, now_ms);
+    for (const struct order *o; (o = TAILQ_FIRST(&c->by_age)) &&
+                                (o->until_ms <= now_ms || c->n > CANCELS_MAX);)
+        forget_oldest(c);
     for (struct job *j = c->jobs[bucket(id)]; j; j = j->same_bucket) {
         if (strcmp(j->prompt->id, id) || !concerns(when_ms, j) ||
             atomic_exchange(&j->cancelled, true))

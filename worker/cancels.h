@@ -11,8 +11,8 @@
  *                   there; whoever holds it otherwise sees the mark
  *
  * An order concerns prompts that were produced before it (by the records' timestamps), so that an
- * id may be used again afterwards. Orders are forgotten after `retention_ms`, and the oldest when
- * there are CANCELS_MAX.
+ * id may be used again afterwards; of several orders for one id the latest counts. They are
+ * forgotten after `retention_ms`, and the oldest when there are CANCELS_MAX.
  *
  * Ownership: jobs are borrowed; they leave before they end. Threads: any, one lock.
  */

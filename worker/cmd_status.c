@@ -6,7 +6,8 @@
  *
  * A member's client id is its worker's name. Where its metrics are is not written anywhere, so they
  * are looked for on the member's host, from http.port up (workers of one host take the next free
- * port), and recognised by the name in build_info. A worker that can't be reached shows dashes.
+ * of CONFIG_HTTP_PORTS), and recognised by the name in build_info. A worker that can't be reached
+ * shows dashes.
  *
  * Lag counts records that are not finished: the log's end less the committed offset, less what is
  * finished beyond it by the offset map.
@@ -30,7 +31,7 @@ struct status {
     const char *topic;
     bool json, metrics;
     struct group group;
-    struct page { char *text; const char *host; int64_t port; } *pages;
+    struct page { char *text; const char *host; } *pages;    /* those that answered */
     size_t n_pages;
 };
 
@@ -50,27 +51,57 @@ static const char help[] =
 
 /* ---- workers' metrics ------------------------------------------------------------------- */
 
-static char *scrape(const char *host, int64_t port)
+struct scrape { CURL *curl; FILE *f; char *text; size_t len; bool done; };
+
+static void scrape_begin(struct scrape *q, CURLM *all, const char *host, int64_t port)
 {
-    char url[384], *text = NULL;
-    size_t len = 0;
-    long code = 0;
-    CURL *curl = curl_easy_init();
-    FILE *f = open_memstream(&text, &len);
+    char url[384];
+    q->curl = curl_easy_init();
+    q->f = open_memstream(&q->text, &q->len);
+    if (!q->curl || !q->f)
+        return;
     snprintf(url, sizeof url, strchr(host, ':') ? "http://[%s]:%" PRId64 "/metrics"
                                                 : "http://%s:%" PRId64 "/metrics", host, port);
-    curl_easy_setopt(curl, CURLOPT_URL, url);
-    curl_easy_setopt(curl, CURLOPT_WRITEDATA, f);
-    curl_easy_setopt(curl, CURLOPT_TIMEOUT_MS, (long)SCRAPE_MS);
-    curl_easy_setopt(curl, CURLOPT_MAXFILESIZE, 8L << 20);
-    curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
-    CURLcode e = curl_easy_perform(curl);
-    curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &code);
-    curl_easy_cleanup(curl);
-    fclose(f);
-    if (!e && code == 200)
-        return text;
-    free(text);
+    curl_easy_setopt(q->curl, CURLOPT_URL, url);
+    curl_easy_setopt(q->curl, CURLOPT_WRITEDATA, q->f);
+    curl_easy_setopt(q->curl, CURLOPT_PRIVATE, q);
+    curl_easy_setopt(q->curl, CURLOPT_TIMEOUT_MS, (long)SCRAPE_MS);
+    curl_easy_setopt(q->curl, CURLOPT_MAXFILESIZE, 8L << 20);
+    curl_easy_setopt(q->curl, CURLOPT_NOSIGNAL, 1L);
+    curl_multi_add_handle(all, q->curl);
+}
+
+/* All at once: a host that drops what it does not know costs one time out, not one a port. */
+static void scrape_run(CURLM *all)
+{
+    int running = 0, left;
+    CURLMcode e;
+    do {
+        e = curl_multi_perform(all, &running);
+        if (!e && running)
+            e = curl_multi_poll(all, NULL, 0, SCRAPE_MS, NULL);
+    } while (!e && running);
+    for (CURLMsg *m; (m = curl_multi_info_read(all, &left));) {
+        struct scrape *q = NULL;
+        curl_easy_getinfo(m->easy_handle, CURLINFO_PRIVATE, (char **)&q);
+        q->done = m->msg == CURLMSG_DONE && !m->data.result;
+    }
+}
+
+/* The page, malloc'ed, or NULL. */
+static char *scrape_end(struct scrape *q, CURLM *all)
+{
+    long code = 0;
+    if (q->curl) {
+        curl_easy_getinfo(q->curl, CURLINFO_RESPONSE_CODE, &code);
+        curl_multi_remove_handle(all, q->curl);
+        curl_easy_cleanup(q->curl);
+    }
+    if (q->f)
+        fclose(q->f);
+    if (q->done && code == 200)
+        return q->text;
+    free(q->text);
     return NULL;
 }
 
@@ -85,32 +116,60 @@ static bool is_of(const char *page, const char *worker)
     return found && (!end || found < end);
 }
 
-/* The pages of one host: from http.port on, as many as it has members, and a few more. */
-static void scrape_host(struct status *s, const char *host)
-{
-    size_t here = 0;
-    for (size_t i = 0; i < s->n_pages; i++)
-        if (!strcmp(s->pages[i].host, host))
-            return;
-    for (size_t i = 0; i < s->group.n_members; i++)
-        here += !strcmp(s->group.members[i].host, host);
-    for (size_t i = 0; i < here + MORE_PORTS; i++) {
-        struct page *grown = lm_reallocarray(s->pages, s->n_pages + 1, sizeof *grown);
-        if (!grown)
-            return;
-        s->pages = grown;
-        int64_t port = s->config.http_port + (int64_t)i;
-        s->pages[s->n_pages++] = (struct page){ scrape(host, port), host, port };
-    }
-}
-
 static const struct page *page_of(const struct status *s, const struct group_member *m)
 {
     for (size_t i = 0; i < s->n_pages; i++)
-        if (s->pages[i].text && !strcmp(s->pages[i].host, m->host) &&
+        if (!strcmp(s->pages[i].host, m->host) &&
             is_of(s->pages[i].text, m->client))
             return &s->pages[i];
     return NULL;
+}
+
+static void keep_page(struct status *s, struct page p)
+{
+    struct page *grown = p.text ? lm_reallocarray(s->pages, s->n_pages + 1, sizeof *grown) : NULL;
+    if (grown) {
+        s->pages = grown;
+        s->pages[s->n_pages++] = p;
+    } else {
+        free(p.text);
+    }
+}
+
+static void scrape_ports(struct status *s, const char *host, int from, int to)
+{
+    struct scrape q[CONFIG_HTTP_PORTS] = { 0 };
+    CURLM *all = curl_multi_init();
+    if (!all)
+        return;
+    for (int i = from; i < to; i++)
+        scrape_begin(&q[i], all, host, s->config.http_port + i);
+    scrape_run(all);
+    for (int i = from; i < to; i++)
+        keep_page(s, (struct page){ scrape_end(&q[i], all), host });
+    curl_multi_cleanup(all);
+}
+
+/* The pages of one host: from http.port on, as many as it has members and a few more; where that
+ * leaves one of them without, wherever else a worker looks for a free port. */
+static void scrape_host(struct status *s, size_t member)
+{
+    const struct group_member *m = s->group.members;
+    const char *host = m[member].host;
+    int most = (int)LM_MIN(CONFIG_HTTP_PORTS, UINT16_MAX + 1 - s->config.http_port), here = 0;
+    bool missing = false;
+    for (size_t i = 0; i < s->group.n_members; i++) {
+        bool same = !strcmp(m[i].host, host);
+        if (same && i < member)
+            return;             /* has been asked */
+        here += same;
+    }
+    int first = LM_MIN(here + MORE_PORTS, most);
+    scrape_ports(s, host, 0, first);
+    for (size_t i = member; i < s->group.n_members; i++)
+        missing |= !strcmp(m[i].host, host) && !page_of(s, &m[i]);
+    if (missing)
+        scrape_ports(s, host, first, most);
 }
 
 /* The value of a metric without labels; -1: not there. */
@@ -235,7 +294,7 @@ static int run(struct status *s)
     cli_group_oldest(&s->kafka, &s->group);
     curl_global_init(CURL_GLOBAL_DEFAULT);
     for (size_t i = 0; s->metrics && s->config.http_port && i < s->group.n_members; i++)
-        scrape_host(s, s->group.members[i].host);
+        scrape_host(s, i);
     if (s->json)
         print_json(s);
     else

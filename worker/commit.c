@@ -13,13 +13,15 @@
 #include <string.h>
 
 enum { COMMIT_WAIT_MS = 5000, COMMIT_LEAST_MS = 500 };
+/* KIP-848's; older headers have no name for it. */
+static const rd_kafka_resp_err_t STALE_MEMBER_EPOCH = (rd_kafka_resp_err_t)113;
 
 /* The group has moved on without us; the rebalance that follows says what is ours. */
 static bool is_stale_member(rd_kafka_resp_err_t e)
 {
     return e == RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION || e == RD_KAFKA_RESP_ERR_UNKNOWN_MEMBER_ID ||
            e == RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS ||
-           e == RD_KAFKA_RESP_ERR_FENCED_INSTANCE_ID;
+           e == RD_KAFKA_RESP_ERR_FENCED_INSTANCE_ID || e == STALE_MEMBER_EPOCH;
 }
 
 static void commit_refused(consumer *c, rd_kafka_resp_err_t e)

@@ -19,6 +19,9 @@
 /* kafka.max.poll.interval.ms unless it is set. */
 #define CONFIG_MAX_POLL_INTERVAL "120000"
 
+/* http.port and the ports behind it: a worker takes the first that is free. */
+enum { CONFIG_HTTP_PORTS = 100 };
+
 enum config_scope { CONFIG_BOTH, CONFIG_CONSUMER, CONFIG_PRODUCER };
 
 struct config_pair {
@@ -64,7 +67,7 @@ struct config {
     int64_t retry_max_attempts, retry_backoff_ms, retry_backoff_max_ms;
     char *traces_otlp_url, *traces_auth_header, *traces_ca_file;
     char *http_address;
-    int64_t http_port;          /* 0: off; when busy, the next free of the following 100 */
+    int64_t http_port;          /* 0: off; when busy, the next of CONFIG_HTTP_PORTS */
     char *log_level, *log_format;
     struct config_pair *kafka;  /* passthrough, "kafka." removed */
     int n_kafka;

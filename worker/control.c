@@ -23,6 +23,7 @@
 
 #include "worker/cancels.h"
 #include "worker/kafka_conf.h"
+#include "worker/log.h"
 
 enum { POLL_MS = 100, ASK_MS = 5000, RETRY_US = 2000000, LOOK_AGAIN_US = 60000000,
        START_WAIT_MS = 10000, UNTIMED = 1000 };
@@ -34,6 +35,7 @@ struct control {
     atomic_bool end, caught_up;
     int n_parts, ends_seen;
     int64_t look_us;            /* when to look for the topic's partitions */
+    struct log_seldom ignored;  /* anyone may write to the topic */
 };
 
 /* ---- orders ----------------------------------------------------------------------------- */
@@ -74,8 +76,8 @@ static void take_order(control *c, const rd_kafka_message_t *m)
     if (id && *id && json_object_size(root) == 1)
         obey(c, id, rd_kafka_message_timestamp(m, NULL));
     else
-        lm_log(LM_WARN, "control", "%s [%d] @%" PRId64 " is no {\"cancel\": \"id\"}: ignored",
-               rd_kafka_topic_name(m->rkt), (int)m->partition, m->offset);
+        log_seldom(&c->ignored, "control", "%s [%d] @%" PRId64 " is no {\"cancel\": \"id\"}: "
+                   "ignored", rd_kafka_topic_name(m->rkt), (int)m->partition, m->offset);
     json_decref(root);
 }
 

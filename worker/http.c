@@ -7,7 +7,7 @@
  *   /livez      200 unless a failure is latched or a thread's heartbeat is stale; never 503 because
  *               a broker is away, for a restart would not bring it back
  *
- * A busy port is no error: the next free one of the following PORT_TRIES is taken, so that workers
+ * A busy port is no error: the next free one of CONFIG_HTTP_PORTS is taken, so that workers
  * of one host may share a configuration.
  */
 #include "worker/worker.h"
@@ -22,7 +22,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { PORT_TRIES = 100, STALE_US = 60 * 1000000, TIMEOUT_S = 10, CONNECTIONS = 64 };
+enum { STALE_US = 60 * 1000000, TIMEOUT_S = 10, CONNECTIONS = 64 };
 
 struct http {
     struct worker *w;
@@ -239,7 +239,7 @@ static lm_status listen_near(const struct config *cfg, int *fd, int *port, struc
 {
     struct sockaddr_storage at;
     socklen_t len;
-    for (int i = 0; i < PORT_TRIES; i++) {
+    for (int i = 0; i < CONFIG_HTTP_PORTS; i++) {
         int64_t p = cfg->http_port + i;
         if (p > UINT16_MAX)
             break;
@@ -255,7 +255,7 @@ static lm_status listen_near(const struct config *cfg, int *fd, int *port, struc
                               *port, strerror(-*fd));
     }
     return lm_err_set(err, LM_BUSY, "http.port=%" PRId64 ": it and the following %d are all busy",
-                      cfg->http_port, PORT_TRIES - 1);
+                      cfg->http_port, CONFIG_HTTP_PORTS - 1);
 }
 
 lm_status http_new(struct worker *w, http **out, struct lm_err *err)

@@ -194,6 +194,16 @@ for n in range(2): send(2, n)
 assert not p.flush(20)
 P
 start p; P1=$W
+# Far from the first: the ports behind p's are somebody else's, who does not answer.
+spawn "$RUN/ports.log" "$PYTHON" -c '
+import socket, sys, time
+held = []
+for port in range(int(sys.argv[1]) + 1, int(sys.argv[1]) + 13):
+    s = socket.socket()
+    try: s.bind(("0.0.0.0", port)); s.listen(1); held.append(s)
+    except OSError: pass
+print("held", flush=True); time.sleep(600)' "$PORT"
+wait_until 10 grep -q held "$RUN/ports.log" || die "the next ports are taken"
 start q; P2=$W
 in_flight() {
     status --json && quiet jq -e --argjson t "$SENT" '

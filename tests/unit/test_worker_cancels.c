@@ -109,11 +109,41 @@ static void test_orders_are_forgotten(void **state)
     cancels_free(NULL);
 }
 
+/* The same id over and over is one entry, whose age is that of the latest order: what else is
+ * remembered stays, and no lookup gets dearer. */
+static void test_one_entry_an_id(void **state)
+{
+    (void)state;
+    uint64_t sum = 0;
+    struct case_ j;
+    cancels *c = cancels_new(1000);
+    cancels_order(c, "other", 5, 5, count_handle, &sum);
+    for (int i = 0; i < CANCELS_MAX + 100; i++)
+        cancels_order(c, "a", i % 50, 10, count_handle, &sum);
+    assert_int_equal(cancels_count(c), 2);
+    make(&j, "other", 5, 0);
+    assert_true(cancels_enter(c, &j.job));
+    cancels_leave(c, &j.job);
+    make(&j, "a", 49, 0);               /* the latest by its time, not the last */
+    assert_true(cancels_enter(c, &j.job));
+    cancels_leave(c, &j.job);
+    make(&j, "a", 50, 0);
+    assert_false(cancels_enter(c, &j.job));
+    cancels_leave(c, &j.job);
+    cancels_order(c, "a", 50, 1000, count_handle, &sum);
+    cancels_order(c, "new", 1100, 1100, count_handle, &sum);
+    assert_int_equal(cancels_count(c), 2);              /* "other" is forgotten, "a" is not */
+    make(&j, "a", 50, 0);
+    assert_true(cancels_enter(c, &j.job));
+    cancels_leave(c, &j.job);
+    cancels_free(c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_order_first), cmocka_unit_test(test_prompt_first),
-        cmocka_unit_test(test_orders_are_forgotten),
+        cmocka_unit_test(test_orders_are_forgotten), cmocka_unit_test(test_one_entry_an_id),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
