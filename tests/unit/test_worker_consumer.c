@@ -65,6 +65,8 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
 
 /* ---- a client with two records, and a rebalance between them -------------------------------- */
 
+static void assign(struct world *x, const char *topic, int partition);
+
 static int polls;
 static int64_t second_from_us;  /* the second one comes then, or later */
 
@@ -73,6 +75,7 @@ static rd_kafka_headers_t *sent_headers;
 
 rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
 {
+    (void)rk;
     (void)timeout_ms;
     if (!polled || polls == 2) {
         if (polled)
@@ -80,10 +83,7 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
         return NULL;
     }
     if (polls == 1) {
-        rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
-        rd_kafka_topic_partition_list_add(l, "other", 0);
-        rebalance_cb(rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &polled->c);
-        rd_kafka_topic_partition_list_destroy(l);
+        assign(polled, "other", 0);
         second_from_us = lm_now_us();
     }
     static char key[] = "k", value[] = "prompt";
@@ -123,6 +123,54 @@ rd_kafka_resp_err_t rd_kafka_message_headers(const rd_kafka_message_t *message,
         return RD_KAFKA_RESP_ERR__NOENT;
     *h = sent_headers;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+/* ---- the worker ------------------------------------------------------------------------- */
+
+/* A world whose consumer may lose its partition and get others. */
+static struct world *open_world(const char *poll_ms)
+{
+    static char none[] = "";
+    struct world *x = world_open_polled(poll_ms);
+    x->c.parts = lm_calloc(1, sizeof *x->c.parts);
+    *x->c.parts = x->part;
+    lease_ref(x->part.lease);
+    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
+    x->cfg.topics_priorities = none;
+    x->w.consumer = &x->c;
+    return x;
+}
+
+static void close_world(struct world *x)
+{
+    while (x->c.n_parts)
+        rebalance_remove(&x->c, &x->c.parts[0]);
+    free(x->w.metrics.parts);
+    free(x->c.parts);
+    free(x->c.pending);
+    rd_kafka_queue_destroy(x->c.commit_queue);
+    world_close(x);
+}
+
+static void rebalance(struct world *x, rd_kafka_resp_err_t what, const char *topic, int partition)
+{
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_list_add(l, topic, partition);
+    rebalance_cb(x->c.rk, what, l, &x->c);
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
+static void assign(struct world *x, const char *topic, int partition)
+{
+    rebalance(x, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, topic, partition);
+}
+
+/* The producer thread asks, and has its answer. */
+static void ask(struct world *x, struct stage *s, enum staging_what what)
+{
+    x->c.staging.asked = s;
+    x->c.staging.what = what;
+    staging_serve(&x->c);
 }
 
 static struct job *deliver(struct world *x, int64_t offset, const char *key)
@@ -179,30 +227,23 @@ static void suspects_do_not_either(void **state)
 static void an_eager_revocation_commits_while_it_drains(void **state)
 {
     (void)state;
-    struct world *x = world_open();
+    struct world *x = open_world(NULL);
     x->cfg.revoke_drain_ms = 60000;
     x->cfg.commit_interval_ms = 1;
-    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
-    lease_ref(x->part.lease);           /* the world's; the consumer gives its own up */
     running = deliver(x, 0, NULL);
     job_set_stage(running, JOB_RUNNING);
     struct job *other = deliver(x, 1, NULL);
     job_set_stage(other, JOB_RUNNING);
     worker_end_job(&x->w, other, OUTCOME_REPLY);
-    rd_kafka_topic_partition_list_t *parts = rd_kafka_topic_partition_list_new(1);
-    rd_kafka_topic_partition_list_add(parts, "t", 0);
     int64_t start = lm_now_us();
-    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, parts, &x->c);
+    rebalance(x, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, "t", 0);
     assert_true(lm_now_us() - start < 50000000);        /* the last commit comes after the drain */
     assert_int_equal(commits_meanwhile, 1);
     assert_non_null(strstr(metadata, "0:"));
     assert_true(strlen(metadata) > 4);  /* it has a map */
-    rd_kafka_topic_partition_list_destroy(parts);
     job_unref(running);
     running = NULL;
-    rd_kafka_queue_destroy(x->c.commit_queue);
-    free(x->c.pending);
-    world_close(x);
+    close_world(x);
 }
 
 struct transaction { struct world *x; struct stage s; bool committed, outlasts_the_wait; };
@@ -225,24 +266,15 @@ static void *end_transaction(void *arg)
 static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool committed,
                                                       bool in_time)
 {
-    char none[] = "";
-    struct world *x = world_open_polled(in_time ? NULL : "400");
-    struct assigned *parts = lm_calloc(1, sizeof *parts);       /* the consumer's; it grows */
-    *parts = x->part;
-    lease_ref(parts->lease);
-    x->c.parts = parts;
+    struct world *x = open_world(in_time ? NULL : "400");
     x->c.exactly_once = true;
-    x->cfg.topics_priorities = none;
-    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
-    x->w.consumer = &x->c;
     struct job *j = deliver(x, 0, NULL);
     struct job *jobs[] = { j };
     enum stage_verdict verdicts[1];
     struct transaction t = { .x = x, .s = { .jobs = jobs, .verdicts = verdicts, .n = 1 },
                              .committed = committed,
                              .outlasts_the_wait = !same_partition || !in_time };
-    x->c.staging.asked = &t.s;
-    staging_serve(&x->c);
+    ask(x, &t.s, STAGING_STAGE);
     assert_int_equal(t.s.n_commits, 1);
     rebalance_remove(&x->c, &x->c.parts[0]);
     atomic_store(&asked_before, 0);
@@ -250,21 +282,15 @@ static void offsets_are_asked_for_after_a_transaction(bool same_partition, bool 
     atomic_store(&transaction_over, false);
     pthread_t producer;
     assert_int_equal(pthread_create(&producer, NULL, end_transaction, &t), 0);
-    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
-    rd_kafka_topic_partition_list_add(l, "t", same_partition ? 0 : 1);
-    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
+    assign(x, "t", same_partition ? 0 : 1);
     assert_int_equal(atomic_load(&asked_before), t.outlasts_the_wait ? 1 : 0);
     assert_int_equal(atomic_load(&asked_after), t.outlasts_the_wait ? 0 : 1);
     while (!atomic_load(&transaction_over) || x->c.staging.open)
         staging_serve(&x->c);
     pthread_join(producer, NULL);
-    rd_kafka_topic_partition_list_destroy(l);
     stage_release(&t.s);
     job_unref(j);
-    rebalance_remove(&x->c, &x->c.parts[0]);
-    free(x->c.parts);
-    rd_kafka_queue_destroy(x->c.commit_queue);
-    world_close(x);
+    close_world(x);
 }
 
 static void a_partition_that_comes_back_waits_for_its_transaction(void **state)
@@ -305,45 +331,29 @@ const char *__tsan_default_suppressions(void)
 static void an_assignment_at_the_close_reads_nothing_that_is_gone(void **state)
 {
     (void)state;
-    char none[] = "";
-    struct world *x = world_open();
-    struct assigned *parts = lm_calloc(1, sizeof *parts);
-    *parts = x->part;
-    lease_ref(parts->lease);
-    x->c.parts = parts;
+    struct world *x = open_world(NULL);
     x->c.exactly_once = true;
-    x->cfg.topics_priorities = none;
-    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
-    x->w.consumer = &x->c;
     struct job *j = deliver(x, 0, NULL);
     struct job *jobs[] = { j };
     enum stage_verdict verdicts[1];
     struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = 1 };
-    x->c.staging.asked = &s;
-    staging_serve(&x->c);
+    ask(x, &s, STAGING_STAGE);
     assert_int_equal(s.n_commits, 1);
     atomic_store(&x->w.stopping, true);
     staging_close(&x->c);
     consumer_settle(&x->c, &s, true);   /* too late */
     stage_release(&s);
-    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
-    rd_kafka_topic_partition_list_add(l, "t", 0)->offset = 0;
-    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
-    rd_kafka_topic_partition_list_destroy(l);
+    assign(x, "t", 0);
     job_unref(j);
-    rebalance_remove(&x->c, &x->c.parts[0]);
-    free(x->c.parts);
-    rd_kafka_queue_destroy(x->c.commit_queue);
-    world_close(x);
+    close_world(x);
 }
 
 /* Within 20 bytes three runs have room beside the offset 127, and not beside 128. */
 static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 {
     (void)state;
-    struct world *x = world_open();
+    struct world *x = open_world(NULL);
     x->c.exactly_once = true;
-    x->w.consumer = &x->c;
     x->c.map_limit = 20;
     ledger_set_map_limit(x->c.ledger, 20);
     static const int at[] = { 127, 128, 228, 229, 328, 329, 428, 429 };
@@ -353,26 +363,21 @@ static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
     struct job *jobs[] = { all[2], all[4], all[6], all[0] };
     enum stage_verdict verdicts[4] = { STAGE_GONE, STAGE_GONE, STAGE_GONE, STAGE_GONE };
     struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = 3, .more = true };
-    x->c.staging.asked = &s;
-    x->c.staging.what = STAGING_STAGE;
-    staging_serve(&x->c);
+    ask(x, &s, STAGING_STAGE);
     for (int i = 0; i < 3; i++)
         assert_int_equal(verdicts[i], STAGE_IN);
     assert_false(s.lost);
     s.from = 3;
     s.n = 4;
     s.more = false;
-    x->c.staging.asked = &s;
-    staging_serve(&x->c);
+    ask(x, &s, STAGING_STAGE);
     assert_int_equal(verdicts[3], STAGE_IN);
     assert_true(s.lost);
-    x->c.staging.asked = &s;
-    x->c.staging.what = STAGING_ABORTED;
-    staging_serve(&x->c);
+    ask(x, &s, STAGING_ABORTED);
     stage_release(&s);
     for (int i = 0; i < 8; i++)
         job_unref(all[i]);
-    world_close(x);
+    close_world(x);
 }
 
 /* Records that come together have one stamp, but not when a rebalance was between them: what its
@@ -381,15 +386,9 @@ static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
 {
     (void)state;
-    char none[] = "", topics[] = "t";
+    char topics[] = "t";
     struct lm_err err;
-    struct world *x = world_open();
-    struct assigned *parts = lm_calloc(1, sizeof *parts);
-    *parts = x->part;
-    lease_ref(parts->lease);
-    x->c.parts = parts;
-    x->c.commit_queue = rd_kafka_queue_new(x->c.rk);
-    x->cfg.topics_priorities = none;
+    struct world *x = open_world(NULL);
     x->cfg.topics_prompts = topics;
     x->cfg.commit_interval_ms = 3600000;
     x->cfg.intake_max_messages = x->cfg.intake_max_bytes = x->cfg.intake_max_tokens = 1000000;
@@ -415,13 +414,7 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     sent_headers = NULL;
     consumer_take_finished(&x->c, 0);
     polled = NULL;
-    while (x->c.n_parts)
-        rebalance_remove(&x->c, &x->c.parts[0]);
-    free(x->w.metrics.parts);
-    free(x->c.parts);
-    free(x->c.pending);
-    rd_kafka_queue_destroy(x->c.commit_queue);
-    world_close(x);
+    close_world(x);
 }
 
 int main(void)
