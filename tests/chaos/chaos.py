@@ -6,17 +6,22 @@
       (with a registry) Avro, base model and adapters, one in 25 bad, one in 40 long, one in 20 for an
       adapter that nobody has had yet, one in 50 with its reply in `side`, a topic that the suite
       deletes. JOURNAL gets a line for each that the brokers hold.
-  chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE CONDEMNED
+  chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE CONDEMNED ENGINE
       Reads the outcomes with read_committed while the faults happen. Every few seconds: whatever
       the group has committed, offset or map, must have its outcome. When the file DONE is there,
       waits up to SECONDS for the rest. MODE exactly-once: each id once. At-least-once: repeats are
-      of one kind. What was generated twice is work.py's; so is whether prompts that kill nobody
-      were rightly taken for poison: they go to the file CONDEMNED, a line each.
+      of one kind. Each completion must be of the adapter that its prompt names. What was generated
+      twice is work.py's; so is whether prompts that kill nobody were rightly taken for poison: they
+      go to the file CONDEMNED, a line each.
+  chaos.py try_answers
+      That completions of a wrong adapter are found, on some that are made up.
 
 The map's text is decoded here by a second implementation, from worker/offset_map.h.
 """
 import base64
 import collections
+import hashlib
+import io
 import json
 import os
 import random
@@ -24,6 +29,7 @@ import re
 import sys
 import time
 
+import fastavro
 import xxhash
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
@@ -79,7 +85,7 @@ def make(i, rng, ids, avro):
         p["reply_topic"] = "side"
     elif is_bad(i):
         p["no_such_field"] = True
-    elif avro and i % 10 == 4:
+    elif avro and i % 20 in (4, 15):
         return avro(p, i)
     return json.dumps(p).encode()
 
@@ -158,9 +164,100 @@ def outcome_id(m):
     return (h.get("test-id") or h.get("loramill-request-id") or b"").decode()
 
 
+# ---- who answered ----------------------------------------------------------------------------
+
+def decode(value, schema):
+    if value[:1] != b"\0":
+        return json.loads(value)
+    return fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, schema)
+
+
+def schema_of(name):
+    return fastavro.parse_schema(json.load(open(f"schemas/{name}.avsc", encoding="utf-8")))
+
+
+def digest_of(adapter):
+    h = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with open(f"{ADAPTERS}/{adapter}/{name}", "rb") as f:
+            data = f.read()
+        h.update(name.encode() + b"\0" + len(data).to_bytes(8, "big") + data)
+    return "sha256:" + h.hexdigest()
+
+
+class Answers:
+    """Whose the completions are. Of the adapter that the prompt named says the record, by id and digest;
+    the text says it too: all prompts have one text and temperature 0, so each adapter has one answer to
+    them, of which every completion is the beginning, and with the shipped model no two have the same.
+    It is looked at as far as VOICE: sums over other batches round otherwise, and far into a text that
+    might turn the scales somewhere."""
+    VOICE = 40
+
+    def __init__(self):
+        self.schema = schema_of("completion")
+        self.digests = {None: None} | {a: digest_of(a) for a in adapter_ids()}
+        self.by = collections.defaultdict(set)      # id: adapters
+        self.texts = {}                             # adapter: the longest
+        self.bad = []
+
+    def take(self, i, value):
+        r = decode(value, self.schema)
+        self.by[i].add(r["adapter"])
+        source = r["adapter"] and re.sub(r"^fresh-\d+/", "", r["adapter"])
+        text = r["choices"][0]["text"][:self.VOICE].rstrip("\ufffd")      # a character's first half
+        known = self.texts.setdefault(source, text)
+        if r["id"] != i or r["adapter_digest"] != self.digests.get(source):
+            self.bad.append(f"{i}: {r['id']}, adapter {r['adapter']}, {r['adapter_digest']}")
+        elif not known.startswith(text) and not text.startswith(known):
+            self.bad.append(f"{i}: adapter {source} says {text!r}, and {known!r} before")
+        self.texts[source] = max(known, text, key=len)
+
+    def wrong(self, named, distinct):
+        """What is wrong; named: {id: the adapter that its prompt names}."""
+        whole = [t for t in self.texts.values() if len(t) == self.VOICE]
+        alike = collections.Counter(whole).most_common(1) if distinct else []
+        return self.bad + [f"{i}: {named[i]} was asked, {by} answered" for i, by in self.by.items()
+                           if i in named and by != {named[i]}] + \
+            [f"{n} adapters say {text!r}" for text, n in alike if n > 1]
+
+
+def try_answers():
+    x, y = adapter_ids()[:2]
+    named = {"c-0": None, "c-1": x, "c-2": f"fresh-2/{x}", "c-3": y}
+    texts = {None: "n" * 50, x: "x" * 50, y: "y" * 50}
+
+    def tried(distinct=True, **changed):
+        a = Answers()
+        for i, adapter in named.items():
+            source = adapter and adapter.removeprefix("fresh-2/")
+            r = {"id": i, "adapter": adapter, "adapter_digest": a.digests[source],
+                 "choices": [{"text": texts[source][:45 + int(i[2:])]}]}
+            a.take(i, json.dumps(r | changed if i == "c-2" else r).encode())
+        return len(a.wrong(named, distinct))
+
+    def says(text):
+        return {"choices": [{"text": text}]}
+
+    short = {**says(texts[x][:3]), "adapter_digest": digest_of(x)}
+    good = [say(tried() == 0 and tried(**short) == 0, "completions of the right adapters are right"),
+            say(tried(adapter=None) and tried(adapter=y) and tried(adapter=x) and tried(id="c-1"),
+                "another adapter, none, or another prompt is found"),
+            say(tried(adapter_digest=digest_of(y)) == tried(adapter_digest=None) == 1,
+                "other files are found"),
+            say(tried(**says(texts[y])) == tried(**says(texts[None][:3])) == 1,
+                "another adapter's text is found")]
+    texts[y] = texts[None]
+    good += [say(tried() == 1 and tried(distinct=False) == 0,
+                 "an adapter that speaks as the base model always does is found")]
+    return 0 if all(good) else 1
+
+
+# ---- outcomes --------------------------------------------------------------------------------
+
 class Journal:
     def __init__(self, path):
         self.path, self.at, self.where = path, 0, {}
+        self.named = {}             # the adapter that a prompt names
         self.somewhere = set()      # held, but the brokers' answer was lost and with it the offset
 
     def read(self):
@@ -182,12 +279,14 @@ class Journal:
         c = client(bootstrap, "oracle", **{"enable.partition.eof": True})
         left = set(c.list_topics("prompts", timeout=20).topics["prompts"].partitions)
         c.assign([TopicPartition("prompts", p, 0) for p in left])
-        where, stop = {}, time.time() + 120
+        where, stop, schema = {}, time.time() + 120, schema_of("prompt")
         while left:
             assert time.time() < stop, "the prompts can't be read"
             for m in c.consume(5000, timeout=0.5):
                 if not m.error():
-                    where[(m.partition(), m.offset())] = dict(m.headers())["test-id"].decode()
+                    i = dict(m.headers())["test-id"].decode()
+                    where[(m.partition(), m.offset())] = i
+                    self.named[i] = decode(m.value(), schema).get("adapter")
                 elif m.error().code() == KafkaError._PARTITION_EOF:
                     left.discard(m.partition())
         c.close()
@@ -206,6 +305,7 @@ class Oracle:
         self.ask_anew(bootstrap)
         self.journal = Journal(journal)
         self.got = collections.defaultdict(list)        # id: topics
+        self.answers = Answers()
         self.poison = {}                                # id: [partition, offset] of its prompt
         self.samples, self.bad = 0, []
         while True:
@@ -231,6 +331,8 @@ class Oracle:
             self.got[outcome_id(m)].append(m.topic())
             if m.topic() == "dead":
                 self.note_poison(m)
+            else:
+                self.answers.take(outcome_id(m), m.value())
         return len(messages)
 
     def note_poison(self, m):
@@ -291,7 +393,7 @@ def say(good, what):
     return good
 
 
-def watch(bootstrap, group, journal, done, seconds, mode, condemned):
+def watch(bootstrap, group, journal, done, seconds, mode, condemned, engine):
     o, deadline, next_sample = Oracle(bootstrap, group, journal), None, 0
     while not deadline or time.time() < deadline:
         o.take(0.5)
@@ -324,13 +426,16 @@ def watch(bootstrap, group, journal, done, seconds, mode, condemned):
     print(f"# {len(again)} outcomes come again, {sum(copies.values()) - len(copies)} prompts are in their "
           f"topic twice; {o.samples} samples of what was committed; the last outcome was read {last:.0f} s "
           "after the last fault")
-    for b in (lost[:10], missing[:5], strange[:5], mixed[:5], wrong[:5], again[:5], o.bad[:5]):
+    answered = o.answers.wrong(o.journal.named, engine == "model")
+    for b in (lost[:10], missing[:5], strange[:5], mixed[:5], wrong[:5], again[:5], o.bad[:5], answered[:5]):
         if b:
             print("#", b)
     good = [say(not missing, "the brokers hold every prompt that they confirmed"),
             say(ids and not lost, f"every prompt has its outcome ({len(lost)} lost)"),
             say(not strange and not mixed, "nothing else, and of one kind"),
             say(not wrong, f"bad prompts, and no others, are dead letters ({len(wrong)} wrong)"),
+            say(o.answers.by and not answered, "every completion is of the adapter that its prompt names "
+                f"({len(answered)} are not, of {len(o.answers.texts)} adapters)"),
             say(mode != "exactly-once" or not again, f"{mode}: {len(again)} ids come again"),
             say(not o.bad and o.samples > 1, "nothing was committed before its outcome was durable"),
             say(settled, "the group ends at the end of every partition, without a map")]
