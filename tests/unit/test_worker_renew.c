@@ -6,9 +6,7 @@
  * the test's to say. On real brokers: tests/integration/test_brokers.sh; how it is
  * noticed: test_worker_leaders.c.
  */
-#include <arpa/inet.h>
 #include <dlfcn.h>
-#include <netinet/in.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,12 +14,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
 
+#include "silent_server.h"
 #include "worker/producer_int.h"
 
 enum { MOST_US = 20 * 1000000, OLD_RECORDS = 3, ALL = 4, JOBS = 1000 };
@@ -118,26 +116,14 @@ void rd_kafka_destroy(rd_kafka_t *rk)
 
 /* ---- the worker ------------------------------------------------------------------------- */
 
-/* Connections are taken by the system, and nobody reads from them. */
-static int listen_silently(char *address, size_t size)
-{
-    struct sockaddr_in at = { .sin_family = AF_INET };
-    socklen_t len = sizeof at;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (bind(fd, (struct sockaddr *)&at, sizeof at) || listen(fd, 16) ||
-        getsockname(fd, (struct sockaddr *)&at, &len))
-        abort();
-    snprintf(address, size, "kafka.bootstrap.servers=127.0.0.1:%d", ntohs(at.sin_port));
-    return fd;
-}
-
 static int begin(void **state)
 {
     struct lm_err err;
     char address[64];
+    int port;
     (void)state;
-    broker = listen_silently(address, sizeof address);
+    broker = listen_silently(&port);
+    snprintf(address, sizeof address, "kafka.bootstrap.servers=127.0.0.1:%d", port);
     if (config_init(&cfg, &err) || config_set(&cfg, address, &err))
         return -1;
     memset(&w, 0, sizeof w);

@@ -4,8 +4,6 @@
  * bounded number of prompts' spans and no time; and which times spans tell. What a collector
  * gets: tests/integration/ test_hostile.sh.
  */
-#include <arpa/inet.h>
-#include <netinet/in.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,13 +11,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
 
+#include "silent_server.h"
 #include "worker/spans.h"
 #include "worker/worker.h"
 
@@ -63,21 +61,43 @@ static void test_what_is_a_context(void **state)
     assert_false(span_context_parse(NULL, 0, &c));
 }
 
-/* Connections are taken by the system, and nobody reads from them. */
-static int listen_silently(char *url, size_t size)
+/* ---- a worker whose collector never answers ----------------------------------------------- */
+
+static struct config cfg;
+static struct worker w;
+static struct lease *lease;
+static spans *s;
+static int collector;
+
+static int begin(void **state)
 {
-    struct sockaddr_in at = { .sin_family = AF_INET };
-    socklen_t len = sizeof at;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (bind(fd, (struct sockaddr *)&at, sizeof at) || listen(fd, 16) ||
-        getsockname(fd, (struct sockaddr *)&at, &len))
-        abort();
-    snprintf(url, size, "http://127.0.0.1:%d/v1/traces", ntohs(at.sin_port));
-    return fd;
+    (void)state;
+    static char none[] = "", group[] = "g", url[64];
+    struct lm_err err;
+    int port;
+    collector = listen_silently(&port);
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/v1/traces", port);
+    cfg = (struct config){ .traces_otlp_url = url, .traces_auth_header = none,
+                           .traces_ca_file = none, .group_id = group };
+    memset(&w, 0, sizeof w);
+    w.cfg = &cfg;
+    snprintf(w.name, sizeof w.name, "w");
+    metrics_init(&w.metrics);
+    lease = lease_new("t", 0, (struct ledger_ref){ 0 });
+    return spans_new(&w, &s, &err);
 }
 
-static struct job *prompt_with(struct lease *lease, const char *traceparent)
+static int end(void **state)
+{
+    (void)state;
+    spans_free(s);
+    lease_unref(lease);
+    metrics_release(&w.metrics);
+    close(collector);
+    return 0;
+}
+
+static struct job *prompt_with(const char *traceparent)
 {
     struct job *j = NULL;
     struct header h = { "traceparent", traceparent, strlen(traceparent) };
@@ -91,20 +111,9 @@ static void test_a_silent_collector(void **state)
 {
     (void)state;
     enum { SENT = SPANS_MAX + SPANS_BATCH + 1000 };
-    static char none[] = "";
-    char url[64], group[] = "g";
-    struct config cfg = { .traces_otlp_url = url, .traces_auth_header = none,
-                          .traces_ca_file = none, .group_id = group };
-    struct worker w = { .cfg = &cfg, .name = "w" };
-    struct lm_err err;
-    spans *s;
-    int fd = listen_silently(url, sizeof url);
-    struct lease *lease = lease_new("t", 0, (struct ledger_ref){ 0 });
-    struct job *followed = prompt_with(lease, GOOD);
-    struct job *not_sampled = prompt_with(lease, "00-" TRACE "-" PARENT "-00");
-    struct job *damaged = prompt_with(lease, "00-" TRACE);
-    metrics_init(&w.metrics);
-    assert_int_equal(spans_new(&w, &s, &err), LM_OK);
+    struct job *followed = prompt_with(GOOD);
+    struct job *not_sampled = prompt_with("00-" TRACE "-" PARENT "-00");
+    struct job *damaged = prompt_with("00-" TRACE);
     for (int i = 0; i < SENT; i++) {
         spans_end(s, followed, OUTCOME_REPLY);
         spans_end(s, not_sampled, OUTCOME_REPLY);
@@ -116,14 +125,10 @@ static void test_a_silent_collector(void **state)
     assert_int_equal(atomic_load(&w.metrics.traces), 0);
     spans_end(s, followed, OUTCOME_REPLY);          /* too late: dropped as well */
     assert_int_equal(atomic_load(&w.metrics.traces_dropped), SENT + 1);
-    spans_free(s);
     spans_end(NULL, followed, OUTCOME_REPLY);
     job_unref(followed);
     job_unref(not_sampled);
     job_unref(damaged);
-    lease_unref(lease);
-    metrics_release(&w.metrics);
-    close(fd);
 }
 
 /* A clock of the wall that stands, for who asks here. */
@@ -142,21 +147,10 @@ int clock_gettime(clockid_t which, struct timespec *at)
 static void test_the_clock_is_set_meanwhile(void **state)
 {
     (void)state;
-    static char none[] = "";
-    char url[64], group[] = "g";
-    struct config cfg = { .traces_otlp_url = url, .traces_auth_header = none,
-                          .traces_ca_file = none, .group_id = group };
-    struct worker w = { .cfg = &cfg, .name = "w" };
-    struct lm_err err;
-    const char *end = NULL;
-    spans *s;
+    struct job *j = prompt_with(GOOD);
+    const char *at = NULL;
     json_t *o;
     size_t n;
-    int fd = listen_silently(url, sizeof url);
-    struct lease *lease = lease_new("t", 0, (struct ledger_ref){ 0 });
-    struct job *j = prompt_with(lease, GOOD);
-    metrics_init(&w.metrics);
-    assert_int_equal(spans_new(&w, &s, &err), LM_OK);
     do {                                /* the sending thread may have been faster */
         atomic_store(&wall_s, 1700000000);
         spans_end(s, j, OUTCOME_REPLY);
@@ -164,21 +158,18 @@ static void test_the_clock_is_set_meanwhile(void **state)
     } while (!(o = spans_take(s, &n)));
     atomic_store(&wall_s, 0);
     assert_int_equal(json_unpack(o, "{s:[{s:[{s:[{s:s}]}]}]}", "resourceSpans", "scopeSpans",
-                                 "spans", "endTimeUnixNano", &end), 0);
-    assert_string_equal(end, "1700000000123456000");
+                                 "spans", "endTimeUnixNano", &at), 0);
+    assert_string_equal(at, "1700000000123456000");
     json_decref(o);
-    spans_free(s);
     job_unref(j);
-    lease_unref(lease);
-    metrics_release(&w.metrics);
-    close(fd);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_what_is_a_context), cmocka_unit_test(test_a_silent_collector),
-        cmocka_unit_test(test_the_clock_is_set_meanwhile),
+        cmocka_unit_test(test_what_is_a_context),
+        cmocka_unit_test_setup_teardown(test_a_silent_collector, begin, end),
+        cmocka_unit_test_setup_teardown(test_the_clock_is_set_meanwhile, begin, end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
