@@ -226,23 +226,42 @@ static void until_in_flight(int n)
             fail_msg("%d are not committed: %s", (int)ledger_in_flight(x->c.ledger), said);
 }
 
+static void turn_for_ms(int ms)
+{
+    for (int64_t end = lm_now_us() + ms * 1000; lm_now_us() < end;)
+        turn();
+}
+
+static void have_no_map(void)
+{
+    x->c.map_limit = 0;
+    ledger_set_map_limit(x->c.ledger, 0);
+}
+
 /* ---- tests ------------------------------------------------------------------------------ */
 
-/* There is no map, and a transaction's worth of prompts waits for earlier ones that end later. */
+enum { WAITED_FOR = 5, FULL = 4, BOTH = WAITED_FOR + FULL };
+
+/* There is no map, and a transaction's worth of prompts waits for earlier ones. */
+static void wait_without_room(struct job **jobs)
+{
+    have_no_map();
+    x->cfg.transaction_max_messages = FULL;
+    read_prompts(jobs, 0, BOTH);
+    finish(jobs, WAITED_FOR, FULL);
+    begin();
+}
+
+/* It is the earlier ones, which end later. */
 static void what_has_no_room_lets_others_pass(void **state)
 {
     (void)state;
-    struct job *jobs[9];
-    x->cfg.transaction_max_messages = 4;
-    x->c.map_limit = 0;
-    ledger_set_map_limit(x->c.ledger, 0);
-    read_prompts(jobs, 0, 9);
-    finish(jobs, 5, 4);
-    begin();
+    struct job *jobs[BOTH];
+    wait_without_room(jobs);
     while (asked < 3)
         turn();
     assert_string_equal(said, "");
-    finish(jobs, 0, 5);
+    finish(jobs, 0, WAITED_FOR);
     until_in_flight(0);
 }
 
@@ -250,19 +269,14 @@ static void what_has_no_room_lets_others_pass(void **state)
 static void what_has_no_room_is_looked_at_now_and_then(void **state)
 {
     (void)state;
-    struct job *jobs[9];
-    x->cfg.transaction_max_messages = 4;
-    x->c.map_limit = 0;
-    ledger_set_map_limit(x->c.ledger, 0);
-    read_prompts(jobs, 0, 9);
-    finish(jobs, 5, 4);
-    begin();
+    struct job *jobs[BOTH];
+    wait_without_room(jobs);
     int64_t start = lm_now_us();
     while (lm_now_us() - start < 700000)
         turn();
     assert_in_range(asked, 1, 2 + (lm_now_us() - start) / 100000);
     assert_string_equal(said, "");
-    finish(jobs, 0, 5);
+    finish(jobs, 0, WAITED_FOR);
     until_in_flight(0);
 }
 
@@ -319,10 +333,13 @@ static void until_sent(int n)
             fail_msg("%d records are sent, not %d", atomic_load(&sent), n);
 }
 
-static void turn_for_ms(int ms)
+/* A transaction has begun, and its first portion is on its way. */
+static void send_a_portion(struct job **jobs)
 {
-    for (int64_t end = lm_now_us() + ms * 1000; lm_now_us() < end;)
-        turn();
+    fill_slowly(jobs);
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION);
 }
 
 /* Records travel while their transaction fills, and all of them are of one. */
@@ -330,10 +347,7 @@ static void what_finishes_early_is_sent_early(void **state)
 {
     (void)state;
     struct job *jobs[MANY];
-    fill_slowly(jobs);
-    finish(jobs, 0, PORTION);
-    begin();
-    until_sent(PORTION);
+    send_a_portion(jobs);
     finish(jobs, PORTION, PORTION - 1);             /* no portion yet */
     turn_for_ms(50);
     assert_int_equal(atomic_load(&sent), PORTION);
@@ -398,11 +412,8 @@ static void a_failure_takes_all_portions_back(void **state)
 {
     (void)state;
     struct job *jobs[MANY];
-    fill_slowly(jobs);
+    send_a_portion(jobs);
     fail_next = 1;
-    finish(jobs, 0, PORTION);
-    begin();
-    until_sent(PORTION);
     finish(jobs, PORTION, MANY - PORTION);
     until_in_flight(MANY / 2);
     assert_string_equal(sizes, "2000 1000 ");
@@ -417,10 +428,7 @@ static void what_was_sent_of_a_lost_partition_is_taken_back(void **state)
 {
     (void)state;
     struct job *jobs[MANY];
-    fill_slowly(jobs);
-    finish(jobs, 0, PORTION);
-    begin();
-    until_sent(PORTION);
+    send_a_portion(jobs);
     ledger_revoke(x->c.ledger, x->part.ref);
     finish(jobs, PORTION, MANY - PORTION);
     for (int64_t end = lm_now_us() + MOST_US; x->c.held; turn()) {
@@ -441,12 +449,8 @@ static void a_portion_without_room_ends_the_transaction(void **state)
 {
     (void)state;
     struct job *jobs[MANY];
-    x->c.map_limit = 0;
-    ledger_set_map_limit(x->c.ledger, 0);
-    fill_slowly(jobs);
-    finish(jobs, 0, PORTION);
-    begin();
-    until_sent(PORTION);
+    have_no_map();
+    send_a_portion(jobs);
     finish(jobs, PORTION + 1, PORTION);
     until_in_flight(MANY - PORTION);
     assert_string_equal(sizes, "500 ");
@@ -468,10 +472,7 @@ static void an_open_transaction_is_aborted_at_the_end(void **state)
 {
     (void)state;
     struct job *jobs[MANY];
-    fill_slowly(jobs);
-    finish(jobs, 0, PORTION);
-    begin();
-    until_sent(PORTION);
+    send_a_portion(jobs);
     atomic_store(&x->w.drain_end_us, lm_now_us());
     atomic_store(&x->w.stopping, true);
     atomic_store(&x->w.cancelling, true);
