@@ -580,8 +580,11 @@ static lm_status check_adapters_url(const struct config *c, struct lm_err *err)
 
 int64_t config_in_flight(const struct config *c)
 {
-    return c->in_flight_by_default ? LM_MAX(c->in_flight_max_messages, c->intake_max_messages)
-                                   : c->in_flight_max_messages;
+    if (!c->in_flight_by_default)
+        return c->in_flight_max_messages;
+    /* While a full transaction ends, half of the next one can gather. */
+    int64_t least = config_exactly_once(c) ? c->transaction_max_messages * 3 / 2 : 0;
+    return LM_MAX(LM_MAX(c->in_flight_max_messages, c->intake_max_messages), least);
 }
 
 static lm_status check_flow(const struct config *c, struct lm_err *err)

@@ -80,7 +80,8 @@ void config_release(struct config *c);
 /* Errors carry FILE:LINE. Both refuse unknown keys, bad values and the kafka.* that we own. */
 lm_status config_read_file(struct config *c, const char *path, struct lm_err *err);
 lm_status config_set(struct config *c, const char *assignment, struct lm_err *err);  /* "k=v" */
-/* in_flight.max_messages; while nobody sets that, not below intake.max_messages. */
+/* in_flight.max_messages; while nobody sets that, not below intake.max_messages nor, exactly-once,
+ * one and a half transactions. */
 int64_t config_in_flight(const struct config *c);
 lm_status config_check(const struct config *c, struct lm_err *err); /* required keys, ranges */
 /* The same files and assignments, as they are now, into *out, which is released in any case. */

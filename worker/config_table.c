@@ -191,7 +191,7 @@ static const struct config_property flow_rows[] = {
         "transaction at once, else after kafka.producer.transaction.timeout.ms (10 s)."),
     INT("transaction.interval_ms", transaction_interval_ms, "100", 1, 60000,
         "exactly-once: how long finished replies may wait for the next transaction."),
-    INT("transaction.max_messages", transaction_max_messages, "4000", 1, 100000,
+    INT("transaction.max_messages", transaction_max_messages, "8000", 1, 100000,
         "exactly-once: a transaction ends early when it has so many, and holds no more."),
     INT("intake.max_messages", intake_max_messages, "1000", 1, 10000000,
         "Prompts read but not yet in the engine; above it partitions pause, below half of it they "
@@ -203,7 +203,7 @@ static const struct config_property flow_rows[] = {
         "its own, as estimated from its length, and max_tokens for each completion."),
     INT("in_flight.max_messages", in_flight_max_messages, "8000", 1, 10000000,
         "Prompts read and not yet answered, wherever they are. While it is not set, at least "
-        "intake.max_messages."),
+        "intake.max_messages and, exactly-once, one and a half times transaction.max_messages."),
     INT("commit.interval_ms", commit_interval_ms, "1000", 10, 3600000,
         "How often finished offsets are committed; what a crash can repeat."),
     INT("commit.map_max_bytes", commit_map_max_bytes, "4096", 0, 4096,

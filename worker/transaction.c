@@ -58,7 +58,7 @@ enum {
     GATHER_US = 2000,           /* between two looks at what has finished */
     CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
     CHUNK_LEAST = 500,
-    PORTIONS = 2,               /* at least, of a full transaction */
+    PORTIONS = 4,               /* at least, of a full transaction */
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     MAX_BYTES = 32 << 20,       /* of one transaction */

@@ -293,6 +293,12 @@ static void test_defaults_give_way(void **state)
     assert_int_equal(config_in_flight(&cfg), 100000);
     good("intake.max_messages=10");
     assert_int_equal(config_in_flight(&cfg), 8000);
+    good("delivery.mode=exactly-once");
+    assert_int_equal(config_in_flight(&cfg), 12000);
+    good("transaction.max_messages=30000");
+    assert_int_equal(config_in_flight(&cfg), 45000);
+    good("transaction.max_messages=1");
+    assert_int_equal(config_in_flight(&cfg), 8000);
     good("in_flight.max_messages=20");
     assert_int_equal(config_in_flight(&cfg), 20);
 }

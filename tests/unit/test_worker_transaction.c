@@ -378,7 +378,7 @@ static void a_portion_waits_for_what_is_under_way(void **state)
     assert_string_equal(sizes, "2000 ");
 }
 
-/* However many are ready, what is handed over at once is half a transaction. */
+/* However many are ready, what is handed over at once is a quarter of a transaction. */
 static void a_portion_has_a_limit(void **state)
 {
     (void)state;
@@ -387,7 +387,7 @@ static void a_portion_has_a_limit(void **state)
     finish(jobs, 0, MANY);
     begin();
     until_in_flight(0);
-    assert_int_equal(asked, 2);
+    assert_int_equal(asked, 4);
     assert_string_equal(sizes, "2000 ");
 }
 
