@@ -2,24 +2,32 @@
 """record.py record BOOTSTRAP REGISTRY|'' TEST SEEN   what a test's workers produced, against schemas/
 record.py summary SEEN                             after all tests: was every kind of message seen?
 
-`record` reads every topic of the test's broker (read_committed; at most LIMIT records a partition)
-and holds each message that a worker wrote against its schema:
+`record` reads every topic of the test's broker (read_committed) and holds each message that a worker
+wrote against its schema:
 
   replies in JSON    field by field against schemas/completion.avsc: types, nothing missing,
                      nothing more
   replies in Avro    the schema under their id is schemas/completion.avsc, and the datum is whole
   dead letters       the headers that docs/messages.md lists, with their lengths
 
-One JSON line for each kind and test goes into SEEN. Exit 1 on the first kind of offence, 3 when no
-broker answers (a test may have ended them all).
+A reply in Avro with no registry to read it by is an offence. One JSON line for each kind and test goes
+into SEEN, and one for what was not looked at: records before the last LIMIT of a partition or after
+SECONDS of reading, and partitions that nobody leads. Exit 1 on any offence, or when no broker answers: a
+test leaves its brokers to be read. Topics that a test has deleted are gone, and so not seen.
+
+`summary` fails for each kind of REQUIRED that no test has produced, and says what was not looked at.
 """
 import collections
 import io
 import json
 import sys
+import time
 import urllib.request
 
-LIMIT = 20000
+LIMIT = 100000
+SECONDS = 30
+REPLIES = ("completion", "part", "final record", "claim", "error reply")
+REQUIRED = [f"{kind}, {encoding}" for kind in REPLIES for encoding in ("JSON", "Avro")] + ["dead letter"]
 SCHEMA = json.load(open("schemas/completion.avsc", encoding="utf-8"))
 PRIMITIVE = {"string": str, "int": int, "long": int, "boolean": bool, "null": type(None)}
 
@@ -110,7 +118,7 @@ def look(m, registry, cache):
         return None, None
     if value[:1] == b"\0":
         if not registry:
-            return None, None
+            return "reply, Avro", "no registry to read it by"
         doc, wrong = read_avro(value, registry, cache)
         return (f"{kind_of(doc)}, Avro" if doc else "reply, Avro" if wrong else None), wrong
     try:
@@ -120,58 +128,92 @@ def look(m, registry, cache):
     return f"{kind_of(doc)}, JSON", fits(doc, SCHEMA)
 
 
+def ends(c, parts):
+    """{(topic, partition): (first offset to read, end)} of those that somebody leads, and how many records
+    lie before them."""
+    spans, before = {}, 0
+    for topic, partition in parts:
+        try:
+            low, high = c.get_watermark_offsets(TopicPartition(topic, partition), timeout=5)
+        except KafkaException:
+            continue
+        spans[topic, partition] = max(low, high - LIMIT), high
+        before += max(0, high - LIMIT - low)
+    return spans, before
+
+
+def read(c, spans):
+    """Yields what is there. Afterwards `spans` has what is left: nothing, if all went well."""
+    c.assign([TopicPartition(t, p, first) for (t, p), (first, _) in spans.items()])
+    idle, end = 0, time.monotonic() + SECONDS
+    while spans and idle < 10 and time.monotonic() < end:
+        ms = c.consume(1000, timeout=1)
+        idle = 0 if ms else idle + 1
+        for m in ms:
+            where = m.topic(), m.partition()
+            if not m.error():
+                if where in spans:
+                    spans[where] = m.offset() + 1, spans[where][1]
+                yield m
+            elif m.error().code() == KafkaError._PARTITION_EOF:
+                spans.pop(where, None)
+
+
+def write(seen, test, counts, unread):
+    with open(seen, "a", encoding="utf-8") as f:
+        for kind, n in sorted(counts.items()):
+            f.write(json.dumps({"test": test, "kind": kind, "records": n}) + "\n")
+        if any(unread.values()):
+            f.write(json.dumps({"test": test, "unread": unread}) + "\n")
+
+
 def record(bootstrap, registry, test, seen):
-    from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
     c = Consumer({"bootstrap.servers": bootstrap, "group.id": "record", "log_level": 0,
                   "enable.auto.commit": False, "enable.partition.eof": True})
     try:
         topics = c.list_topics(timeout=20).topics
     except KafkaException:
-        return 3
-    parts = [TopicPartition(t, p, 0) for t, md in topics.items() if not t.startswith("__")
-             for p in md.partitions]
-    for tp in parts:
-        try:
-            low, high = c.get_watermark_offsets(tp, timeout=5)
-            tp.offset = max(low, high - LIMIT)
-        except KafkaException:
-            tp.offset = -2
-    c.assign(parts)
-    counts, offences, cache, left, idle = collections.Counter(), [], {}, len(parts), 0
-    while left > 0 and idle < 10:
-        ms = c.consume(1000, timeout=1)
-        idle = 0 if ms else idle + 1
-        for m in ms:
-            if m.error():
-                left -= m.error().code() == KafkaError._PARTITION_EOF
-                continue
-            kind, wrong = look(m, registry, cache)
-            if kind:
-                counts[kind] += 1
-            if wrong:
-                offences.append(f"{kind} at {m.topic()}[{m.partition()}]@{m.offset()}: {wrong}")
+        print("# no broker is left to read the messages from")
+        return 1
+    parts = [(t, p) for t, md in topics.items() if not t.startswith("__") for p in md.partitions]
+    spans, unread = ends(c, parts)
+    dark = len(parts) - len(spans)
+    counts, offences, cache = collections.Counter(), [], {}
+    for m in read(c, spans):
+        kind, wrong = look(m, registry, cache)
+        if kind:
+            counts[kind] += 1
+        if wrong:
+            offences.append(f"{kind} at {m.topic()}[{m.partition()}]@{m.offset()}: {wrong}")
     c.close()
-    with open(seen, "a", encoding="utf-8") as f:
-        for kind, n in sorted(counts.items()):
-            f.write(json.dumps({"test": test, "kind": kind, "records": n}) + "\n")
+    unread += sum(end - at for at, end in spans.values())
+    write(seen, test, counts, {"records": unread, "partitions": dark})
     for o in offences[:10]:
         print("#", o)
     print("# recorded:", ", ".join(f"{n} x {k}" for k, n in sorted(counts.items())) or "nothing")
+    if unread or dark:
+        print(f"# not looked at: {unread} records, {dark} partitions")
     return 1 if offences else 0
 
 
 def summary(seen):
-    counts = collections.Counter()
+    counts, unread, where, tests = collections.Counter(), collections.Counter(), set(), set()
     for line in open(seen, encoding="utf-8"):
         x = json.loads(line)
-        counts[x["kind"]] += x["records"]
-    bad = 0
-    for kind in ("completion, JSON", "completion, Avro", "part, JSON", "final record, JSON",
-                 "claim, JSON", "error reply, JSON", "dead letter"):
+        tests.add(x["test"])
+        if "unread" in x:
+            unread.update(x["unread"])
+            where.add(x["test"])
+        else:
+            counts[x["kind"]] += x["records"]
+    for kind in REQUIRED:
         print("ok" if counts[kind] else "not ok", f"- {kind}: {counts[kind]} records fit schemas/")
-        bad |= not counts[kind]
-    return int(bad)
+    print(f"# of {len(tests)} tests; not looked at: {unread['records']} records, {unread['partitions']} "
+          "partitions" + (f", of {', '.join(sorted(where))}" if where else ""))
+    return int(not all(counts[kind] for kind in REQUIRED))
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "record":         # the summary is a plain Python's
+        from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
     sys.exit({"record": record, "summary": summary}[sys.argv[1]](*sys.argv[2:]))

@@ -146,6 +146,20 @@ check "the waiting was counted as retries ($(metric retries_total))" [ "$(metric
 stop "$W" "the worker"
 fi
 
+if part avro; then
+# The same in Avro: parts, final records, error replies and claims.
+[ -n "${REGISTRY:-}" ] || registry_start || die "the registry started"
+export REGISTRY
+mkdir -p "$RUN/objects-avro"
+nginx_run nginx-avro "$RUN/objects-avro" "$(free_ports 1)" 'dav_methods PUT;'
+worker avro replies.encoding=avro "registry.url=$REGISTRY" stream.interval_ms=20 errors.reply=true \
+    replies.too_large=claim "replies.claim_url=$STORE/{object}" replies.claim_above=100000
+case_ stream
+case_ errors
+case_ claims claim application/avro
+stop "$W" "the worker"
+fi
+
 if part batches; then
 topic_create many 2; topic_create modest 2 max.message.bytes=300000
 for mode in at-least-once exactly-once; do

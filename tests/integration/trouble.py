@@ -4,10 +4,13 @@
 Each case produces its prompts, reads the outcomes, prints TAP lines and exits 1 on any failure.
 Topics: prompts, replies, asked (allowed as a reply topic), dead, control.
 """
+import functools
+import io
 import json
 import os
 import sys
 import time
+import urllib.request
 import uuid
 
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -64,8 +67,23 @@ def send(records, topic="prompts"):
     p.flush(30)
 
 
+@functools.cache
+def schema(number):
+    with urllib.request.urlopen(f"{os.environ['REGISTRY']}/schemas/ids/{number}", timeout=10) as r:
+        return json.loads(json.load(r)["schema"])
+
+
+def decode(value):
+    """A completion in JSON, or in Avro with a schema's id; what it has not is absent in both."""
+    if value[:1] != b"\0":
+        return json.loads(value)
+    import fastavro
+    doc = fastavro.schemaless_reader(io.BytesIO(value[5:]), schema(int.from_bytes(value[1:5], "big")))
+    return {name: x for name, x in doc.items() if x is not None}
+
+
 def body(m):
-    return json.loads(m.value())
+    return decode(m.value())
 
 
 def attempts(n=5):
@@ -377,10 +395,9 @@ def first_token(run):
     check("what ended so had no text", got["waits"]["text"] == got["past"]["text"] == "")
 
 
-def claims(kind):
+def claims(kind, content_type="application/json"):
     """Replies that the broker would not take."""
     import hashlib
-    import urllib.request
     r = Reader("replies", "dead")
     run = uuid.uuid4().hex[:6]
     big = {"max_tokens": 200, "ignore_eos": True, "n": 100, "logprobs": 5}
@@ -400,8 +417,8 @@ def claims(kind):
     whole = urllib.request.urlopen(d["claim"]["url"]).read()
     check("the object is what it says", len(whole) == d["claim"]["bytes"]
           and hashlib.sha256(whole).hexdigest() == d["claim"]["sha256"]
-          and d["claim"]["content_type"] == "application/json")
-    doc = json.loads(whole)
+          and d["claim"]["content_type"] == content_type)
+    doc = decode(whole)
     check("it is the whole reply", doc["id"] == d["id"] and len(doc["choices"]) == 100
           and all(c["text"] and c["logprobs"] for c in doc["choices"]) and "claim" not in doc)
     check("correlation id and a small neighbour are as ever", header(m, "kafka_correlationId") == b"c"
@@ -563,7 +580,6 @@ def said_to_block(log):
 
 def blocking(port, log):
     """A slow prompt at the head of a partition: named, measured, and nobody waits for it."""
-    import urllib.request
     r = Reader("replies", "dead")
     run = uuid.uuid4().hex[:6]
     slow = {"max_tokens": 480, "ignore_eos": True, "n": 128, "temperature": 1}
