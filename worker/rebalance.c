@@ -11,6 +11,10 @@
  * pauses what goes and returns, the loop reads and answers what stays, and rebalance_serve() gives
  * the client its unassign() when the wait is over. The client starts no other rebalance before.
  *
+ * Offsets of what is assigned are fetched in the callback, whatever the protocol: until they are
+ * there nothing is read, of partitions that stay neither. What is held of those goes on; see
+ * fetch_committed() for how long that may take.
+ *
  * Completions that come later carry a stale epoch and change nothing. A repeat is better than a
  * loss.
  */
