@@ -3,7 +3,10 @@
  * consumer.c - the thread that owns the consumer handle and the ledger: reads, admits, commits, and
  * answers rebalances.
  *
- * The loop never blocks for longer than 100 ms (a rebalance apart), whatever the engine does, so
+ * A turn of the loop waits for nothing that takes as long as a generation, whatever the engine
+ * does: 100 ms for records; before it pauses, for the load to fall by itself, 250 ms (40 for topics
+ * that others precede, before those); and once per spell 250 ms for the answer to a commit with
+ * marks, see admission.c. A rebalance takes longer, by its own budgets (rebalance.c). So
  * max.poll.interval.ms guards only against this thread's own stalls and may be small.
  *
  *   take finished jobs -> ledger    admit or pause    commit when due    poll, up to a burst

@@ -1,15 +1,31 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.h - what the worker's threads share. Private to worker/{worker,watchdog,consumer,
- * rebalance,commit,intake,outbox,producer,http,cmd_worker}.c.
+ * worker.h - what the worker's threads share. Private to worker.c, the parts that it starts, and
+ * what these are made of:
+ *
+ *   consumer   consumer, admission, rebalance, commit, isolation, blocking, staging (of which the
+ *              producer thread calls half, see transaction.h)
+ *   intake     intake
+ *   outbox     outbox; outcome, which is whoever's that has the job
+ *   producer   producer, transaction
+ *   others     control, claim, spans, http, watchdog; cmd_worker, which starts it all
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
  *        ^                       ^ adapters (store threads), retries            | events
  *        |                       +----------------------------------------+     v
  *        +----- [done] <-- producer thread (acknowledgements) <--produce-- outbox thread
  *
- * Each arrow is a job_queue or a thread-safe library call; there is no other sharing, except for
- * the atomics below. Only the consumer thread touches the consumer handle and the ledger.
+ * Each arrow is a job_queue or a thread-safe library call. Beside the arrows the threads share
+ *
+ *   - the atomics below, of metrics and client_stats too, and those of a job and its lease (job.h)
+ *   - what has a lock of its own: cancels, journal, credentials, spans, the watchdog, the store,
+ *     the codec, metrics' partition rows, the producer's client and what it holds back
+ *   - staging: the producer thread asks, and sleeps until the consumer thread has answered
+ *   - what is set once, at the start, before anybody uses it: the rest of struct worker
+ *
+ * Only the consumer thread touches the ledger, and polls, pauses and assigns with the consumer
+ * handle; others only ask it for the group's offsets (rebalance.c, staging.c), hand it passwords
+ * (credentials.c), and wake its poll.
  */
 #ifndef LORAMILL_WORKER_WORKER_H
 #define LORAMILL_WORKER_WORKER_H
