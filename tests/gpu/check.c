@@ -119,6 +119,7 @@ int main(int argc, char **argv)
     kn_props(c.cuda, &p);
     printf("# %s, %.1f of %.1f GB free\n", p.name, (double)p.mem_free / 1e9,
            (double)p.mem_total / 1e9);
+    fprintf(c.json, "{\"run\": \"gpu-check\", \"name\": \"device\", \"device\": \"%s\"}\n", p.name);
     for (int i = 2; i < argc; i++)
         if (!run_part(&c, argv[i]))
             return usage();

@@ -138,7 +138,7 @@ static void bench_spread(struct gpu_check *c, enum kn_kv type, int n, int least,
         snprintf(from, sizeof from, "%d to ", least);
     snprintf(name, sizeof name, "attention decode%s, %d x kv %s%d, %d/%d heads of %d",
              fp8 ? " in E4M3" : "", n, from, kv, q_heads, kv_heads, hd);
-    figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.3f", bytes / 1e6,
+    figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.4f", bytes / 1e6,
            bytes / us / 1e3, bytes / us / 1e3 / c->gbps);
     double rope = time_op(c, one_rope, &r, 20);
     snprintf(name, sizeof name, "rope_kv%s, %d tokens, %d/%d heads of %d", fp8 ? " in E4M3" : "", n,
@@ -169,7 +169,7 @@ static void bench_prefill(struct gpu_check *c, enum kn_kv type, int n, int n_q, 
     double flops = 4.0 * pairs * q_heads * hd;
     snprintf(name, sizeof name, "attention prefill%s, %d x %d of %d, %d/%d heads of %d",
              type == KN_KV_E4M3 ? " in E4M3" : "", n, n_q, kv, q_heads, kv_heads, hd);
-    figure(c, name, us, "us", "\"tflops\": %.1f, \"share\": %.3f", flops / us / 1e6,
+    figure(c, name, us, "us", "\"tflops\": %.1f, \"share\": %.4f", flops / us / 1e6,
            flops / us / 1e6 / c->tflops);
     run_close(c, &r);
 }

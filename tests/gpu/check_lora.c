@@ -157,7 +157,7 @@ static void report(struct gpu_check *c, const char *what, const char *shape, dou
     char name[128];
     double ideal = bytes / c->gbps / 1e3, allowed = bytes >= 64e6 ? ideal / 0.7 : ideal + 2.5;
     snprintf(name, sizeof name, "%s %s", what, shape);
-    figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.3f, \"goal\": %.2f",
+    figure(c, name, us, "us", "\"mb\": %.1f, \"gbps\": %.0f, \"share\": %.4f, \"goal\": %.4f",
            bytes / 1e6, bytes / us / 1e3, ideal / us, allowed / us);
 }
 
