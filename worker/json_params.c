@@ -35,7 +35,11 @@ const char *const json_param_names[] = {
 };
 
 /* An object's members by their names, found in one pass. NULL: absent, or null. */
-struct param_members { yyjson_val *of[PARAMS]; };
+struct param_members {
+    yyjson_val *of[PARAMS];
+    uint32_t given;             /* a bit for each that is not NULL */
+};
+_Static_assert(PARAMS <= 32, "a bit for each");
 
 enum kind { INT, REAL, BOOL };
 
@@ -194,7 +198,7 @@ static lm_status find_params(const struct json_reader *r, yyjson_val *obj,
                              struct param_members *m)
 {
     yyjson_obj_iter it = yyjson_obj_iter_with(obj);
-    *m = (struct param_members){ { NULL } };
+    *m = (struct param_members){ .given = 0 };
     for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
         const char *key = yyjson_get_str(name);
         yyjson_val *v = yyjson_obj_iter_get_val(name);
@@ -206,6 +210,7 @@ static lm_status find_params(const struct json_reader *r, yyjson_val *obj,
         if (k == PARAMS)
             return json_refuse(r, LM_UNSUPPORTED, key, "is not served yet; leave it out");
         m->of[k] = v;
+        m->given |= UINT32_C(1) << k;
     }
     return LM_OK;
 }
@@ -231,9 +236,11 @@ static lm_status read_members(const struct json_reader *r, const struct param_me
                               struct engine_params *out)
 {
     lm_status st = LM_OK;
-    for (enum param k = 0; !st && k < PLAIN; k++)
-        if (m->of[k])
-            st = read_plain(r, k, m->of[k], out);
+    uint32_t plain = m->given & ((UINT32_C(1) << PLAIN) - 1);
+    for (; !st && plain; plain &= plain - 1) {
+        enum param k = (enum param)__builtin_ctz(plain);
+        st = read_plain(r, k, m->of[k], out);
+    }
     if (!st && m->of[SEED])
         st = read_seed(r, m->of[SEED], out);
     if (!st && m->of[STOP])

@@ -156,18 +156,22 @@ static bool is_plain(const char *s, size_t n)
     return !any(bad);
 }
 
-/* Most text has nothing to check. */
-bool json_is_utf8(const char *s, size_t n)
+/* Out of line, so that what most text needs is short. */
+static __attribute__((noinline)) bool has_good_characters(const char *s, size_t n)
 {
     utf8proc_int32_t c;
     utf8proc_ssize_t used = 0;
-    if (is_ascii(s, n))
-        return true;
     for (size_t i = 0; i < n; i += (size_t)used)
         if ((used = utf8proc_iterate((const utf8proc_uint8_t *)s + i, (utf8proc_ssize_t)(n - i),
                                      &c)) <= 0)
             return false;
     return true;
+}
+
+/* Most text has nothing to check. */
+bool json_is_utf8(const char *s, size_t n)
+{
+    return is_ascii(s, n) || has_good_characters(s, n);
 }
 
 json_t *json_text(const char *s, size_t n)
