@@ -49,7 +49,7 @@ struct taker {
 };
 
 struct datum {
-    const unsigned char *at;    /* proved to hold what the plan says */
+    const unsigned char *at, *end;      /* proved to hold what the plan says */
     struct json_scratch *scratch;
     avro_reader_t reader;       /* of one value at a time */
     yyjson_val *tree;           /* with room for all that the scan has counted */
@@ -205,18 +205,12 @@ static void close_container(struct datum *d, size_t at, yyjson_type type, size_t
     v->uni.ofs = (d->n - at) * sizeof *v;
 }
 
-/* Fields from i on that are null, and left out. Behind the last byte there may be some that take
- * none. */
+/* Fields from i on that are null, and left out. */
 static int skip_nulls(struct datum *d, const struct avro_node *n, int i)
 {
-    const unsigned char *at = d->at;
-    int first = i;
-    while (i < n->n && n->null_of[i] != AVRO_NO_NULL && *at == n->null_of[i]) {
-        at++;
-        i++;
-    }
-    d->at = at;
-    return i - first;
+    int nulls = avro_nulls(n, i, d->at, d->end);
+    d->at += nulls;
+    return nulls;
 }
 
 static int take_field(struct datum *d, struct taker *t, size_t *members)
@@ -398,12 +392,14 @@ static yyjson_doc *new_doc(const struct avro_size *size, const yyjson_alc *alc)
     return doc;
 }
 
-static lm_status read_datum(struct taker *root, const void *data, const struct avro_size *size,
-                            struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err)
+static lm_status read_datum(struct taker *root, const void *data, size_t len,
+                            const struct avro_size *size, struct json_scratch *scratch,
+                            yyjson_doc **out, struct lm_err *err)
 {
     yyjson_doc *doc = new_doc(size, &scratch->alc);
     struct datum d;
     d.at = data;
+    d.end = d.at + len;
     d.scratch = scratch;
     d.n = 0;
     d.err.code = LM_OK;
@@ -441,7 +437,7 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
         *root = make_taker(avro_plan_arena(p), avro_plan_root(p), NULL, NULL);
     const struct avro_allocator_state heap = AVRO_CURRENT_ALLOCATOR;
     avro_set_allocator(from_scratch, &scratch->alc);
-    st = *root ? read_datum(*root, data, &size, scratch, out, err)
+    st = *root ? read_datum(*root, data, len, &size, scratch, out, err)
                : lm_err_set(err, LM_NOMEM, "out of memory");
     avro_set_allocator(heap.alloc, heap.user_data);
     avro_unlock();

@@ -12,6 +12,7 @@
  */
 #include "worker/avro_plan.h"
 
+#include <endian.h>
 #include <jansson.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -282,12 +283,22 @@ static int16_t null_byte(const struct avro_node *n)
     return AVRO_NO_NULL;
 }
 
+static void count_runs(struct avro_node *n)
+{
+    for (int i = n->n - 1; i >= 0; i--) {
+        bool more = i + 1 < n->n && n->null_of[i + 1] == n->null_of[i];
+        if (n->null_of[i] != AVRO_NO_NULL)
+            n->null_run[i] = (int16_t)(1 + (more ? n->null_run[i + 1] : 0));
+    }
+}
+
 static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node *n, int depth)
 {
     n->name = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name);
     n->name_len = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name_len);
     n->null_of = arena_alloc(b->arena, (size_t)n->n * sizeof *n->null_of);
-    if (!n->name || !n->name_len || !n->null_of)
+    n->null_run = arena_alloc(b->arena, (size_t)n->n * sizeof *n->null_run);
+    if (!n->name || !n->name_len || !n->null_of || !n->null_run)
         return no_memory(b);
     for (int i = 0; i < n->n; i++) {
         const char *name = avro_schema_record_field_name(s, i);
@@ -302,6 +313,7 @@ static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node
         n->min_bytes += n->child[i]->min_bytes;
         n->null_of[i] = null_byte(n->child[i]);
     }
+    count_runs(n);
     return LM_OK;
 }
 
@@ -379,6 +391,24 @@ static lm_status build_node(struct build *b, avro_schema_t s, int depth,
     if (n->type == AVRO_RECORD)
         return build_record(b, s, n, depth);
     return n->type == AVRO_UNION ? build_union(b, s, n, depth) : build_items(b, s, n, depth);
+}
+
+/* ---- nulls ---------------------------------------------------------------------------------- */
+
+/* Eight bytes at a time, while there are so many. */
+int avro_count_nulls(const struct avro_node *n, int i, const unsigned char *at, size_t left)
+{
+    const uint64_t nulls = UINT64_MAX / 255 * (unsigned)n->null_of[i];
+    int run = (int)LM_MIN((size_t)n->null_run[i], left), found = 0;
+    for (uint64_t w; found < run && left - (size_t)found >= sizeof w; found += (int)sizeof w) {
+        memcpy(&w, at + found, sizeof w);
+        w = le64toh(w ^ nulls);
+        if (w)
+            return LM_MIN(found + __builtin_ctzll(w) / 8, run);
+    }
+    while (found < run && at[found] == n->null_of[i])
+        found++;
+    return LM_MIN(found, run);
 }
 
 /* ---- the whole ------------------------------------------------------------------------------ */

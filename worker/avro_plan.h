@@ -34,9 +34,22 @@ struct avro_node {
     size_t *name_len;
     int16_t *null_of;           /* the byte that is a whole null: of a union with such a branch,
                                  * among its first 64; else AVRO_NO_NULL, which is no byte */
+    int16_t *null_run;          /* so many fields from this one on have that same byte; 0: none */
 };
 
 struct avro_plan;
+
+/* Most fields of a message are null, and each such union is one byte. How many of the record's
+ * fields from i on, of those whose null is the same byte, are null by the bytes from `at` to `end`.
+ * The second is for when the first one is. */
+int avro_count_nulls(const struct avro_node *n, int i, const unsigned char *at, size_t left);
+
+static inline int avro_nulls(const struct avro_node *n, int i, const unsigned char *at,
+                             const unsigned char *end)
+{
+    return i < n->n && at < end && *at == n->null_of[i]
+           ? avro_count_nulls(n, i, at, (size_t)(end - at)) : 0;
+}
 
 /* Errors: LM_FORMAT, LM_UNSUPPORTED or LM_TOO_LARGE, saying what in the schema is at fault. */
 lm_status avro_plan_new(const char *json, size_t len, struct avro_plan **out, struct lm_err *err);

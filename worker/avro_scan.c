@@ -50,8 +50,7 @@ static lm_status too_many(struct scan *s)
     return refuse(s, LM_TOO_LARGE, "more than %d values", MAX_VALUES);
 }
 
-/* Variable-length zig-zag, at most 10 bytes and 64 bits (Avro specification, "Binary encoding"). */
-static lm_status scan_long(struct scan *s, int64_t *out)
+static lm_status scan_long_number(struct scan *s, int64_t *out)
 {
     uint64_t v = 0;
     for (int shift = 0; shift < 70; shift += 7) {
@@ -67,6 +66,17 @@ static lm_status scan_long(struct scan *s, int64_t *out)
         }
     }
     return refuse(s, LM_FORMAT, "a number has more than 64 bits");
+}
+
+/* Variable-length zig-zag, at most 10 bytes and 64 bits (Avro specification, "Binary encoding");
+ * mostly one byte. */
+static inline lm_status scan_long(struct scan *s, int64_t *out)
+{
+    if (s->at == s->end || *s->at >= 0x80)
+        return scan_long_number(s, out);
+    int64_t v = *s->at++;
+    *out = v >> 1 ^ -(v & 1);
+    return LM_OK;
 }
 
 static lm_status scan_bytes(struct scan *s, size_t n, const char *what)
@@ -174,18 +184,13 @@ static lm_status scan_items(struct scan *s, const struct avro_node *n)
     return st;
 }
 
-/* Most fields of a prompt are null, a union and its branch in one byte: so many from field i on. */
+/* Fields from i on that are null, a union and its branch each. */
 static int scan_nulls(struct scan *s, const struct avro_node *n, int i)
 {
-    const unsigned char *at = s->at, *end = s->end;
-    int first = i;
-    while (i < n->n && at < end && *at == n->null_of[i]) {
-        at++;
-        i++;
-    }
-    s->at = at;
-    s->values += 2 * (size_t)(i - first);
-    return i - first;
+    int nulls = avro_nulls(n, i, s->at, s->end);
+    s->at += nulls;
+    s->values += 2 * (size_t)nulls;
+    return nulls;
 }
 
 static lm_status scan_record(struct scan *s, const struct avro_node *n)

@@ -382,6 +382,56 @@ static void fields_without_bytes_end_a_datum(void **state)
     avro_plan_free(p);
 }
 
+enum { MANY_FIELDS = 40 };
+
+/* So many fields, the types of which, and which of them are null, follow from the seed. */
+static size_t draw_record(unsigned seed, int n, char *schema, unsigned char *data, json_t *want)
+{
+    static const char *const types[] = { "[\"null\",\"int\"]", "[\"null\",\"int\"]",
+                                         "[\"null\",\"int\"]", "[\"int\",\"null\"]", "\"int\"" };
+    size_t used = 0;
+    char *at = schema + sprintf(schema, "{\"type\":\"record\",\"name\":\"R\",\"fields\":[");
+    for (int i = 0; i < n; i++) {
+        seed = seed * 1103515245 + 12345;
+        unsigned kind = (seed >> 16) % LM_COUNT(types), null_branch = kind == 3;
+        bool null = kind < 4 && (seed >> 24) % 8;
+        char name[8];
+        snprintf(name, sizeof name, "f%d", i);
+        at += sprintf(at, "%s{\"name\":\"%s\",\"type\":%s}", i ? "," : "", name, types[kind]);
+        if (kind < 4)
+            data[used++] = (unsigned char)((null ? null_branch : !null_branch) << 1);
+        if (null)
+            continue;
+        data[used++] = (unsigned char)(seed >> 28 & 1);     /* 0, as a null may look, or -1 */
+        json_object_set_new(want, name, json_integer(-(json_int_t)(seed >> 28 & 1)));
+    }
+    sprintf(at, "]}");
+    return used;
+}
+
+/* Nulls are passed several at a time: each number of fields, at each place, cut at each byte. */
+static void runs_of_nulls_are_counted(void **state)
+{
+    (void)state;
+    for (unsigned seed = 0; seed < 20 * MANY_FIELDS; seed++) {
+        char schema[64 + MANY_FIELDS * 48];
+        unsigned char data[2 * MANY_FIELDS + 1];
+        json_t *want = json_object(), *tree;
+        struct lm_err err = { 0 };
+        size_t n = draw_record(seed, 1 + (int)seed % MANY_FIELDS, schema, data, want);
+        struct avro_plan *p = plan_of(schema);
+        if (decode_exact(p, data, n, &tree, &err) || !json_equal(tree, want))
+            fail_msg("%s: %s", schema, err.msg);
+        json_decref(tree);
+        for (size_t cut = 0; cut < n; cut++)
+            assert_int_equal(decode_exact(p, data, cut, &tree, &err), LM_FORMAT);
+        data[n] = 0;
+        assert_int_equal(decode_exact(p, data, n + 1, &tree, &err), LM_FORMAT);
+        avro_plan_free(p);
+        json_decref(want);
+    }
+}
+
 static void goes_there_and_back(struct avro_plan *p, json_t *tree)
 {
     struct lm_err err = { 0 };
@@ -796,6 +846,7 @@ int main(void)
         cmocka_unit_test(blocks_with_sizes_are_read),
         cmocka_unit_test(the_last_of_equal_keys_counts),
         cmocka_unit_test(fields_without_bytes_end_a_datum),
+        cmocka_unit_test(runs_of_nulls_are_counted),
         cmocka_unit_test(a_plan_forgets_the_last_datum),
         cmocka_unit_test(text_that_is_not_utf8_is_refused),
         cmocka_unit_test(bombs_cost_nothing),
