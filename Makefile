@@ -140,7 +140,7 @@ BIN     := $(BUILD)/loramill
 # whole is seen in all other builds: there a program that is not on it dies in pthread_create.
 THREADED   := test_engine test_upload $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
-    $(addprefix test_worker_,avro batch_job bench codec consumer dev fatal group_protocol outbox registry renew resolver spans store submit url \
+    $(addprefix test_worker_,avro batch_job bench codec consumer dev fatal group_protocol intake outbox registry renew resolver spans store submit url \
     transaction watchdog)
 ONE_THREAD := $(filter-out $(THREADED),$(basename $(notdir $(UNIT_SRC) $(FUZZ_SRC))))
 # WORKER=0 and `thread` leave some out; tests/run says which.
@@ -244,6 +244,9 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
     private LDFLAGS += -Wl,--wrap=pthread_create
 
 $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
+
+# An engine that is always full, and how a reply ends.
+$(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=worker_reply
 
 # Stand before the device: each of these can be made to fail, or to happen later.
 OPS := $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul gather_rows feed lora_shrink \

@@ -17,7 +17,10 @@
  * retry.max_attempts tries within retry.deadline_ms.
  *
  * A prompt whose deadline has passed, or that an order from topics.control has cancelled, is
- * answered from here, without the engine.
+ * answered from here, without the engine, wherever it waits: in `busy`, in `later`, or in `awaited`
+ * for its adapter, which the store then no longer owes us (store_let_go). For that those three are
+ * swept when an order is new, or the earliest deadline in them has passed, at most every SWEEP_US;
+ * the earliest is a lower bound, made exact by each sweep. What is not decoded yet has no deadline.
  *
  * Poison. Before the engine sees a prompt, the journal (journal.h) is asked whether workers died
  * with it: then it runs alone, with everything else waiting in `busy`, or is a dead letter. What
@@ -36,7 +39,7 @@
 #include "worker/log.h"
 #include "worker/stream.h"
 
-enum { IDLE_MS = 100, BUSY_MS = 20, PARK_US = 20000 };
+enum { IDLE_MS = 100, BUSY_MS = 20, PARK_US = 20000, SWEEP_US = 100000 };
 
 struct intake {
     struct worker *w;
@@ -44,6 +47,9 @@ struct intake {
     struct job_list later;
     struct job *busy, **busy_tail;
     int busy_least;             /* priority of the last in `busy` */
+    TAILQ_HEAD(, job) awaited;  /* the store's, with links of ours; in the order of asking */
+    int64_t earliest_ms;        /* no deadline of who waits is before; INT64_MAX: none has any */
+    int64_t next_sweep_us;
     struct log_seldom waits;
 };
 
@@ -64,6 +70,28 @@ static void drop(intake *in, struct job *j)
     worker_end_job(in->w, j, OUTCOME_DROPPED);
 }
 
+/* The earliest of its deadlines, INT64_MAX: none. Whoever is here has no first token yet. */
+static int64_t deadline_of(const struct job *j)
+{
+    const struct prompt *p = j->prompt;
+    int64_t whole = p && p->deadline_ms ? p->deadline_ms : INT64_MAX;
+    int64_t first = p && p->first_token_by_ms ? p->first_token_by_ms : INT64_MAX;
+    return LM_MIN(whole, first);
+}
+
+/* It waits here from now on: a sweep must not come too late for it. */
+static void mind_deadline(intake *in, const struct job *j)
+{
+    if (!j->ends)
+        in->earliest_ms = LM_MIN(in->earliest_ms, deadline_of(j));
+}
+
+static void wait_until(intake *in, struct job *j, int64_t due_us)
+{
+    mind_deadline(in, j);
+    job_list_add(&in->later, j, due_us);
+}
+
 static void wait_for_healing(intake *in, struct job *j, const struct lm_err *why)
 {
     const struct config *cfg = in->w->cfg;
@@ -72,24 +100,15 @@ static void wait_for_healing(intake *in, struct job *j, const struct lm_err *why
     log_seldom(&in->waits, "intake", "%s [%d] @%" PRId64 ": %s; again in %" PRId64 " ms",
                j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg, pause / 1000);
     j->waits++;
-    job_list_add(&in->later, j, lm_now_us() + pause);
+    wait_until(in, j, lm_now_us() + pause);
 }
 
 /* ---- expiry without the engine ------------------------------------------------------------ */
 
-static bool passed(int64_t deadline_ms, int64_t now_ms)
-{
-    return deadline_ms && now_ms > deadline_ms;
-}
-
-/* Whoever is here has no first token yet. */
 static bool past_deadline(const struct job *j)
 {
-    const struct prompt *p = j->prompt;
-    if (!p || (!p->deadline_ms && !p->first_token_by_ms))
-        return false;
-    int64_t now = lm_wall_ms();
-    return passed(p->deadline_ms, now) || passed(p->first_token_by_ms, now);
+    int64_t deadline = deadline_of(j);
+    return deadline != INT64_MAX && lm_wall_ms() > deadline;
 }
 
 /* A completion for a prompt that never reached the engine. */
@@ -102,6 +121,7 @@ static void end_early(intake *in, struct job *j, enum engine_reason reason)
         if (j->result)
             engine_result_free(j->result);
         j->result = NULL;
+        j->ends = true;
         wait_for_healing(in, j, &why);
         return;
     }
@@ -176,7 +196,7 @@ static bool must_wait(const struct worker *w, struct job *j)
 
 static void park(intake *in, struct job *j)
 {
-    job_list_add(&in->later, j, lm_now_us() + PARK_US);
+    wait_until(in, j, lm_now_us() + PARK_US);
 }
 
 /* Room in the engine, for one that must be alone there, or beside one that must be? */
@@ -265,6 +285,7 @@ static lm_status submit(intake *in, struct job *j)
 static void keep_busy(intake *in, struct job *j)
 {
     struct job **at = in->busy_tail;
+    mind_deadline(in, j);
     if (in->busy && priority_of(j) > in->busy_least)
         for (at = &in->busy; *at && priority_of(*at) >= priority_of(j);)
             at = &(*at)->next;
@@ -321,10 +342,6 @@ static void fetch(intake *in, struct job *j)
 {
     struct lm_err err;
     const char *id = j->prompt->adapter;
-    if (past_deadline(j)) {
-        end_early(in, j, ENGINE_EXPIRED);
-        return;
-    }
     if (!in->w->store) {
         lm_err_set(&err, LM_NOT_FOUND, "adapter '%s': adapters.url is not set", id);
         refuse(in, j, &err, "ADAPTER");
@@ -333,6 +350,9 @@ static void fetch(intake *in, struct job *j)
     job_set_stage(j, JOB_FETCHING);
     if (!j->decoded_us)
         j->decoded_us = lm_now_us();
+    mind_deadline(in, j);
+    j->awaited = true;
+    TAILQ_INSERT_TAIL(&in->awaited, j, await);
     store_get(in->w->store, id, on_adapter, j);
 }
 
@@ -381,6 +401,8 @@ static void dispatch(intake *in, struct job *j)
 {
     if (in->w->cancels && cancels_enter(in->w->cancels, j)) {
         end_early(in, j, ENGINE_CANCELLED);
+    } else if (past_deadline(j)) {
+        end_early(in, j, ENGINE_EXPIRED);
     } else if (j->prompt->adapter) {
         fetch(in, j);
     } else {
@@ -433,19 +455,28 @@ static void decode(intake *in, struct job *j)
 
 /* ---- thread ----------------------------------------------------------------------------- */
 
+static void await_no_more(intake *in, struct job *j)
+{
+    if (j->awaited)
+        TAILQ_REMOVE(&in->awaited, j, await);
+    j->awaited = false;
+}
+
 static void step(intake *in, struct job *j)
 {
+    await_no_more(in, j);
     if (worker_gives_up(in->w, j)) {
         drop(in, j);
         return;
     }
     if (j->due_us && j->due_us > lm_now_us()) {         /* sent back by the outbox */
-        job_list_add(&in->later, j, j->due_us);
+        wait_until(in, j, j->due_us);
         return;
     }
-    if (atomic_load(&j->cancelled)) {
+    bool cancelled = atomic_load(&j->cancelled);
+    if (cancelled || past_deadline(j)) {
         job_fail(j, NULL);
-        end_early(in, j, ENGINE_CANCELLED);
+        end_early(in, j, cancelled ? ENGINE_CANCELLED : ENGINE_EXPIRED);
         return;
     }
     if (must_wait(in->w, j)) {
@@ -475,51 +506,75 @@ static void step_chain(intake *in, struct job *j)
     }
 }
 
-static void drop_given_up(intake *in)
+/* ---- sweep ------------------------------------------------------------------------------ */
+
+/* Is there no reason to wait any longer? */
+static bool is_over(const intake *in, struct job *j, int64_t now_ms)
 {
-    struct job *all = in->busy;
-    in->busy = NULL;
-    in->busy_tail = &in->busy;
-    for (struct job *next; all; all = next) {
-        next = all->next;
-        if (worker_gives_up(in->w, all))
-            drop(in, all);
-        else
-            keep_busy(in, all);
+    return worker_gives_up(in->w, j) ||
+           (!j->ends && (atomic_load(&j->cancelled) || now_ms > deadline_of(j)));
+}
+
+static void sweep_busy(intake *in, int64_t now_ms, struct job_chain *over)
+{
+    struct job **at = &in->busy;
+    for (struct job *j; (j = *at);) {
+        if (is_over(in, j, now_ms)) {
+            *at = j->next;
+            job_chain_add(over, j);
+        } else {
+            mind_deadline(in, j);
+            at = &j->next;
+        }
     }
-    for (all = job_list_take_all(&in->later); all;) {
-        struct job *j = all;
-        all = all->next;
-        if (worker_gives_up(in->w, j))
-            drop(in, j);
+    in->busy_tail = at;
+}
+
+static void sweep_later(intake *in, int64_t now_ms, struct job_chain *over)
+{
+    for (struct job *j = job_list_take_all(&in->later), *next; j; j = next) {
+        next = j->next;
+        if (is_over(in, j, now_ms))
+            job_chain_add(over, j);
         else
-            job_list_add(&in->later, j, j->due_us);
+            wait_until(in, j, j->due_us);
     }
 }
 
-/* An order has marked something here, perhaps. */
-static void sweep_cancelled(intake *in)
+/* What the store has answered already is on its way here, and ends in step(). */
+static void sweep_awaited(intake *in, int64_t now_ms, struct job_chain *over)
 {
-    struct job *all = in->busy;
-    in->busy = NULL;
-    in->busy_tail = &in->busy;
-    for (struct job *next; all; all = next) {
-        next = all->next;
-        if (atomic_load(&all->cancelled))
-            step(in, all);
-        else
-            keep_busy(in, all);
-    }
-    for (all = job_list_take_all(&in->later); all;) {
-        struct job *j = all;
-        all = all->next;
-        if (atomic_load(&j->cancelled)) {
-            j->due_us = 0;
-            step(in, j);
-        } else {
-            job_list_add(&in->later, j, j->due_us);
+    for (struct job *j = TAILQ_FIRST(&in->awaited), *next; j; j = next) {
+        next = TAILQ_NEXT(j, await);
+        if (!is_over(in, j, now_ms)) {
+            mind_deadline(in, j);
+        } else if (store_let_go(in->w->store, j->prompt->adapter, j)) {
+            await_no_more(in, j);
+            job_chain_add(over, j);
         }
     }
+}
+
+static void sweep(intake *in)
+{
+    struct job_chain over = { 0 };
+    int64_t now_ms = lm_wall_ms();
+    in->earliest_ms = INT64_MAX;
+    sweep_busy(in, now_ms, &over);
+    sweep_later(in, now_ms, &over);
+    sweep_awaited(in, now_ms, &over);
+    for (struct job *j = over.head, *next; j; j = next) {
+        next = j->next;
+        j->due_us = 0;
+        step(in, j);
+    }
+    in->next_sweep_us = lm_now_us() + SWEEP_US;
+}
+
+static bool sweep_is_due(const intake *in)
+{
+    return in->earliest_ms != INT64_MAX && lm_now_us() >= in->next_sweep_us &&
+           lm_wall_ms() > in->earliest_ms;
 }
 
 static void *intake_main(void *arg)
@@ -537,14 +592,14 @@ static void *intake_main(void *arg)
         step_chain(in, job_queue_take(&w->to_intake, wait));
         step_chain(in, job_list_take_due(&in->later, lm_now_us()));
         submit_busy(in);
-        if (atomic_exchange(&w->look_for_cancelled, false))
-            sweep_cancelled(in);
+        if (atomic_exchange(&w->look_for_cancelled, false) || sweep_is_due(in))
+            sweep(in);
         if (atomic_load(&w->stopping) && !swept) {
-            drop_given_up(in);
+            sweep(in);
             swept = true;
         }
     }
-    drop_given_up(in);
+    sweep(in);
     return NULL;
 }
 
@@ -555,6 +610,8 @@ lm_status intake_new(struct worker *w, intake **out, struct lm_err *err)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     in->w = w;
     in->busy_tail = &in->busy;
+    TAILQ_INIT(&in->awaited);
+    in->earliest_ms = INT64_MAX;
     atomic_store(&w->intake_beat_us, lm_now_us());      /* loading may have taken minutes */
     if (pthread_create(&in->thread, NULL, intake_main, in)) {
         free(in);

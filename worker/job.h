@@ -29,6 +29,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/queue.h>
 
 #include "worker/headers.h"
 #include "worker/ledger.h"
@@ -133,6 +134,9 @@ struct job {
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */
+    bool ends;                  /* its end without the engine waits for something to heal */
+    bool awaited;               /* in intake's list of those whose adapters are fetched */
+    TAILQ_ENTRY(job) await;     /* there; intake's alone, while the store has the job */
     int64_t received_us, decoded_us, fetch_us, submitted_us, answered_us;
     /* Last, as most of both is not touched before it is written, nor is it zeroed: thousands of
      * jobs are more than caches hold. */

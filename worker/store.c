@@ -23,6 +23,9 @@
  * queues, the tables and the waiters need it. Order of locks: there is just one, and no callback,
  * system call or engine call happens under it.
  *
+ * Who waits may let go (store_let_go). A job that nobody waits for goes on until its next attempt
+ * would begin, and is then forgotten; one that is loaded meanwhile stays in the engine's cache.
+ *
  * A job that ended is out of the table before its waiters hear of it: whoever asks again starts
  * afresh, and finds the engine's copy, or the negative entry.
  */
@@ -184,6 +187,24 @@ static void job_drop_files(struct job *j)
     j->which = 0;
 }
 
+/* Under the lock: whoever asks from now on starts another job. */
+static void job_unlist(store *s, struct job *j)
+{
+    tdelete(j, &s->job_table, by_id);
+    TAILQ_REMOVE(&s->all_jobs, j, all);
+    s->stats.in_flight--;
+}
+
+static void job_free(store *s, struct job *j)
+{
+    job_drop_files(j);
+    if (j->claimed)
+        cache_unclaim(s->cache, j->id);
+    free(j->local);
+    free(j->id);
+    free(j);
+}
+
 /* Ends a job: `a` (a reference) on LM_OK, `err` otherwise. Any thread that has the job. */
 static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
                    const struct lm_err *err)
@@ -191,9 +212,7 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
     struct waiter *w;
     bool final = lm_status_disposition(status) == LM_DO_REFUSE;
     pthread_mutex_lock(&s->lock);
-    tdelete(j, &s->job_table, by_id);
-    TAILQ_REMOVE(&s->all_jobs, j, all);
-    s->stats.in_flight--;
+    job_unlist(s, j);
     s->stats.failures += status != LM_OK && status != LM_CANCELLED;
     if (final)
         negative_add(s, j->id, err);
@@ -204,18 +223,31 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
         lm_log(LM_WARN, "store", "%s", err->msg);
     else if (status != LM_OK && status != LM_CANCELLED)
         log_seldom(&s->away, "store", "%s", err->msg);
+    bool nobody = STAILQ_EMPTY(&j->waiters);            /* any more */
     while ((w = STAILQ_FIRST(&j->waiters))) {
         STAILQ_REMOVE_HEAD(&j->waiters, link);
         bool last = STAILQ_EMPTY(&j->waiters);
         w->done(w->user, status, !a ? NULL : last ? a : s->hooks.ref(a), status ? err : NULL);
         free(w);
     }
-    job_drop_files(j);
-    if (j->claimed)
-        cache_unclaim(s->cache, j->id);
-    free(j->local);
-    free(j->id);
-    free(j);
+    if (a && nobody)
+        s->hooks.unref(a);
+    job_free(s, j);
+}
+
+/* Everybody who waited for it has let it go: it ends, without a word. The store thread's. */
+static bool end_unwanted(store *s, struct job *j)
+{
+    pthread_mutex_lock(&s->lock);
+    bool unwanted = STAILQ_EMPTY(&j->waiters);
+    if (unwanted)
+        job_unlist(s, j);
+    pthread_mutex_unlock(&s->lock);
+    if (!unwanted)
+        return false;
+    lm_log(LM_INFO, "store", "adapter '%s': nobody waits for it any more", j->id);
+    job_free(s, j);
+    return true;
 }
 
 static void fail(store *s, struct job *j, struct lm_err *err)
@@ -293,6 +325,22 @@ void store_get(store *s, const char *id, store_done *done, void *user)
         done(user, st, NULL, &err);
     else
         fetcher_wake(s->fetcher);
+}
+
+bool store_let_go(store *s, const char *id, const void *user)
+{
+    struct waiter *w = NULL;
+    pthread_mutex_lock(&s->lock);
+    struct job *j = table_find(&s->job_table, id);
+    if (j)
+        for (w = STAILQ_FIRST(&j->waiters); w && w->user != user;)
+            w = STAILQ_NEXT(w, link);
+    if (w)
+        STAILQ_REMOVE(&j->waiters, w, waiter, link);
+    pthread_mutex_unlock(&s->lock);
+    bool found = w != NULL;
+    free(w);
+    return found;
 }
 
 void store_stats(store *s, struct store_stats *out)
@@ -382,6 +430,8 @@ static lm_status open_file(store *s, struct job *j, struct lm_err *err)
 static void start_attempt(store *s, struct job *j)
 {
     struct lm_err err;
+    if (end_unwanted(s, j))
+        return;
     lm_status st = j->file.fd < 0 ? open_file(s, j, &err) : LM_OK;
     if (st == LM_OK)
         st = fetch_start(s->fetcher, &j->file, &err);
@@ -772,7 +822,7 @@ lm_status store_new(const struct store_config *cfg, store **out, struct lm_err *
 {
     static const struct store_hooks hooks = {
         .find = engine_adapter_find, .load = engine_adapter_load,
-        .ref = engine_adapter_ref,
+        .ref = engine_adapter_ref, .unref = engine_adapter_unref,
     };
     return store_new_with(cfg, &hooks, out, err);
 }

@@ -47,6 +47,12 @@ void store_free(store *s);      /* pending callbacks are called with LM_CANCELLE
 typedef void store_done(void *user, lm_status status, engine_adapter *a, const struct lm_err *err);
 void store_get(store *s, const char *adapter_id, store_done *done, void *user);
 
+/* The asker with this `user` does not wait any more. True: `done` is not called for it, now or
+ * later. False: it has been, or is about to be. A fetch that nobody waits for is not tried again;
+ * what comes of the attempt that runs is kept. Any thread. Cost: the askers of this adapter that
+ * came earlier and still wait. */
+bool store_let_go(store *s, const char *adapter_id, const void *user);
+
 struct store_stats {
     uint64_t fetched, fetched_bytes, disk_hits, memory_hits, failures, retries, negative_hits;
     uint64_t fetch_us;

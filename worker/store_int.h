@@ -13,6 +13,7 @@ struct store_hooks {
     lm_status (*load)(engine *e, const char *id, const char *dir, engine_adapter **out,
                       struct lm_err *err);
     engine_adapter *(*ref)(engine_adapter *a);
+    void (*unref)(engine_adapter *a);
     int retry_base_ms;          /* 0: 200 */
 };
 

@@ -337,10 +337,10 @@ static void log_summary(struct worker *w)
 /* The order matters: a job may hold an adapter of the engine, and a delivery report a job. */
 static void end_threads(struct worker *w, watchdog *dog, int status)
 {
-    store_free(w->store);
     control_stop(w->control);
     atomic_store(&w->ending, true);
-    intake_free(w->intake);
+    intake_free(w->intake);             /* asks the store to the last */
+    store_free(w->store);
     outbox_free(w->outbox);
     claims_stop(w->claims);
     http_free(w->http);

@@ -55,6 +55,11 @@ static engine_adapter *host_ref(engine_adapter *a)
     return a;
 }
 
+static void host_unref(engine_adapter *a)
+{
+    a->refs--;
+}
+
 static uint64_t hash_file(const char *folder, const char *name)
 {
     char path[4096];
@@ -99,7 +104,7 @@ static void host_reset(void)
     host.block = false;
 }
 
-static const struct store_hooks hooks = { host_find, host_load, host_ref, 5 };
+static const struct store_hooks hooks = { host_find, host_load, host_ref, host_unref, 5 };
 
 /* ---- a test's surroundings -------------------------------------------------------------- */
 
@@ -893,6 +898,82 @@ static void quiet(void *ctx, enum lm_level level, const char *component, const c
     (void)ctx, (void)level, (void)component, (void)line;
 }
 
+/* ---- letting go ------------------------------------------------------------------------- */
+
+static void until_idle(struct fix *f)
+{
+    struct store_stats st = { .in_flight = 1 };
+    for (int i = 0; i < WAIT_S * 1000 && st.in_flight; i++) {
+        usleep(1000);
+        store_stats(f->s, &st);
+    }
+    assert_int_equal(st.in_flight, 0);
+}
+
+static void test_let_go_beside_others(void **state)
+{
+    struct fix *f = *state;
+    struct answer goes, stays;
+    answer_init(&goes);
+    answer_init(&stays);
+    open_store(f, NULL);
+    assert_false(store_let_go(f->s, "slow", &goes));
+    store_get(f->s, "slow", on_done, &goes);
+    store_get(f->s, "slow", on_done, &stays);
+    store_get(f->s, "slow", on_done, &goes);
+    assert_false(store_let_go(f->s, "good", &goes));
+    assert_true(store_let_go(f->s, "slow", &goes));
+    assert_true(store_let_go(f->s, "slow", &goes));
+    assert_false(store_let_go(f->s, "slow", &goes));
+    await(&stays, 1);
+    until_idle(f);
+    assert_int_equal(stays.status, LM_OK);
+    assert_int_equal(stays.a->refs, 1);
+    assert_int_equal(goes.calls, 0);
+    assert_false(store_let_go(f->s, "slow", &stays));
+}
+
+/* Nobody waits: no further attempt, and whoever asks afterwards is served as ever. */
+static void test_let_go_by_all(void **state)
+{
+    struct fix *f = *state;
+    struct answer goes;
+    struct store_stats st;
+    answer_init(&goes);
+    open_store(f, NULL);
+    store_get(f->s, "silent", on_done, &goes);
+    assert_true(store_let_go(f->s, "silent", &goes));
+    until_idle(f);
+    store_stats(f->s, &st);
+    assert_int_equal(goes.calls, 0);
+    assert_int_equal(st.failures, 0);
+    assert_true(f->site->total <= 1);
+    store_get(f->s, "first-silent", on_done, &goes);
+    assert_true(store_let_go(f->s, "first-silent", &goes));
+    expect_blob(f, "good", &weights);
+    expect_blob(f, "first-silent", &weights);
+    assert_int_equal(goes.calls, 0);
+}
+
+/* It came too late to be stopped: it is there for the next, and nobody holds it. */
+static void test_let_go_while_loading(void **state)
+{
+    struct fix *f = *state;
+    struct answer goes;
+    answer_init(&goes);
+    open_store(f, NULL);
+    host.block = true;
+    store_get(f->s, "good", on_done, &goes);
+    for (int i = 0; i < 2000 && hits(f, "/good/" CACHE_WEIGHTS) == 0; i++)
+        usleep(1000);
+    assert_true(store_let_go(f->s, "good", &goes));
+    host.block = false;
+    until_idle(f);
+    assert_int_equal(host.n, 1);
+    assert_int_equal(host.held[0]->refs, 0);
+    assert_int_equal(goes.calls, 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(int argc, char **argv)
@@ -926,7 +1007,8 @@ int main(int argc, char **argv)
         TEST(test_race_of_processes), TEST(test_claim_ends_with_its_process),
         TEST(test_kill_and_sweep),
         TEST(test_sweep_spares_the_living), TEST(test_free_cancels_transfers),
-        TEST(test_free_while_loading),
+        TEST(test_free_while_loading), TEST(test_let_go_beside_others), TEST(test_let_go_by_all),
+        TEST(test_let_go_while_loading),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     free(weights.bytes);

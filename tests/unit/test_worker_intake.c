@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_intake.c - a deadline and an order to cancel end a prompt wherever it waits in
+ * intake: behind a full engine, to be tried again, for an adapter from a store that says nothing,
+ * while a suspect runs alone, and for its own turn as a suspect.
+ *
+ * Intake's thread and the store are real; of the engine there is only a submit that says "busy",
+ * and of the reply how it would end (both wrapped by the linker). What was read is decoded already.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "consumer_world.h"
+#include "silent_server.h"
+#include "worker/store_int.h"
+#include "worker/worker.h"
+
+enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000 };
+
+static struct { atomic_int calls, reason; atomic_llong at_ms; } replies[PROMPTS];   /* reason + 1 */
+static atomic_bool not_encodable;
+
+lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
+                               struct lm_err *err);
+lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
+                               struct lm_err *err)
+{
+    (void)e, (void)r, (void)out;
+    return lm_err_set(err, LM_BUSY, "full");
+}
+
+lm_status __wrap_worker_reply(struct worker *w, struct job *j);
+lm_status __wrap_worker_reply(struct worker *w, struct job *j)
+{
+    atomic_store(&replies[j->record.offset].at_ms, lm_wall_ms());
+    atomic_fetch_add(&replies[j->record.offset].calls, 1);
+    if (atomic_load(&not_encodable))
+        return LM_NET;
+    atomic_store(&replies[j->record.offset].reason, j->result->choices[0].reason + 1);
+    worker_end_job(w, j, OUTCOME_REPLY);
+    return LM_OK;
+}
+
+static engine_adapter *find_nothing(engine *e, const char *id)
+{
+    (void)e, (void)id;
+    return NULL;
+}
+
+/* ---- a test's surroundings -------------------------------------------------------------- */
+
+struct fix {
+    struct world *x;
+    struct intake *in;
+    int socket;
+    char dir[64], url[64];
+    struct job *jobs[PROMPTS];          /* each with a reference of the test */
+};
+
+static int setup(void **state)
+{
+    static const struct store_hooks hooks = { .find = find_nothing };
+    struct fix *f = lm_calloc(1, sizeof *f);
+    int port;
+    memset(replies, 0, sizeof replies);
+    not_encodable = false;
+    f->x = world_open();
+    f->x->cfg.retry_backoff_ms = f->x->cfg.retry_backoff_max_ms = 60000;
+    f->socket = listen_silently(&port);
+    snprintf(f->dir, sizeof f->dir, "/tmp/loramill-intake-XXXXXX");
+    snprintf(f->url, sizeof f->url, "http://127.0.0.1:%d/{adapter}", port);
+    struct store_config cfg = { .url = f->url, .cache_dir = mkdtemp(f->dir) };
+    if (store_new_with(&cfg, &hooks, &f->x->w.store, NULL) ||
+        intake_new(&f->x->w, &f->in, NULL))
+        return -1;
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    struct fix *f = *state;
+    struct worker *w = &f->x->w;
+    char command[128];
+    atomic_store(&w->stopping, true);
+    atomic_store(&w->ending, true);
+    intake_free(f->in);
+    store_free(w->store);
+    for (int i = 0; i < PROMPTS; i++)
+        job_unref(f->jobs[i]);
+    world_close(f->x);
+    close(f->socket);
+    snprintf(command, sizeof command, "rm -rf %s", f->dir);
+    int st = system(command);
+    free(f);
+    return st;
+}
+
+/* A decoded prompt, not yet on its way. deadline_ms: from now; 0: none. */
+static struct job *make(struct fix *f, int offset, const char *adapter, int deadline_ms)
+{
+    struct job *j = world_deliver(f->x, offset, NULL);
+    struct arena *a = job_arena(j);
+    struct prompt *p = arena_alloc(a, sizeof *p);
+    p->id = "id";
+    p->arena = a;
+    p->adapter = adapter;
+    p->deadline_ms = deadline_ms ? lm_wall_ms() + deadline_ms : 0;
+    j->prompt = p;
+    j->worker = &f->x->w;
+    f->jobs[offset] = job_ref(j);
+    return j;
+}
+
+static void give(struct fix *f, int offset, const char *adapter, int deadline_ms)
+{
+    job_queue_push(&f->x->w.to_intake, make(f, offset, adapter, deadline_ms));
+}
+
+static void cancel(struct fix *f, int offset)
+{
+    atomic_store(&f->jobs[offset]->cancelled, true);
+    atomic_store(&f->x->w.look_for_cancelled, true);
+    job_queue_wake(&f->x->w.to_intake);
+}
+
+static int reason_of(int offset)
+{
+    return atomic_load(&replies[offset].reason) - 1;
+}
+
+static void expect(int offset, enum engine_reason reason)
+{
+    for (int i = 0; i < PATIENCE_MS && reason_of(offset) < 0; i++)
+        usleep(1000);
+    assert_int_equal(reason_of(offset), reason);
+}
+
+/* It has none, and gets none by what happens to the others. */
+static void expect_waiting(int offset)
+{
+    assert_int_equal(atomic_load(&replies[offset].calls), 0);
+}
+
+/* Of 0 to 3: 1 has a deadline, 2 is cancelled; the others go on waiting. */
+static void expect_ends(struct fix *f)
+{
+    expect(1, ENGINE_EXPIRED);
+    assert_true(atomic_load(&replies[1].at_ms) > f->jobs[1]->prompt->deadline_ms);
+    expect_waiting(2);
+    cancel(f, 2);
+    expect(2, ENGINE_CANCELLED);
+    usleep(SOON_MS * 1000);
+    expect_waiting(0);
+    expect_waiting(3);
+}
+
+/* ---- tests ------------------------------------------------------------------------------ */
+
+static void test_behind_a_full_engine(void **state)
+{
+    struct fix *f = *state;
+    give(f, 0, NULL, MUCH_LATER_MS);
+    give(f, 1, NULL, SOON_MS);
+    give(f, 2, NULL, 0);
+    give(f, 3, NULL, 0);
+    expect_ends(f);
+    give(f, 4, NULL, SOON_MS);          /* the list's last is still its last */
+    expect(4, ENGINE_EXPIRED);
+}
+
+static void test_for_a_silent_store(void **state)
+{
+    struct fix *f = *state;
+    struct store_stats st;
+    give(f, 0, "a/b", MUCH_LATER_MS);
+    give(f, 1, "a/b", SOON_MS);
+    give(f, 2, "a/c", 0);
+    give(f, 3, "a/b", 0);
+    expect_ends(f);
+    store_stats(f->x->w.store, &st);
+    assert_int_equal(st.failures + st.retries, 0);      /* the store has not answered */
+    for (int i = 0; i < 4; i += 3)
+        assert_int_equal(atomic_load(&f->jobs[i]->stage), JOB_FETCHING);
+}
+
+/* Its deadline passes before the next try is due. */
+static void test_to_be_tried_again(void **state)
+{
+    struct fix *f = *state;
+    struct lm_err away = { LM_NET, "the store is away" };
+    for (int i = 0; i < 4; i++) {
+        struct job *j = make(f, i, "a/b", i == 1 ? SOON_MS : 0);
+        job_set_stage(j, JOB_READY);
+        job_fail(j, &away);
+        job_queue_push(&f->x->w.to_intake, j);
+    }
+    expect_ends(f);
+}
+
+static void test_while_a_suspect_runs(void **state)
+{
+    struct fix *f = *state;
+    atomic_store(&f->x->w.closed, true);
+    give(f, 0, NULL, MUCH_LATER_MS);
+    give(f, 1, NULL, SOON_MS);
+    give(f, 2, NULL, 0);
+    give(f, 3, "a/b", 0);
+    expect_ends(f);
+}
+
+static void test_a_suspect_before_its_turn(void **state)
+{
+    struct fix *f = *state;
+    for (int i = 0; i < 4; i++) {
+        struct job *j = make(f, i, NULL, i == 1 ? SOON_MS : 0);
+        j->suspect = true;
+        job_queue_push(&f->x->w.to_intake, j);
+    }
+    expect_ends(f);
+}
+
+static void test_no_first_token_in_time(void **state)
+{
+    struct fix *f = *state;
+    give(f, 0, NULL, 0);
+    struct job *j = make(f, 1, NULL, MUCH_LATER_MS);
+    j->prompt->first_token_by_ms = lm_wall_ms() + SOON_MS;
+    job_queue_push(&f->x->w.to_intake, j);
+    expect(1, ENGINE_EXPIRED);
+    expect_waiting(0);
+}
+
+/* A completion that can't be encoded (the registry is away) waits as long as everything else that
+ * can heal, however often others are swept. */
+static void test_an_end_that_must_wait_is_not_hurried(void **state)
+{
+    struct fix *f = *state;
+    atomic_store(&not_encodable, true);
+    for (int i = 0; i < 4; i++)
+        give(f, i, NULL, SOON_MS * (i + 1));
+    for (int i = 0; i < PATIENCE_MS && !atomic_load(&replies[3].calls); i++)
+        usleep(1000);
+    cancel(f, 0);
+    usleep(SOON_MS * 2000);
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(atomic_load(&replies[i].calls), 1);
+}
+
+/* What waits for a store is handed back when the worker ends, without the store. */
+static void test_stopping_lets_go(void **state)
+{
+    struct fix *f = *state;
+    give(f, 0, "a/b", 0);
+    for (int i = 0; i < PATIENCE_MS && atomic_load(&f->jobs[0]->stage) != JOB_FETCHING; i++)
+        usleep(1000);
+    atomic_store(&f->x->w.stopping, true);
+    for (int i = 0; i < PATIENCE_MS && atomic_load(&f->jobs[0]->stage) != JOB_DROPPED; i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&f->jobs[0]->stage), JOB_DROPPED);
+    expect_waiting(0);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(test_behind_a_full_engine), TEST(test_for_a_silent_store),
+        TEST(test_to_be_tried_again), TEST(test_while_a_suspect_runs),
+        TEST(test_a_suspect_before_its_turn), TEST(test_no_first_token_in_time),
+        TEST(test_an_end_that_must_wait_is_not_hurried), TEST(test_stopping_lets_go),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
