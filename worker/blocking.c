@@ -31,7 +31,7 @@ static const char *where(enum job_stage stage)
     case JOB_QUEUED:
         return "not decoded yet";
     case JOB_FETCHING:
-        return "waiting for its adapter";
+        return "waiting for its adapter or its schema";
     case JOB_READY:
         return "waiting for the engine";
     case JOB_RUNNING:

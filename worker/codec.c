@@ -9,8 +9,9 @@
  * Framing is Confluent's: a schema id is 0x00 and four bytes, big-endian, or 0x01 and a 16-byte
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
  *
- * Decoding and encoding share nothing that changes: each has a registry client. Encoders (the
- * outbox, and intake for prompts that expired there) take turns only to ask for the schema's id.
+ * Decoding and encoding share nothing that changes: each has a registry client, or both have the
+ * asker. Encoders (the outbox, and intake for prompts that expired there) take turns only to ask
+ * for the schema's id.
  */
 #include "worker/codec.h"
 
@@ -25,6 +26,7 @@
 #include "worker/json_completion.h"
 #include "worker/json_prompt.h"
 #include "worker/json_tree.h"
+#include "worker/schema_asker.h"
 #include "worker/schema_cache.h"
 #include "worker/schema_text.h"
 
@@ -34,9 +36,14 @@
 
 enum { MAGIC_ID = 0, MAGIC_GUID = 1, ID_BYTES = 5, GUID_BYTES = 17 };
 
+/* For the id of the reply schema, with an asker: at start, and of a reply. A registry that is well
+ * answers sooner; a reply that comes before its answer is tried again. */
+enum { START_WAIT_MS = 11000, REPLY_WAIT_MS = 250 };
+
 struct codec {
     char *model_name;
     size_t max_message;
+    schema_asker *asker;        /* has the registry instead of the two below; NULL: they have it */
     /* decoding thread; NULL without a registry */
     registry *prompts;
     schema_cache *cache;
@@ -57,19 +64,23 @@ static lm_status open_registry(codec *c, const struct codec_config *cfg, struct 
                                   .ca_file = cfg->registry_ca };
     if (!cfg->reply_topic || !cfg->reply_topic[0])
         return lm_err_set(err, LM_INVALID, "Avro needs a reply topic, to name its subject by");
-    lm_status st = registry_new(&rc, &c->prompts, err);
-    if (!st)
+    if (asprintf(&c->subject, "%s-value", cfg->reply_topic) < 0) {
+        c->subject = NULL;
+        return lm_err_set(err, LM_NOMEM, "out of memory");
+    }
+    c->auto_register = cfg->auto_register;
+    const struct reply_schema replies = { c->subject, schema_completion_text, c->auto_register };
+    lm_status st = cfg->answered
+        ? schema_asker_new(&rc, &replies, cfg->answered, &c->asker, err)
+        : registry_new(&rc, &c->prompts, err);
+    if (!st && !c->asker)
         st = registry_new(&rc, &c->replies, err);
     if (!st)
         st = avro_plan_new(schema_completion_text, strlen(schema_completion_text), &c->reply_plan,
                            err);
-    if (st)
-        return st;
-    c->auto_register = cfg->auto_register;
-    c->cache = schema_cache_new(c->prompts);
-    if (!c->cache || asprintf(&c->subject, "%s-value", cfg->reply_topic) < 0)
-        return lm_err_set(err, LM_NOMEM, "out of memory");
-    return LM_OK;
+    if (!st && !(c->cache = schema_cache_new(c->prompts)))
+        st = lm_err_set(err, LM_NOMEM, "out of memory");
+    return st;
 }
 
 lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *err)
@@ -95,6 +106,7 @@ void codec_free(codec *c)
 {
     if (!c)
         return;
+    schema_asker_free(c->asker);
     schema_cache_free(c->cache);
     registry_free(c->prompts);
     registry_free(c->replies);
@@ -207,24 +219,70 @@ static lm_status parse_key(const unsigned char *at, size_t len, const char *wher
                       "and 4 bytes, or 0x01 and 16)", where, len > 0 ? at[0] : 0);
 }
 
+/* Which schema has written it, and where the datum begins. */
+static lm_status find_key(const unsigned char *value, size_t len, const struct header *id,
+                          struct schema_key *key, size_t *used, struct lm_err *err)
+{
+    *used = 0;
+    lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, key, used, err)
+                      : parse_key(value, len, "the value", key, used, err);
+    if (!st && id && *used != id->len)
+        st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead "
+                        "of %zu", id->len, *used);
+    if (id)
+        *used = 0;
+    return st;
+}
+
+/* With an asker: what is in the cache, or has come. */
+static lm_status find_schema(codec *c, const struct schema_key *key, struct avro_plan **plan,
+                             struct lm_err *err)
+{
+    char *text;
+    struct lm_err why;
+    lm_status st = schema_cache_find(c->cache, key, plan, err);
+    if (st != LM_BUSY)
+        return st;
+    if (!schema_asker_take(c->asker, key, &text, &why))
+        return lm_err_set(err, LM_NET, "the schema is to be asked for again");
+    st = schema_cache_learn(c->cache, key, text, &why, plan, err);
+    free(text);
+    return st;
+}
+
 /* The plan of its schema, and where the datum begins. */
 static lm_status find_plan(codec *c, const unsigned char *value, size_t len,
                            const struct header *id, struct avro_plan **plan, size_t *used,
                            struct lm_err *err)
 {
     struct schema_key key;
-    *used = 0;
     if (!c->cache)
         return lm_err_set(err, LM_UNSUPPORTED, "the message is Avro, but the configuration "
                           "has no registry.url");
-    lm_status st = id ? parse_key(id->value, id->len, "header " SCHEMA_ID_HEADER, &key, used, err)
-                      : parse_key(value, len, "the value", &key, used, err);
-    if (!st && id && *used != id->len)
-        st = lm_err_set(err, LM_FORMAT, "Avro: header " SCHEMA_ID_HEADER " has %zu bytes instead "
-                        "of %zu", id->len, *used);
-    if (id)
-        *used = 0;
-    return st ? st : schema_cache_get(c->cache, &key, plan, err);
+    lm_status st = find_key(value, len, id, &key, used, err);
+    if (st)
+        return st;
+    return c->asker ? find_schema(c, &key, plan, err) : schema_cache_get(c->cache, &key, plan, err);
+}
+
+lm_status codec_await_schema(codec *c, const void *value, size_t len, const struct header *h,
+                             int n_headers, void *user, struct lm_err *err)
+{
+    struct schema_key key;
+    struct avro_plan *plan;
+    size_t used;
+    if (!c->asker || !value || len > c->max_message ||
+        codec_detect(value, len, h, n_headers) != ENCODING_AVRO ||
+        find_key(value, len, find_header(h, n_headers, SCHEMA_ID_HEADER), &key, &used, NULL) ||
+        schema_cache_find(c->cache, &key, &plan, NULL) != LM_BUSY)
+        return LM_OK;           /* decoding says what is wrong, if anything is */
+    return schema_asker_want(c->asker, &key, user, err);
+}
+
+void codec_ask_no_more(codec *c)
+{
+    if (c && c->asker)
+        schema_asker_stop(c->asker);
 }
 
 static lm_status decode_avro(codec *c, const struct json_source *source, const struct header *id,
@@ -293,15 +351,31 @@ lm_status codec_decode_tree(codec *c, const void *value, size_t len, const struc
 
 /* ---- encoding ------------------------------------------------------------------------------ */
 
-static lm_status prepare(codec *c, struct lm_err *err)
+/* Under the lock. */
+static lm_status ask_reply_id(codec *c, int32_t *id, struct lm_err *err)
 {
-    if (!c->replies)
-        return lm_err_set(err, LM_UNSUPPORTED, "a reply in Avro needs registry.url");
-    if (c->reply_id)
+    if ((*id = atomic_load(&c->reply_id)))
         return LM_OK;
+    lm_status st = registry_id_of(c->replies, c->subject, schema_completion_text,
+                                  c->auto_register, id, err);
+    if (!st)
+        atomic_store(&c->reply_id, *id);        /* whoever waits for the lock need not ask */
+    return st;
+}
+
+static lm_status prepare(codec *c, int wait_ms, struct lm_err *err)
+{
     int32_t id = 0;
-    lm_status st = registry_id_of(c->replies, c->subject, schema_completion_text, c->auto_register,
-                                  &id, err);
+    lm_status st;
+    if (!c->reply_plan)
+        return lm_err_set(err, LM_UNSUPPORTED, "a reply in Avro needs registry.url");
+    if (c->asker) {
+        st = schema_asker_reply_id(c->asker, wait_ms, &id, err);
+    } else {
+        pthread_mutex_lock(&c->replies_lock);
+        st = ask_reply_id(c, &id, err);
+        pthread_mutex_unlock(&c->replies_lock);
+    }
     if (!st)
         atomic_store(&c->reply_id, id);
     if (st == LM_NOT_FOUND)
@@ -313,16 +387,13 @@ static lm_status prepare(codec *c, struct lm_err *err)
 
 lm_status codec_prepare_replies(codec *c, struct lm_err *err)
 {
-    pthread_mutex_lock(&c->replies_lock);
-    lm_status st = prepare(c, err);
-    pthread_mutex_unlock(&c->replies_lock);
-    return st;
+    return prepare(c, START_WAIT_MS, err);
 }
 
 /* The id is asked for once. */
 static lm_status reply_id(codec *c, uint32_t *id, struct lm_err *err)
 {
-    lm_status st = atomic_load(&c->reply_id) ? LM_OK : codec_prepare_replies(c, err);
+    lm_status st = atomic_load(&c->reply_id) ? LM_OK : prepare(c, REPLY_WAIT_MS, err);
     *id = (uint32_t)atomic_load(&c->reply_id);
     return st;
 }

@@ -8,8 +8,11 @@
  *
  * Avro decoding is guarded (caps on bytes, items and depth, vetted writer schemas) and reads by
  * field name from the writer's schema, with our own defaults. Schemas come from the registry by id,
- * cached for ever; that lookup may block (10 s a registry URL), so decode on the intake thread,
- * never on the poll thread.
+ * and those that it has are kept for ever (schema_cache.h).
+ *
+ * With `answered` nobody waits for the registry (schema_asker.h): codec_await_schema() comes before
+ * codec_decode_prompt(), and says whether the schema is there or will be. Without it, decoding asks
+ * and blocks for up to 10 s: for the command line tools.
  *
  * Threads: one decodes at a time; any number may encode, one after the other.
  */
@@ -31,6 +34,9 @@ struct codec_config {
     const char *reply_topic;    /* subject <reply_topic>-value */
     size_t max_message_bytes;   /* 0: 16 MiB */
     const char *model_name;     /* a prompt's `model` must equal it, when not NULL */
+    /* See schema_asker.h: from the asker's thread or from within codec_ask_no_more(), it hands over
+     * and nothing else. NULL: decoding asks by itself. */
+    void (*answered)(void *user, const struct lm_err *trouble);
 };
 
 lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *err);
@@ -38,6 +44,16 @@ void codec_free(codec *c);
 
 /* What encoding a record has, by the rule above; never fails. */
 enum encoding codec_detect(const void *value, size_t len, const struct header *h, int n_headers);
+
+/* LM_OK: the record can be decoded without asking the registry. LM_BUSY: its schema is asked for,
+ * and `user` will be answered(), once: with the trouble, or NULL to call this again. Another status
+ * (it can heal): neither, *err has the reason. The decoding thread's. */
+lm_status codec_await_schema(codec *c, const void *value, size_t len, const struct header *h,
+                             int n_headers, void *user, struct lm_err *err);
+
+/* The worker ends: whoever awaits a schema is answered() LM_CANCELLED now, as who asks later. NULL
+ * is allowed. */
+void codec_ask_no_more(codec *c);
 
 /* The prompt's text may stay in `value`, which is to outlive the prompt. The rest lies in `arena`,
  * which goes with it; NULL: in one of its own.
@@ -62,7 +78,8 @@ lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
  * first Avro reply anyway; at start-up it shows early what is missing. Any thread. */
 lm_status codec_prepare_replies(codec *c, struct lm_err *err);
 
-/* malloc'ed bytes. Avro: may block for the registry once, and LM_NET means try again later. */
+/* malloc'ed bytes. Avro: LM_NET means that the schema's id is not known yet, try again later. The
+ * question for it may block for up to 10 s; with `answered` for 250 ms. */
 lm_status codec_encode_completion(codec *c, const struct completion *done, enum encoding enc,
                                   void **out, size_t *len, struct lm_err *err);
 

@@ -3,13 +3,15 @@
  * intake.c - from a record to a request in the engine: decode, validate, find the adapter, submit.
  *
  * One thread, because decoding is cheap beside generation and Avro's decoder wants one. Nothing may
- * hold it up for long but the registry, whose answers are cached for ever: adapters are awaited by
- * callback, failures that can heal wait in a list with their due time, a full engine leaves prompts
- * in `busy`, by priority, until the outbox reports room.
+ * hold it up for long: schemas and adapters are awaited by callback, failures that can heal wait in
+ * a list with their due time, a full engine leaves prompts in `busy`, by priority, until the outbox
+ * reports room.
  *
- *   QUEUED --decode--> FETCHING --adapter--> READY --submit--> RUNNING
- *     ^ registry away     ^ store away         ^ engine full, or out of memory
- *     +--- later ---------+--- later ----------+
+ *   QUEUED --schema--> FETCHING --decode--> FETCHING --adapter--> READY --submit--> RUNNING
+ *                         ^ registry away      ^ store away         ^ engine full, or out of memory
+ *                         +--- later ----------+--- later ----------+
+ *
+ * (A stage is left out where nothing is to be fetched. FETCHING without a prompt awaits a schema.)
  *
  * Outages (disposition RETRY) are waited out without a limit, so that an outage never drains the
  * topic into the dead letters; the prompt's deadline still counts meanwhile. Faults of the prompt
@@ -186,7 +188,7 @@ static enum journal_verdict judge(intake *in, struct job *j)
 }
 
 /* A suspect waits for its turn, and while one has it everybody else waits (isolation.c). Fetching
- * an adapter is no danger to the engine. */
+ * a schema or an adapter is no danger to the engine. */
 static bool must_wait(const struct worker *w, struct job *j)
 {
     bool turn = j->suspect && atomic_load(&j->alone_now);
@@ -421,6 +423,41 @@ static void count_tokens(intake *in, struct job *j)
     j->tokens = all;
 }
 
+/* From the asker's thread, or from codec_ask_no_more(): hand over, nothing else. */
+void intake_schema_answered(void *user, const struct lm_err *trouble)
+{
+    struct job *j = user;
+    job_fail(j, trouble);
+    job_queue_push(&j->worker->to_intake, j);
+}
+
+/* Can it be decoded now? If not, somebody else has it, or a list. */
+static bool have_schema(intake *in, struct job *j)
+{
+    struct lm_err err;
+    const struct record *r = &j->record;
+    lm_status st;
+    if (j->err) {
+        err = *j->err;
+        job_fail(j, NULL);
+        st = err.code;
+    } else {
+        st = codec_await_schema(in->w->codec, r->value, r->value_len, r->headers, r->n_headers, j,
+                                &err);
+    }
+    if (!st && atomic_load(&j->stage) == JOB_QUEUED)
+        return true;
+    /* The answer may be in the queue already: only this thread takes it from there. */
+    job_set_stage(j, st ? JOB_FETCHING : JOB_QUEUED);
+    if (st && st != LM_BUSY)
+        wait_for_healing(in, j, &err);
+    if (!st && must_wait(in->w, j)) {
+        park(in, j);
+        return false;
+    }
+    return !st;
+}
+
 static void decode(intake *in, struct job *j)
 {
     struct lm_err err;
@@ -430,7 +467,7 @@ static void decode(intake *in, struct job *j)
         refuse(in, j, &err, "VALUE_CONVERTER");
         return;
     }
-    if (judge(in, j) == JOURNAL_POISON)
+    if (judge(in, j) == JOURNAL_POISON || !have_schema(in, j))
         return;
     if (in->w->journal)
         journal_decoding(in->w->journal, j->journal_key);
@@ -491,7 +528,10 @@ static void step(intake *in, struct job *j)
             decode(in, j);
         break;
     case JOB_FETCHING:
-        fetch(in, j);
+        if (j->prompt)
+            fetch(in, j);
+        else
+            decode(in, j);
         break;
     default:
         have_adapter(in, j);
@@ -502,6 +542,7 @@ static void step_chain(intake *in, struct job *j)
 {
     for (struct job *next; j; j = next) {
         next = j->next;
+        atomic_store(&in->w->intake_beat_us, lm_now_us());
         step(in, j);
     }
 }
@@ -595,10 +636,13 @@ static void *intake_main(void *arg)
         if (atomic_exchange(&w->look_for_cancelled, false) || sweep_is_due(in))
             sweep(in);
         if (atomic_load(&w->stopping) && !swept) {
+            codec_ask_no_more(w->codec);
             sweep(in);
             swept = true;
         }
     }
+    codec_ask_no_more(w->codec);
+    step_chain(in, job_queue_take(&w->to_intake, 0));
     sweep(in);
     return NULL;
 }

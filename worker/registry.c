@@ -29,6 +29,7 @@ struct registry {
     int n_urls, current;
     char *auth, *ca_file;
     int connect_ms, total_ms;
+    const atomic_bool *stop;
     long status;                /* HTTP status of the last reply */
     int64_t held_until;         /* lm_now_us(); `held` is the answer until then */
     struct lm_err held;
@@ -98,6 +99,7 @@ lm_status registry_new(const struct registry_config *cfg, registry **out, struct
         return lm_err_set(err, LM_NOMEM, "out of memory");
     r->connect_ms = cfg->connect_ms ? cfg->connect_ms : 3000;
     r->total_ms = cfg->total_ms ? cfg->total_ms : 10000;
+    r->stop = cfg->stop;
     lm_status st = add_urls(r, cfg->url, err);
     if (st) {
         registry_free(r);
@@ -154,7 +156,20 @@ static void reply_release(struct reply *rep)
     memset(rep, 0, sizeof *rep);
 }
 
-static void set_options(registry *r, const char *url, const char *body, struct reply *rep)
+static bool stopped(const registry *r)
+{
+    return r->stop && atomic_load(r->stop);
+}
+
+/* Asked at least once a second: a silent registry must not hold the worker's end up. */
+static int on_progress(void *ctx, curl_off_t a, curl_off_t b, curl_off_t d, curl_off_t e)
+{
+    (void)a, (void)b, (void)d, (void)e;
+    return stopped(ctx);
+}
+
+static void set_options(registry *r, const char *url, const char *body, int64_t limit_ms,
+                        struct reply *rep)
 {
     CURL *c = r->curl;
     curl_easy_reset(c);         /* keeps connections */
@@ -165,7 +180,10 @@ static void set_options(registry *r, const char *url, const char *body, struct r
     curl_easy_setopt(c, CURLOPT_PROTOCOLS_STR, "http,https");
     curl_easy_setopt(c, CURLOPT_FOLLOWLOCATION, 0L);
     curl_easy_setopt(c, CURLOPT_CONNECTTIMEOUT_MS, (long)r->connect_ms);
-    curl_easy_setopt(c, CURLOPT_TIMEOUT_MS, (long)r->total_ms);
+    curl_easy_setopt(c, CURLOPT_TIMEOUT_MS, (long)limit_ms);
+    curl_easy_setopt(c, CURLOPT_NOPROGRESS, 0L);
+    curl_easy_setopt(c, CURLOPT_XFERINFOFUNCTION, on_progress);
+    curl_easy_setopt(c, CURLOPT_XFERINFODATA, r);
     curl_easy_setopt(c, CURLOPT_WRITEFUNCTION, take_body);
     curl_easy_setopt(c, CURLOPT_WRITEDATA, rep);
     curl_easy_setopt(c, CURLOPT_USERAGENT, "loramill/" LORAMILL_VERSION);
@@ -181,13 +199,13 @@ static void set_options(registry *r, const char *url, const char *body, struct r
 
 /* LM_OK means that an HTTP reply came, whatever its status. */
 static lm_status exchange(registry *r, const char *base, const char *path, const char *body,
-                          struct reply *rep, struct lm_err *err)
+                          int64_t limit_ms, struct reply *rep, struct lm_err *err)
 {
     char *url = NULL, shown[URL_SHOWN], detail[CURL_ERROR_SIZE] = "";
     url_show(base, shown, sizeof shown);
     if (asprintf(&url, "%s%s", base, path) < 0)
         return lm_err_set(err, LM_NOMEM, "out of memory");
-    set_options(r, url, body, rep);
+    set_options(r, url, body, limit_ms, rep);
     curl_easy_setopt(r->curl, CURLOPT_ERRORBUFFER, detail);
     CURLcode rc = curl_easy_perform(r->curl);
     curl_easy_setopt(r->curl, CURLOPT_ERRORBUFFER, NULL);
@@ -231,6 +249,12 @@ static lm_status judge(const char *base, const char *path, const struct reply *r
                       rep->status, message, path);
 }
 
+/* The time that the i-th base URL may take: its part of what is left until `end_us`. */
+static int64_t share_ms(const registry *r, int i, int64_t end_us)
+{
+    return LM_MAX((end_us - lm_now_us()) / 1000 / (r->n_urls - i), 1);
+}
+
 /* Tries each base URL until one gives a final answer. On LM_OK rep->json is an object. */
 static lm_status ask(registry *r, const char *path, const char *body, struct reply *rep,
                      struct lm_err *err)
@@ -241,10 +265,11 @@ static lm_status ask(registry *r, const char *path, const char *body, struct rep
             *err = r->held;
         return r->held.code;
     }
-    for (int i = 0; i < r->n_urls; i++) {
+    int64_t end = lm_now_us() + (int64_t)r->total_ms * 1000;
+    for (int i = 0; i < r->n_urls && !stopped(r); i++) {
         int at = (r->current + i) % r->n_urls;
         reply_release(rep);
-        lm_status st = exchange(r, r->urls[at], path, body, rep, &e);
+        lm_status st = exchange(r, r->urls[at], path, body, share_ms(r, i, end), rep, &e);
         if (!st)
             st = judge(r->urls[at], path, rep, &e);
         if (lm_status_disposition(st) != LM_DO_RETRY) {
@@ -254,6 +279,8 @@ static lm_status ask(registry *r, const char *path, const char *body, struct rep
             return st;
         }
     }
+    if (stopped(r))
+        return lm_err_set(err, LM_NET, "the question to the schema registry is given up");
     r->held = e;
     r->held_until = lm_now_us() + HOLD_OFF_US;
     if (err)
@@ -275,7 +302,7 @@ static lm_status take_schema(const struct reply *rep, const char *name, char **t
     if (json_array_size(refs) > 0) {
         const char *first = json_string_value(json_object_get(json_array_get(refs, 0), "name"));
         return lm_err_set(err, LM_UNSUPPORTED, "schema %s refers to another schema, %.128s; "
-                          "references are not served yet: register one self-contained schema",
+                          "references are not served: register one self-contained schema",
                           name, first ? first : "?");
     }
     if (!json_is_string(schema))
@@ -308,10 +335,11 @@ lm_status registry_by_id(registry *r, int32_t id, char **text, struct lm_err *er
 static bool is_registry(registry *r)
 {
     bool yes = false;
-    for (int i = 0; i < r->n_urls && !yes; i++) {
+    int64_t end = lm_now_us() + (int64_t)r->total_ms * 1000;
+    for (int i = 0; i < r->n_urls && !yes && !stopped(r); i++) {
         struct reply rep = { 0 };
-        yes = exchange(r, r->urls[i], "/schemas/types", NULL, &rep, NULL) == LM_OK &&
-              rep.status == 200 && json_is_array(rep.json);
+        yes = exchange(r, r->urls[i], "/schemas/types", NULL, share_ms(r, i, end), &rep, NULL) ==
+              LM_OK && rep.status == 200 && json_is_array(rep.json);
         reply_release(&rep);
     }
     return yes;

@@ -2,9 +2,10 @@
 /*
  * registry.h - the part of the Schema Registry's REST interface that a worker needs.
  *
- * Blocking, one request at a time, bounded: 3 s to connect and 10 s in all for each base URL, 1 MiB
- * a reply, http and https only, no redirects. Several base URLs, comma-separated, are tried in
- * turn, starting with the one that answered last.
+ * Blocking, one request at a time, bounded: 3 s to connect, 10 s for all that one question takes,
+ * 1 MiB a reply, http and https only, no redirects. Several base URLs, comma-separated, are tried
+ * in turn, starting with the one that answered last; each may take an equal part of the time that
+ * is left, so a silent one leaves some for the next.
  *
  * Failures come in two kinds, and telling them apart is this module's main work:
  *   final      LM_NOT_FOUND (the registry itself says 404xx), LM_UNSUPPORTED (not Avro, or made of
@@ -12,12 +13,15 @@
  *   retriable  LM_NET: no connection, timeout, 408, 429, 5xx, but also refused credentials and a
  *              404 or 200 that no registry wrote: an outage or a wrong URL must stop the intake,
  *              not send every prompt to the dead letters.
- * After a retriable failure the same answer is given for 500 ms without asking again.
+ * After a retriable failure the same answer is given for 500 ms without asking again. (Not when
+ * `stop` has ended the question: then the next one is asked.)
  *
  * Threads: one at a time.
  */
 #ifndef LORAMILL_WORKER_REGISTRY_H
 #define LORAMILL_WORKER_REGISTRY_H
+
+#include <stdatomic.h>
 
 #include "kernels/base.h"
 
@@ -28,6 +32,7 @@ struct registry_config {
     const char *auth;           /* "user:password", NULL or "" */
     const char *ca_file;        /* PEM, NULL or "" */
     int connect_ms, total_ms;   /* 0: 3000, 10000 */
+    const atomic_bool *stop;    /* true: gives up what it asks, within a second; NULL: never */
 };
 
 lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err);

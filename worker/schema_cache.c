@@ -51,7 +51,7 @@ void schema_cache_free(schema_cache *c)
     free(c);
 }
 
-static bool key_equal(const struct schema_key *a, const struct schema_key *b)
+bool schema_key_equal(const struct schema_key *a, const struct schema_key *b)
 {
     if (a->is_guid != b->is_guid)
         return false;
@@ -61,7 +61,7 @@ static bool key_equal(const struct schema_key *a, const struct schema_key *b)
 static struct entry *find(schema_cache *c, const struct schema_key *key)
 {
     for (int i = 0; i < c->n; i++)
-        if (key_equal(&c->entries[i].key, key))
+        if (schema_key_equal(&c->entries[i].key, key))
             return &c->entries[i];
     return NULL;
 }
@@ -81,18 +81,6 @@ static struct entry *make_room(schema_cache *c)
     return oldest;
 }
 
-static lm_status load(schema_cache *c, const struct schema_key *key, struct avro_plan **plan,
-                      struct lm_err *err)
-{
-    char *text = NULL;
-    lm_status st = key->is_guid ? registry_by_guid(c->registry, key->guid, &text, err)
-                                : registry_by_id(c->registry, key->id, &text, err);
-    if (!st)
-        st = avro_plan_new(text, strlen(text), plan, err);
-    free(text);
-    return st;
-}
-
 /* NULL when memory is exhausted: then it is asked for again next time. */
 static struct lm_err *copy_error(const struct lm_err *err)
 {
@@ -110,30 +98,9 @@ static void forget(schema_cache *c, struct entry *e)
     memset(&c->entries[c->n], 0, sizeof *e);
 }
 
-lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
-                           struct avro_plan **out, struct lm_err *err)
+static lm_status answer(schema_cache *c, struct entry *e, struct avro_plan **out,
+                        struct lm_err *err)
 {
-    struct entry *e = find(c, key);
-    if (e && e->until && lm_now_us() >= e->until) {
-        forget(c, e);
-        e = NULL;
-    }
-    if (!e) {
-        struct lm_err failure = { LM_OK, "" };
-        struct avro_plan *plan = NULL;
-        lm_status st = load(c, key, &plan, &failure);
-        struct lm_err *kept = st ? copy_error(&failure) : NULL;
-        if (st && (lm_status_disposition(st) != LM_DO_REFUSE || !kept)) {
-            free(kept);
-            if (err)
-                *err = failure;
-            return st;
-        }
-        e = make_room(c);
-        *e = (struct entry){ *key, plan, kept, 0, 0 };
-        if (st == LM_NOT_FOUND)
-            e->until = lm_now_us() + UNKNOWN_US;
-    }
     e->used = ++c->tick;
     if (!e->plan) {
         if (err)
@@ -142,4 +109,54 @@ lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
     }
     *out = e->plan;
     return LM_OK;
+}
+
+lm_status schema_cache_find(schema_cache *c, const struct schema_key *key,
+                            struct avro_plan **out, struct lm_err *err)
+{
+    struct entry *e = find(c, key);
+    if (e && e->until && lm_now_us() >= e->until) {
+        forget(c, e);
+        e = NULL;
+    }
+    return e ? answer(c, e, out, err) : LM_BUSY;
+}
+
+lm_status schema_cache_learn(schema_cache *c, const struct schema_key *key, const char *text,
+                             const struct lm_err *why, struct avro_plan **out, struct lm_err *err)
+{
+    struct lm_err failure = { LM_OK, "" };
+    struct avro_plan *plan = NULL;
+    if (!text)
+        failure = *why;
+    lm_status st = text ? avro_plan_new(text, strlen(text), &plan, &failure) : failure.code;
+    struct lm_err *kept = st ? copy_error(&failure) : NULL;
+    if (st && (lm_status_disposition(st) != LM_DO_REFUSE || !kept)) {
+        free(kept);
+        if (err)
+            *err = failure;
+        return st;
+    }
+    struct entry *e = make_room(c);
+    *e = (struct entry){ *key, plan, kept, 0, 0 };
+    if (st == LM_NOT_FOUND)
+        e->until = lm_now_us() + UNKNOWN_US;
+    return answer(c, e, out, err);
+}
+
+lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
+                           struct avro_plan **out, struct lm_err *err)
+{
+    char *text = NULL;
+    struct lm_err why = { LM_OK, "" };
+    lm_status st = schema_cache_find(c, key, out, err);
+    if (st != LM_BUSY)
+        return st;
+    if (key->is_guid)
+        registry_by_guid(c->registry, key->guid, &text, &why);
+    else
+        registry_by_id(c->registry, key->id, &text, &why);
+    st = schema_cache_learn(c, key, text, &why, out, err);
+    free(text);
+    return st;
 }

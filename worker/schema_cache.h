@@ -7,6 +7,9 @@
  * (it may be registered in a moment); a schema that we refuse is remembered as long as a plan.
  * Retriable failures are not remembered here (registry.h holds off by itself).
  *
+ * Without a registry of its own it asks nobody: schema_cache_find() says what is missing, and who
+ * has asked (schema_asker.h) lets it learn the answer.
+ *
  * Threads: one at a time, the one that the registry handle belongs to.
  */
 #ifndef LORAMILL_WORKER_SCHEMA_CACHE_H
@@ -23,11 +26,22 @@ struct schema_key {
 
 typedef struct schema_cache schema_cache;
 
-schema_cache *schema_cache_new(registry *r);    /* borrows r; NULL: out of memory */
+bool schema_key_equal(const struct schema_key *a, const struct schema_key *b);
+
+schema_cache *schema_cache_new(registry *r);    /* borrows r, or NULL; NULL: out of memory */
 void schema_cache_free(schema_cache *c);        /* NULL is allowed */
 
 /* The plan is borrowed, until the next call. */
 lm_status schema_cache_get(schema_cache *c, const struct schema_key *key,
                            struct avro_plan **out, struct lm_err *err);
+
+/* The same without asking: LM_BUSY when it isn't here. */
+lm_status schema_cache_find(schema_cache *c, const struct schema_key *key,
+                            struct avro_plan **out, struct lm_err *err);
+
+/* What the registry answers: the schema's text or, NULL, the status and message of `why`. Keeps
+ * what is to be kept, and answers as schema_cache_get() does. */
+lm_status schema_cache_learn(schema_cache *c, const struct schema_key *key, const char *text,
+                             const struct lm_err *why, struct avro_plan **out, struct lm_err *err);
 
 #endif

@@ -165,6 +165,8 @@ void consumer_free(consumer *c);
 
 lm_status intake_new(struct worker *w, intake **out, struct lm_err *err);
 void intake_free(intake *in);                   /* ends its thread; needs `ending` */
+/* A job's schema is here, or why not; codec_config's `answered`. */
+void intake_schema_answered(void *user, const struct lm_err *trouble);
 
 lm_status outbox_new(struct worker *w, outbox **out, struct lm_err *err);
 void outbox_free(outbox *o);

@@ -160,6 +160,13 @@ case_ claims claim application/avro
 stop "$W" "the worker"
 fi
 
+if part registry; then
+P=$(free_ports 1)
+worker registry engine.mode=echo engine.hang_timeout_ms=2000 "registry.url=http://127.0.0.1:$P"
+case_ registry "$P"
+stop "$W" "the worker"
+fi
+
 if part batches; then
 topic_create many 2; topic_create modest 2 max.message.bytes=300000
 for mode in at-least-once exactly-once; do

@@ -682,6 +682,43 @@ def batches(n, least):
     check(f"all {n} replies are there", len(ids) == int(n), len(ids))
 
 
+def registry(port):
+    """A registry that takes its time to say that it knows no such schema, of which there are many: the
+    worker lives, and who needs no registry does not wait."""
+    import http.server
+    import threading
+    n = 12
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            time.sleep(0.3)
+            text = b'{"error_code": 40403, "message": "none"}'
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    send([(b"\0" + (1000 + i).to_bytes(4, "big") + b"\2\2x", [], b"k") for i in range(n)]
+         + [({"id": run, "prompt": "x"}, [], b"k")])
+    got = r.until(lambda s: len(s) > n)
+    dead = [m for m in got if m.topic() == "dead"]
+    check("each of unknown schema is a dead letter", len(dead) == n
+          and {header(m, "loramill-error-code") for m in dead} == {b"not_found"}, len(dead))
+    answered = [m.timestamp()[1] for m in got if m.topic() == "replies"]
+    later = [m for m in dead if answered and m.timestamp()[1] > answered[0]]
+    check(f"the prompt behind them has not waited for them ({len(later)} of {n} ended later)",
+          len(later) >= n // 2, len(got))
+
+
 def outage(pid_store, pid_registry, seconds, adapters):
     """Store and registry stand still for a while: everything waits, nothing is dead-lettered."""
     import signal

@@ -8,7 +8,10 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include <arpa/inet.h>
 #include <jansson.h>
+#include <stdatomic.h>
+#include <sys/socket.h>
 
 #include "tests/unit/worker_registry_server.h"
 #include "worker/registry.h"
@@ -234,6 +237,72 @@ static void slow_and_huge_are_bounded(void **state)
     registry_free(r);
 }
 
+/* Takes connections and says nothing. */
+static int silent_socket(char *url, size_t size)
+{
+    struct sockaddr_in at = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    socklen_t len = sizeof at;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&at, len), 0);
+    assert_int_equal(listen(fd, 8), 0);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&at, &len), 0);
+    snprintf(url, size, "http://127.0.0.1:%u", (unsigned)ntohs(at.sin_port));
+    return fd;
+}
+
+/* Two that are silent leave time for the third, and three take no longer than one. */
+static void urls_share_the_time(void **state)
+{
+    (void)state;
+    char a[64], b[64], urls[256];
+    char *text = NULL;
+    struct lm_err err = { 0 };
+    int fa = silent_socket(a, sizeof a), fb = silent_socket(b, sizeof b);
+    answer(200, "{\"schema\": \"\\\"string\\\"\"}");
+    snprintf(urls, sizeof urls, "%s,%s,%s", a, b, server.url);
+    registry *r = open_url(urls, NULL, 1500);
+    assert_int_equal(registry_by_id(r, 7, &text, &err), LM_OK);
+    free(text);
+    registry_free(r);
+
+    snprintf(urls, sizeof urls, "%s,%s,%s,%s", a, b, a, b);
+    r = open_url(urls, NULL, 800);
+    int64_t at = lm_now_us();
+    assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
+    assert_true(lm_now_us() - at < 2000000);
+    registry_free(r);
+    close(fa);
+    close(fb);
+}
+
+static void *give_up_soon(void *stop)
+{
+    usleep(200000);
+    atomic_store((atomic_bool *)stop, true);
+    return NULL;
+}
+
+static void a_question_is_given_up(void **state)
+{
+    (void)state;
+    char url[64];
+    char *text = NULL;
+    atomic_bool stop = false;
+    pthread_t t;
+    registry *r = NULL;
+    struct lm_err err = { 0 };
+    int fd = silent_socket(url, sizeof url);
+    struct registry_config cfg = { .url = url, .total_ms = 20000, .stop = &stop };
+    assert_int_equal(registry_new(&cfg, &r, &err), LM_OK);
+    assert_int_equal(pthread_create(&t, NULL, give_up_soon, &stop), 0);
+    int64_t at = lm_now_us();
+    assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
+    assert_true(lm_now_us() - at < 5000000);
+    pthread_join(t, NULL);
+    registry_free(r);
+    close(fd);
+}
+
 static void nobody_there(void **state)
 {
     (void)state;
@@ -366,6 +435,8 @@ int main(void)
         cmocka_unit_test(registering_at_once_is_asked_again),
         cmocka_unit_test(a_registry_without_guids_is_told_from_a_wrong_url),
         cmocka_unit_test(slow_and_huge_are_bounded),
+        cmocka_unit_test(urls_share_the_time),
+        cmocka_unit_test(a_question_is_given_up),
         cmocka_unit_test(nobody_there),
         cmocka_unit_test(urls_are_tried_in_turn),
         cmocka_unit_test(bad_urls_are_refused),
