@@ -11,7 +11,7 @@
  *   others     control, claim, spans, http, watchdog; cmd_worker, which starts it all
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
- *        ^                       ^ adapters (store threads), retries            | events
+ *        ^                       ^ adapters (store), schemas (asker), retries   | events
  *        |                       +----------------------------------------+     v
  *        +----- [done] <-- producer thread (acknowledgements) <--produce-- outbox thread
  *
@@ -19,7 +19,8 @@
  *
  *   - the atomics below, of metrics and client_stats too, and those of a job and its lease (job.h)
  *   - what has a lock of its own: cancels, journal, credentials, spans, the watchdog, the store,
- *     the codec, metrics' partition rows, the producer's client and what it holds back
+ *     the codec and its asker, metrics' partition rows, the producer's client and what it holds
+ *     back
  *   - staging: the producer thread asks, and sleeps until the consumer thread has answered
  *   - what is set once, at the start, before anybody uses it: the rest of struct worker
  *
