@@ -638,8 +638,7 @@ static int64_t until_due(const struct tx *t, int64_t now)
 }
 
 /* Are so many ready that they may travel before their transaction is due? Not behind others, see
- * producer.c on what is held back; nor after a failure, nor where it would be open for much of the
- * time that it has at all. */
+ * hold.h; nor after a failure, nor where it would be open for much of the time that it has. */
 static bool worth_sending(const struct tx *t, int64_t now)
 {
     size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
