@@ -115,8 +115,18 @@ if part expiry; then
 worker expiry deadline.default_ms=500 engine.max_seqs=64 stream.interval_ms=20
 case_ expiry
 stop "$W" "the worker"
-worker late engine.max_seqs=64 engine.early_abort=false
+worker late engine.max_seqs=64 engine.max_waiting=1 engine.early_abort=false
 case_ expiry_under_way
+case_ expiry_in_line
+stop "$W" "the worker"
+SILENT=$(free_ports 1)
+spawn "$RUN/silent.log" "$PYTHON" -c '
+import socket, sys, time
+s = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=50)
+print("silent", flush=True); time.sleep(600)' "$SILENT"
+wait_until 10 grep -q silent "$RUN/silent.log" || die "a store that says nothing"
+worker silent engine.mode=echo "adapters.url=http://127.0.0.1:$SILENT/{adapter}" "adapters.cache_dir=$RUN/cache-silent"
+case_ silent_store
 stop "$W" "the worker"
 fi
 

@@ -366,6 +366,46 @@ def expiry_under_way():
         wait = wait * 2 // 3 if c and c[0]["text"] else wait * 2
 
 
+def expiry_in_line():
+    """Behind a full engine and behind others who wait for it: a deadline ends its prompt all the same,
+    and an order to cancel ends those before it."""
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    longs = [f"{run}-long{i}" for i in range(4)]
+    send([({"id": i, "prompt": "x", "params": LONG}, [], "line") for i in longs]
+         + [({"id": f"{run}-late", "prompt": "x", "deadline_ms": int(time.time() * 1000) + 500,
+              "params": {"max_tokens": 2}}, [], "line")])
+    reasons = lambda s: {body(m)["id"]: body(m)["choices"][0]["finish_reason"] for m in s}
+    got = reasons(r.until(lambda s: f"{run}-late" in reasons(s)))
+    check("expired before its turn", got.get(f"{run}-late") == "expired" and not set(longs[2:]) & set(got), got)
+    send([({"cancel": i}, []) for i in longs], "control")
+    got = reasons(r.until(lambda s: len(s) == 5))
+    check("those before it are cancelled", [got.get(i) for i in longs[2:]] == ["cancelled"] * 2, got)
+
+
+def silent_store():
+    """The store takes connections and says nothing: what waits for it ends by deadline and by order, long
+    before the store is given up, and who needs no adapter is answered."""
+    r = Reader("replies", "dead")
+    run = uuid.uuid4().hex[:6]
+    sent = int(time.time() * 1000)
+    send([({"id": f"{run}-late", "prompt": "x", "adapter": "a/b", "deadline_ms": sent + 1000}, []),
+          ({"id": f"{run}-order", "prompt": "x", "adapter": "a/c"}, []),
+          ({"id": f"{run}-stays", "prompt": "x", "adapter": "a/b"}, []),
+          ({"id": f"{run}-free", "prompt": "x"}, [])])
+    got = lambda s: {body(m)["id"][7:]: (body(m)["choices"][0]["finish_reason"], m.timestamp()[1] - sent)
+                     for m in s}
+    seen = got(r.until(lambda s: "free" in got(s)))
+    check("who needs no adapter is answered", seen.get("free", ("",))[0] == "stop", seen)
+    send([({"cancel": f"{run}-order"}, [])], "control")
+    seen = got(r.until(lambda s: len(s) == 3, 20))
+    check("expired and cancelled while their adapters are fetched", seen.get("late", ("",))[0] == "expired"
+          and seen.get("order", ("",))[0] == "cancelled" and seen["late"][1] > 1000, seen)
+    send([({"cancel": f"{run}-stays"}, [])], "control")
+    seen = got(r.until(lambda s: len(s) == 4, 20))
+    check("who had no deadline waited on", seen.get("stays", ("",))[0] == "cancelled", seen)
+
+
 def first_token(run):
     """A prompt that has not begun by first_token_by_ms ends, in the queue of a full engine as well;
     one that has begun goes on. If that one ended before the other's time, it was none."""
