@@ -4,6 +4,7 @@
  *
  *     smoke     every operation against the CPU, at ragged sizes and all block sizes; a single
  *               group of them by its name: device rows gemm sample attention lora
+ *     few       a few cases of products, attention and LoRA, for tools that make a device slow
  *     bench     the table of achieved bandwidth and arithmetic
  *     golden    the whole engine on the small models against transformers + PEFT
  *     graph     decode steps as CUDA graphs against each operation by itself, bit by bit
@@ -17,6 +18,7 @@
  */
 #include "check.h"
 
+#include "tests/twin/twin.h"
 #include "worker/commands.h"
 
 static lm_status open_both(struct gpu_check *c, struct lm_err *err)
@@ -41,6 +43,18 @@ static void run_checks(struct gpu_check *c)
     check_lora(c);
 }
 
+static void run_few(struct gpu_check *c)
+{
+    struct twin t;
+    if (check_that(c, twin_open(&t, c->cuda, c->cpu), "few: streams")) {
+        t.slow = true;
+        check_that(c, twin_attention_few(&t), "a few of rope_kv and attention");
+        check_that(c, twin_lora_few(&t), "a few of LoRA");
+        check_that(c, twin_gate_up(&t), "a few products with their activation");
+    }
+    twin_close(&t);
+}
+
 static void run_bench(struct gpu_check *c)
 {
     bench_ceilings(c);
@@ -57,6 +71,7 @@ static const struct {
     void (*run)(struct gpu_check *c);
 } parts[] = {
     { "smoke", run_checks },
+    { "few", run_few },
     { "bench", run_bench },
     { "golden", check_golden },
     { "graph", check_graph },

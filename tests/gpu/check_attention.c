@@ -143,8 +143,9 @@ static void bench_spread(struct gpu_check *c, enum kn_kv type, int n, int least,
     double rope = time_op(c, one_rope, &r, 20);
     snprintf(name, sizeof name, "rope_kv%s, %d tokens, %d/%d heads of %d", fp8 ? " in E4M3" : "", n,
              q_heads, kv_heads, hd);
-    figure(c, name, rope, "us", "\"gbps\": %.0f",
-           (2.0 * q_heads + (fp8 ? 4.0 : 5.0) * kv_heads) * 2 * n * hd / rope / 1e3);
+    bytes = (2.0 * q_heads + (fp8 ? 4.0 : 5.0) * kv_heads) * 2 * n * hd;
+    figure(c, name, rope, "us", "\"gbps\": %.0f, \"share\": %.2f", bytes / rope / 1e3,
+           bytes / rope / 1e3 / c->gbps);
     run_close(c, &r);
 }
 

@@ -105,6 +105,36 @@ static void check_mixed(struct gpu_check *c)
     }
 }
 
+/* As prefill has them: many rows, before and after cuBLASLt's algorithms were measured. */
+static void check_many(struct gpu_check *c)
+{
+    enum { M = 2048, N = 1000, K = 4096 };
+    kn_mat *g, *h;
+    kn_stream *own = NULL, *was = c->gs;
+    struct lm_err err;
+    mats_new(c, N, K, 1, &g, &h);
+    void *x = dev_new(c, (size_t)M * K * 2), *y = dev_new(c, (size_t)M * N * 2);
+    must(kn_stream_new(c->cuda, &own, &err), "stream_new");
+    const struct kn_gemm a = { .y = y, .x = x, .w = g, .m = M, .ldx = K, .ldy = N };
+    const kn_mat *all[] = { g };
+    for (int tuned = 0; tuned < 2; tuned++) {
+        if (tuned)
+            must(kn_gemm_tune(own, &a, all, 1), "gemm_tune");
+        c->gs = own;
+        printf("# products of many rows, %s:\n", tuned ? "tuned" : "not tuned");
+        check_case(c, &(struct gemm_case){ 300, N, K, .bias = true }, g, h);
+        check_case(c, &(struct gemm_case){ 300, N, K, .accumulate = true, .pad = 8 }, g, h);
+        check_case(c, &(struct gemm_case){ M, N, K, .f32 = tuned == 0 }, g, h);
+        check_row(c, 300, N, K, g);
+        c->gs = was;
+    }
+    kn_stream_free(own);
+    dev_free(c, x);
+    dev_free(c, y);
+    kn_mat_free(g);
+    kn_mat_free(h);
+}
+
 void check_gemm(struct gpu_check *c)
 {
     static const int shapes[][2] = { { 40, 24 }, { 33, 72 }, { 192, 512 }, { 1000, 4096 },
@@ -127,6 +157,7 @@ void check_gemm(struct gpu_check *c)
         kn_mat_free(g);
         kn_mat_free(h);
     }
+    check_many(c);
     check_mixed(c);
     struct twin t;
     if (check_that(c, twin_open(&t, c->cuda, c->cpu), "gate_up: streams"))
@@ -190,8 +221,10 @@ static void bench_gate_up(struct gpu_check *c, struct gemm_run *r, int n, int k)
         double one = time_op(c, one_gate_up, r, 3 * COPIES);
         double two = time_op(c, one_gemm_silu, r, 3 * COPIES);
         snprintf(name, sizeof name, "gate_up m=%d, %d x %d", ms[i], n, k);
-        figure(c, name, one, "us", "\"two_launches_us\": %.1f, \"gbps\": %.0f", two,
-               bytes / one / 1e3);
+        double flops = 2.0 * ms[i] * n * k;
+        figure(c, name, one, "us",
+               "\"two_launches_us\": %.1f, \"gbps\": %.0f, \"share\": %.2f", two,
+               bytes / one / 1e3, fmax(bytes / one / 1e3 / c->gbps, flops / one / 1e6 / c->tflops));
     }
 }
 

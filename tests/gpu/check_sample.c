@@ -49,7 +49,8 @@ void bench_sample(struct gpu_check *c)
         snprintf(name, sizeof name, "sample %d x %d, T %g top_p %g top_k %d", n, vocab,
                  (double)cases[i].t, (double)cases[i].top_p, cases[i].top_k);
         double us = time_op(c, one_sample, &a, 10);
-        figure(c, name, us, "us", "\"gbps\": %.0f", (double)n * vocab * 4 / us / 1e3);
+        const double gbps = (double)n * vocab * 4 / us / 1e3;
+        figure(c, name, us, "us", "\"gbps\": %.0f, \"share\": %.3f", gbps, gbps / c->gbps);
         dev_free(c, (void *)(uintptr_t)a.logits);
         dev_free(c, (void *)(uintptr_t)a.rows);
         dev_free(c, a.out_id);

@@ -69,6 +69,8 @@ uint16_t tw_bits(float x);
 bool twin_attention(struct twin *c);
 bool twin_prefill(struct twin *c);      /* what of it has several tiles */
 bool twin_lora(struct twin *c);
+bool twin_attention_few(struct twin *c);    /* cases for tools that make a device slow */
+bool twin_lora_few(struct twin *c);
 bool twin_sample(struct twin *c);
 bool twin_rows(struct twin *c);
 bool twin_gemm_fp8(struct twin *c);

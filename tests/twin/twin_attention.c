@@ -323,59 +323,98 @@ static void check_company(struct twin *c)
 
 /* ---- rope ------------------------------------------------------------------------------ */
 
+#define ROPE_ROWS 9
+
 struct rope_case {
     struct shape h;
     bool norm, dynamic;
     int max_pos;
 };
 
-/* q, k and v rows after rotation, [n, width]. */
-static float *rope_side(struct twin *c, struct side *s, const struct rope_case *rc, int n,
-                        const float *qkv, const int32_t *pos, const int32_t *len,
-                        const int64_t *slot, const float *freq, const float *norm)
+struct rope_rows {
+    int n;
+    float *qkv;                 /* [n, width] */
+    int32_t pos[ROPE_ROWS], len[ROPE_ROWS];
+    int64_t slot[ROPE_ROWS];
+    float *freq, *norm, factor;
+};
+
+/* q, k and v rows after rotation, [n, width]; `stored`, if not NULL, gets the pool's bytes. */
+static float *rope_side(struct twin *c, struct side *s, const struct rope_case *rc,
+                        const struct rope_rows *d, char **stored, size_t *bytes)
 {
     const struct shape *h = &rc->h;
-    size_t width = (size_t)((h->q_heads + 2 * h->kv_heads) * h->hd), rows = (size_t)n;
-    struct input in = { .h = *h, .n_blocks = n + 2 };
+    size_t width = (size_t)((h->q_heads + 2 * h->kv_heads) * h->hd), rows = (size_t)d->n;
+    struct input in = { .h = *h, .n_blocks = ROPE_ROWS + 2 };
     float *out = calloc(rows * width, sizeof *out);
-    const float *dev_norm = rc->norm ? side_put(c, s, norm, (size_t)h->hd * 4) : NULL;
+    const float *dev_norm = rc->norm ? side_put(c, s, d->norm, (size_t)h->hd * 4) : NULL;
     struct kn_rope_kv r = {
-        .qkv = side_put_act(c, s, qkv, rows * width), .ld = (int64_t)width,
-        .pos = side_put(c, s, pos, rows * sizeof *pos),
-        .slot = side_put(c, s, slot, rows * sizeof *slot),
-        .inv_freq = side_put(c, s, freq, (size_t)h->hd / 2 * sizeof *freq),
-        .attention_factor = 1.125f, .q_norm = dev_norm, .k_norm = dev_norm, .norm_eps = 1e-6f,
-        .dyn_len = rc->dynamic ? side_put(c, s, len, rows * sizeof *len) : NULL, .dyn_base = 1e4f,
-        .dyn_factor = 2, .dyn_max = 64, .pool = make_pool(c, s, &in), .layer = 1,
-        .block_tokens = h->bt, .n = n, .q_heads = h->q_heads, .kv_heads = h->kv_heads,
-        .head_dim = h->hd,
+        .qkv = side_put_act(c, s, d->qkv, rows * width), .ld = (int64_t)width,
+        .pos = side_put(c, s, d->pos, rows * sizeof *d->pos),
+        .slot = side_put(c, s, d->slot, rows * sizeof *d->slot),
+        .inv_freq = side_put(c, s, d->freq, (size_t)h->hd / 2 * sizeof *d->freq),
+        .attention_factor = d->factor, .q_norm = dev_norm, .k_norm = dev_norm, .norm_eps = 1e-6f,
+        .dyn_len = rc->dynamic ? side_put(c, s, d->len, rows * sizeof *d->len) : NULL,
+        .dyn_base = 1e4f, .dyn_factor = 2, .dyn_max = 64, .pool = make_pool(c, s, &in), .layer = 1,
+        .block_tokens = h->bt, .n = d->n, .q_heads = h->q_heads,
+        .kv_heads = h->kv_heads, .head_dim = h->hd,
     };
     twin_status(c, kn_op_rope_kv(s->s, &r), LM_OK, "rope_kv");
     side_get_act(c, s, r.qkv, out, rows * width);
+    if (stored) {
+        *bytes = (size_t)(LAYERS * r.pool.num_blocks * r.pool.block_bytes);
+        *stored = malloc(*bytes);
+        side_get(c, s, r.pool.base, *stored, *bytes);
+    }
     return out;
+}
+
+#define NO_SLOT 4               /* the row of a rope_case whose slot is -1 */
+
+/* The pool holds the rotated K and V, and nothing else: its bytes are those that the rotated rows
+ * leave when they are written as they are, without the row that has no slot. */
+static void rope_stored(struct twin *c, const struct rope_case *rc, const struct rope_rows *d,
+                        const float *rotated, const char *stored, size_t bytes)
+{
+    const struct rope_case plain = { .h = rc->h };
+    const size_t width = (size_t)((rc->h.q_heads + 2 * rc->h.kv_heads) * rc->h.hd);
+    struct rope_rows e = { .factor = 1, .freq = calloc((size_t)rc->h.hd / 2, sizeof(float)),
+                           .qkv = malloc((size_t)d->n * width * sizeof(float)) };
+    for (int i = 0; i < d->n; i++)
+        if (d->slot[i] >= 0) {
+            memcpy(e.qkv + (size_t)e.n * width, rotated + (size_t)i * width,
+                   width * sizeof(float));
+            e.slot[e.n++] = d->slot[i];
+        }
+    char *want = NULL;
+    free(rope_side(c, &c->gpu, &plain, &e, &want, &bytes));
+    if (memcmp(stored, want, bytes))
+        twin_fail(c, "the pool holds something else than rotated keys and values");
+    free(want), free(e.qkv), free(e.freq);
 }
 
 /* Tolerance: one rounding to bf16 of a rotated pair, 2^-8 of the pair's length; the angle's sine
  * adds 1e-6 on either side, and as much again from the product's rounding at large positions. */
 static void rope_compare(struct twin *c, const struct rope_case *rc)
 {
-    enum { N = 9 };
+    enum { N = ROPE_ROWS };
     const struct shape *h = &rc->h;
     const int width = (h->q_heads + 2 * h->kv_heads) * h->hd, half = h->hd / 2;
     twin_case(c, "rope: %d/%d heads of %d, positions to %d%s%s", h->q_heads, h->kv_heads, h->hd,
                rc->max_pos, rc->norm ? ", norm" : "", rc->dynamic ? ", dynamic" : "");
-    float *qkv = tw_floats((size_t)(N * width)), *norm = tw_floats((size_t)h->hd);
-    float *freq = malloc((size_t)half * sizeof *freq);
-    int32_t pos[N], len[N];
-    int64_t slot[N];
+    struct rope_rows d = { .n = N, .qkv = tw_floats((size_t)(N * width)), .factor = 1.125f,
+                           .norm = tw_floats((size_t)h->hd) };
+    d.freq = malloc((size_t)half * sizeof *d.freq);
     for (int i = 0; i < N; i++) {
-        pos[i] = tw_int(0, rc->max_pos), len[i] = pos[i] + tw_int(1, 100);
-        slot[i] = i == 4 ? -1 : i * h->bt + tw_int(0, h->bt - 1);
+        d.pos[i] = tw_int(0, rc->max_pos), d.len[i] = d.pos[i] + tw_int(1, 100);
+        d.slot[i] = i == NO_SLOT ? -1 : i * h->bt + tw_int(0, h->bt - 1);
     }
     for (int i = 0; i < half; i++)
-        freq[i] = (float)pow(1e4, -2.0 * i / h->hd);
-    float *got = rope_side(c, &c->gpu, rc, N, qkv, pos, len, slot, freq, norm);
-    float *want = rope_side(c, &c->cpu, rc, N, qkv, pos, len, slot, freq, norm);
+        d.freq[i] = (float)pow(1e4, -2.0 * i / h->hd);
+    char *stored = NULL;
+    size_t bytes = 0;
+    float *got = rope_side(c, &c->gpu, rc, &d, &stored, &bytes);
+    float *want = rope_side(c, &c->cpu, rc, &d, NULL, NULL);
     const int rotated = (h->q_heads + h->kv_heads) * h->hd;
     for (int t = 0; t < N; t++)
         for (int i = 0; i < width; i++) {
@@ -384,7 +423,9 @@ static void rope_compare(struct twin *c, const struct rope_case *rc)
             double len2 = i < rotated ? hypot((double)w[i], (double)w[other]) : 0;
             twin_near(c, "rope", t, i, got[t * width + i], w[i], len2 * (0x1p-8 + 2e-5) + 1e-6);
         }
-    free(qkv), free(norm), free(freq), free(got), free(want);
+    rope_stored(c, rc, &d, got, stored, bytes);
+    free(stored);
+    free(d.qkv), free(d.norm), free(d.freq), free(got), free(want);
 }
 
 static void check_rope(struct twin *c)
@@ -433,6 +474,14 @@ bool twin_attention(struct twin *c)
     good &= check_all(c);
     kv = KN_KV_NATIVE;
     return good;
+}
+
+bool twin_attention_few(struct twin *c)
+{
+    check_rope(c);
+    check_tiles(c);
+    check_company(c);
+    return twin_end(c, "rope_kv and attention, a few");
 }
 
 bool twin_prefill(struct twin *c)

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * LoRA shrink and expand from pool cells against the CPU twin. Axes (those of Punica's tests):
- * adapter popularity, base-only rows between, ranks 1 to 300 in one batch, batch {1, 2, 3, 7, 33,
- * 133}, modules that are not targeted, cells so small that a matrix spreads over many, widths that
- * are multiples of nothing, segments from one token to hundreds.
+ * adapter popularity (identical, distinct, uniform, skewed, Zipf), base-only rows between, ranks 1
+ * to 300 in one batch, batch {1, 2, 3, 7, 33, 133}, modules that are not targeted, cells so small
+ * that a matrix spreads over many, widths that are multiples of nothing, segments from one token to
+ * hundreds.
  *
  * The image is written here from the layout's description in kernels.h, once for each side, whose
  * elements differ in size.
@@ -339,7 +340,20 @@ static void batch_run(struct batch *b, struct bed *t)
 
 /* ---- axes ------------------------------------------------------------------------------ */
 
-enum popularity { IDENTICAL, DISTINCT, UNIFORM, SKEWED, POPULARITIES };
+enum popularity { IDENTICAL, DISTINCT, UNIFORM, SKEWED, ZIPF, POPULARITIES };
+
+/* Of n, the first with twice the second's chance, three times the third's, and so on. */
+static int draw_zipf(int n)
+{
+    double all = 0;
+    int i = 0;
+    for (int k = 1; k <= n; k++)
+        all += 1.0 / k;
+    double left = (double)tw_int(0, 1 << 30) * 0x1p-30 * all - 1;
+    while (left > 0 && i < n - 1)
+        left -= 1.0 / (++i + 1);
+    return i;
+}
 
 static void draw_owners(int *who, int n, int n_adapters, enum popularity pop, bool base_rows)
 {
@@ -351,6 +365,8 @@ static void draw_owners(int *who, int n, int n_adapters, enum popularity pop, bo
             a = tw_int(0, n_adapters - 1);
         else if (pop == SKEWED)
             a = tw_int(0, tw_int(0, tw_int(0, n_adapters - 1)));
+        else if (pop == ZIPF)
+            a = draw_zipf(n_adapters);
         who[i] = base_rows && tw_int(0, 3) == 0 ? -1 : a;
     }
 }
@@ -611,6 +627,14 @@ static void check_merge(struct twin *c, enum kn_dtype type)
         free(w), free(got), free(want);
         bed_close(&t);
     }
+}
+
+bool twin_lora_few(struct twin *c)
+{
+    check_untargeted(c);
+    check_prefill(c);
+    check_full(c, 1, 18);
+    return twin_end(c, "lora, a few");
 }
 
 bool twin_lora(struct twin *c)
