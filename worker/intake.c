@@ -506,11 +506,12 @@ static void step(intake *in, struct job *j)
         drop(in, j);
         return;
     }
-    if (j->due_us && j->due_us > lm_now_us()) {         /* sent back by the outbox */
+    bool cancelled = atomic_load(&j->cancelled);
+    /* Sent back by the outbox. An order that came meanwhile has been looked for here already. */
+    if (j->due_us > lm_now_us() && !cancelled) {
         wait_until(in, j, j->due_us);
         return;
     }
-    bool cancelled = atomic_load(&j->cancelled);
     if (cancelled || past_deadline(j)) {
         job_fail(j, NULL);
         end_early(in, j, cancelled ? ENGINE_CANCELLED : ENGINE_EXPIRED);

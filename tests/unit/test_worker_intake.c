@@ -204,6 +204,21 @@ static void test_to_be_tried_again(void **state)
     expect_ends(f);
 }
 
+/* The engine failed it, and an order came before it was back here. */
+static void test_sent_back_cancelled(void **state)
+{
+    struct fix *f = *state;
+    for (int i = 0; i < 2; i++) {
+        struct job *j = make(f, i, NULL, 0);
+        job_set_stage(j, JOB_READY);
+        j->due_us = lm_now_us() + MUCH_LATER_MS * INT64_C(1000);
+        atomic_store(&j->cancelled, i == 1);
+        job_queue_push(&f->x->w.to_intake, j);
+    }
+    expect(1, ENGINE_CANCELLED);
+    expect_waiting(0);
+}
+
 static void test_while_a_suspect_runs(void **state)
 {
     struct fix *f = *state;
@@ -273,8 +288,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_behind_a_full_engine), TEST(test_for_a_silent_store),
-        TEST(test_to_be_tried_again), TEST(test_while_a_suspect_runs),
-        TEST(test_a_suspect_before_its_turn), TEST(test_no_first_token_in_time),
+        TEST(test_to_be_tried_again), TEST(test_sent_back_cancelled),
+        TEST(test_while_a_suspect_runs), TEST(test_a_suspect_before_its_turn),
+        TEST(test_no_first_token_in_time),
         TEST(test_an_end_that_must_wait_is_not_hurried), TEST(test_stopping_lets_go),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
