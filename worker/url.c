@@ -8,25 +8,39 @@
 
 #include "kernels/base.h"
 
-/* Behind the scheme and its slashes, if it has one. */
+/* Behind the scheme and its slashes, if it has one. Without its colon, or with slashes alone, it is
+ * no URL, but may have been meant as one. */
 static const char *authority(const char *url)
 {
     const char *at = url + strcspn(url, "/?#@");
-    return at > url && at[-1] == ':' ? at + strspn(at, "/") : url;
+    size_t slashes = strspn(at, "/");
+    bool scheme = slashes && (at == url || at[-1] == ':' || slashes > 1);
+    return scheme ? at + slashes : url;
 }
 
-/* The last @ of `n` bytes; NULL: there is none. */
-static const char *userinfo_end(const char *s, size_t n)
+/* The last @ before the path; NULL: there is none. */
+static const char *userinfo_end(const char *name)
 {
-    return memrchr(s, '@', n);
+    return memrchr(name, '@', strcspn(name, "/?#"));
+}
+
+/* "me:pa/ss@host": a password written as it is, slash and all, reads as a port that is none. Where
+ * it ends nobody can tell, and libcurl refuses it. */
+static bool is_cut_password(const char *name)
+{
+    size_t n = strcspn(name, "/?#");
+    const char *colon = *name == '[' ? NULL : memchr(name, ':', n);
+    return colon && colon + 1 + strspn(colon + 1, "0123456789") < name + n && strchr(name, '@');
 }
 
 void url_show(const char *url, char *buf, size_t size)
 {
     const char *name = authority(url), *end = name + strcspn(name, "?#");
-    const char *at = userinfo_end(name, strcspn(name, "/?#"));
-    const char *rest = at ? at + 1 : name;
-    snprintf(buf, size, "%.*s%.*s", (int)(name - url), url, (int)(end - rest), rest);
+    const char *at = userinfo_end(name), *rest = at ? at + 1 : name;
+    if (!at && is_cut_password(name))
+        snprintf(buf, size, "%.*s...", (int)(name - url), url);
+    else
+        snprintf(buf, size, "%.*s%.*s", (int)(name - url), url, (int)(end - rest), rest);
 }
 
 void url_show_list(const char *urls, char *buf, size_t size)
@@ -46,5 +60,5 @@ void url_show_list(const char *urls, char *buf, size_t size)
 bool url_has_userinfo(const char *url)
 {
     const char *name = authority(url);
-    return userinfo_end(name, strcspn(name, "/?#"));
+    return userinfo_end(name) || is_cut_password(name);
 }

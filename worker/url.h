@@ -3,6 +3,7 @@
  * url.h - URLs of the configuration in messages, which end in logs and dead letters: without the
  * name and the password before a host, and without the query, which may be a signature. Read as
  * libcurl reads them: a scheme may be missing, and one slash behind it, or three, are forgiven.
+ * What it refuses may still hold a password: of that no more is shown than is sure to be none.
  *
  * Threads: any.
  */

@@ -35,6 +35,14 @@ static void test_what_is_shown(void **state)
         { "http://host/team@x?a@b", "http://host/team@x", false },
         { "http://[::1]:80/x", "http://[::1]:80/x", false },
         { "file:///folder/{adapter}", "file:///folder/{adapter}", false },
+        { "token:@host/x", "host/x", true },
+        { "//me:pass@host/x", "//host/x", true },       /* these are none, and are refused */
+        { "http//me:pass@host/x", "http//host/x", true },
+        { "http://me:pa/ss@host/x", "http://...", true },
+        { "http://me:pa?ss@host/x", "http://...", true },
+        { "http://me:12#ss@host", "http://me:12", false },      /* it is port 12 of host me */
+        { "http://host:port/x", "http://host:port/x", false },
+        { "http://host:80/x:y@z", "http://host:80/x:y@z", false },
         { "http://", "http://", false },
         { "@", "", true },
         { "", "", false },
