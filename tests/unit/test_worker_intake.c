@@ -2,10 +2,12 @@
 /*
  * test_worker_intake.c - a deadline and an order to cancel end a prompt wherever it waits in
  * intake: behind a full engine, to be tried again, for an adapter from a store that says nothing,
- * while a suspect runs alone, and for its own turn as a suspect.
+ * while a suspect runs alone, and for its own turn as a suspect. And a registry that says nothing
+ * holds up only the prompts that ask it.
  *
- * Intake's thread and the store are real; of the engine there is only a submit that says "busy",
- * and of the reply how it would end (both wrapped by the linker). What was read is decoded already.
+ * Intake's thread, the store and the codec are real; of the engine there is only a submit that says
+ * "busy", of the reply how it would end, and of the journal what is being decoded (all wrapped by
+ * the linker). What was read is decoded already, but where the registry is at issue.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -18,6 +20,7 @@
 
 #include "consumer_world.h"
 #include "silent_server.h"
+#include "worker/journal.h"
 #include "worker/store_int.h"
 #include "worker/worker.h"
 
@@ -47,6 +50,17 @@ lm_status __wrap_worker_reply(struct worker *w, struct job *j)
     return LM_OK;
 }
 
+static atomic_int decodings;            /* prompts that the journal was told of */
+static _Atomic uint64_t decoding;       /* the key of the one that is decoded, 0: none */
+
+void __wrap_journal_decoding(journal *j, uint64_t key);
+void __wrap_journal_decoding(journal *j, uint64_t key)
+{
+    (void)j;
+    atomic_fetch_add(&decodings, key != 0);
+    atomic_store(&decoding, key);
+}
+
 static engine_adapter *find_nothing(engine *e, const char *id)
 {
     (void)e, (void)id;
@@ -63,7 +77,22 @@ struct fix {
     struct job *jobs[PROMPTS];          /* each with a reference of the test */
 };
 
-static int setup(void **state)
+/* The store's silent server is the registry, too. */
+static lm_status open_registry(struct fix *f)
+{
+    struct worker *w = &f->x->w;
+    char dir[96];
+    struct codec_config cfg = { .registry_url = f->url, .reply_topic = "replies",
+                                .answered = intake_schema_answered };
+    snprintf(dir, sizeof dir, "%s/journal", f->dir);
+    f->x->cfg.poison_max_attempts = 3;
+    f->x->cfg.topics_replies = f->x->cfg.topics_replies_allowed = (char *)"replies";
+    atomic_store(&decodings, 0);
+    lm_status st = journal_open(dir, "group", 3, &w->journal, NULL);
+    return st ? st : codec_new(&cfg, &w->codec, NULL);
+}
+
+static int set_up(void **state, bool registry)
 {
     static const struct store_hooks hooks = { .find = find_nothing };
     struct fix *f = lm_calloc(1, sizeof *f);
@@ -76,11 +105,21 @@ static int setup(void **state)
     snprintf(f->dir, sizeof f->dir, "/tmp/loramill-intake-XXXXXX");
     snprintf(f->url, sizeof f->url, "http://127.0.0.1:%d/{adapter}", port);
     struct store_config cfg = { .url = f->url, .cache_dir = mkdtemp(f->dir) };
-    if (store_new_with(&cfg, &hooks, &f->x->w.store, NULL) ||
+    if (store_new_with(&cfg, &hooks, &f->x->w.store, NULL) || (registry && open_registry(f)) ||
         intake_new(&f->x->w, &f->in, NULL))
         return -1;
     *state = f;
     return 0;
+}
+
+static int setup(void **state)
+{
+    return set_up(state, false);
+}
+
+static int setup_registry(void **state)
+{
+    return set_up(state, true);
 }
 
 static int teardown(void **state)
@@ -282,6 +321,80 @@ static void test_stopping_lets_go(void **state)
     expect_waiting(0);
 }
 
+/* ---- a registry that says nothing --------------------------------------------------------- */
+
+static int teardown_registry(void **state)
+{
+    struct fix *f = *state;
+    struct worker *w = &f->x->w;
+    codec *c = w->codec;
+    journal *j = w->journal;
+    int st = teardown(state);
+    codec_free(c);
+    journal_close(j);
+    return st;
+}
+
+static struct job *read_value(struct fix *f, int offset, const char *value, size_t len)
+{
+    struct world *x = f->x;
+    struct record r = { .value = value, .value_len = len, .offset = offset, .timestamp_ms = 1 };
+    struct job *j = NULL;
+    job_new(x->part.lease, &r, &j);
+    ledger_deliver(x->c.ledger, x->part.ref, offset, job_ref(j));
+    j->worker = &x->w;
+    f->jobs[offset] = job_ref(j);
+    return j;
+}
+
+static void expect_stage(struct fix *f, int offset, enum job_stage stage)
+{
+    for (int i = 0; i < PATIENCE_MS && atomic_load(&f->jobs[offset]->stage) != stage; i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&f->jobs[offset]->stage), stage);
+}
+
+#define AVRO_7 "\0\0\0\0\7\2" "1\4hi"
+#define JSON "{\"id\": \"1\", \"prompt\": \"x\"}"
+
+/* Prompts behind them pass, intake's pulse goes on, the journal has nobody, and an end is one. */
+static void test_for_a_silent_registry(void **state)
+{
+    struct fix *f = *state;
+    struct worker *w = &f->x->w;
+    for (int i = 0; i < 3; i++)
+        job_queue_push(&w->to_intake, read_value(f, i, AVRO_7, sizeof AVRO_7 - 1));
+    job_queue_push(&w->to_intake, read_value(f, 3, JSON, sizeof JSON - 1));
+    expect_stage(f, 3, JOB_READY);
+    for (int i = 0; i < 3; i++)
+        expect_stage(f, i, JOB_FETCHING);
+    usleep(1000 * 1000);
+    assert_true(lm_now_us() - atomic_load(&w->intake_beat_us) < 700 * 1000);
+    assert_int_equal(atomic_load(&decodings), 1);
+    assert_true(atomic_load(&decoding) == 0);
+    atomic_store(&w->stopping, true);
+    for (int i = 0; i < 4; i++)
+        expect_stage(f, i, JOB_DROPPED);
+}
+
+/* A suspect asks only when it has its turn, and is not put in the engine's way by the answer. */
+static void test_a_suspect_asks_in_its_turn(void **state)
+{
+    struct fix *f = *state;
+    struct worker *w = &f->x->w;
+    struct job *j = read_value(f, 0, AVRO_7, sizeof AVRO_7 - 1);
+    j->suspect = true;
+    job_queue_push(&w->to_intake, j);
+    usleep(100 * 1000);
+    assert_int_equal(atomic_load(&f->jobs[0]->stage), JOB_QUEUED);
+    atomic_store(&f->jobs[0]->alone_now, true);
+    expect_stage(f, 0, JOB_FETCHING);
+    atomic_store(&f->jobs[0]->alone_now, false);        /* it takes too long */
+    atomic_store(&w->stopping, true);
+    expect_stage(f, 0, JOB_DROPPED);
+    assert_int_equal(atomic_load(&decodings), 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -292,6 +405,10 @@ int main(void)
         TEST(test_while_a_suspect_runs), TEST(test_a_suspect_before_its_turn),
         TEST(test_no_first_token_in_time),
         TEST(test_an_end_that_must_wait_is_not_hurried), TEST(test_stopping_lets_go),
+        cmocka_unit_test_setup_teardown(test_for_a_silent_registry, setup_registry,
+                                        teardown_registry),
+        cmocka_unit_test_setup_teardown(test_a_suspect_asks_in_its_turn, setup_registry,
+                                        teardown_registry),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

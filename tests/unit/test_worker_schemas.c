@@ -8,10 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
-#include <arpa/inet.h>
 #include <stdatomic.h>
-#include <sys/socket.h>
 
+#include "tests/unit/silent_server.h"
 #include "tests/unit/worker_registry_server.h"
 #include "worker/codec.h"
 
@@ -37,13 +36,8 @@ static int stop(void **state)
 /* Takes connections and says nothing. */
 static int silent_socket(char *url, size_t size)
 {
-    struct sockaddr_in at = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-    socklen_t len = sizeof at;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    assert_int_equal(bind(fd, (struct sockaddr *)&at, len), 0);
-    assert_int_equal(listen(fd, 64), 0);
-    assert_int_equal(getsockname(fd, (struct sockaddr *)&at, &len), 0);
-    snprintf(url, size, "http://127.0.0.1:%u", (unsigned)ntohs(at.sin_port));
+    int port, fd = listen_silently(&port);
+    snprintf(url, size, "http://127.0.0.1:%d", port);
     return fd;
 }
 
