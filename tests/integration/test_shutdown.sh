@@ -4,6 +4,8 @@
 # SIGTERM when nothing answers. Workers whose brokers fall silent for ever at one request, in each
 # phase of a transaction and of the group, are told to end, all at once: they do inside the budget,
 # with status 0, and when the brokers are back their successors answer what is left, nothing twice.
+# Then a schema registry that is silent, which only its prompts notice: nothing else waits, an end does not,
+# and a death while one waits says nothing about it.
 # Then engines that hang while their worker ends: status 1, and the next worker knows the suspects.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin shutdown
@@ -108,6 +110,46 @@ for name in "${!PID[@]}"; do kill -TERM "${PID[$name]}"; done
 good=0
 for name in "${!PID[@]}"; do wait "${PID[$name]}" && good=$((good + 1)); done
 check "they end with status 0 ($good)" [ $good = ${#PHASES[@]} ]
+
+# Registries that take every question and answer none.
+SILENT=$(free_ports 2)
+spawn "$RUN/silent.log" "$PYTHON" -c '
+import signal, socket, sys
+taken = [socket.create_server(("127.0.0.1", int(p)), backlog=64) for p in sys.argv[1:]]
+print("silent", flush=True)
+signal.pause()' $SILENT
+wait_until 10 grep -q silent "$RUN/silent.log" || die "registries that are silent"
+topic_create schemaless 1
+registry_worker() {
+    worker schemaless "$1" delivery.mode=at-least-once drain.timeout_ms=10000 engine.hang_timeout_ms=4000 \
+        "registry.url=$(printf 'http://127.0.0.1:%s,' $SILENT | sed 's/,$//')"
+    wait_until 20 grep -q 'assigned ' "$RUN/$1.log" || not_ok "$1 is at work"
+}
+plain() {       # ID: a prompt in Avro, and one in JSON behind it
+    "$PYTHON" - "$BOOTSTRAP" "$1" <<'Q'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+p.produce("schemaless", b"\0\0\0\0\7\2\2x")
+p.produce("schemaless", json.dumps({"id": f"p-{sys.argv[2]}", "prompt": f"number {sys.argv[2]}"}))
+assert not p.flush(20)
+Q
+}
+registry_worker registry-killed; KILLED=$W
+plain "$sent"
+start=$SECONDS
+check "a prompt that needs no registry is answered" d wait replies $((sent + 1)) 30
+check "and at once ($((SECONDS - start)) s)" [ $((SECONDS - start)) -le 8 ]
+kill -9 -- "-$KILLED"; wait "$KILLED" 2> /dev/null
+registry_worker registry
+plain $((sent + 1))
+check "so it is by the next worker" d wait replies $((sent + 2)) 30
+sleep 5                         # more than engine.hang_timeout_ms
+start=$SECONDS
+kill -TERM "$W"; wait "$W"; st=$?
+check "silent registry: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 6 ]
+died() { has 'died with\|to dead:' registry; }
+check "nobody has died of waiting for it" [ "$(died && echo yes)" != yes ]
 
 # Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
 declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
