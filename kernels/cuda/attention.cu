@@ -3,8 +3,8 @@
  * attention.cu - paged attention: what the host can check, and which kernels a step needs.
  *
  * Sequences with one query token go to attn_decode.cu, the others to attn_prefill.cu, or on Hopper
- * to attn_wgmma.cu: the choice is each sequence's own, so a mixed step launches both and each
- * kernel passes over what is not its.
+ * to attn_tma.cu (bf16, head_dim 64 and 128) or attn_wgmma.cu (E4M3, head_dim 128): the choice is
+ * each sequence's own, so a mixed step launches both and each kernel passes over what is not its.
  *
  * Geometry comes from the host hints alone (n_seqs, n_tok, max_q, max_kv), so a captured graph
  * serves every step whose numbers do not exceed those of the capture.

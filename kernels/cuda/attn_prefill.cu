@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * attn_prefill.cu - paged attention for sequences with several query tokens (FlashAttention-2,
- * arXiv 2307.08691), by mma.sync: any device from sm_80 on, any head_dim. Hopper's own kernel for
- * the common head sizes is in attn_wgmma.cu.
+ * arXiv 2307.08691), by mma.sync: any device from sm_80 on, any head_dim. Hopper's own kernels for
+ * the common head sizes are in attn_tma.cu and attn_wgmma.cu.
  *
  * Four warps own 16 * MT rows each, and walk the keys together in tiles: scores, softmax, values.
  * K of the next tile is under way while scores are computed, V while the softmax is; masks (causal
