@@ -230,7 +230,7 @@ static int take_record(struct datum *d, struct taker *t)
     const struct avro_node *n = t->node;
     size_t at = d->n++, members = 0;
     int bad = 0;
-    for (int i = skip_nulls(d, n, 0); !bad && i < n->n; i += 1 + skip_nulls(d, n, i + 1))
+    for (int i = 0; !bad && (i += skip_nulls(d, n, i)) < n->n; i++)
         bad = take_field(d, t->child[i], &members);
     close_container(d, at, YYJSON_TYPE_OBJ, members);
     return bad;

@@ -197,7 +197,7 @@ static lm_status scan_record(struct scan *s, const struct avro_node *n)
 {
     lm_status st = LM_OK;
     s->path.n++;
-    for (int i = scan_nulls(s, n, 0); !st && i < n->n; i += 1 + scan_nulls(s, n, i + 1)) {
+    for (int i = 0; !st && (i += scan_nulls(s, n, i)) < n->n; i++) {
         s->names++;
         s->path.at[s->path.n - 1] = n->name[i];
         st = scan_node(s, n->child[i]);

@@ -26,18 +26,19 @@ enum {
     MAX_METADATA_VALUE = 8192,
 };
 
-enum key {
-    ID, ADAPTER, PROMPT, TOKEN_IDS, MESSAGES, CONTEXT, PARAMS, PRIORITY, DEADLINE, FIRST_TOKEN_BY,
-    TENANT, REPLY_TOPIC, CORRELATION_ID, MODEL, STREAM, METADATA, KEYS
-};
+#define ALL_KEYS(X) \
+    X(ID, "id") X(ADAPTER, "adapter") X(PROMPT, "prompt") X(TOKEN_IDS, "prompt_token_ids") \
+    X(MESSAGES, "messages") X(CONTEXT, "context") X(PARAMS, "params") X(PRIORITY, "priority") \
+    X(DEADLINE, "deadline_ms") X(FIRST_TOKEN_BY, "first_token_by_ms") X(TENANT, "tenant") \
+    X(REPLY_TOPIC, "reply_topic") X(CORRELATION_ID, "correlation_id") X(MODEL, "model") \
+    X(STREAM, "stream") X(METADATA, "metadata")
+#define KEY(key, text) key,
+#define KEY_TEXT(key, text) text,
+#define KEY_LENGTH(key, text) sizeof text - 1,
 
-static const char *const known[] = {
-    [ID] = "id", [ADAPTER] = "adapter", [PROMPT] = "prompt", [TOKEN_IDS] = "prompt_token_ids",
-    [MESSAGES] = "messages", [CONTEXT] = "context", [PARAMS] = "params", [PRIORITY] = "priority",
-    [DEADLINE] = "deadline_ms", [FIRST_TOKEN_BY] = "first_token_by_ms", [TENANT] = "tenant",
-    [REPLY_TOPIC] = "reply_topic", [CORRELATION_ID] = "correlation_id", [MODEL] = "model",
-    [STREAM] = "stream", [METADATA] = "metadata", [KEYS] = NULL
-};
+enum key { ALL_KEYS(KEY) KEYS };
+static const char *const known[] = { ALL_KEYS(KEY_TEXT) NULL };
+static const unsigned char known_length[KEYS] = { ALL_KEYS(KEY_LENGTH) };
 
 /* A prompt's members by their keys, found in one pass. NULL: absent, or null. */
 struct members { yyjson_val *of[KEYS]; };
@@ -150,24 +151,19 @@ lm_status json_messages_read(const struct json_reader *r, const char *key, yyjso
 
 /* ---- what is asked ----------------------------------------------------------------------- */
 
-/* Most names differ in their first letters, which is less work than a call. */
-static inline bool same_name(const char *a, const char *b)
+static bool is_key(enum key k, const char *name, size_t n)
 {
-    while (*a && *a == *b) {
-        a++;
-        b++;
-    }
-    return *a == *b;
+    return known_length[k] == n && !memcmp(known[k], name, n);
 }
 
 /* Writers mostly keep to the schema's order, so the search goes round from `first`. */
-static enum key key_of(const char *name, enum key first)
+static enum key key_of(const char *name, size_t n, enum key first)
 {
     for (enum key k = first; k < KEYS; k++)
-        if (same_name(known[k], name))
+        if (is_key(k, name, n))
             return k;
     for (enum key k = 0; k < first; k++)
-        if (same_name(known[k], name))
+        if (is_key(k, name, n))
             return k;
     return KEYS;
 }
@@ -191,7 +187,7 @@ static lm_status find_members(const struct json_reader *r, yyjson_val *root, str
     for (yyjson_val *name; (name = yyjson_obj_iter_next(&it)) != NULL;) {
         const char *text = yyjson_get_str(name);
         yyjson_val *v = yyjson_obj_iter_get_val(name);
-        enum key k = key_of(text, next);
+        enum key k = key_of(text, yyjson_get_len(name), next);
         lm_status st = k == KEYS ? unknown_member(r, text, v) : LM_OK;
         if (st)
             return st;
