@@ -392,9 +392,9 @@ static yyjson_doc *new_doc(const struct avro_size *size, const yyjson_alc *alc)
     return doc;
 }
 
-static lm_status read_datum(struct taker *root, const void *data, size_t len,
-                            const struct avro_size *size, struct json_scratch *scratch,
-                            yyjson_doc **out, struct lm_err *err)
+static lm_status read_datum(struct taker *root, avro_reader_t reader, const void *data,
+                            size_t len, const struct avro_size *size,
+                            struct json_scratch *scratch, yyjson_doc **out, struct lm_err *err)
 {
     yyjson_doc *doc = new_doc(size, &scratch->alc);
     struct datum d;
@@ -403,8 +403,8 @@ static lm_status read_datum(struct taker *root, const void *data, size_t len,
     d.scratch = scratch;
     d.n = 0;
     d.err.code = LM_OK;
-    d.reader = avro_reader_memory("", 0);
-    bool good = doc && d.reader;
+    d.reader = reader;
+    bool good = doc;
     if (good) {
         d.tree = doc->root;
         d.keys = (char *)(doc->root + size->values);
@@ -412,8 +412,6 @@ static lm_status read_datum(struct taker *root, const void *data, size_t len,
         doc->val_read = d.n;
         doc->dat_read = (size_t)(d.at - (const unsigned char *)data);
     }
-    if (d.reader)
-        avro_reader_free(d.reader);
     if (good) {
         *out = doc;
         return LM_OK;
@@ -435,10 +433,11 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
     struct taker **root = avro_plan_takers(p);
     if (!*root)
         *root = make_taker(avro_plan_arena(p), avro_plan_root(p), NULL, NULL);
+    avro_reader_t reader = avro_plan_reader(p);
     const struct avro_allocator_state heap = AVRO_CURRENT_ALLOCATOR;
     avro_set_allocator(from_scratch, &scratch->alc);
-    st = *root ? read_datum(*root, data, len, &size, scratch, out, err)
-               : lm_err_set(err, LM_NOMEM, "out of memory");
+    st = *root && reader ? read_datum(*root, reader, data, len, &size, scratch, out, err)
+                         : lm_err_set(err, LM_NOMEM, "out of memory");
     avro_set_allocator(heap.alloc, heap.user_data);
     avro_unlock();
     return st;

@@ -34,6 +34,7 @@ enum {
 struct avro_plan {
     avro_schema_t schema;
     struct taker *takers;       /* avro_consume.c's; NULL: none yet */
+    avro_reader_t reader;       /* likewise */
     const struct avro_node *root;
     struct arena *arena;        /* nodes */
 };
@@ -450,6 +451,8 @@ void avro_plan_free(struct avro_plan *p)
     avro_lock();
     if (p->schema)
         avro_schema_decref(p->schema);
+    if (p->reader)
+        avro_reader_free(p->reader);
     avro_unlock();
     arena_free(p->arena);
     free(p);
@@ -463,6 +466,13 @@ const struct avro_node *avro_plan_root(const struct avro_plan *p)
 struct taker **avro_plan_takers(struct avro_plan *p)
 {
     return &p->takers;
+}
+
+avro_reader_t avro_plan_reader(struct avro_plan *p)
+{
+    if (!p->reader)
+        p->reader = avro_reader_memory("", 0);
+    return p->reader;
 }
 
 struct arena *avro_plan_arena(struct avro_plan *p)

@@ -64,6 +64,9 @@ void avro_unlock(void);
  * avro_lock(). */
 struct taker;
 struct taker **avro_plan_takers(struct avro_plan *p);
+/* Of memory, with nothing to read yet; made once, so not while Avro C's allocator is a datum's.
+ * NULL: no memory. */
+avro_reader_t avro_plan_reader(struct avro_plan *p);
 struct arena *avro_plan_arena(struct avro_plan *p);
 
 #endif
