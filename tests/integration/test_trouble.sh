@@ -92,6 +92,7 @@ case_ cancel_before "$LORAMILL" "$RUN/worker.properties" look before
 case_ cancel "$LORAMILL" "$RUN/worker.properties"
 check "orders that are none are ignored" wait_until 30 grep -q 'control \[0\] @.* is no' "$RUN/worker-cancel.log"
 stop "$W" "the worker"
+check "and said once in a while, not each" [ "$(grep -c 'control \[0\] @.* is no' "$RUN/worker-cancel.log")" = 1 ]
 
 # Held by the order of its key; two deaths later, by quarantine too. A static member that was killed has
 # its partitions back at once.

@@ -20,6 +20,7 @@
 
 static struct job *running;     /* ends when the first commit comes; NULL: none does */
 static int commits_meanwhile;
+static rd_kafka_resp_err_t refusal = RD_KAFKA_RESP_ERR__WAIT_COORD;     /* of all commits */
 static char metadata[128];      /* of the first of them */
 
 /* Wins over the shared library's: there is no broker. */
@@ -41,7 +42,7 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
                      (int)p->metadata_size, p->metadata ? (const char *)p->metadata : "");
         job_set_stage(running, JOB_READY);
     }
-    return RD_KAFKA_RESP_ERR__WAIT_COORD;
+    return refusal;
 }
 
 static atomic_bool transaction_over;    /* the one that holds the offset of the partition */
@@ -418,6 +419,38 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     close_world(x);
 }
 
+static void count_warnings(void *ctx, enum lm_level level, const char *component, const char *line)
+{
+    (void)component;
+    (void)line;
+    *(int *)ctx += level == LM_WARN;
+}
+
+/* What the next rebalance heals is no warning, by the errors of either group protocol. */
+static void a_commit_of_a_stale_member_warns_of_nothing(void **state)
+{
+    enum { STALE_MEMBER_EPOCH = 113 };  /* KIP-848's, which older headers have not */
+    static const struct { int e, warnings; } row[] = {
+        { RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION, 0 }, { RD_KAFKA_RESP_ERR_UNKNOWN_MEMBER_ID, 0 },
+        { STALE_MEMBER_EPOCH, 0 }, { RD_KAFKA_RESP_ERR_GROUP_AUTHORIZATION_FAILED, 1 },
+    };
+    (void)state;
+    struct world *x = open_world(NULL);
+    worker_end_job(&x->w, deliver(x, 0, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    for (size_t i = 0; i < LM_COUNT(row); i++) {
+        int warnings = 0;
+        refusal = (rd_kafka_resp_err_t)row[i].e;
+        lm_log_set_sink(count_warnings, &warnings);
+        commit_start(&x->c, NULL);
+        lm_log_set_sink(NULL, NULL);
+        assert_int_equal(atomic_load(&x->w.metrics.commit_failures), i + 1);
+        assert_int_equal(warnings, row[i].warnings);
+    }
+    refusal = RD_KAFKA_RESP_ERR__WAIT_COORD;
+    close_world(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -429,6 +462,7 @@ int main(void)
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
+        cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
