@@ -3,8 +3,8 @@
  * schema_asker.h - a worker's questions to the schema registry, asked by a thread of its own.
  *
  * A registry may be slow or silent. Only what needs its answer waits then: prompts whose schema is
- * not known yet, and replies in Avro until the reply schema has its id. Nobody else does, and no
- * thread of the worker's.
+ * not known yet, and replies in Avro until the reply schema has its id. No thread of the worker's
+ * does, but for the moment that schema_asker_reply_id() is given.
  *
  *   (nothing) --want--> WANTED --> ASKED --answer--> ANSWERED --take--> (nothing)
  *       ^                            |
