@@ -56,10 +56,10 @@ static void put_record(struct message_out *o, const struct avro_node *n, const j
 {
     out_open(o, OUT_RECORD, 0);
     for (int i = 0; i < n->n; i++) {
-        const json_t *v = json_object_get(j, n->name[i]);
+        const json_t *v = json_object_get(j, n->field[i].name);
         if (!v || json_is_null(v))
             continue;
-        out_key(o, n->name[i]);
+        out_key(o, n->field[i].name);
         put_tree(o, n->child[i], v);
     }
     out_close(o);

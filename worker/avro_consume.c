@@ -175,7 +175,7 @@ static struct taker *make_taker(struct arena *a, const struct avro_node *n, stru
     for (int i = 0; !leaf && i < n->n; i++) {
         bool in_union = n->type == AVRO_UNION;
         t->child[i] = make_taker(a, n->child[i], in_union ? owner : t, in_union ? key :
-                                 n->type == AVRO_RECORD ? n->name[i] : NULL);
+                                 n->type == AVRO_RECORD ? n->field[i].name : NULL);
         if (!t->child[i])
             return NULL;
     }

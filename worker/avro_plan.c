@@ -295,23 +295,24 @@ static void count_runs(struct avro_node *n)
 
 static lm_status build_record(struct build *b, avro_schema_t s, struct avro_node *n, int depth)
 {
-    n->name = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name);
-    n->name_len = arena_alloc(b->arena, (size_t)n->n * sizeof *n->name_len);
+    n->field = arena_alloc(b->arena, (size_t)n->n * sizeof *n->field);
     n->null_of = arena_alloc(b->arena, (size_t)n->n * sizeof *n->null_of);
     n->null_run = arena_alloc(b->arena, (size_t)n->n * sizeof *n->null_run);
-    if (!n->name || !n->name_len || !n->null_of || !n->null_run)
+    if (!n->field || !n->null_of || !n->null_run)
         return no_memory(b);
     for (int i = 0; i < n->n; i++) {
         const char *name = avro_schema_record_field_name(s, i);
-        n->name_len[i] = strlen(name);
-        n->name[i] = arena_strndup(b->arena, name, n->name_len[i]);
-        if (!n->name[i])
+        struct avro_field *f = &n->field[i];
+        f->len = strlen(name);
+        f->name = arena_strndup(b->arena, name, f->len);
+        if (!f->name)
             return no_memory(b);
         lm_status st = build_node(b, avro_schema_record_field_get_by_index(s, i), depth + 1,
                                   &n->child[i]);
         if (st)
             return st;
-        n->min_bytes += n->child[i]->min_bytes;
+        f->node = n->child[i];
+        n->min_bytes += f->node->min_bytes;
         n->null_of[i] = null_byte(n->child[i]);
     }
     count_runs(n);

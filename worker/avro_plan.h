@@ -22,6 +22,12 @@
 
 enum { AVRO_NO_NULL = 256 };
 
+struct avro_field {
+    const char *name;
+    size_t len;                 /* of the name */
+    const struct avro_node *node;
+};
+
 struct avro_node {
     avro_type_t type;           /* never AVRO_LINK */
     avro_schema_t schema;       /* borrowed from the plan's */
@@ -30,8 +36,7 @@ struct avro_node {
     size_t min_bytes;           /* of its shortest encoding */
     const struct avro_node **child;     /* n of them, for record, union, array and map */
     /* of a record's fields */
-    const char **name;
-    size_t *name_len;
+    struct avro_field *field;
     int16_t *null_of;           /* the byte that is a whole null: of a union with such a branch,
                                  * among its first 64; else AVRO_NO_NULL, which is no byte */
     int16_t *null_run;          /* so many fields from this one on have that same byte; 0: none */

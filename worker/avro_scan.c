@@ -199,7 +199,7 @@ static lm_status scan_record(struct scan *s, const struct avro_node *n)
     s->path.n++;
     for (int i = 0; !st && (i += scan_nulls(s, n, i)) < n->n; i++) {
         s->names++;
-        s->path.at[s->path.n - 1] = n->name[i];
+        s->path.at[s->path.n - 1] = n->field[i].name;
         st = scan_node(s, n->child[i]);
     }
     s->path.n--;

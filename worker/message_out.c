@@ -18,7 +18,8 @@ static void init(struct message_out *o, const struct avro_node *root)
     bytes_init(&o->bytes);
     o->next = root;
     o->comma = false;
-    o->depth = 0;
+    o->level[0] = (struct out_level){ .kind = OUT_RECORD };
+    o->in = o->level;
     o->fault = LM_OK;
 }
 
@@ -41,8 +42,8 @@ static void fail(struct message_out *o, lm_status code, const char *what)
     struct avro_path path = { .n = 0 };
     if (o->fault)
         return;
-    for (int i = 0; i < o->depth; i++)
-        path.at[path.n++] = o->level[i].kind == OUT_ARRAY ? "[]" : o->level[i].member;
+    for (const struct out_level *l = o->level + 1; l <= o->in; l++)
+        path.at[path.n++] = l->kind == OUT_ARRAY ? "[]" : l->member;
     avro_path_text(&path, o->where, sizeof o->where);
     o->fault = code;
     o->what = what;
@@ -135,8 +136,8 @@ static inline const struct avro_node *place(struct message_out *o, unsigned type
 /* A field that nobody gave. */
 static void pass_over(struct message_out *o, struct out_level *l)
 {
-    const struct avro_node *n = l->node->child[l->field];
-    l->member = l->node->name[l->field++];
+    const struct avro_node *n = l->field->node;
+    l->member = l->field++->name;
     if (n->type == AVRO_NULL)
         return;
     for (int i = 0; n->type == AVRO_UNION && i < n->n; i++)
@@ -161,12 +162,16 @@ static inline void comma(struct message_out *o)
 static struct out_level *push(struct message_out *o, enum out_kind kind,
                               const struct avro_node *node)
 {
-    if (o->depth == AVRO_PATH_MAX) {
+    if (o->in == o->level + AVRO_PATH_MAX) {
         fail(o, LM_MISMATCH, "is nested too deep");
         return NULL;
     }
-    struct out_level *l = &o->level[o->depth++];
-    *l = (struct out_level){ kind, node, 0, "" };
+    struct out_level *l = ++o->in;
+    l->kind = kind;
+    l->node = node;
+    l->member = "";
+    l->field = node && kind == OUT_RECORD ? node->field : NULL;
+    l->end = l->field ? l->field + node->n : NULL;
     return l;
 }
 
@@ -199,13 +204,13 @@ void out_open(struct message_out *o, enum out_kind kind, size_t n)
 
 static void close_avro(struct message_out *o)
 {
-    struct out_level *l = &o->level[o->depth - 1];
+    struct out_level *l = o->in;
     if (l->kind != OUT_RECORD)
         put_count(o, 0);
-    while (l->kind == OUT_RECORD && !o->fault && l->field < l->node->n)
+    while (l->field != l->end && !o->fault)
         pass_over(o, l);
-    o->depth--;
-    if (o->depth && l[-1].kind != OUT_RECORD)
+    o->in--;
+    if (l[-1].kind != OUT_RECORD)
         o->next = l[-1].node->child[0];
 }
 
@@ -217,18 +222,18 @@ void out_close(struct message_out *o)
         close_avro(o);
         return;
     }
-    bytes_byte(&o->bytes, o->level[--o->depth].kind == OUT_ARRAY ? ']' : '}');
+    bytes_byte(&o->bytes, (o->in--)->kind == OUT_ARRAY ? ']' : '}');
     o->comma = true;
 }
 
 void out_find_field(struct message_out *o, const char *key)
 {
-    struct out_level *l = &o->level[o->depth - 1];
-    while (!o->fault && l->field < l->node->n && strcmp(l->node->name[l->field], key))
+    struct out_level *l = o->in;
+    while (!o->fault && l->field != l->end && strcmp(l->field->name, key))
         pass_over(o, l);
     l->member = key;
-    if (l->field < l->node->n)
-        o->next = l->node->child[l->field++];
+    if (l->field != l->end)
+        o->next = l->field++->node;
     else
         fail(o, LM_MISMATCH, "is no field of the schema, or not in its order");
 }
@@ -237,7 +242,7 @@ void out_entry(struct message_out *o, const char *key, size_t n)
 {
     if (o->fault)
         return;
-    struct out_level *l = &o->level[o->depth - 1];
+    struct out_level *l = o->in;
     l->member = key;
     if (l->node) {
         if (json_is_utf8(key, n))

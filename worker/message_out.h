@@ -30,13 +30,12 @@ struct message_out {
     struct bytes bytes;
     const struct avro_node *next;       /* Avro: what a value is now; NULL: JSON */
     bool comma;                 /* JSON: something stands before */
-    int depth;
     struct out_level {
         enum out_kind kind;
-        const struct avro_node *node;
-        int field;              /* of a record: the one to come */
+        const struct avro_node *node;           /* Avro */
+        const struct avro_field *field, *end;   /* Avro: of a record, to come */
         const char *member;     /* for errors */
-    } level[AVRO_PATH_MAX];
+    } level[1 + AVRO_PATH_MAX], *in;            /* the first is around all */
     lm_status fault;
     char where[256];
     const char *what;
@@ -59,16 +58,16 @@ static inline __attribute__((always_inline)) void out_key(struct message_out *o,
     size_t n = strlen(key);
     if (o->fault)
         return;
-    struct out_level *l = &o->level[o->depth - 1];
+    struct out_level *l = o->in;
     if (o->next) {
-        int at = l->field;
-        if (at == l->node->n || l->node->name_len[at] != n || memcmp(l->node->name[at], key, n)) {
+        const struct avro_field *f = l->field;
+        if (f == l->end || f->len != n || memcmp(f->name, key, n)) {
             out_find_field(o, key);
             return;
         }
         l->member = key;
-        l->field = at + 1;
-        o->next = l->node->child[at];
+        l->field = f + 1;
+        o->next = f->node;
         return;
     }
     char *at = bytes_room(&o->bytes, n + 4);

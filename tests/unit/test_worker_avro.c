@@ -777,7 +777,7 @@ static void embedded_text_is_the_files(void **state)
 static const struct avro_node *field_of(const struct avro_node *n, const char *name)
 {
     for (int i = 0; i < n->n; i++)
-        if (strcmp(n->name[i], name) == 0)
+        if (strcmp(n->field[i].name, name) == 0)
             return n->child[i];
     return NULL;
 }
@@ -807,7 +807,7 @@ static void documented(const struct avro_node *n, const char *doc)
 {
     for (int i = 0; i < n->n && n->type != AVRO_ENUM; i++) {
         char quoted[300], member[300];
-        const char *name = n->type == AVRO_RECORD ? n->name[i] : NULL;
+        const char *name = n->type == AVRO_RECORD ? n->field[i].name : NULL;
         if (name) {
             snprintf(quoted, sizeof quoted, "`%s`", name);
             snprintf(member, sizeof member, ".%s`", name);
