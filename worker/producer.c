@@ -459,7 +459,7 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     snprintf(most, sizeof most, "%" PRId64, p->batch_most);
     if (p->batch_most)
         rd_kafka_conf_set(conf, "batch.size", most, NULL, 0);
-    p->batch_bytes = kafka_conf_int(conf, "batch.size");
+    int64_t batch_bytes = kafka_conf_int(conf, "batch.size");
     p->transaction_timeout_ms = kafka_conf_int(conf, "transaction.timeout.ms");
     rd_kafka_conf_set_opaque(conf, p);
     rd_kafka_conf_set_dr_msg_cb(conf, on_delivery);
@@ -467,10 +467,11 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     rd_kafka_conf_set_stats_cb(conf, on_stats);
     if (p->exactly_once)
         unanswered_watch(&p->unanswered, conf);
-    st = kafka_open(RD_KAFKA_PRODUCER, conf, out, err);
-    if (!st)
-        credentials_attach(p->w->credentials, *out, CONFIG_PRODUCER);
-    return st;
+    if ((st = kafka_open(RD_KAFKA_PRODUCER, conf, out, err)))
+        return st;
+    p->batch_bytes = batch_bytes;       /* else what the client of before has */
+    credentials_attach(p->w->credentials, *out, CONFIG_PRODUCER);
+    return LM_OK;
 }
 
 static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_queue_t *queue,

@@ -56,7 +56,20 @@ static void look_at_batches(const rd_kafka_t *rk)
     atomic_store(&batch, p->batch_bytes);
 }
 
+static atomic_int clients_to_fail;
+
 /* These win over the shared library's. */
+rd_kafka_t *rd_kafka_new(rd_kafka_type_t type, rd_kafka_conf_t *conf, char *why, size_t size)
+{
+    rd_kafka_t *(*real)(rd_kafka_type_t, rd_kafka_conf_t *, char *, size_t) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_new");
+    if (atomic_load(&clients_to_fail) == 0)
+        return real(type, conf, why, size);
+    atomic_fetch_sub(&clients_to_fail, 1);
+    snprintf(why, size, "no threads");
+    return NULL;
+}
+
 int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
 {
     int (*real)(rd_kafka_t *, int) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_poll");
@@ -137,6 +150,7 @@ static int begin(void **state)
     polls_after_end = 0;
     atomic_store(&woken, 0);
     atomic_store(&refused, 0);
+    atomic_store(&clients_to_fail, 0);
     atomic_store(&batch, 0);
     atomic_store(&time_passes, false);
     atomic_store(&in_new_at_end, -1);
@@ -305,6 +319,24 @@ static void batches_that_grew_in_vain_wait_longer(void **state)
     all_are_dropped(0);
 }
 
+/* Else its verdicts on large batches would be believed as those on small ones. */
+static void a_client_that_stays_keeps_its_batches(void **state)
+{
+    const struct timespec tick = { 0, 1000000 };
+    (void)state;
+    atomic_store(&clients_to_fail, 1);
+    atomic_store(&refused, 1);
+    for (int64_t until = lm_now_us() + MOST_US; atomic_load(&clients_to_fail);
+         nanosleep(&tick, NULL))
+        assert_true(lm_now_us() < until);
+    atomic_store(&batch, 0);            /* until it is looked at again */
+    until_batch_is(1000000);
+    assert_int_equal(atomic_load(&w.metrics.producer_rebuilds), 0);
+    atomic_store(&refused, 1);
+    until_batch_is(250000);
+    all_are_dropped(0);
+}
+
 /* A new client could overtake it. */
 static void batches_do_not_grow_while_something_is_on_its_way(void **state)
 {
@@ -353,6 +385,7 @@ int main(void)
         TEST(a_stuck_record_holds_no_other_topic_back),
         TEST(what_is_held_back_counts_as_on_its_way),
         TEST(batches_that_were_refused_grow_again), TEST(batches_that_grew_in_vain_wait_longer),
+        TEST(a_client_that_stays_keeps_its_batches),
         TEST(batches_do_not_grow_while_something_is_on_its_way),
         TEST(the_thread_is_woken_for_what_is_held_back),
     };
