@@ -356,12 +356,12 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     claims_free(w->claims);
     control_free(w->control);
     credentials_free(w->credentials);
+    codec_free(w->codec);               /* whom its asker has told is in the first of these */
     job_queue_release(&w->to_intake);
     job_queue_release(&w->done);
     job_queue_release(&w->parts);
     cancels_free(w->cancels);
     spans_free(w->spans);
-    codec_free(w->codec);
     watchdog_closing(dog);
     if (w->engine)
         engine_close(w->engine);
