@@ -508,7 +508,7 @@ static void step(intake *in, struct job *j)
     }
     bool cancelled = atomic_load(&j->cancelled);
     /* Sent back by the outbox. An order that came meanwhile has been looked for here already. */
-    if (j->due_us > lm_now_us() && !cancelled) {
+    if (j->due_us && j->due_us > lm_now_us() && !cancelled) {
         wait_until(in, j, j->due_us);
         return;
     }
