@@ -4,15 +4,11 @@
  * and members from the brokers, the first unfinished record of each partition from the log, and
  * from each worker its /metrics.
  *
- * A member's client id is its worker's name. Where its metrics are is not written anywhere, so they
- * are looked for on the member's host, from http.port up (workers of one host take the next free
- * of CONFIG_HTTP_PORTS), and recognised by the name in build_info. A worker that can't be reached
- * shows dashes.
+ * A worker whose metrics can't be had (cli_scrape.h) shows dashes.
  *
  * Lag counts records that are not finished: the log's end less the committed offset, less what is
  * finished beyond it by the offset map.
  */
-#include <curl/curl.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <jansson.h>
@@ -20,9 +16,8 @@
 #include <string.h>
 
 #include "worker/cli_group.h"
+#include "worker/cli_scrape.h"
 #include "worker/commands.h"
-
-enum { SCRAPE_MS = 1000, MORE_PORTS = 4 };
 
 struct status {
     struct cli_settings settings;
@@ -31,8 +26,7 @@ struct status {
     const char *topic;
     bool json, metrics;
     struct group group;
-    struct page { char *text; const char *host; } *pages;    /* those that answered */
-    size_t n_pages;
+    struct scrape_pages pages;
 };
 
 static const char help[] =
@@ -49,141 +43,18 @@ static const char help[] =
     "\n"
     "Exit status: 0 shown, 1 no answer, 2 usage.\n";
 
-/* ---- workers' metrics ------------------------------------------------------------------- */
-
-struct scrape { CURL *curl; FILE *f; char *text; size_t len; bool done; };
-
-static void scrape_begin(struct scrape *q, CURLM *all, const char *host, int64_t port)
-{
-    char url[384];
-    q->curl = curl_easy_init();
-    q->f = open_memstream(&q->text, &q->len);
-    if (!q->curl || !q->f)
-        return;
-    snprintf(url, sizeof url, strchr(host, ':') ? "http://[%s]:%" PRId64 "/metrics"
-                                                : "http://%s:%" PRId64 "/metrics", host, port);
-    curl_easy_setopt(q->curl, CURLOPT_URL, url);
-    curl_easy_setopt(q->curl, CURLOPT_WRITEDATA, q->f);
-    curl_easy_setopt(q->curl, CURLOPT_PRIVATE, q);
-    curl_easy_setopt(q->curl, CURLOPT_TIMEOUT_MS, (long)SCRAPE_MS);
-    curl_easy_setopt(q->curl, CURLOPT_MAXFILESIZE, 8L << 20);
-    curl_easy_setopt(q->curl, CURLOPT_NOSIGNAL, 1L);
-    curl_multi_add_handle(all, q->curl);
-}
-
-/* All at once: a host that drops what it does not know costs one time out, not one a port. */
-static void scrape_run(CURLM *all)
-{
-    int running = 0, left;
-    CURLMcode e;
-    do {
-        e = curl_multi_perform(all, &running);
-        if (!e && running)
-            e = curl_multi_poll(all, NULL, 0, SCRAPE_MS, NULL);
-    } while (!e && running);
-    for (CURLMsg *m; (m = curl_multi_info_read(all, &left));) {
-        struct scrape *q = NULL;
-        curl_easy_getinfo(m->easy_handle, CURLINFO_PRIVATE, (char **)&q);
-        q->done = m->msg == CURLMSG_DONE && !m->data.result;
-    }
-}
-
-/* The page, malloc'ed, or NULL. */
-static char *scrape_end(struct scrape *q, CURLM *all)
-{
-    long code = 0;
-    if (q->curl) {
-        curl_easy_getinfo(q->curl, CURLINFO_RESPONSE_CODE, &code);
-        curl_multi_remove_handle(all, q->curl);
-        curl_easy_cleanup(q->curl);
-    }
-    if (q->f)
-        fclose(q->f);
-    if (q->done && code == 200)
-        return q->text;
-    free(q->text);
-    return NULL;
-}
-
-/* Does this page belong to the worker of that name? */
-static bool is_of(const char *page, const char *worker)
-{
-    char want[300];
-    snprintf(want, sizeof want, "worker=\"%s\"", worker);
-    const char *at = strstr(page, "loramill_build_info{");
-    const char *end = at ? strchr(at, '\n') : NULL;
-    const char *found = at ? strstr(at, want) : NULL;
-    return found && (!end || found < end);
-}
-
-static const struct page *page_of(const struct status *s, const struct group_member *m)
-{
-    for (size_t i = 0; i < s->n_pages; i++)
-        if (!strcmp(s->pages[i].host, m->host) &&
-            is_of(s->pages[i].text, m->client))
-            return &s->pages[i];
-    return NULL;
-}
-
-static void keep_page(struct status *s, struct page p)
-{
-    struct page *grown = p.text ? lm_reallocarray(s->pages, s->n_pages + 1, sizeof *grown) : NULL;
-    if (grown) {
-        s->pages = grown;
-        s->pages[s->n_pages++] = p;
-    } else {
-        free(p.text);
-    }
-}
-
-static void scrape_ports(struct status *s, const char *host, int from, int to)
-{
-    struct scrape q[CONFIG_HTTP_PORTS] = { 0 };
-    CURLM *all = curl_multi_init();
-    if (!all)
-        return;
-    for (int i = from; i < to; i++)
-        scrape_begin(&q[i], all, host, s->config.http_port + i);
-    scrape_run(all);
-    for (int i = from; i < to; i++)
-        keep_page(s, (struct page){ scrape_end(&q[i], all), host });
-    curl_multi_cleanup(all);
-}
-
-/* The pages of one host: from http.port on, as many as it has members and a few more; where that
- * leaves one of them without, wherever else a worker looks for a free port. */
-static void scrape_host(struct status *s, size_t member)
-{
-    const struct group_member *m = s->group.members;
-    const char *host = m[member].host;
-    int most = (int)LM_MIN(CONFIG_HTTP_PORTS, UINT16_MAX + 1 - s->config.http_port), here = 0;
-    bool missing = false;
-    for (size_t i = 0; i < s->group.n_members; i++) {
-        bool same = !strcmp(m[i].host, host);
-        if (same && i < member)
-            return;             /* has been asked */
-        here += same;
-    }
-    int first = LM_MIN(here + MORE_PORTS, most);
-    scrape_ports(s, host, 0, first);
-    for (size_t i = member; i < s->group.n_members; i++)
-        missing |= !strcmp(m[i].host, host) && !page_of(s, &m[i]);
-    if (missing)
-        scrape_ports(s, host, first, most);
-}
+/* ---- showing ---------------------------------------------------------------------------- */
 
 /* The value of a metric without labels; -1: not there. */
-static int64_t value_of(const struct page *p, const char *name)
+static int64_t value_of(const char *page, const char *name)
 {
     char want[128];
-    if (!p)
+    if (!page)
         return -1;
     int n = snprintf(want, sizeof want, "\n%s ", name);
-    const char *at = strstr(p->text, want);
+    const char *at = strstr(page, want);
     return at ? (int64_t)strtod(at + n, NULL) : -1;
 }
-
-/* ---- showing ---------------------------------------------------------------------------- */
 
 static int64_t lag_of(const struct group_part *p)
 {
@@ -232,7 +103,7 @@ static void print_text(const struct status *s)
            "WAITING", "RUNNING", "PAUSED");
     for (size_t i = 0; i < g->n_members; i++) {
         const struct group_member *m = &g->members[i];
-        const struct page *p = page_of(s, m);
+        const char *p = scrape_page_of(&s->pages, m);
         int64_t paused = value_of(p, "loramill_intake_paused");
         printf("%-24s %-16s %10d %9s %8s %8s %7s\n", m->client, m->host, m->n_parts,
                number(a, value_of(p, "loramill_in_flight_records")),
@@ -262,7 +133,7 @@ static void print_json(const struct status *s)
     }
     for (size_t i = 0; i < g->n_members; i++) {
         const struct group_member *m = &g->members[i];
-        const struct page *p = page_of(s, m);
+        const char *p = scrape_page_of(&s->pages, m);
         json_array_append_new(workers, json_pack(
             "{s:s, s:s, s:i, s:o, s:o, s:o, s:o}", "worker", m->client, "host", m->host,
             "partitions", m->n_parts,
@@ -292,9 +163,8 @@ static int run(struct status *s)
         return CLI_FAILED;
     }
     cli_group_oldest(&s->kafka, &s->group);
-    curl_global_init(CURL_GLOBAL_DEFAULT);
-    for (size_t i = 0; s->metrics && s->config.http_port && i < s->group.n_members; i++)
-        scrape_host(s, i);
+    if (s->metrics && s->config.http_port)
+        scrape_workers(&s->group, (int)s->config.http_port, &s->pages);
     if (s->json)
         print_json(s);
     else
@@ -343,9 +213,7 @@ int cmd_status(int argc, char **argv)
         fprintf(stderr, "loramill status: %s\n", err.msg);
         status = CLI_USAGE;
     }
-    for (size_t i = 0; i < s.n_pages; i++)
-        free(s.pages[i].text);
-    free(s.pages);
+    scrape_release(&s.pages);
     cli_group_release(&s.group);
     cli_kafka_close(&s.kafka);
     config_release(&s.config);
