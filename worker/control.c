@@ -55,7 +55,7 @@ static void obey(control *c, const char *id, int64_t when_ms)
     if (!n)
         return;
     lm_log(LM_DEBUG, "control", "cancel '%s': %d here", id, n);
-    atomic_store(&w->look_for_cancelled, true);
+    atomic_store(&w->sweep_intake, true);
     job_queue_wake(&w->to_intake);
 }
 

@@ -23,6 +23,7 @@
  * for its adapter, which the store then no longer owes us (store_let_go). For that those three are
  * swept when an order is new, or the earliest deadline in them has passed, at most every SWEEP_US;
  * the earliest is a lower bound, made exact by each sweep. What is not decoded yet has no deadline.
+ * What is of a partition that goes is handed back by a sweep, too.
  *
  * Poison. Before the engine sees a prompt, the journal (journal.h) is asked whether workers died
  * with it: then it runs alone, with everything else waiting in `busy`, or is a dead letter. What
@@ -634,7 +635,7 @@ static void *intake_main(void *arg)
         step_chain(in, job_queue_take(&w->to_intake, wait));
         step_chain(in, job_list_take_due(&in->later, lm_now_us()));
         submit_busy(in);
-        if (atomic_exchange(&w->look_for_cancelled, false) || sweep_is_due(in))
+        if (atomic_exchange(&w->sweep_intake, false) || sweep_is_due(in))
             sweep(in);
         if (atomic_load(&w->stopping) && !swept) {
             codec_ask_no_more(w->codec);

@@ -254,6 +254,8 @@ static void revoke_leases(consumer *c, const rd_kafka_topic_partition_list_t *pa
         lm_log(LM_INFO, "consumer", "%s %s [%d]", lost ? "lost" : "revoked",
                parts->elems[i].topic, (int)parts->elems[i].partition);
     }
+    atomic_store(&c->w->sweep_intake, true);    /* or they keep its room until their turns */
+    job_queue_wake(&c->w->to_intake);
 }
 
 static void end_epochs(consumer *c, const rd_kafka_topic_partition_list_t *parts, bool lost)

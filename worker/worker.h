@@ -82,7 +82,7 @@ struct worker {
     atomic_llong drain_end_us;  /* while stopping: when drain.timeout_ms is over */
     atomic_bool ending;         /* threads end at once */
     atomic_int failed;          /* lm_status that ended the worker, LM_OK while it is well */
-    atomic_bool look_for_cancelled;     /* intake: sweep what waits */
+    atomic_bool sweep_intake;   /* of what waits there something was cancelled, or goes */
     atomic_bool alone;          /* one of those in the engine, which must be alone there */
     atomic_bool closed;         /* a suspect is to run alone: intake starts nothing else */
     atomic_bool intake_rests;   /* since `closed` intake has ended what it had begun */

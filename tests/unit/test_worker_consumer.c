@@ -243,6 +243,7 @@ static void an_eager_revocation_commits_while_it_drains(void **state)
     assert_int_equal(commits_meanwhile, 1);
     assert_non_null(strstr(metadata, "0:"));
     assert_true(strlen(metadata) > 4);  /* it has a map */
+    assert_true(atomic_load(&x->w.sweep_intake));
     job_unref(running);
     running = NULL;
     close_world(x);

@@ -165,7 +165,7 @@ static void give(struct fix *f, int offset, const char *adapter, int deadline_ms
 static void cancel(struct fix *f, int offset)
 {
     atomic_store(&f->jobs[offset]->cancelled, true);
-    atomic_store(&f->x->w.look_for_cancelled, true);
+    atomic_store(&f->x->w.sweep_intake, true);
     job_queue_wake(&f->x->w.to_intake);
 }
 
@@ -395,6 +395,25 @@ static void test_a_suspect_asks_in_its_turn(void **state)
     assert_int_equal(atomic_load(&decodings), 0);
 }
 
+/* So do those of a partition that goes: they would take room from those of others. */
+static void test_a_revocation_lets_go(void **state)
+{
+    struct fix *f = *state;
+    give(f, 0, "a/b", 0);
+    give(f, 1, NULL, 0);
+    for (int i = 0; i < PATIENCE_MS && atomic_load(&f->jobs[0]->stage) != JOB_FETCHING; i++)
+        usleep(1000);
+    atomic_store(&f->x->part.lease->revoked, true);
+    atomic_store(&f->x->w.sweep_intake, true);          /* test_worker_consumer.c: it is */
+    job_queue_wake(&f->x->w.to_intake);
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < PATIENCE_MS && atomic_load(&f->jobs[i]->stage) != JOB_DROPPED; k++)
+            usleep(1000);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(atomic_load(&f->jobs[i]->stage), JOB_DROPPED);
+    assert_int_equal(atomic_load(&f->x->w.metrics.backlog), -2);        /* the test gave them */
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -405,6 +424,7 @@ int main(void)
         TEST(test_while_a_suspect_runs), TEST(test_a_suspect_before_its_turn),
         TEST(test_no_first_token_in_time),
         TEST(test_an_end_that_must_wait_is_not_hurried), TEST(test_stopping_lets_go),
+        TEST(test_a_revocation_lets_go),
         cmocka_unit_test_setup_teardown(test_for_a_silent_registry, setup_registry,
                                         teardown_registry),
         cmocka_unit_test_setup_teardown(test_a_suspect_asks_in_its_turn, setup_registry,
