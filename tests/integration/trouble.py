@@ -58,12 +58,14 @@ class Reader:
 
 
 def send(records, topic="prompts"):
-    """records: (value, headers) or (value, headers, key); a value that is not bytes goes as JSON"""
+    """records: (value, headers[, key[, partition]]); a value that is not bytes goes as JSON. Without a
+    partition it is the key's, and without a key any."""
     p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
-    for value, headers, *key in records:
+    for value, headers, *where in records:
         if value is not None and not isinstance(value, bytes):
             value = json.dumps(value).encode()
-        p.produce(topic, value=value, headers=headers, key=key[0] if key else None)
+        key, partition = (where + [None, -1][len(where):])[:2]
+        p.produce(topic, value=value, headers=headers, key=key, partition=partition)
     p.flush(30)
 
 
@@ -178,26 +180,67 @@ def stream_heir():
           [len(last)] + [(parts, whole) for parts, whole in texts if parts != whole][:2])
 
 
+def java_partition(key, n):
+    """Where Java clients put a record with this key, of n partitions: by murmur2."""
+    m, bits = 0x5bd1e995, 0xffffffff
+    h = 0x9747b28c ^ len(key)
+    whole = len(key) // 4 * 4
+    for i in range(0, whole, 4):
+        k = int.from_bytes(key[i:i + 4], "little") * m & bits
+        h = h * m & bits ^ (k ^ k >> 24) * m & bits
+    if key[whole:]:
+        h = (h ^ int.from_bytes(key[whole:], "little")) * m & bits
+    h = (h ^ h >> 13) * m & bits
+    return ((h ^ h >> 15) & 0x7fffffff) % n
+
+
+def texts_of(docs):
+    """The text of each choice, from the parts of a reply."""
+    texts = {}
+    for c in (c for d in docs for c in d["choices"]):
+        texts[c["index"]] = texts.get(c["index"], "") + c["text"]
+    return texts
+
+
+def going_away(n):
+    """Four keys, one of them none, and their partitions: of n, all different, and none is 0, the one that
+    stays. The worker's partitioner=murmur2 puts what has no key where an empty one belongs."""
+    keys = {java_partition(b"", n): None}
+    for i in range(1000):
+        key = f"key {i}".encode()
+        keys.setdefault(java_partition(key, n), key)
+    assert keys.pop(0, None) and None in keys.values()
+    return [(key, p) for p, key in keys.items()][:4]
+
+
 def stream_shrinks(pid, run):
-    """A topic is made again with one partition of twelve while parts of four replies go to it. The prompts
-    have no keys, so that the worker chose their partitions, and may choose anew. The worker stands still
-    meanwhile: it sees the new topic only."""
+    """A topic is made again with one partition of twelve while parts of four replies go to others of them.
+    The prompts name no partition, so that the worker, who chose, may choose anew; it chooses by key, and
+    the keys are such that all are of partitions that go away. The worker stands still meanwhile: it sees
+    the new topic only. A reply of which it may have had all texts by then has no parts to come: such an
+    attempt is none."""
     import signal
     from confluent_kafka.admin import AdminClient, NewTopic
-    topic = "shrinking"
-    for n in attempts():
+    topic, chosen = "shrinking", going_away(12)
+    final = lambda s: sorted(body(m)["id"] for m in s if not header(m, "loramill-part"))
+    for n in attempts(10):
         r = Reader(topic)
         ids = [f"{run}-{n}-{i}" for i in range(4)]
-        send([({"id": i, "prompt": "event ->", "stream": True, "params": {**LONG, "n": 8}}, []) for i in ids],
-             "streamed")
+        send([({"id": i, "prompt": "event ->", "stream": True, "params": {**LONG, "n": 16}}, [], key)
+              for i, (key, _) in zip(ids, chosen)], "streamed")
         r.until(lambda s: {body(m)["id"] for m in s} >= set(ids))
         os.killpg(int(pid), signal.SIGSTOP)
-        begun = {body(m)["id"]: m for m in r.until(lambda s: False, 1)}
-        if all(header(begun[i], "loramill-part") for i in ids if i in begun):
+        begun = {i: [m for m in r.until(lambda s: False, 1) if body(m)["id"] == i] for i in ids}
+        # A token has a character, all but always: fewer than half as many are far from the end.
+        longest = max((len(t) for x in begun.values() for t in texts_of(map(body, x)).values()), default=0)
+        print(f"# attempt {n}: stopped after {longest} characters of {LONG['max_tokens']} tokens")
+        if longest < LONG["max_tokens"] // 2 and not final(r.seen):
             break
-        os.killpg(int(pid), signal.SIGCONT)     # one has ended before
-    check("each has begun, and not all in the partition that stays", set(begun) >= set(ids)
-          and any(m.partition() for m in begun.values()), sorted(begun))
+        os.killpg(int(pid), signal.SIGCONT)
+        r.until(lambda s: final(s) == ids)
+    check("each has begun, in a partition of its key, which goes away",
+          [{m.partition() for m in begun[i]} for i in ids] == [{p} for _, p in chosen],
+          [[m.partition() for m in x] for x in begun.values()])
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 3})
     admin.delete_topics([topic])[topic].result(20)
     while True:
@@ -210,19 +253,17 @@ def stream_shrinks(pid, run):
         time.sleep(0.1)
     os.killpg(int(pid), signal.SIGCONT)
     r = Reader(topic, before=ALL)
-    finals = lambda s: [body(m)["id"] for m in s if not header(m, "loramill-part") and body(m)["id"] in ids]
-    got = r.until(lambda s: len(finals(s)) == len(ids), 90)
-    check("each has one final record in the new topic", sorted(finals(got)) == ids, finals(got))
+    got = r.until(lambda s: len(final(s)) == len(ids), 90)
+    check("each has one final record in the new topic", final(got) == ids, final(got))
     for i in ids:
         docs = [body(m) for m in got if body(m)["id"] == i]
         whole, rest = docs[-1], docs[:-1]
         seqs = [d["stream"]["seq"] for d in docs]
-        texts = [("".join(x["text"] for d in rest for x in d["choices"] if x["index"] == c["index"]), c["text"])
-                 for c in whole["choices"]]
+        texts = texts_of(rest)
         check(f"{i}: parts {seqs[0]} to {seqs[-1] - 1} in order, the end of the final record's text",
               seqs == list(range(seqs[0], seqs[0] + len(docs))) and len(rest) > 0
               and len({d["stream"]["generation"] for d in docs}) == 1
-              and all(text.endswith(end) for end, text in texts), seqs)
+              and all(c["text"].endswith(texts.get(c["index"], "")) for c in whole["choices"]), seqs)
 
 
 def errors():
@@ -312,14 +353,15 @@ def cancel_before(loramill, properties, step, run):
 def cancel_held(step, run):
     """With delivery.order=key, c waits for b, which waits for a, which waits for an adapter that nobody
     serves. b is cancelled where it is held: by the order of its key, and then by quarantine, when two
-    workers have died. In the end a is cancelled too, and what was held goes its way in order."""
+    workers have died. In the end a is cancelled too, and what was held goes its way in order. d is of the
+    other partition: read again with the others, it would wait behind a in quarantine."""
     r = Reader("replies", "dead")
     mine = lambda s: [body(m) for m in s if (header(m, "loramill-request-id") or b"").startswith(run.encode())]
     if step == "send":
-        send([({"id": f"{run}-a", "prompt": "x", "adapter": "away"}, [], "one key"),
-              ({"id": f"{run}-b", "prompt": "x"}, [], "one key"),
-              ({"id": f"{run}-c", "prompt": "x"}, [], "one key"),
-              ({"id": f"{run}-d", "prompt": "x"}, [])])
+        send([({"id": f"{run}-a", "prompt": "x", "adapter": "away"}, [], "one key", 0),
+              ({"id": f"{run}-b", "prompt": "x"}, [], "one key", 0),
+              ({"id": f"{run}-c", "prompt": "x"}, [], "one key", 0),
+              ({"id": f"{run}-d", "prompt": "x"}, [], None, 1)])
         got = mine(r.until(lambda s: mine(s)))
         check("what is not of that key is answered", [d["id"] for d in got] == [f"{run}-d"], got)
         send([({"cancel": f"{run}-b"}, [])], "control")
@@ -543,8 +585,8 @@ def poison(log):
     bad = {f"{run}-kill": "POISON-KILL", f"{run}-hang": "POISON-HANG"}
     prompts = [{"id": f"{run}-{i}", "prompt": f"good {i}"} for i in range(60)]
     prompts[20:20] = [{"id": i, "prompt": p} for i, p in bad.items()]
-    send([(p, [], "one partition") for p in prompts])
-    send([({"id": f"{run}-other", "prompt": "good"}, [])])
+    send([(p, [], "one partition", 0) for p in prompts])
+    send([({"id": f"{run}-other", "prompt": "good"}, [], None, 1)])
     seen = lambda s: {header(m, "loramill-request-id") or body(m)["id"].encode(): m for m in s}
     got = seen(r.until(lambda s: len(seen(s)) == len(prompts) + 1, 150))
     check("every prompt has its outcome", len(got) == len(prompts) + 1, len(got))
