@@ -98,8 +98,8 @@ LDFLAGS += -pthread $(SANFLAGS) -Wl,--as-needed -Wl,-rpath,$(RDKAFKA)/lib
 LDLIBS  += $(shell $(PKG_CONFIG) --libs $(LIBS_HIGH) $(LIBS_LOW) 2>/dev/null) \
            -l:libutf8proc.a -lm -ldl
 
-# What one thread of a worker allocates another frees, which mimalloc is made for. It is linked only
-# to take malloc's name, before libc; sanitizers bring an allocator of their own.
+# What one thread of a worker allocates another frees, which mimalloc is made for. It is linked to
+# take malloc's name, before libc; sanitizers bring an allocator of their own.
 MALLOC := $(if $(and $(filter 1,$(WORKER)),$(if $(SANITIZE),,1)),\
           -Wl$(comma)--no-as-needed -lmimalloc -Wl$(comma)--as-needed)
 
@@ -197,6 +197,8 @@ $(eval $(call stamp,members,$(call obj,$(LIB_SRC))))
 $(LIB): $(call obj,$(LIB_SRC)) $(BUILD)/members
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $(filter %.o,$^)
+
+$(call obj,worker/cmd_worker.c): CPPFLAGS += $(if $(MALLOC),-DLORAMILL_MIMALLOC)
 
 $(BIN): $(call obj,worker/main.c) $(LIB)
 	$(say) LD $@
