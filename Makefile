@@ -198,7 +198,7 @@ $(LIB): $(call obj,$(LIB_SRC)) $(BUILD)/members
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $(filter %.o,$^)
 
-$(call obj,worker/cmd_worker.c): CPPFLAGS += $(if $(MALLOC),-DLORAMILL_MIMALLOC)
+$(call obj,worker/main.c): CPPFLAGS += $(if $(MALLOC),-DLORAMILL_MIMALLOC)
 
 $(BIN): $(call obj,worker/main.c) $(LIB)
 	$(say) LD $@

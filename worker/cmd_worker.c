@@ -5,9 +5,6 @@
  */
 #include <stdio.h>
 #include <string.h>
-#ifdef LORAMILL_MIMALLOC
-#include <mimalloc.h>
-#endif
 
 #include "worker/commands.h"
 #include "worker/kafka_conf.h"
@@ -130,25 +127,8 @@ static int run(int argc, char **argv, struct config *c)
     return worker_run(c);
 }
 
-/* The client library takes and frees buffers of up to a megabyte, hundreds a second. Given back
- * to the system after 25 ms, as mimalloc does, each would be of fresh pages, zeroed one fault at
- * a time: a tenth of a worker's CPU time. MIMALLOC_DECOMMIT_DELAY, or MIMALLOC_PURGE_DELAY from
- * mimalloc 2.1 on, overrides it. */
-static void keep_free_memory(void)
-{
-#ifdef LORAMILL_MIMALLOC
-    enum { KEEP_MS = 100 };
-#if MI_MALLOC_VERSION < 210
-    mi_option_set_default(mi_option_decommit_delay, KEEP_MS);
-#else
-    mi_option_set_default(mi_option_purge_delay, KEEP_MS);
-#endif
-#endif
-}
-
 int cmd_worker(int argc, char **argv)
 {
-    keep_free_memory();
     struct config c;
     struct lm_err err;
     if (config_init(&c, &err))
