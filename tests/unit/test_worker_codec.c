@@ -17,21 +17,6 @@
 #include "worker/json_completion.h"
 #include "worker/schema_text.h"
 
-static struct server server;
-
-static int start(void **state)
-{
-    (void)state;
-    return server_start(&server);
-}
-
-static int stop(void **state)
-{
-    (void)state;
-    server_stop(&server);
-    return 0;
-}
-
 static codec *make_codec(bool auto_register)
 {
     codec *c = NULL;
@@ -450,5 +435,5 @@ int main(void)
         cmocka_unit_test(encoders_take_turns),
         cmocka_unit_test(reply_schema_must_be_there),
     };
-    return cmocka_run_group_tests(tests, start, stop);
+    return cmocka_run_group_tests(tests, server_set_up, server_tear_down);
 }

@@ -16,21 +16,6 @@
 #include "worker/registry.h"
 #include "worker/schema_cache.h"
 
-static struct server server;
-
-static int start(void **state)
-{
-    (void)state;
-    return server_start(&server);
-}
-
-static int stop(void **state)
-{
-    (void)state;
-    server_stop(&server);
-    return 0;
-}
-
 static registry *open_url(const char *url, const char *auth, int total_ms)
 {
     registry *r = NULL;
@@ -438,5 +423,5 @@ int main(void)
         cmocka_unit_test(schemas_are_asked_for_once),
         cmocka_unit_test(strangers_do_not_push_out_friends),
     };
-    return cmocka_run_group_tests(tests, start, stop);
+    return cmocka_run_group_tests(tests, server_set_up, server_tear_down);
 }

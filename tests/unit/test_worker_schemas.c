@@ -16,21 +16,6 @@
 
 enum { PATIENCE_MS = 20000 };
 
-static struct server server;
-
-static int start(void **state)
-{
-    (void)state;
-    return server_start(&server);
-}
-
-static int stop(void **state)
-{
-    (void)state;
-    server_stop(&server);
-    return 0;
-}
-
 /* ---- silence ------------------------------------------------------------------------------- */
 
 /* Takes connections and says nothing. */
@@ -314,5 +299,5 @@ int main(void)
         cmocka_unit_test(a_reply_waits_for_a_moment_only),
         cmocka_unit_test(a_reply_has_its_id_at_once),
     };
-    return cmocka_run_group_tests(tests, start, stop);
+    return cmocka_run_group_tests(tests, server_set_up, server_tear_down);
 }

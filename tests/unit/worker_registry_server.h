@@ -130,4 +130,20 @@ static void server_stop(struct server *s)
     free(s->body);
 }
 
+/* One for all tests of a program: its group's set-up and tear-down. */
+static struct server server;
+
+static inline int server_set_up(void **state)
+{
+    (void)state;
+    return server_start(&server);
+}
+
+static inline int server_tear_down(void **state)
+{
+    (void)state;
+    server_stop(&server);
+    return 0;
+}
+
 #endif
