@@ -4,8 +4,8 @@
  *
  *   /startupz   200 once the model is loaded and every thread runs
  *   /readyz     200 while started, well and not stopping
- *   /livez      200 unless a failure is latched or a thread's heartbeat is stale; never 503 because
- *               a broker is away, for a restart would not bring it back
+ *   /livez      200 unless a failure is latched or the heartbeat of consumer, intake or outbox is
+ *               stale; never 503 because a broker is away, for a restart would not bring it back
  *
  * A busy port is no error: the next free one of CONFIG_HTTP_PORTS is taken, so that workers
  * of one host may share a configuration.
@@ -163,6 +163,8 @@ static const char *not_live(struct worker *w)
         return NULL;
     if (now - atomic_load(&w->consumer_beat_us) > STALE_US)
         return "the consumer thread hangs\n";
+    if (now - atomic_load(&w->intake_beat_us) > STALE_US)
+        return "the intake thread hangs\n";
     if (now - atomic_load(&w->outbox_beat_us) > STALE_US)
         return "the outbox thread hangs\n";
     return NULL;

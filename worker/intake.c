@@ -609,6 +609,7 @@ static void sweep(intake *in)
     for (struct job *j = over.head, *next; j; j = next) {
         next = j->next;
         j->due_us = 0;
+        atomic_store(&in->w->intake_beat_us, lm_now_us());  /* each may wait for a schema's id */
         step(in, j);
     }
     in->next_sweep_us = lm_now_us() + SWEEP_US;

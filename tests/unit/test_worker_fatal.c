@@ -208,6 +208,32 @@ static void test_fatal_transactional(void **state)
     close(fd);
 }
 
+/* Each of the three threads that a prompt passes is missed. */
+static void test_silent_thread(void **state)
+{
+    (void)state;
+    struct config c;
+    struct lm_err err;
+    struct worker w = { .cfg = &c };
+    atomic_llong *beats[] = { &w.consumer_beat_us, &w.intake_beat_us, &w.outbox_beat_us };
+    char line[64];
+    http *h;
+    find_port();
+    snprintf(line, sizeof line, "http.port=%d", port);
+    assert_int_equal(config_init(&c, &err), LM_OK);
+    set(&c, "http.address=127.0.0.1");
+    set(&c, line);
+    assert_int_equal(http_new(&w, &h, &err), LM_OK);
+    atomic_store(&w.started, true);
+    for (size_t silent = 0; silent <= LM_COUNT(beats); silent++) {
+        for (size_t i = 0; i < LM_COUNT(beats); i++)
+            atomic_store(beats[i], lm_now_us() - (i == silent ? 61 : 1) * INT64_C(1000000));
+        assert_int_equal(get("/livez"), silent == LM_COUNT(beats) ? 200 : 503);
+    }
+    http_free(h);
+    config_release(&c);
+}
+
 /* An orderly end is none: livez says 200 to the end. */
 static void test_no_failure(void **state)
 {
@@ -222,6 +248,7 @@ int main(void)
         cmocka_unit_test(test_fatal_consumer),
         cmocka_unit_test(test_fatal_transactional),
         cmocka_unit_test(test_no_failure),
+        cmocka_unit_test(test_silent_thread),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
