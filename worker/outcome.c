@@ -27,6 +27,29 @@
 
 enum { LOG_DEAD_LETTERS = 10 };
 
+/* ---- form and destination --------------------------------------------------------------- */
+
+static enum encoding reply_encoding(const struct worker *w, enum encoding of_prompt)
+{
+    switch (w->reply_as) {
+    case REPLY_AS_JSON:
+        return ENCODING_JSON;
+    case REPLY_AS_AVRO:
+        return ENCODING_AVRO;
+    default:
+        return of_prompt;
+    }
+}
+
+/* `to` lives as long as `o`. */
+static void address(struct outgoing *o, const struct reply_route *to, const struct config *cfg)
+{
+    o->topic = to->asked ? to->topic : cfg->topics_replies;
+    o->partition = to->partition;
+    o->asked = to->asked;
+    o->follows = to->follows;
+}
+
 /* ---- notices ---------------------------------------------------------------------------- */
 
 /* Does anybody wait for a reply to this record? */
@@ -55,22 +78,22 @@ static const char *refused_id(const struct job *j, json_t **root)
 }
 
 static lm_status encode_notice(struct worker *w, const struct job *j, const struct prompt *p,
-                               const struct lm_err *why, struct outgoing *o, enum encoding enc)
+                               const struct lm_err *why, struct outgoing *o, enum encoding enc,
+                               struct lm_err *err)
 {
     static const struct engine_result none = { 0 };
     struct completion done = { .prompt = p, .model = w->info.model_name, .worker = w->name,
                                .result = &none, .error = why };
-    struct lm_err err;
-    lm_status st = codec_encode_completion(w->codec, &done, enc, &o->value, &o->len, &err);
+    lm_status st = codec_encode_completion(w->codec, &done, enc, &o->value, &o->len, err);
     if (st && enc == ENCODING_AVRO)
-        return encode_notice(w, j, p, why, o, ENCODING_JSON);
+        return encode_notice(w, j, p, why, o, ENCODING_JSON, err);
     o->value_owned = !st;
     if (st)
         return st;
     reply_headers(&o->headers, j->record.headers, j->record.n_headers, &w->header_names, p, enc);
     header_add_text(&o->headers, "loramill-error-code", lm_status_wire(why->code));
     header_add_text(&o->headers, "loramill-error-message", why->msg);
-    return o->headers.failed ? LM_NOMEM : LM_OK;
+    return o->headers.failed ? lm_err_set(err, LM_NOMEM, "out of memory") : LM_OK;
 }
 
 /* Where a notice goes: by the same rules as the reply. The prompt may be refused because of its
@@ -87,27 +110,24 @@ static lm_status notice_route(struct worker *w, const struct job *j, struct repl
 static void add_notice(struct worker *w, struct job *j, const struct lm_err *why)
 {
     struct reply_route to = { .partition = -1 };
+    struct lm_err err = { LM_NOMEM, "out of memory" };
     json_t *root;
     if (!w->cfg->errors_reply || !has_requester(w, j) || notice_route(w, j, &to))
         return;
-    const char *e = w->cfg->replies_encoding;
-    enum encoding enc = codec_detect(j->record.value, j->record.value_len, j->record.headers,
-                                     j->record.n_headers);
-    if (strcmp(e, "same"))
-        enc = strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
+    enum encoding enc = reply_encoding(w, codec_detect(j->record.value, j->record.value_len,
+                                                       j->record.headers, j->record.n_headers));
     struct prompt unread = { .id = refused_id(j, &root) };
     struct outgoing *o = lm_calloc(1, sizeof *o);
-    if (!o || encode_notice(w, j, j->prompt ? j->prompt : &unread, why, o, enc)) {
+    if (!o || encode_notice(w, j, j->prompt ? j->prompt : &unread, why, o, enc, &err)) {
         if (o)
             outgoing_release(o);
         free(o);
         o = NULL;
-        lm_log(LM_WARN, "worker", "out of memory for an error reply");
+        lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": no error reply: %s", j->lease->topic,
+               (int)j->lease->partition, j->record.offset, err.msg);
     } else {
         j->route = to;
-        o->topic = j->route.topic;
-        o->partition = to.partition;
-        o->asked = to.asked;
+        address(o, &j->route, w->cfg);
     }
     json_decref(root);
     j->notice = o;
@@ -182,14 +202,6 @@ bool worker_trim_dead_letter(struct worker *w, struct job *j)
 
 /* ---- replies ------------------------------------------------------------------------------ */
 
-static enum encoding reply_encoding(const struct worker *w, const struct job *j)
-{
-    const char *e = w->cfg->replies_encoding;
-    if (!strcmp(e, "same"))
-        return j->prompt->encoding;
-    return strcmp(e, "avro") ? ENCODING_JSON : ENCODING_AVRO;
-}
-
 /* What every record of a reply says about its prompt. */
 static struct completion describe(const struct worker *w, const struct job *j)
 {
@@ -262,10 +274,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
         job_clear_out(j);
         return LM_NOMEM;
     }
-    j->out.topic = j->route.asked ? j->route.topic : w->cfg->topics_replies;
-    j->out.partition = j->route.partition;
-    j->out.asked = j->route.asked;
-    j->out.follows = j->route.follows;
+    address(&j->out, &j->route, w->cfg);
     j->outcome = OUTCOME_REPLY;
     job_set_stage(j, JOB_ANSWERING);
     return LM_OK;
@@ -274,7 +283,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
 lm_status worker_reply(struct worker *w, struct job *j)
 {
     struct lm_err err;
-    enum encoding enc = reply_encoding(w, j);
+    enum encoding enc = reply_encoding(w, j->prompt->encoding);
     job_clear_out(j);
     lm_status st = encode_reply(w, j, enc, NULL, &err);
     bool claim = w->claims && (st == LM_TOO_LARGE ||
@@ -305,7 +314,7 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
     struct outgoing *o = &j->out;
     void *whole = o->value;             /* kept until its successor is there */
     size_t len = o->len;
-    lm_status st = encode_reply(w, j, reply_encoding(w, j), claim, &err);
+    lm_status st = encode_reply(w, j, reply_encoding(w, j->prompt->encoding), claim, &err);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {
         o->value = whole;
         o->len = len;
@@ -329,7 +338,7 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
 lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text)
 {
     struct lm_err err;
-    enum encoding enc = reply_encoding(w, j);
+    enum encoding enc = reply_encoding(w, j->prompt->encoding);
     struct completion done = describe(w, j);
     struct completion_stream part = { j->stream->generation, j->stream->seq, false };
     done.stream = &part;
@@ -350,10 +359,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
         job_unref(child);
         return st;
     }
-    o->topic = child->route.asked ? child->route.topic : w->cfg->topics_replies;
-    o->partition = j->route.partition;
-    o->asked = j->route.asked;
-    o->follows = j->route.follows;
+    address(o, &child->route, w->cfg);
     metric_add(&w->metrics.stream_parts, 1);
     producer_send(w->producer, child);
     return LM_OK;

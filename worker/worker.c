@@ -201,7 +201,7 @@ static lm_status open_codec(struct worker *w, struct lm_err *err)
         .model_name = w->info.model_name, .answered = intake_schema_answered,
     };
     lm_status st = codec_new(&cc, &w->codec, err);
-    if (st || strcmp(c->replies_encoding, "avro"))
+    if (st || w->reply_as != REPLY_AS_AVRO)
         return st;
     /* Every reply would fail without its schema: said now. A registry that is away is waited for by
      * the first reply. */
@@ -248,6 +248,8 @@ static void worker_init(struct worker *w, const struct config *cfg)
     w->header_names = (struct header_names){ cfg->headers_correlation_id,
                                              cfg->headers_reply_topic,
                                              cfg->headers_reply_partition };
+    w->reply_as = !strcmp(cfg->replies_encoding, "avro") ? REPLY_AS_AVRO :
+                  !strcmp(cfg->replies_encoding, "json") ? REPLY_AS_JSON : REPLY_AS_PROMPT;
     set_name(w);
     metrics_init(&w->metrics);
     job_queue_init(&w->to_intake);

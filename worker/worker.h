@@ -50,11 +50,15 @@ struct cancels;
 struct journal;
 struct spans;
 
+/* replies.encoding, as it is asked for each reply. */
+enum reply_as { REPLY_AS_PROMPT, REPLY_AS_JSON, REPLY_AS_AVRO };
+
 struct worker {
     const struct config *cfg;
     credentials *credentials;   /* of the clients below */
     char name[256];
     struct header_names header_names;
+    enum reply_as reply_as;     /* replies.encoding */
     struct metrics metrics;
     struct client_stats consumer_stats, producer_stats;
 
