@@ -10,8 +10,9 @@
  * GUID; it stands in the header __value_schema_id (then the value is bare), else before the value.
  *
  * Decoding and encoding share nothing that changes: each has a registry client, or both have the
- * asker. Encoders (the outbox, and intake for prompts that expired there) take turns only to ask
- * for the schema's id.
+ * asker. Encoders (the outbox; intake, for prompts that ended there; the claim thread; and whoever
+ * refuses a prompt, the producer thread too, for its notice) take turns only to ask for the
+ * schema's id.
  */
 #include "worker/codec.h"
 
@@ -47,13 +48,13 @@ struct codec {
     /* decoding thread; NULL without a registry */
     registry *prompts;
     schema_cache *cache;
-    /* encoding threads, under the lock */
+    /* encoding threads; only read, but for the two that say otherwise */
     pthread_mutex_t replies_lock;
-    registry *replies;
+    registry *replies;          /* under the lock */
     struct avro_plan *reply_plan;
     char *subject;
     bool auto_register;
-    _Atomic int32_t reply_id;   /* 0: not asked yet; once it is known it is read without the lock */
+    _Atomic int32_t reply_id;   /* 0: not known yet */
 };
 
 /* ---- life ---------------------------------------------------------------------------------- */

@@ -14,7 +14,7 @@
  * codec_decode_prompt(), and says whether the schema is there or will be. Without it, decoding asks
  * and blocks for up to 10 s: for the command line tools.
  *
- * Threads: one decodes at a time; any number may encode, one after the other.
+ * Threads: one decodes at a time; any number may encode, side by side.
  */
 #ifndef LORAMILL_WORKER_CODEC_H
 #define LORAMILL_WORKER_CODEC_H

@@ -15,13 +15,13 @@
 #include <stdio.h>
 #include "kernels/base.h"
 
-/* Which librdkafka handle a passthrough property is for. */
 /* kafka.max.poll.interval.ms unless it is set. */
 #define CONFIG_MAX_POLL_INTERVAL "120000"
 
 /* http.port and the ports behind it: a worker takes the first that is free. */
 enum { CONFIG_HTTP_PORTS = 100 };
 
+/* Which librdkafka handle a passthrough property is for. */
 enum config_scope { CONFIG_BOTH, CONFIG_CONSUMER, CONFIG_PRODUCER };
 
 struct config_pair {
@@ -88,19 +88,18 @@ lm_status config_check(const struct config *c, struct lm_err *err); /* required 
 lm_status config_read_again(const struct config *c, struct config *out, struct lm_err *err);
 
 bool config_exactly_once(const struct config *c);
-/* From topics.priorities; 0 for a topic that it does not name. */
 /* Is it one of topics.prompts, by name or by pattern? */
 bool config_reads_topic(const struct config *c, const char *topic);
+/* From topics.priorities; 0 for a topic that it does not name. */
 int config_topic_priority(const struct config *c, const char *topic);
 
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
 
-/* journal.dir or the user's default; likewise. */
-char *config_journal_dir(const struct config *c);
-
 /* adapters.cache_dir or the user's default; malloc'ed, NULL when memory is exhausted. */
 char *config_cache_dir(const struct config *c);
+/* journal.dir or the user's default; likewise. */
+char *config_journal_dir(const struct config *c);
 
 /* Must this key's value stay out of logs? Accepts our keys and librdkafka's. */
 bool config_is_secret(const char *key);

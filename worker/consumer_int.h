@@ -2,9 +2,10 @@
 /*
  * consumer_int.h - what the files of the consumer thread share: consumer.c (the loop, records),
  * admission.c (pausing), rebalance.c (assignment, draining), commit.c (offsets), staging.c (offsets
- * in transactions) and isolation.c (suspects). Nobody else includes it.
+ * in transactions), isolation.c (suspects) and blocking.c (what holds up others). Nobody else
+ * includes it.
  *
- * Everything here belongs to the consumer thread.
+ * Everything here belongs to the consumer thread, but for a staging's request, under its lock.
  */
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
@@ -172,6 +173,7 @@ void staging_serve(consumer *c);        /* the producer thread's request, if the
 bool staging_holds(const consumer *c, const rd_kafka_topic_partition_list_t *parts);
 void staging_close(consumer *c);        /* refuses all later ones */
 void staging_release(struct staging *g);
+
 /* blocking.c: for how long (microseconds) the partition's first unfinished prompt has been here
  * while later ones are finished; 0: it blocks nothing. Says so when it lasts. */
 int64_t blocking_look(consumer *c, struct assigned *a, const struct ledger_info *info,

@@ -7,8 +7,8 @@
  * it have their reports leaves together, in larger batches, which cost both sides less. A record
  * that comes while nothing is on its way leaves at once, so an idle worker answers no later.
  *
- * Each topic has a *road*: topics.replies one of its own, the others share ROADS - 1 by their
- * names. What was sent on a road and has no report yet is its *flight*:
+ * Each topic has a *road*: topics.replies one of its own, the others share HOLD_ROADS - 1 by
+ * their names. What was sent on a road and has no report yet is its *flight*:
  *
  *   nothing in flight             the next one leaves at once
  *   the last left < HOLD_US ago   the next ones are held back, until all of the flight have their
@@ -23,8 +23,9 @@
  * The thread that polls for reports sleeps no longer than hold_wait_ms(). It may be asleep for
  * longer when a flight begins: who is first held back behind it is told to wake it.
  *
- * Threads: hold_wait_ms(), hold_take() and hold_reported() the producer thread only, the others
- * any. The lock is for what is held, not for the counts, and no other is taken under it.
+ * Threads: hold_wait_ms() and hold_take() the producer thread only, the others any: whoever hands a
+ * record to the client library learns at once that it was not taken. The lock is for what is held,
+ * not for the counts, and no other is taken under it.
  */
 #ifndef LORAMILL_WORKER_HOLD_H
 #define LORAMILL_WORKER_HOLD_H

@@ -18,8 +18,18 @@
  * dropped is not completed there, so its offset stays uncommitted.
  *
  * Ownership: references. The ledger holds one until its entry ends, the pipeline holds the other
- * and passes it from thread to thread through queues; so a job belongs to one thread at a time,
- * except for `stage`, `handle` and the lease's flag, which are atomic.
+ * and passes it from thread to thread through queues; so a job belongs to one thread at a time.
+ * Apart from that
+ *
+ *   the consumer thread    reads and sets the atomic ones of any job that it has an entry of, and
+ *                          has some members to itself
+ *   the control thread     finds a job by its prompt's id under the lock of cancels.h, reads its
+ *                          record's time and handle, and sets `cancelled`
+ *   the store              hands back whom intake has given to it, and touches nothing else
+ *   the client library     has `out` and `notice` until their reports. The job's sender may work on
+ *                          yet when they come: the last to lower `unreported` goes on with it
+ *
+ * which is how the members of struct job are grouped.
  *
  * The lease says whether this worker still owns the partition, in the epoch in which the record was
  * read. The consumer thread sets `revoked`; everyone else tests it before starting work.
@@ -97,47 +107,55 @@ struct reply_tally {
 };
 
 struct job {
-    struct job *next;           /* in at most one queue or list */
+    /* Set before intake has it; any thread reads them. */
     struct worker *worker;      /* whose it is; for callbacks */
-    atomic_int refs;
-    _Atomic(enum job_stage) stage;
-    atomic_ullong handle;       /* engine_handle, 0: not known yet */
     struct lease *lease;
     struct record record;
     size_t bytes;               /* counted against intake.max_bytes */
-    size_t reply_bytes;         /* as well, of what is to be sent */
+    struct job *parent;         /* of a part */
+    int64_t received_us;
+    /* isolation.c: worker deaths that the group knows of, and of them those while it was alone */
+    int pool_deaths, pool_alone;
+    bool suspect;               /* must run alone */
+
+    /* Any thread's. */
+    atomic_int refs;
+    _Atomic(enum job_stage) stage;
+    atomic_ullong handle;       /* engine_handle, 0: not known yet */
+    atomic_int unreported;      /* records with the client library, plus one while sending */
+    atomic_bool cancelled;      /* by an order from topics.control */
+    atomic_bool alone_now;      /* its turn: nothing else is in the engine */
+    bool entered;               /* in cancels.h's table, with same_bucket; under its lock */
+    struct job *same_bucket;
+
+    /* The consumer thread's. */
+    bool ordered;               /* in key_order.h's table */
+    bool held;                  /* it has it, until its turn */
+    bool behind;                /* held: an earlier one of its key is not settled yet */
+
+    /* Whose turn it is. */
+    struct job *next;           /* in at most one queue or list */
+    size_t reply_bytes;         /* counted against intake.max_bytes, of what is to be sent */
     long long tokens;           /* counted against intake.max_tokens until it is generated; a
                                  * guess until decoded */
-    bool ordered;               /* in key_order.h's table */
-    struct prompt *prompt;
+    struct prompt *prompt;      /* an order to cancel finds it by its id while it is `entered` */
     engine_adapter *adapter;
     struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */
     struct reply_tally tally;
     struct lm_err *err;         /* NULL: none */
     enum job_outcome outcome;
     struct outgoing *notice;    /* error reply that goes with a dead letter; NULL: none */
-    atomic_int unreported;      /* records with the client library, plus one while sending */
     struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
-    struct job *parent;         /* of a part */
     uint64_t journal_key;       /* 0: not known yet */
     int journaled;              /* its slot in the journal, plus 1; 0: none */
     bool claimed;               /* its reply is in the object store */
-    atomic_bool cancelled;      /* by an order from topics.control */
-    /* isolation.c: worker deaths that the group knows of, and of them those while it was alone */
-    int pool_deaths, pool_alone;
-    bool suspect;               /* must run alone; set before it goes to intake */
-    bool held;                  /* the consumer thread has it, until its turn */
-    bool behind;                /* held: an earlier one of its key is not settled yet */
-    atomic_bool alone_now;      /* its turn: nothing else is in the engine */
-    bool entered;               /* in cancels.h's table, with same_bucket; under its lock */
-    struct job *same_bucket;
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */
     bool ends;                  /* its end without the engine waits for something to heal */
     bool awaited;               /* in intake's list of those whose adapters are fetched */
     TAILQ_ENTRY(job) await;     /* there; intake's alone, while the store has the job */
-    int64_t received_us, decoded_us, fetch_us, submitted_us, answered_us;
+    int64_t decoded_us, fetch_us, submitted_us, answered_us;
     /* Last, as most of both is not touched before it is written, nor is it zeroed: thousands of
      * jobs are more than caches hold. */
     struct outgoing out;

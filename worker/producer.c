@@ -108,7 +108,7 @@ static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *
 static void on_its_way(producer *p, struct outgoing *o, int64_t now_us)
 {
     if (p->exactly_once)
-        atomic_fetch_add(&p->under_way, 1);
+        p->under_way++;
     else
         hold_sent(&p->hold, o, now_us);
 }
@@ -116,7 +116,7 @@ static void on_its_way(producer *p, struct outgoing *o, int64_t now_us)
 static void has_arrived(producer *p, struct outgoing *o)
 {
     if (p->exactly_once)
-        atomic_fetch_sub(&p->under_way, 1);
+        p->under_way--;
     else
         hold_reported(&p->hold, o);
 }

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * producer_int.h - what producer.c and transaction.c share. Everything but `again` and `end`
- * belongs to the producer thread; with at-least-once delivery any thread may produce through `rk`,
- * `queue` and `replies` while it holds `swap`, with which the producer thread replaces them.
+ * producer_int.h - what producer.c and transaction.c share. Members of struct producer are grouped
+ * by whose they are: most are the producer thread's alone.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H
@@ -20,39 +19,47 @@ enum {
 };
 
 struct producer {
-    struct worker *w;
-    rd_kafka_t *rk;             /* replaced: when a transaction's fate is unknown, or a leader */
-    rd_kafka_queue_t *queue;    /* its main one, to be woken by */
-    rd_kafka_topic_t *replies;  /* its handle of topics.replies, from the first one on */
-    pthread_mutex_t swap;
+    struct worker *w;           /* as `exactly_once`: set before the thread starts */
+    bool exactly_once;
+
+    /* The main thread's, which starts and joins. */
     pthread_t thread;
     bool started;
-    /* At-least-once: could not be queued. Exactly-once: everything to be sent. */
-    struct job_queue again;
+    atomic_bool end;            /* set by it */
+    atomic_bool over;           /* set by the producer thread, at its end */
+
+    /* Any thread's. */
+    struct job_queue again;     /* at-least-once: could not be queued; exactly-once: all to send */
+    struct hold hold;           /* at-least-once: what waits behind others */
+    atomic_bool want_offsets;   /* a transaction now, if only for these; the consumer thread asks */
+    struct unanswered unanswered;       /* exactly-once; written by the library's threads */
+
+    /* The client. Replaced by the producer thread: when a transaction's fate is unknown, for a
+     * leader, or for another batch.size. At-least-once any thread produces, with `swap` held. */
+    pthread_mutex_t swap;
+    rd_kafka_t *rk;
+    rd_kafka_queue_t *queue;    /* its main one, to be woken by */
+    rd_kafka_topic_t *replies;  /* its handle of topics.replies, from the first one on */
+
+    /* The producer thread's, in which reports and statistics are served, too. */
     struct job_list later;
     struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
-    atomic_long under_way;      /* exactly-once: records that have no report yet */
+    long under_way;             /* exactly-once: records that have no report yet */
+    int64_t batch_bytes, transaction_timeout_ms;        /* as the client has them */
     int64_t batch_full;         /* batch.size as configured */
     int64_t batch_most;         /* for now, since brokers have refused such; 0: that */
     bool shrink;                /* it is to be less */
     bool grown;                 /* the last change of it was to more */
     int64_t grow_at_us, grow_wait_us;
-    struct hold hold;           /* at-least-once: what waits behind others */
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
     size_t n_stuck;
     int64_t looked_us;          /* at what the brokers say of them */
     bool renewing;              /* the client before `rk` is being let go */
     struct job_list taken_back; /* ... what it had not delivered */
-    atomic_bool end;
-    atomic_bool over;           /* its thread has ended */
-    atomic_bool want_offsets;   /* a transaction now, if only for offsets */
-    bool exactly_once;
-    struct unanswered unanswered;       /* exactly-once */
     int64_t complained_us;
     struct kafka_said said;
-    int64_t batch_bytes, transaction_timeout_ms;
 };
 
 /* Opens p->rk with its callbacks. */

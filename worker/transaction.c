@@ -8,14 +8,16 @@
  *   stage --> begin --> produce --> stage --> offsets and maps --> commit --> settle
  *      ^___________________|
  *
- * Where many finish, it begins before it is due and takes them in portions (CHUNK), so that their
- * records travel while others are generated, and its end waits only for the last of them. Each
- * portion is staged before it is sent, so that there is room for it in the map, and the last one's
- * staging computes the offsets of all. Where few finish, there is one portion.
+ * With nothing to send there is one for offsets alone, every commit.interval_ms, when there is
+ * something new to commit, or when the consumer thread needs one (isolation.c).
  *
- * and with nothing to send, one for offsets alone, every commit.interval_ms, when there is
- * something new to commit, or when the consumer thread needs one (isolation.c). How a transaction
- * may end:
+ * Where many finish, it begins before it is due and takes them in portions: so their records travel
+ * while others are generated, and its end waits only for the last of them. It begins once a chunk
+ * is ready (CHUNK_SHARE); the next portions are what has gathered meanwhile, a quarter of it at
+ * most (PORTIONS). Each portion is staged before it is sent, so that there is room for it in the
+ * map, and the last one's staging computes the offsets of all. Where few finish, there is one.
+ *
+ * How a transaction may end:
  *
  *   committed    the jobs end
  *   aborted      confirmed by the broker: a record was refused, the group has moved on, or a map is
@@ -38,7 +40,8 @@
  *                process that has slept through that (SIGSTOP, a frozen machine) can't tell, may be
  *                replaced by now, and ends
  *
- * Threads: the producer thread's. p->rk is replaced here and nobody else uses it.
+ * Threads: the producer thread's. The client is replaced here, for these causes or for another
+ * batch.size (producer.c), and nobody else uses it.
  */
 #include "worker/transaction.h"
 
@@ -97,7 +100,7 @@ static void make_ready(struct tx *t, struct job *j)
 }
 
 /* What is handed over at once should be one batch a partition: what is more waits behind it in the
- * client library, see producer.c on what is held back. */
+ * client library, and costs as hold.h says. */
 static size_t portion_most(const struct tx *t)
 {
     return LM_MAX((size_t)t->w->cfg->transaction_max_messages / PORTIONS, CHUNK_LEAST);
@@ -218,7 +221,7 @@ static void flush(struct tx *t)
 static void let_earlier_arrive(struct tx *t)
 {
     int64_t end = lm_now_us() + HOLD_US;
-    while (t->open && atomic_load(&t->p->under_way) && !last_call(t) && lm_now_us() < end)
+    while (t->open && t->p->under_way && !last_call(t) && lm_now_us() < end)
         rd_kafka_flush(t->p->rk, FLUSH_MS);
 }
 
@@ -290,7 +293,7 @@ static bool rebuild(struct tx *t)
     atomic_store(&t->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     producer_close(t->p);
     atomic_store(&t->w->closing_producer_us, 0);
-    atomic_store(&t->p->under_way, 0);          /* no report comes any more */
+    t->p->under_way = 0;        /* no report comes any more */
     t->initialised = false;
     if (producer_open(t->p, &err)) {
         worker_fail(t->w, LM_STATE, "%s", err.msg);
@@ -643,7 +646,7 @@ static bool worth_sending(const struct tx *t, int64_t now)
 {
     size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
     return t->n_ready >= chunk && !t->failures && !t->full && !t->ready->out.attempts &&
-           !atomic_load(&t->p->under_way) && now >= t->not_before_us &&
+           !t->p->under_way && now >= t->not_before_us &&
            interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
 }
 

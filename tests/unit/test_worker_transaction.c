@@ -82,7 +82,7 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     va_end(ap);
     records++;
     atomic_fetch_add(&sent, 1);
-    atomic_fetch_sub(&p.under_way, 1);          /* acknowledged at once */
+    p.under_way--;              /* acknowledged at once */
     say(said, sizeof said, o->job->record.offset, "");
     if (o->job->parent) {               /* its report says where it went */
         say(wanted, sizeof wanted, partition, partition == RD_KAFKA_PARTITION_UA ? "any" : "");
