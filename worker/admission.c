@@ -10,7 +10,8 @@
  *
  * Priorities. The most urgent of the assigned topics (topics.priorities) may fill the budgets
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,
- * however long the queue of the others is; intake and engine then take it first.
+ * however long the queue of the others is; intake and engine then take it first. The others resume
+ * at three eighths, and beside them the most urgent at seven (`shares`).
  *
  * What waits for its fence to be committed (isolation.c) counts as not yet in the engine: it goes
  * there with the commit's answer. That takes a moment, so the loop awaits it rather than pause.
@@ -19,9 +20,9 @@
  * many of its prompts wait for suspects (isolation.c), and for good while it is being taken away.
  *
  * A pause throws the client's prefetched records away, and it is half a second until they flow
- * again. So before pausing the loop waits for the load to fall by itself: a moment where more
- * urgent topics could be read meanwhile, longer where nothing could. It only pauses for what takes
- * long, so that it can poll on, and only changes are told to the client. Pause state survives
+ * again. So before pausing the loop waits for the load to fall by itself (`settle_ms`): 40 ms where
+ * more urgent topics could be read meanwhile, 250 where nothing could. It only pauses for what
+ * takes long, so that it can poll on, and only changes are told to the client. Pause state survives
  * revocation inside librdkafka, so it is set anew for what is assigned.
  */
 #include "worker/consumer_int.h"

@@ -78,7 +78,7 @@ static void histogram(FILE *f, const char *name, const char *help, struct histog
             (double)atomic_load_explicit(&h->sum_us, memory_order_relaxed) / 1e6, name, sum);
 }
 
-/* A label's value: backslash, quote and newline escaped. */
+/* A label's value: backslash and quote escaped; a newline, which no name of ours holds, a space. */
 static void label(FILE *f, const char *s)
 {
     for (; *s; s++) {
@@ -179,7 +179,8 @@ static void write_flow(struct metrics *m, FILE *f)
     counter(f, P "cached_tokens_total", "Of those, found in the prefix cache.",
             &m->cached_tokens);
     counter(f, P "completion_tokens_total", "Tokens generated.", &m->completion_tokens);
-    counter(f, P "retries_total", "Waits for something to heal: registry, store, engine, broker.",
+    counter(f, P "retries_total", "Tries again after something that can heal: registry, "
+            "stores, engine, memory.",
             &m->retries);
     counter(f, P "produce_failures_total", "Replies or dead letters that were not acknowledged "
             "and were tried again.", &m->produce_failures);
@@ -209,8 +210,9 @@ static void write_group(struct metrics *m, FILE *f)
     counter(f, P "transactions_total", "Committed transactions.", &m->transactions);
     counter(f, P "transaction_aborts_total", "Aborted transactions; what they held is sent again.",
             &m->transaction_aborts);
-    counter(f, P "producer_rebuilds_total", "Producers replaced: a transaction's fate was "
-            "unknown, or they kept to the leaders of before.", &m->producer_rebuilds);
+    counter(f, P "producer_rebuilds_total", "Producers replaced: the fate of a transaction or "
+            "request was unknown, they kept to old leaders, or batches change size.",
+            &m->producer_rebuilds);
 }
 
 void metrics_write(struct metrics *m, const struct metrics_labels *l, FILE *f)
