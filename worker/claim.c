@@ -38,6 +38,7 @@
 #include "worker/log.h"
 #include "worker/resolver.h"
 #include "worker/url.h"
+#include "worker/url_template.h"
 
 enum { IDLE_MS = 100, CONNECT_MS = 5000, STALL_S = 30, STALL_BYTES = 4096, HEX = 65 };
 
@@ -87,13 +88,6 @@ static void hex_digest(const void *at, size_t len, char out[HEX])
     EVP_Digest(at, len, digest, NULL, EVP_sha256(), NULL);
     for (int i = 0; i < 32; i++)
         snprintf(out + i * 2, 3, "%02x", digest[i]);
-}
-
-static void object_url(const char *template, const char *name, char *out, size_t size)
-{
-    const char *at = strstr(template, "{object}");
-    snprintf(out, size, "%.*s%s%s", (int)(at - template), template, name,
-             at + strlen("{object}"));
 }
 
 /* Asked at least once a second: a silent store must not hold the worker's end up. */
@@ -195,17 +189,14 @@ static void try_later(claims *c, struct job *j, const char *why)
                                                         cfg->retry_backoff_max_ms));
 }
 
-static void upload(claims *c, struct job *j)
+static void upload_to(claims *c, struct job *j, const char *url, const char *digest)
 {
-    char digest[HEX], url[2048];
     struct lm_err err;
     const struct header *type = header_find(j->out.headers.items, j->out.headers.n,
                                             "content-type");
     char content[32] = "application/json";
     if (type)
         snprintf(content, sizeof content, "%.*s", (int)type->len, (const char *)type->value);
-    hex_digest(j->out.value, j->out.len, digest);
-    object_url(c->w->cfg->claim_url, digest, url, sizeof url);
     const struct completion_claim claim = { url, digest, content, (int64_t)j->out.len };
     lm_status st = put(c, j, &claim, &err);
     if (st && lm_status_disposition(st) == LM_DO_RETRY) {
@@ -220,6 +211,18 @@ static void upload(claims *c, struct job *j)
     metric_add(&c->w->metrics.claim_bytes, j->out.len);
     if (worker_claimed(c->w, j, &claim))
         try_later(c, j, "the claim can't be encoded yet");
+}
+
+static void upload(claims *c, struct job *j)
+{
+    char digest[HEX];
+    hex_digest(j->out.value, j->out.len, digest);
+    char *url = url_template_fill(c->w->cfg->claim_url, URL_HOLE_OBJECT, digest, NULL);
+    if (url)
+        upload_to(c, j, url, digest);
+    else
+        try_later(c, j, "out of memory");
+    free(url);
 }
 
 static void serve(claims *c, struct job *j)

@@ -20,6 +20,7 @@
 #include "worker/commands.h"
 #include "worker/config.h"
 #include "worker/progress.h"
+#include "worker/url_template.h"
 
 struct options {
     const char *model, *adapters, *backend, *input, *output, *cache_dir;
@@ -165,7 +166,7 @@ static lm_status open_store(const struct options *o, engine *e, store **out, str
     cfg.cache_dir = o->cache_dir ? o->cache_dir : cache;
     if (remote) {
         int n = snprintf(url, sizeof url, "%s%s", o->adapters,
-                         strstr(o->adapters, "{adapter}") ? "" : "/{adapter}");
+                         strstr(o->adapters, URL_HOLE_ADAPTER) ? "" : "/" URL_HOLE_ADAPTER);
         if (n < 0 || (size_t)n >= sizeof url)
             st = lm_err_set(err, LM_TOO_LARGE, "--adapters: the URL is too long");
         cfg.url = url;

@@ -19,6 +19,7 @@
 #include <strings.h>
 
 #include "worker/url.h"
+#include "worker/url_template.h"
 
 enum { LINE_MAX_BYTES = 64 * 1024, NAME_MAX_BYTES = 128, MAX_CLAIM_URL = 1900, MAX_REGION = 64 };
 
@@ -564,18 +565,8 @@ static lm_status check_prompt_topics(const struct config *c, struct lm_err *err)
 
 static lm_status check_adapters_url(const struct config *c, struct lm_err *err)
 {
-    const char *url = c->adapters_url;
-    char shown[URL_SHOWN];
-    if (!*url)
-        return LM_OK;
-    url_show(url, shown, sizeof shown);
-    if (strncmp(url, "http://", 7) && strncmp(url, "https://", 8) && strncmp(url, "file://", 7))
-        return lm_err_set(err, LM_INVALID, "adapters.url=%s: use http://, https:// or file://",
-                          shown);
-    if (!strstr(url, "{adapter}"))
-        return lm_err_set(err, LM_INVALID, "adapters.url=%s: {adapter} is missing, so every "
-                          "adapter would be the same", shown);
-    return LM_OK;
+    return !*c->adapters_url ? LM_OK : url_template_check("adapters.url", c->adapters_url,
+                                                          URL_HOLE_ADAPTER, true, err);
 }
 
 int64_t config_in_flight(const struct config *c)
@@ -609,22 +600,17 @@ static lm_status check_flow(const struct config *c, struct lm_err *err)
 /* A claim tells its URL to whoever reads replies. */
 static lm_status check_claim_url(const struct config *c, struct lm_err *err)
 {
-    char shown[URL_SHOWN];
-    url_show(c->claim_url, shown, sizeof shown);
     if (url_has_userinfo(c->claim_url))
         return lm_err_set(err, LM_INVALID, "replies.claim_url may not hold a name or a password: "
                           "put them into replies.claim_auth_header, as \"Authorization: Basic "
                           "...\"");
-    if (!strstr(c->claim_url, "{object}"))
+    if (!*c->claim_url)
         return lm_err_set(err, LM_INVALID, "replies.too_large=claim needs replies.claim_url with "
-                          "{object} in it, as https://store/replies/{object}");
-    if (strncmp(c->claim_url, "http://", 7) && strncmp(c->claim_url, "https://", 8))
-        return lm_err_set(err, LM_INVALID, "replies.claim_url=%s: must begin with http:// or "
-                          "https://", shown);
+                          URL_HOLE_OBJECT " in it, as https://store/replies/" URL_HOLE_OBJECT);
     if (strlen(c->claim_url) > MAX_CLAIM_URL)
         return lm_err_set(err, LM_TOO_LARGE, "replies.claim_url has more than %d bytes",
                           MAX_CLAIM_URL);
-    return LM_OK;
+    return url_template_check("replies.claim_url", c->claim_url, URL_HOLE_OBJECT, false, err);
 }
 
 static lm_status check_claims(const struct config *c, struct lm_err *err)
@@ -663,7 +649,7 @@ static lm_status check_traces(const struct config *c, struct lm_err *err)
     if (url_has_userinfo(url))
         return lm_err_set(err, LM_INVALID, "traces.otlp_url may not hold a name or a password: "
                           "put them into traces.auth_header, as \"Authorization: Basic ...\"");
-    if (*url && strncmp(url, "http://", 7) && strncmp(url, "https://", 8))
+    if (*url && !url_is_http(url))
         return lm_err_set(err, LM_INVALID, "traces.otlp_url=%s: must begin with http:// or "
                           "https://", shown);
     return LM_OK;

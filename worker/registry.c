@@ -58,7 +58,7 @@ static lm_status add_url(registry *r, const char *s, size_t n, struct lm_err *er
         s++, n--;
     while (n > 0 && (s[n - 1] == ' ' || s[n - 1] == '\t' || s[n - 1] == '/'))
         n--;
-    if (strncmp(s, "http://", 7) != 0 && strncmp(s, "https://", 8) != 0)
+    if (!url_is_http(s))
         return lm_err_set(err, LM_INVALID, "registry.url must be http:// or https:// URLs, "
                           "separated by commas");
     if (r->n_urls == MAX_URLS)

@@ -50,6 +50,7 @@
 #include "worker/log.h"
 #include "worker/store_form.h"
 #include "worker/url.h"
+#include "worker/url_template.h"
 
 #define BACKOFF_MAX_MS 10000
 #define RETRY_AFTER_MAX_MS 30000
@@ -352,36 +353,6 @@ void store_stats(store *s, struct store_stats *out)
 
 /* ---- places ----------------------------------------------------------------------------- */
 
-#define HOLE "{adapter}"
-
-/* The template with its holes filled and "/file" behind the path. The grammar of ids holds only
- * characters that percent-encoding leaves alone (RFC 3986 section 2.3), and '/' keeps its meaning,
- * so filling in is all the encoding there is. malloc'ed. */
-static char *fill(const char *template, const char *id, const char *file)
-{
-    char *out = NULL;
-    size_t size, path_end = strcspn(template, "?#");
-    FILE *f = open_memstream(&out, &size);
-    if (!f)
-        return NULL;
-    for (const char *t = template; *t || file;) {
-        if (file && (size_t)(t - template) >= path_end) {
-            fprintf(f, "/%s", file);
-            file = NULL;
-        } else if (!strncmp(t, HOLE, sizeof HOLE - 1)) {
-            fputs(id, f);
-            t += sizeof HOLE - 1;
-        } else {
-            fputc(*t++, f);
-        }
-    }
-    if (fclose(f) != 0) {
-        free(out);
-        out = NULL;
-    }
-    return out;
-}
-
 static bool is_folder(const char *path)
 {
     struct stat sb;
@@ -396,7 +367,7 @@ static char *local_folder(const store *s, const char *id)
         path = NULL;
     if (!is_folder(path) && s->local_template) {
         free(path);
-        path = fill(s->local_template, id, NULL);
+        path = url_template_fill(s->local_template, URL_HOLE_ADAPTER, id, NULL);
     }
     if (is_folder(path))
         return path;
@@ -413,7 +384,7 @@ static lm_status open_file(store *s, struct job *j, struct lm_err *err)
         return err->code;
     snprintf(path, sizeof path, "%s/%s", j->tmp, files[j->which]);
     uint64_t before = j->which > 0 ? j->file.have : 0;
-    j->url = fill(s->cfg.url, j->id, files[j->which]);
+    j->url = url_template_fill(s->cfg.url, URL_HOLE_ADAPTER, j->id, files[j->which]);
     j->file = (struct fetch){ .url = j->url, .user = j, .total = FETCH_UNKNOWN, .fd = -1,
                               .max_bytes = s->cfg.max_adapter_bytes - before };
     if (j->which == 0)
@@ -694,20 +665,15 @@ static void *loader_main(void *arg)
 
 /* ---- life ------------------------------------------------------------------------------- */
 
-static bool has_scheme(const char *url, const char *scheme)
-{
-    return !strncasecmp(url, scheme, strlen(scheme));
-}
-
 /* file:///folder/{adapter}: the path, with its percent-encoding undone. */
 static lm_status take_file_url(store *s, const char *url, const char *shown, struct lm_err *err)
 {
     const char *path = url + strlen("file://");
-    if (has_scheme(path, "localhost/"))
+    if (url_has_scheme(path, "localhost/"))
         path += strlen("localhost");
     if (*path != '/')
         return lm_err_set(err, LM_INVALID, "adapters.url=%s: a file URL names this machine, as "
-                          "file:///folder/" HOLE, shown);
+                          "file:///folder/" URL_HOLE_ADAPTER, shown);
     char *plain = curl_easy_unescape(NULL, path, 0, NULL);
     s->local_template = plain ? lm_strdup(plain) : NULL;
     curl_free(plain);
@@ -719,15 +685,12 @@ static lm_status check_url(store *s, const char *url, struct lm_err *err)
     char shown[URL_SHOWN];
     if (!url || !*url)
         return LM_OK;
+    lm_status st = url_template_check("adapters.url", url, URL_HOLE_ADAPTER, true, err);
+    if (st)
+        return st;
     url_show(url, shown, sizeof shown);
-    if (!strstr(url, HOLE))
-        return lm_err_set(err, LM_INVALID, "adapters.url=%s: without " HOLE " all adapters would "
-                          "be one", shown);
-    if (has_scheme(url, "file://"))
+    if (url_has_scheme(url, "file://"))
         return take_file_url(s, url, shown, err);
-    if (!has_scheme(url, "http://") && !has_scheme(url, "https://"))
-        return lm_err_set(err, LM_INVALID, "adapters.url=%s: must start with http://, https:// or "
-                          "file://", shown);
     s->cfg.url = lm_strdup(url);
     return s->cfg.url ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory");
 }

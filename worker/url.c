@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 #include "kernels/base.h"
 
@@ -61,4 +62,14 @@ bool url_has_userinfo(const char *url)
 {
     const char *name = authority(url);
     return userinfo_end(name) || is_cut_password(name);
+}
+
+bool url_has_scheme(const char *url, const char *scheme)
+{
+    return !strncasecmp(url, scheme, strlen(scheme));
+}
+
+bool url_is_http(const char *url)
+{
+    return url_has_scheme(url, "http://") || url_has_scheme(url, "https://");
 }

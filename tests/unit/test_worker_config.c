@@ -174,7 +174,7 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "topics.prompts=^pro(", "'^pro(' is no regular expression" },
     { "topics.prompts=,", "names no topic" },
     { "topics.dead_letters=..", "can't be a topic's name" },
-    { "adapters.url=ftp://x/{adapter}", "use http://" },
+    { "adapters.url=ftp://x/{adapter}", "must begin with http://, https:// or file://" },
     { "adapters.url=http://x/loras", "{adapter} is missing" },
     { "replies.encoding=avro", "needs registry.url" },
     { "in_flight.max_messages=10", "less than intake.max_messages" },
@@ -228,7 +228,7 @@ static void test_claim_checks(void **state)
     good("replies.too_large=claim");
     bad_check("replies.claim_url=ftp://x/{object}", "must begin with http:// or https://");
     bad_check(longest, "replies.claim_url has more than 1900 bytes");
-    bad_check("replies.claim_url=http://x/", "needs replies.claim_url with {object}");
+    bad_check("replies.claim_url=http://x/", "replies.claim_url=http://x/: {object} is missing");
     good("replies.claim_url=http://x/{object}");
     bad_check("replies.claim_s3_region=eu-1", "replies.claim_s3_secret go together");
     bad_check("replies.claim_s3_key=k", "replies.claim_s3_secret go together");

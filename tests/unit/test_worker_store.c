@@ -466,8 +466,8 @@ static void test_bad_settings(void **state)
     struct fix *f = *state;
     static const struct { const char *url, *auth, *ca, *says; } bad[] = {
         { "http://h/adapter", NULL, NULL, "{adapter}" },
-        { "ftp://h/{adapter}", NULL, NULL, "must start with" },
-        { "{adapter}", NULL, NULL, "must start with" },
+        { "ftp://h/{adapter}", NULL, NULL, "must begin with" },
+        { "{adapter}", NULL, NULL, "must begin with" },
         { "file://other-host/x/{adapter}", NULL, NULL, "file URL" },
         { "http://h/{adapter}", "X-Api-Key: 1", NULL, "Authorization" },
         { "http://h/{adapter}", "Authorization: a\r\nX: b", NULL, "one line" },

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_url.c - what messages show of a URL, and that those of an upload show no more.
+ * test_worker_url.c - what messages show of a URL, and that those of an upload show no more; URLs
+ * with a hole.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,6 +17,7 @@
 
 #include "worker/log.h"
 #include "worker/url.h"
+#include "worker/url_template.h"
 #include "worker/worker.h"
 
 enum { MOST_US = 20 * 1000000 };
@@ -84,6 +86,48 @@ static void hear(void *ctx, enum lm_level level, const char *area, const char *l
 }
 
 /* The log, and, as the same words, a dead letter. */
+static void test_what_a_template_needs(void **state)
+{
+    (void)state;
+    static const struct { const char *url; bool files; const char *trouble; } rows[] = {
+        { "http://h/{object}", false, NULL },
+        { "HTTPS://h/{object}?x=1", false, NULL },
+        { "file:///f/{object}", true, NULL },
+        { "File:///f/{object}", true, NULL },
+        { "file:///f/{object}", false, "p=file:///f/{object}: must begin with http:// or https" },
+        { "ftp://h/{object}", true, "must begin with http://, https:// or file://" },
+        { "h/{object}", true, "must begin with" },
+        { "http://me:pass@h/object?{", false, "p=http://h/object: {object} is missing" },
+        { "", true, "must begin with" },
+    };
+    struct lm_err err;
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        lm_status st = url_template_check("p", rows[i].url, URL_HOLE_OBJECT, rows[i].files, &err);
+        assert_int_equal(st, rows[i].trouble ? LM_INVALID : LM_OK);
+        if (rows[i].trouble && !strstr(err.msg, rows[i].trouble))
+            fail_msg("%s: %s", rows[i].url, err.msg);
+    }
+}
+
+static void test_how_a_template_is_filled(void **state)
+{
+    (void)state;
+    static const struct { const char *url, *file, *filled; } rows[] = {
+        { "http://h/{adapter}", NULL, "http://h/a/b" },
+        { "http://h/{adapter}", "f.json", "http://h/a/b/f.json" },
+        { "http://h/{adapter}?sig=1#x", "f.json", "http://h/a/b/f.json?sig=1#x" },
+        { "http://h/{adapter}/{adapter}?a={adapter}", "f", "http://h/a/b/a/b/f?a=a/b" },
+        { "{adapter}{adapter", NULL, "a/b{adapter" },
+        { "http://h/", NULL, "http://h/" },
+        { "", "f", "/f" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        char *filled = url_template_fill(rows[i].url, URL_HOLE_ADAPTER, "a/b", rows[i].file);
+        assert_string_equal(filled, rows[i].filled);
+        free(filled);
+    }
+}
+
 static void test_an_upload_that_fails(void **state)
 {
     (void)state;
@@ -123,6 +167,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_what_is_shown), cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_what_a_template_needs),
+        cmocka_unit_test(test_how_a_template_is_filled),
         cmocka_unit_test(test_an_upload_that_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
