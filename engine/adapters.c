@@ -500,19 +500,9 @@ void engine_adapter_unref(engine_adapter *ad)
         a->cfg.rouse(a->cfg.rouse_ctx);
 }
 
-const char *engine_adapter_id(const engine_adapter *ad)
-{
-    return ad->id;
-}
-
 const char *engine_adapter_digest(const engine_adapter *ad)
 {
     return ad->image.digest;
-}
-
-int engine_adapter_rank(const engine_adapter *ad)
-{
-    return ad->image.rank_max;
 }
 
 size_t engine_adapter_bytes(const engine_adapter *ad)

@@ -164,9 +164,7 @@ lm_status engine_adapter_dummy(engine *e, const char *id, int rank, unsigned mod
 engine_adapter *engine_adapter_find(engine *e, const char *id);
 engine_adapter *engine_adapter_ref(engine_adapter *a);
 void engine_adapter_unref(engine_adapter *a);           /* NULL is allowed */
-const char *engine_adapter_id(const engine_adapter *a);
 const char *engine_adapter_digest(const engine_adapter *a);     /* "sha256:..." */
-int engine_adapter_rank(const engine_adapter *a);               /* largest over its modules */
 size_t engine_adapter_bytes(const engine_adapter *a);           /* packed */
 
 /* ---- requests -------------------------------------------------------------------------- */

@@ -25,6 +25,7 @@ void token_ids_release(struct token_ids *t);
 lm_status tokenizer_load(const char *dir, tokenizer **out, struct lm_err *err);
 void tokenizer_free(tokenizer *t);
 
+/* Tests only. */
 int tokenizer_vocab_size(const tokenizer *t);           /* largest id + 1, added tokens included */
 int32_t tokenizer_token_id(const tokenizer *t, const char *text);   /* -1: no such token */
 bool tokenizer_is_special(const tokenizer *t, int32_t id);

@@ -115,20 +115,6 @@ struct tree_node *tree_prev(const struct tree_node *n)
     return n->parent;
 }
 
-struct tree_node *tree_after(const struct tree *t, const struct tree_node *key)
-{
-    struct tree_node *n = t->root, *best = NULL;
-    while (n) {
-        if (t->before(key, n)) {
-            best = n;
-            n = n->left;
-        } else {
-            n = n->right;
-        }
-    }
-    return best;
-}
-
 bool tree_ok(const struct tree *t)
 {
     int n = 0;

@@ -50,8 +50,6 @@ static inline struct tree_node *tree_first(const struct tree *t)
 struct tree_node *tree_last(const struct tree *t);
 struct tree_node *tree_next(const struct tree_node *n);
 struct tree_node *tree_prev(const struct tree_node *n);
-/* The first node that goes after `key`, which need not be in the tree. */
-struct tree_node *tree_after(const struct tree *t, const struct tree_node *key);
 
 /* Order, weights and links; for tests and checking builds, O(n). */
 bool tree_ok(const struct tree *t);

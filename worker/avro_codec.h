@@ -1,16 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * avro_codec.h - Avro data to and from JSON trees, by field name, under a plan.
+ * avro_codec.h - Avro data to JSON trees, by field name, under a plan. (Writing: message_out.h.)
  *
- * Decoding: records and maps become objects, enums strings; a null field is left out, so that an
+ * Records and maps become objects, enums strings; a null field is left out, so that an
  * optional field that was dropped, added or not set looks the same. bytes and fixed have no place
  * in our messages and are refused by path, unless null.
  *
- * Encoding: each field takes its member; an absent or null member needs a union with null; of a
- * union the first branch that fits the member's type is taken.
- *
- * Threads: any; decoding, where Avro C reads the values, runs under avro_lock(). Encoding takes no
- * lock.
+ * Threads: any; where Avro C reads the values it runs under avro_lock().
  */
 #ifndef LORAMILL_WORKER_AVRO_CODEC_H
 #define LORAMILL_WORKER_AVRO_CODEC_H
@@ -37,9 +33,5 @@ lm_status avro_decode_doc(struct avro_plan *p, const void *data, size_t len,
 /* The same as a tree of jansson's; the caller json_decref()s. */
 lm_status avro_decode(struct avro_plan *p, const void *data, size_t len, json_t **out,
                       struct lm_err *err);
-
-/* malloc'ed bytes, of which the first `lead` are left for the caller to fill. */
-lm_status avro_encode(const struct avro_plan *p, const json_t *root, size_t lead, void **out,
-                      size_t *len, struct lm_err *err);
 
 #endif

@@ -37,6 +37,6 @@ void cancels_leave(cancels *c, struct job *j);  /* nothing when it never entered
 int cancels_order(cancels *c, const char *id, int64_t when_ms, int64_t now_ms,
                   void (*running)(void *ctx, uint64_t handle), void *ctx);
 
-size_t cancels_count(cancels *c);               /* orders remembered */
+size_t cancels_count(cancels *c);               /* orders remembered; tests only */
 
 #endif

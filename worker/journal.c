@@ -43,7 +43,6 @@ struct death { uint64_t key; uint32_t evidence, unused; };
 struct journal {
     char dir[PATH_MAX - 256], path[PATH_MAX];
     uint64_t seed;              /* of keys: the group */
-    int max_attempts;
     int fd;
     struct file *file;
     atomic_bool any_deaths;     /* are known; mostly none are, and nobody need take the lock */
@@ -254,14 +253,6 @@ enum journal_verdict journal_verdict(struct journal_count n, int max_attempts)
     return n.deaths > 0 && n.deaths >= max_attempts - 1 ? JOURNAL_ALONE : JOURNAL_FINE;
 }
 
-enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths)
-{
-    struct journal_count n = journal_counts(j, key);
-    if (deaths)
-        *deaths = n.deaths;
-    return journal_verdict(n, j->max_attempts);
-}
-
 int journal_enter(journal *j, uint64_t key, bool alone)
 {
     pthread_mutex_lock(&j->lock);
@@ -373,8 +364,7 @@ static lm_status create(journal *j, struct lm_err *err)
     return LM_OK;
 }
 
-lm_status journal_open(const char *dir, const char *group, int max_attempts, journal **out,
-                       struct lm_err *err)
+lm_status journal_open(const char *dir, const char *group, journal **out, struct lm_err *err)
 {
     journal *j = lm_calloc(1, sizeof *j);
     if (j)
@@ -385,7 +375,6 @@ lm_status journal_open(const char *dir, const char *group, int max_attempts, jou
     }
     pthread_mutex_init(&j->lock, NULL);
     j->fd = -1;
-    j->max_attempts = max_attempts;
     j->seed = XXH3_64bits(group, strlen(group));
     for (int i = SLOTS; i-- > 0;)
         j->free_slots[j->n_free++] = i;

@@ -52,8 +52,7 @@ enum journal_verdict { JOURNAL_FINE, JOURNAL_ALONE, JOURNAL_POISON };
 enum { JOURNAL_HUNG = 1000, JOURNAL_DEVICE };
 
 /* Makes the folder where missing, reads what the dead have left. */
-lm_status journal_open(const char *dir, const char *group, int max_attempts, journal **out,
-                       struct lm_err *err);
+lm_status journal_open(const char *dir, const char *group, journal **out, struct lm_err *err);
 void journal_close(journal *j);         /* an orderly end: removes our file; NULL is allowed */
 /* The same for a process that is about to end: the file only. Any thread. */
 void journal_discard(const journal *j);
@@ -65,12 +64,10 @@ void journal_refresh(journal *j, int64_t now_us);
 
 uint64_t journal_key(const journal *j, const struct job *job);
 
-/* What to do with this prompt; *deaths (may be NULL) is in how many it was involved. */
-enum journal_verdict journal_judge(journal *j, uint64_t key, int *deaths);
-
 /* What is known of a prompt, by this journal or by the group (quarantine.h). */
 struct journal_count { int deaths, evidence; };
 struct journal_count journal_counts(journal *j, uint64_t key);
+/* What to do with it. */
 enum journal_verdict journal_verdict(struct journal_count n, int max_attempts);
 
 /* Before the engine sees it. Returns a slot for journal_leave(), or -1 when all are taken. */

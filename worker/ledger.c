@@ -544,16 +544,6 @@ static void part_info(const ledger *l, const struct part *p, struct ledger_info 
     };
 }
 
-bool ledger_at(const ledger *l, size_t i, struct ledger_info *out)
-{
-    for (size_t s = 0; s < l->n_parts; s++)
-        if (l->parts[s].topic && i-- == 0) {
-            part_info(l, &l->parts[s], out);
-            return true;
-        }
-    return false;
-}
-
 bool ledger_get(const ledger *l, struct ledger_ref ref, struct ledger_info *out)
 {
     const struct part *p = part_of(l, ref);

@@ -145,10 +145,8 @@ struct ledger_info {
     size_t map_bytes;           /* of the map last made or measured */
 };
 
-/* Tracked partitions: for (size_t i = 0; ledger_at(l, i, &info); i++). */
-bool ledger_at(const ledger *l, size_t i, struct ledger_info *out);
 bool ledger_get(const ledger *l, struct ledger_ref ref, struct ledger_info *out);
-size_t ledger_in_flight(const ledger *l);               /* of all partitions */
+size_t ledger_in_flight(const ledger *l);               /* of all partitions; tests only */
 
 /* Walks the unfinished entries from the watermark up, in offset order. */
 typedef void ledger_visit(void *ctx, int64_t offset, void *user);

@@ -75,6 +75,6 @@ struct arena *arena_in(void *room, size_t size);
 void arena_free(struct arena *a);
 void *arena_alloc(struct arena *a, size_t bytes);               /* NULL when exhausted; zeroed */
 char *arena_strndup(struct arena *a, const char *s, size_t n);
-size_t arena_bytes(const struct arena *a);
+size_t arena_bytes(const struct arena *a);      /* tests only: what it takes */
 
 #endif

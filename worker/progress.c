@@ -217,12 +217,6 @@ static void tick(progress *p)
         draw(p, now);
 }
 
-void progress_total(progress *p, uint64_t total)
-{
-    if (p)
-        p->total = total;
-}
-
 void progress_set(progress *p, uint64_t done)
 {
     if (!p)

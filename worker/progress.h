@@ -35,7 +35,6 @@ struct progress_config {
 progress *progress_new(const struct progress_config *cfg);
 void progress_free(progress *p);        /* clears an unfinished bar */
 
-void progress_total(progress *p, uint64_t total);       /* learnt or changed on the way */
 void progress_set(progress *p, uint64_t done);          /* draws when it is time */
 void progress_note(progress *p, const char *fmt, ...) LM_PRINTF(2, 3); /* after the ETA */
 

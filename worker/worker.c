@@ -268,8 +268,7 @@ static void open_journal(struct worker *w)
     if (!w->cfg->poison_max_attempts)
         return;
     char *dir = config_journal_dir(w->cfg);
-    if (!dir || journal_open(dir, w->cfg->group_id, (int)w->cfg->poison_max_attempts, &w->journal,
-                             &err))
+    if (!dir || journal_open(dir, w->cfg->group_id, &w->journal, &err))
         lm_log(LM_WARN, "worker", "no journal, so a prompt that kills the engine is tried for "
                "ever: %s", dir ? err.msg : "out of memory");
     else

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/unit/avro_encode.h"
 #include "worker/avro_codec.h"
 #include "worker/json_prompt.h"
 #include "worker/schema_text.h"

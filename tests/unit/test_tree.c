@@ -72,16 +72,6 @@ static void compare(const struct tree *t)
     assert_int_equal(i, 0);
 }
 
-static void compare_after(const struct tree *t)
-{
-    struct thing key = { .key = rnd(100) - 1, .id = rnd(MAX) };
-    int i = 0;
-    while (i < n_sorted && !before(&key.node, &sorted[i]->node))
-        i++;
-    const struct tree_node *a = tree_after(t, &key.node);
-    assert_ptr_equal(TREE_OF(a, struct thing, node), i < n_sorted ? sorted[i] : NULL);
-}
-
 static void equals_a_sorted_array(void **state)
 {
     (void)state;
@@ -101,7 +91,6 @@ static void equals_a_sorted_array(void **state)
             model_insert(x);
             tree_insert(&t, &x->node);
         }
-        compare_after(&t);
         if (step % 50 == 0)
             compare(&t);
     }

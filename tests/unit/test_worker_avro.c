@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "tests/unit/avro_encode.h"
 #include "worker/avro_codec.h"
 #include "worker/json_prompt.h"
 #include "worker/schema_text.h"

@@ -88,7 +88,7 @@ static lm_status open_registry(struct fix *f)
     f->x->cfg.poison_max_attempts = 3;
     f->x->cfg.topics_replies = f->x->cfg.topics_replies_allowed = (char *)"replies";
     atomic_store(&decodings, 0);
-    lm_status st = journal_open(dir, "group", 3, &w->journal, NULL);
+    lm_status st = journal_open(dir, "group", &w->journal, NULL);
     return st ? st : codec_new(&cfg, &w->codec, NULL);
 }
 

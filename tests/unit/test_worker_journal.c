@@ -42,11 +42,13 @@ static int teardown(void **state)
     return rmdir(dir);
 }
 
+enum { ATTEMPTS = 3 };          /* poison.max_attempts */
+
 static journal *open_one(void)
 {
     journal *j;
     struct lm_err err;
-    if (journal_open(dir, "group", 3, &j, &err))
+    if (journal_open(dir, "group", &j, &err))
         fail_msg("%s", err.msg);
     return j;
 }
@@ -83,10 +85,10 @@ static void die(int sig, bool alone, int n, const uint64_t *keys)
 
 static void expect(uint64_t key, enum journal_verdict v, int deaths)
 {
-    int n;
     journal *j = open_one();
-    assert_int_equal(journal_judge(j, key, &n), v);
-    assert_int_equal(n, deaths);
+    struct journal_count n = journal_counts(j, key);
+    assert_int_equal(journal_verdict(n, ATTEMPTS), v);
+    assert_int_equal(n.deaths, deaths);
     journal_close(j);
 }
 
@@ -152,22 +154,17 @@ static void test_neighbours_learn(void **state)
 {
     (void)state;
     const uint64_t one[] = { 5 };
-    int n;
     journal *a = open_one(), *b = open_one();
     assert_int_equal(journal_enter(b, 6, false) >= 0, 1);
     die(SIGSEGV, false, 1, one);
     journal_refresh(a, lm_now_us());
     journal_refresh(b, lm_now_us());
-    journal_judge(a, 5, &n);
-    assert_int_equal(n, 1);
-    journal_judge(b, 5, &n);
-    assert_int_equal(n, 1);
-    journal_judge(a, 6, &n);
-    assert_int_equal(n, 0);
+    assert_int_equal(journal_counts(a, 5).deaths, 1);
+    assert_int_equal(journal_counts(b, 5).deaths, 1);
+    assert_int_equal(journal_counts(a, 6).deaths, 0);
     journal_close(b);                   /* in order: nobody died */
     journal_refresh(a, lm_now_us() + 2000000);
-    journal_judge(a, 6, &n);
-    assert_int_equal(n, 0);
+    assert_int_equal(journal_counts(a, 6).deaths, 0);
     journal_close(a);
 }
 

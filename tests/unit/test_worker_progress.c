@@ -214,7 +214,6 @@ static void test_silent_and_null(void **state)
     assert_int_equal(s.size, 0);
     close_screen(&s);
     progress_set(NULL, 1);
-    progress_total(NULL, 1);
     progress_note(NULL, "x");
     progress_finish(NULL);
     progress_free(NULL);

@@ -157,7 +157,7 @@ _Noreturn static void child(const struct play *p)
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    if (journal_open(dir, "g", 1, &w.journal, &err))
+    if (journal_open(dir, "g", &w.journal, &err))
         _exit(90);
     journal_enter(w.journal, 7, true);
     watchdog *d = watchdog_new(&w, &signals);
@@ -196,14 +196,13 @@ static enum left what_is_left(void)
 {
     journal *j;
     struct lm_err err;
-    int deaths;
-    assert_int_equal(journal_open(dir, "g", 1, &j, &err), LM_OK);
-    enum journal_verdict v = journal_judge(j, 7, &deaths);
+    assert_int_equal(journal_open(dir, "g", &j, &err), LM_OK);
+    struct journal_count n = journal_counts(j, 7);
     journal_close(j);
     char command[128];
     snprintf(command, sizeof command, "rm -f %s/*", dir);
     assert_int_equal(system(command), 0);
-    return v == JOURNAL_POISON ? HUNG : deaths ? KILLED : NOTHING;
+    return journal_verdict(n, 1) == JOURNAL_POISON ? HUNG : n.deaths ? KILLED : NOTHING;
 }
 
 static void expect(const struct play *p, int status, int least_ms, int most_ms, enum left left)
