@@ -83,7 +83,7 @@ static void await_room(consumer *c, int64_t share, int ms, bool marks)
         staging_serve(c);
         isolation_serve(c);
         if (c->iso.wanted)
-            commit_start(c, NULL);
+            commit_start(c);
         commit_serve(c, TURN_MS);
     }
 }

@@ -6,13 +6,32 @@
  * an offset back without complaint, so the order of commits is ours to keep. They run through a
  * queue of their own, because a rebalance callback must wait for one without polling the consumer.
  *
+ * A rebalance refuses commits. The client sends one at once, with the generation that it has, but
+ * on the connection on which it joins, and a broker answers one request of a connection after the
+ * other. So in the classic protocol a commit that goes out between JoinGroup and its answer lies
+ * there until the group has a new generation, and is refused for the old one; one that goes out
+ * between JoinGroup and SyncGroup is refused because the group waits for its leader. With KIP-848
+ * the member may not have heard of its new epoch yet. Nothing can be committed before that; but
+ * what is refused goes again then, at once and not an interval later, for the next rebalance may
+ * follow closely. Before a join that is ours to begin everything is committed (rebalance.c).
+ *
+ * Librdkafka below 2.10 forgets the generation that it has just joined when a commit is refused
+ * for the one before, and loses all partitions (its issue 4059): it gets no more such commits.
+ *
  * In exactly-once mode nothing is committed here: staging.c gives the same offsets to transactions.
  */
 #include "worker/consumer_int.h"
 
+#include <inttypes.h>
 #include <string.h>
 
-enum { COMMIT_WAIT_MS = 5000, COMMIT_LEAST_MS = 500 };
+enum {
+    COMMIT_WAIT_MS = 5000,
+    COMMIT_LEAST_MS = 500,
+    AGAIN_FIRST_MS = 20,        /* of a refused commit; then twice as long, */
+    AGAIN_MOST_MS = 160,        /* up to here */
+    SAFE_WHILE_JOINING = 0x020a0000,    /* librdkafka */
+};
 /* KIP-848's; older headers have no name for it. */
 static const rd_kafka_resp_err_t STALE_MEMBER_EPOCH = (rd_kafka_resp_err_t)113;
 
@@ -24,6 +43,21 @@ static bool is_stale_member(rd_kafka_resp_err_t e)
            e == RD_KAFKA_RESP_ERR_FENCED_INSTANCE_ID || e == STALE_MEMBER_EPOCH;
 }
 
+/* It is refused for its generation, and the member will have another one in a moment. One that the
+ * group does not know any more has lost its partitions. */
+static bool meets_rebalance(rd_kafka_resp_err_t e)
+{
+    return e == RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION ||
+           e == RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS || e == STALE_MEMBER_EPOCH;
+}
+
+static void go_again_soon(consumer *c)
+{
+    int64_t ms = c->again_ms ? LM_MIN(c->again_ms * 2, AGAIN_MOST_MS) : AGAIN_FIRST_MS;
+    c->again_ms = LM_MIN(ms, c->w->cfg->commit_interval_ms);
+    c->next_commit_us = LM_MIN(c->next_commit_us, lm_now_us() + c->again_ms * 1000);
+}
+
 static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
 {
     metric_add(&c->w->metrics.commit_failures, 1);
@@ -32,6 +66,10 @@ static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
            rd_kafka_err2str(e));
     if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE)
         commit_too_long(c);
+    if (meets_rebalance(e) && rd_kafka_version() >= SAFE_WHILE_JOINING)
+        go_again_soon(c);
+    else
+        c->again_ms = 0;
 }
 
 void commit_taken(consumer *c)
@@ -89,9 +127,12 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
             ledger_committed(c->ledger, &c->pending[i]);
     }
     c->committing = false;
+    lm_log(LM_DEBUG, "consumer", "offset commit answered after %" PRId64 " ms",
+           (lm_now_us() - c->commit_start_us) / 1000);
     if (worst) {
         commit_refused(c, worst);
     } else {
+        c->again_ms = 0;
         commit_taken(c);
         metric_add(&c->w->metrics.commits, 1);
     }
@@ -104,13 +145,17 @@ void commit_serve(consumer *c, int timeout_ms)
 
 /* When the worker ends, all commits together have COMMIT_WAIT_MS after the drain, and one that
  * comes late, because this thread was held up, still a moment. */
-static void wait_for_commit(consumer *c)
+static int64_t wait_end(const consumer *c)
 {
     int64_t now = lm_now_us(), from = now;
     if (atomic_load(&c->w->cancelling))
         from = LM_MIN(from, atomic_load(&c->w->drain_end_us));
-    int64_t end = LM_MAX(from + (int64_t)COMMIT_WAIT_MS * 1000,
-                         now + (int64_t)COMMIT_LEAST_MS * 1000);
+    return LM_MAX(from + (int64_t)COMMIT_WAIT_MS * 1000, now + (int64_t)COMMIT_LEAST_MS * 1000);
+}
+
+static void wait_for_commit(consumer *c)
+{
+    int64_t end = wait_end(c);
     while (c->committing && lm_now_us() < end) {
         atomic_store(&c->w->consumer_beat_us, lm_now_us());
         commit_serve(c, 100);
@@ -173,20 +218,25 @@ bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_comm
     return whole;
 }
 
-/* Starts a commit of what is new; nothing when one is under way. */
-void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only)
+void commit_start(consumer *c)
 {
-    if (c->exactly_once || c->committing || !grow_pending(c))
+    /* Of what is lost another worker commits. The group would refuse it, but not once it is empty:
+     * then it takes commits of anybody. */
+    if (c->exactly_once || c->committing || rd_kafka_assignment_lost(c->rk) || !grow_pending(c))
         return;
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
     c->n_pending = 0;
     c->longest = 0;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        if (consumer_selected(only, a) && commit_due(c, a, false, &c->pending[c->n_pending]))
+        if (commit_due(c, a, false, &c->pending[c->n_pending]))
             commit_add_offset(c, a, &c->pending[c->n_pending++], false, l);
     }
-    if (c->n_pending) {
+    if (!c->n_pending) {
+        c->again_ms = 0;
+    } else {
+        c->commit_start_us = lm_now_us();
+        lm_log(LM_DEBUG, "consumer", "offset commit of %zu partitions", c->n_pending);
         rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);
         c->committing = !e;
         for (size_t i = 0; e && i < c->n_pending; i++)
@@ -203,14 +253,28 @@ void commit_tick(consumer *c)
     if (now < c->next_commit_us && !c->iso.wanted)
         return;
     c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
-    commit_start(c, NULL);
+    commit_start(c);
 }
 
-void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only)
+/* A pause before what was refused goes again; false: it does not. */
+static bool goes_again(consumer *c, int64_t end_us)
 {
-    wait_for_commit(c);
-    if (c->committing)          /* the broker is silent; one such wait is enough */
-        return;
-    commit_start(c, only);
-    wait_for_commit(c);
+    if (!c->again_ms || rd_kafka_assignment_lost(c->rk) ||
+        lm_now_us() + c->again_ms * 1000 >= end_us)
+        return false;
+    atomic_store(&c->w->consumer_beat_us, lm_now_us());
+    commit_serve(c, (int)c->again_ms);
+    return true;
+}
+
+void commit_now(consumer *c)
+{
+    int64_t end = wait_end(c);
+    do {
+        wait_for_commit(c);
+        if (c->committing)      /* the broker is silent; one such wait is enough */
+            return;
+        commit_start(c);
+        wait_for_commit(c);
+    } while (!c->committing && goes_again(c, end));
 }

@@ -382,10 +382,12 @@ static void close_consumer(consumer *c)
     rd_kafka_queue_destroy(q);
 }
 
-/* Whose turn it is, of suspects or of a key's prompts, waits no longer than this for the thread. */
+/* Whose turn it is, of suspects or of a key's prompts, waits no longer than this for the thread,
+ * nor does a commit that goes again. */
 int consumer_poll_ms(const consumer *c)
 {
-    return c->iso.busy || (c->order && key_order_waiting(c->order)) ? DRAIN_POLL_MS : POLL_MS;
+    bool soon = c->iso.busy || c->again_ms || (c->order && key_order_waiting(c->order));
+    return soon ? DRAIN_POLL_MS : POLL_MS;
 }
 
 static void *consumer_main(void *arg)
@@ -397,7 +399,7 @@ static void *consumer_main(void *arg)
     }
     drain_all(c);
     consumer_take_finished(c, 0);
-    commit_now(c, NULL);
+    commit_now(c);
     close_consumer(c);
     return NULL;
 }
@@ -421,6 +423,13 @@ static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
     consumer *c = opaque;
     client_stats_take(&c->w->consumer_stats, json, len);
     return 0;                   /* the library's to free */
+}
+
+/* Of the client's thread: an answer to a commit is there, and ends the wait for records. */
+static void on_commit_answer(rd_kafka_t *rk, void *opaque)
+{
+    (void)rk;
+    rd_kafka_queue_yield(((consumer *)opaque)->queue);
 }
 
 static lm_status subscribe(consumer *c, struct lm_err *err)
@@ -476,6 +485,7 @@ lm_status consumer_new(struct worker *w, consumer **out, struct lm_err *err)
     rd_kafka_poll_set_consumer(c->rk);
     c->queue = rd_kafka_queue_get_consumer(c->rk);
     c->commit_queue = rd_kafka_queue_new(c->rk);
+    rd_kafka_queue_cb_event_enable(c->commit_queue, on_commit_answer, c);
     c->exactly_once = config_exactly_once(w->cfg);
     c->order = order;
     staging_init(&c->staging);
@@ -509,6 +519,7 @@ void consumer_free(consumer *c)
     while (c->n_parts)
         rebalance_remove(c, &c->parts[0]);
     credentials_detach(c->w->credentials, c->rk);
+    rd_kafka_queue_cb_event_enable(c->commit_queue, NULL, NULL);
     rd_kafka_queue_destroy(c->queue);
     rd_kafka_queue_destroy(c->commit_queue);
     staging_release(&c->staging);

@@ -92,6 +92,8 @@ struct consumer {
     struct ledger_commit *pending;
     size_t n_pending;
     bool committing;
+    int64_t commit_start_us;
+    int64_t again_ms;           /* a rebalance has refused the last one: its pause; 0: none has */
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
     int64_t now_us, wall_ms;    /* when the records at hand were read; 0: to be stamped */
@@ -125,9 +127,10 @@ void admission_assigned(consumer *c, const rd_kafka_topic_partition_list_t *part
 /* commit.c */
 void commit_serve(consumer *c, int timeout_ms);         /* the answer of the one under way */
 /* Starts a commit of what is new; nothing when one is under way. */
-void commit_start(consumer *c, const rd_kafka_topic_partition_list_t *only);
-void commit_tick(consumer *c);          /* when the interval is over, or a mark is wanted */
-void commit_now(consumer *c, const rd_kafka_topic_partition_list_t *only);      /* and waits */
+void commit_start(consumer *c);
+/* When the interval is over, a mark is wanted, or a rebalance has refused the last one. */
+void commit_tick(consumer *c);
+void commit_now(consumer *c);           /* and waits until it is accepted, for some seconds */
 
 /* Is there an offset, a map or a mark of this partition to commit? */
 bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_commit *due);

@@ -229,6 +229,7 @@ static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
     if (l->cnt && !fetch_committed(c, l) && c->exactly_once && !atomic_load(&c->w->stopping))
         worker_fail(c->w, LM_NET, "the committed offsets can't be had; without them finished "
                     "prompts would run again");
+    commit_start(c);            /* who has revoked something joins again after this */
     for (int i = 0; i < l->cnt; i++) {
         const rd_kafka_topic_partition_t *p = &l->elems[i];
         start_at(parts, p);
@@ -268,7 +269,9 @@ static void end_epochs(consumer *c, const rd_kafka_topic_partition_list_t *parts
     metric_add(lost ? &c->w->metrics.lost : &c->w->metrics.revoked, 1);
 }
 
-/* What still runs is handed back, what is finished is committed. */
+/* What still runs is handed back, what is finished is committed, of partitions that stay as well:
+ * the client may join again right after this, and nothing can be committed until the group has
+ * answered that, which it does when the session of every member that died has ended. */
 static void let_go(consumer *c, const rd_kafka_topic_partition_list_t *parts, int64_t start_us,
                    bool lost)
 {
@@ -277,7 +280,7 @@ static void let_go(consumer *c, const rd_kafka_topic_partition_list_t *parts, in
     rebalance_hand_back(c, parts);
     consumer_take_finished(c, 0);
     if (!lost)
-        commit_now(c, parts);
+        commit_now(c);
     end_epochs(c, parts, lost);
     histogram_observe(&c->w->metrics.rebalance_drain, lm_now_us() - start_us);
 }

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_consumer.c - how long the consumer thread waits while others wait for it, that it
- * commits while a revocation drains, and asks for offsets when no transaction is about to change
- * them; and when a record is said to have come. The test plays that thread, or the client under it.
+ * commits while a revocation drains, before a join and again after one that refused it, and asks
+ * for offsets when no transaction is about to change them; and when a record is said to have come.
+ * The test plays that thread, or the client under it.
  * What a group makes of it: tests/integration/test_flow.sh,
  * test_partitions.sh.
  */
@@ -23,6 +24,39 @@ static int commits_meanwhile;
 static rd_kafka_resp_err_t refusal = RD_KAFKA_RESP_ERR__WAIT_COORD;     /* of all commits */
 static char metadata[128];      /* of the first of them */
 
+/* With `plays_group` a commit waits for the answers here, in order; the last one comes again. */
+static bool plays_group, lost;
+static const rd_kafka_resp_err_t *answers;
+static int n_commits, library = 0x020f01ff;
+static char committed_topic[16];        /* of the last one's first partition */
+static void (*waits)(rd_kafka_t *, rd_kafka_resp_err_t, rd_kafka_topic_partition_list_t *, void *);
+static void *waits_for;
+
+int rd_kafka_version(void)
+{
+    return library;
+}
+
+int rd_kafka_assignment_lost(rd_kafka_t *rk)
+{
+    (void)rk;
+    return lost;
+}
+
+int rd_kafka_queue_poll_callback(rd_kafka_queue_t *q, int timeout_ms)
+{
+    (void)q;
+    if (!waits) {
+        nanosleep(&(struct timespec){ .tv_nsec = timeout_ms % 1000 * 1000000 }, NULL);
+        return 0;
+    }
+    __typeof__(waits) cb = waits;
+    waits = NULL;
+    cb(NULL, *answers, NULL, waits_for);
+    answers += !!*answers;
+    return 1;
+}
+
 /* Wins over the shared library's: there is no broker. */
 rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
                                           const rd_kafka_topic_partition_list_t *offsets,
@@ -33,9 +67,15 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
 {
     (void)rk;
     (void)q;
-    (void)cb;
-    (void)opaque;
     const rd_kafka_topic_partition_t *p = &offsets->elems[0];
+    if (plays_group) {
+        assert_null(waits);                     /* one at a time */
+        waits = cb;
+        waits_for = opaque;
+        n_commits++;
+        snprintf(committed_topic, sizeof committed_topic, "%s", p->topic);
+        return RD_KAFKA_RESP_ERR_NO_ERROR;
+    }
     if (running && atomic_load(&running->stage) == JOB_RUNNING) {
         if (!commits_meanwhile++)
             snprintf(metadata, sizeof metadata, "%lld:%.*s", (long long)p->offset,
@@ -443,13 +483,160 @@ static void a_commit_of_a_stale_member_warns_of_nothing(void **state)
         int warnings = 0;
         refusal = (rd_kafka_resp_err_t)row[i].e;
         lm_log_set_sink(count_warnings, &warnings);
-        commit_start(&x->c, NULL);
+        commit_start(&x->c);
         lm_log_set_sink(NULL, NULL);
         assert_int_equal(atomic_load(&x->w.metrics.commit_failures), i + 1);
         assert_int_equal(warnings, row[i].warnings);
     }
     refusal = RD_KAFKA_RESP_ERR__WAIT_COORD;
     close_world(x);
+}
+
+/* ---- commits that meet a rebalance -------------------------------------------------------- */
+
+/* A world with something to commit, and an interval that does not end. */
+static struct world *open_group(const rd_kafka_resp_err_t *in_order)
+{
+    struct world *x = open_world(NULL);
+    x->cfg.commit_interval_ms = x->cfg.revoke_drain_ms = 3600000;
+    x->c.next_commit_us = INT64_MAX;
+    plays_group = true;
+    n_commits = 0;
+    answers = in_order;
+    worker_end_job(&x->w, deliver(x, 0, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    return x;
+}
+
+static void close_group(struct world *x)
+{
+    plays_group = lost = false;
+    waits = NULL;
+    library = 0x020f01ff;
+    close_world(x);
+}
+
+static int64_t committed_offset(const struct world *x)
+{
+    struct ledger_info info;
+    assert_true(ledger_get(x->c.ledger, x->c.parts[0].ref, &info));
+    return info.committed;
+}
+
+/* Turns of the loop for so long, or until the group has taken a commit. */
+static void turn(struct world *x, int ms)
+{
+    int64_t end = lm_now_us() + ms * 1000;
+    while (lm_now_us() < end && committed_offset(x) != 1) {
+        commit_serve(&x->c, 0);
+        commit_tick(&x->c);
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    }
+}
+
+static const rd_kafka_resp_err_t joining[] = {
+    RD_KAFKA_RESP_ERR_ILLEGAL_GENERATION, RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS,
+    (rd_kafka_resp_err_t)113 /* STALE_MEMBER_EPOCH */, RD_KAFKA_RESP_ERR_NO_ERROR,
+};
+
+/* It does not wait for its next interval, and after it is taken the interval is the interval. */
+static void a_commit_that_meets_a_rebalance_goes_again_soon(void **state)
+{
+    (void)state;
+    struct world *x = open_group(joining);
+    commit_start(&x->c);
+    assert_int_equal(n_commits, 1);
+    turn(x, 10000);
+    assert_int_equal(n_commits, 4);
+    assert_int_equal(committed_offset(x), 1);
+    assert_int_equal(atomic_load(&x->w.metrics.commit_failures), 3);
+    assert_in_range(consumer_poll_ms(&x->c), 50, 1000);
+    worker_end_job(&x->w, deliver(x, 1, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    for (int i = 0; i < 50; i++)
+        commit_tick(&x->c);
+    assert_int_equal(n_commits, 4);
+    close_group(x);
+}
+
+/* The pauses grow, to a bound; meanwhile the thread looks often enough. */
+static void but_not_without_a_pause(void **state)
+{
+    static const rd_kafka_resp_err_t always[] = { RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS };
+    (void)state;
+    struct world *x = open_group(always);
+    int64_t most = 0;
+    for (int i = 0; i < 10; i++) {
+        x->c.next_commit_us = INT64_MAX;
+        answers = always;
+        commit_start(&x->c);
+        commit_serve(&x->c, 0);
+        int64_t ms = (x->c.next_commit_us - lm_now_us()) / 1000;
+        assert_true(x->c.again_ms >= 20 && x->c.again_ms <= 160 && ms <= x->c.again_ms);
+        assert_true(x->c.again_ms > most || most == 160);
+        assert_in_range(consumer_poll_ms(&x->c), 1, 10);
+        most = x->c.again_ms;
+    }
+    close_group(x);
+}
+
+/* Librdkafka below 2.10 would lose its partitions by it. */
+static void an_old_library_waits_for_the_interval(void **state)
+{
+    (void)state;
+    struct world *x = open_group(joining);
+    library = 0x020901ff;
+    commit_start(&x->c);
+    turn(x, 300);
+    assert_int_equal(n_commits, 1);
+    x->c.next_commit_us = 0;
+    turn(x, 300);
+    assert_int_equal(n_commits, 2);
+    close_group(x);
+}
+
+/* The last commits, of a worker that ends or of a partition that goes, do not give up either. */
+static void the_last_commit_goes_until_it_is_taken(void **state)
+{
+    (void)state;
+    struct world *x = open_group(joining);
+    commit_now(&x->c);
+    assert_int_equal(n_commits, 4);
+    assert_int_equal(committed_offset(x), 1);
+    commit_now(&x->c);                          /* there is nothing to say */
+    assert_int_equal(n_commits, 4);
+    close_group(x);
+}
+
+/* Its new owner commits. An empty group would believe anybody. */
+static void nobody_commits_what_is_lost(void **state)
+{
+    (void)state;
+    struct world *x = open_group(joining);
+    commit_start(&x->c);
+    lost = true;
+    turn(x, 100);
+    commit_now(&x->c);
+    assert_int_equal(n_commits, 1);
+    close_group(x);
+}
+
+/* After either callback the client may join, and until that is over nothing is committed. */
+static void what_stays_is_committed_before_a_join(void **state)
+{
+    (void)state;
+    struct world *x = open_group(&joining[3]);
+    assign(x, "other", 0);
+    assert_int_equal(n_commits, 1);
+    commit_serve(&x->c, 0);
+    assert_int_equal(committed_offset(x), 1);
+    worker_end_job(&x->w, deliver(x, 1, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    rebalance(x, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, "other", 0);
+    assert_int_equal(n_commits, 2);
+    assert_string_equal(committed_topic, "t");
+    assert_int_equal(committed_offset(x), 2);
+    close_group(x);
 }
 
 int main(void)
@@ -464,6 +651,12 @@ int main(void)
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
         cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
+        cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
+        cmocka_unit_test(but_not_without_a_pause),
+        cmocka_unit_test(an_old_library_waits_for_the_interval),
+        cmocka_unit_test(the_last_commit_goes_until_it_is_taken),
+        cmocka_unit_test(nobody_commits_what_is_lost),
+        cmocka_unit_test(what_stays_is_committed_before_a_join),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
