@@ -365,6 +365,7 @@ static void drain_all(consumer *c)
 static void close_consumer(consumer *c)
 {
     rd_kafka_queue_t *q = rd_kafka_queue_new(c->rk);
+    c->closing = true;
     rd_kafka_error_t *error = rd_kafka_consumer_close_queue(c->rk, q);
     int64_t end = lm_now_us() + (int64_t)CLOSE_WAIT_MS * 1000;
     if (error)

@@ -70,6 +70,7 @@ struct consumer {
     rd_kafka_queue_t *queue, *commit_queue;
     bool new_protocol;          /* KIP-848 is asked for */
     struct group_protocol protocol;
+    bool closing;               /* it leaves the group */
     bool exactly_once;          /* offsets are committed by transactions only */
     struct staging staging;
     pthread_t thread;

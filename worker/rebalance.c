@@ -326,9 +326,16 @@ static void check_rebalance(consumer *c, const char *what, rd_kafka_error_t *err
         rd_kafka_error_destroy(error);
 }
 
+/* A client that has left its group has no protocol. */
+static bool is_cooperative(rd_kafka_t *rk)
+{
+    const char *protocol = rd_kafka_rebalance_protocol(rk);
+    return protocol && !strcmp(protocol, "COOPERATIVE");
+}
+
 static void unassign(consumer *c, const rd_kafka_topic_partition_list_t *parts)
 {
-    if (!strcmp(rd_kafka_rebalance_protocol(c->rk), "COOPERATIVE"))
+    if (is_cooperative(c->rk))
         check_rebalance(c, "unassign", rd_kafka_incremental_unassign(c->rk, parts), 0);
     else
         check_rebalance(c, "unassign", NULL, rd_kafka_assign(c->rk, NULL));
@@ -380,13 +387,18 @@ void rebalance_cb(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partitio
                   void *opaque)
 {
     consumer *c = opaque;
-    bool cooperative = !strcmp(rd_kafka_rebalance_protocol(rk), "COOPERATIVE");
+    bool cooperative = is_cooperative(rk);
     /* It may take its time: the burst around it needs a new stamp, and what the burst has read is
      * intake's already, as is what the waits below let go. */
     consumer_hand_over(c);
     c->now_us = 0;
     switch (e) {
     case RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+        /* It came just before we began to leave, and the revocation of all that is ours is behind
+         * it. The client would take an answer to this for one to that, leave, and may never answer
+         * the call that we make when that comes. */
+        if (c->closing && (parts->cnt || c->n_parts))
+            break;
         on_assign(c, parts);
         if (cooperative)
             check_rebalance(c, "assign", rd_kafka_incremental_assign(rk, parts), 0);

@@ -6,6 +6,7 @@
 # one while its twin takes its transactional.id. A read_committed reader sees each id once. And one that dies
 # in the middle of one: who waits for its offsets goes on committing what it has finished itself. All of it
 # on a broker that takes no commit metadata as long as the workers would send: they send less, and say so once.
+# At last, at least once, commits that a rebalance refuses.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin commits
 KAFKA_EXTRA=offset.metadata.max.bytes=30 PROXIED=1 kafka_start 1 || die "the broker started"
@@ -95,11 +96,11 @@ tries() { grep -c 'committed offsets: ' "$RUN/worker-heir.log"; }
 has_tried() { [ "$(tries)" -ge "$1" ]; }
 prompts() {         # PARTITION COUNT [ADAPTER]
     "$PYTHON" - "$BOOTSTRAP" "$@" <<'P'
-import json, sys
+import json, os, sys
 from confluent_kafka import Producer
 p = Producer({"bootstrap.servers": sys.argv[1]})
 for i in range(int(sys.argv[3])):
-    p.produce("heir", json.dumps({"id": f"h-{sys.argv[2]}-{i}", "prompt": "x"} |
+    p.produce(os.environ.get("TOPIC", "heir"), json.dumps({"id": f"h-{sys.argv[2]}-{i}", "prompt": "x"} |
               ({"adapter": sys.argv[4]} if sys.argv[4:] else {})), partition=int(sys.argv[2]))
 assert not p.flush(20)
 P
@@ -124,3 +125,58 @@ waits() { [ $n -le 1 ] && ! has "assigned heir \[$his\]" worker-heir-since; }
 sed '1,/revoked heir/d' "$RUN/worker-heir.log" > "$RUN/worker-heir-since.log"
 check "while it waits for them ($n tries later)" waits
 kill -9 -- "-$HEIR"
+
+# At least once a member that joins its group commits nothing until the group answers, here until the session
+# of one that was killed has ended. What was refused goes again then, and not an interval later.
+topic_create joins 2; topic_create joins-replies 1
+member() {          # NAME
+    start_worker "worker-$1" "worker.name=$1" delivery.mode=at-least-once topics.prompts=joins \
+        topics.replies=joins-replies group.id=joins commit.interval_ms=2000 log.level=debug \
+        kafka.consumer.debug=cgrp kafka.session.timeout.ms=8000 commit.map_max_bytes=0 poison.max_attempts=0
+}
+has_one() { has 'assigned joins' "worker-$1"; }
+member stays; STAYS=$W
+wait_until 30 has_one stays || die "the first worker has partitions"
+member goes; GOES=$W
+wait_until 30 has_one goes || die "the second worker has a partition"
+his=$(sed -n 's/.* assigned joins \[\(.\)\].*/\1/p' "$RUN/worker-goes.log" | head -1) kept=$((1 - his))
+kill -9 -- "-$GOES"; wait "$GOES" 2> /dev/null
+joins() { grep -c -- '-> wait-join' "$RUN/worker-stays.log"; }
+before=$(joins)
+member comes; COMES=$W
+joins_again() { [ "$(joins)" -gt "$before" ]; }
+wait_until 20 joins_again || not_ok "who stays joins again"
+TOPIC=joins prompts "$kept" 50
+all_committed() { [[ "$(d committed joins joins "$kept")" == "$1 "* ]]; }
+check "a commit that waits behind a join" wait_until 30 all_committed 50
+"$PYTHON" - "$RUN/worker-stays.log" <<'P' || FAILED=1
+import re, sys, time
+answers, gaps, since = [], [], None
+for line in open(sys.argv[1]):
+    if m := re.match(r"(\S+)\.(\d{3})Z .* consumer: offset commit (answered|refused)", line):
+        when = time.mktime(time.strptime(m[1], "%Y-%m-%dT%H:%M:%S")) + int(m[2]) / 1000
+        if m[3] == "answered":
+            answers.append([when, True])
+        else:
+            answers[-1][1] = False                  # its line comes after that
+for when, taken in answers:
+    if not taken:
+        since = since or when
+    elif since:
+        gaps.append(when - since)
+        since = None
+good = gaps and max(gaps) < 1 and not since
+print(f"{'ok' if good else 'not ok'} - is refused when that is over, and goes again at once, not 2 s later ({gaps})")
+sys.exit(not good)
+P
+
+# Nor does a worker give its last commit up that ends meanwhile: it waits for the group.
+kill -9 -- "-$COMES"; wait "$COMES" 2> /dev/null
+before=$(joins)
+member next; NEXT=$W
+wait_until 20 joins_again || not_ok "who stays joins once more"
+TOPIC=joins prompts "$kept" 50
+sleep 3                                             # a commit may wait for 5 s
+stop "$STAYS" "who ends in a join"
+check "and has committed what it finished" all_committed 100
+stop "$NEXT" "the next one"

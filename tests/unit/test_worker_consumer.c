@@ -391,6 +391,39 @@ static void an_assignment_at_the_close_reads_nothing_that_is_gone(void **state)
     close_world(x);
 }
 
+/* Counts, and asks the client. */
+static int assign_calls;
+
+rd_kafka_resp_err_t rd_kafka_assign(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *l)
+{
+    rd_kafka_resp_err_t (*real)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *) =
+        (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_assign");
+    assign_calls++;
+    return real(rk, l);
+}
+
+/* Nor is it taken, or answered, once the worker leaves: the client revokes all next. Except where
+ * there is nothing to revoke. */
+static void an_assignment_is_not_taken_by_who_leaves(void **state)
+{
+    (void)state;
+    struct world *x = open_world(NULL);
+    rd_kafka_topic_partition_list_t *nothing = rd_kafka_topic_partition_list_new(0);
+    x->c.closing = true;
+    assign_calls = 0;
+    assign(x, "other", 0);
+    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, nothing, &x->c);
+    assert_int_equal(assign_calls, 0);
+    assert_int_equal(x->c.n_parts, 1);
+    rebalance(x, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, "t", 0);
+    assert_int_equal(assign_calls, 1);
+    assert_int_equal(x->c.n_parts, 0);
+    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, nothing, &x->c);
+    assert_int_equal(assign_calls, 2);
+    rd_kafka_topic_partition_list_destroy(nothing);
+    close_world(x);
+}
+
 /* Within 20 bytes three runs have room beside the offset 127, and not beside 128. */
 static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 {
@@ -650,6 +683,7 @@ int main(void)
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
+        cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),
         cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
         cmocka_unit_test(but_not_without_a_pause),
