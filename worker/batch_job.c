@@ -40,7 +40,7 @@ enum { MAX_LINE = 64 << 20, POLL_MS = 100, POLL_EVENTS = 64 };
 struct item {
     struct item *next;          /* in `arrived`, `ready` or `crowded` */
     struct item *prev_live, *next_live;
-    struct job *job;
+    struct batch *batch;
     uint64_t line;
     struct openai_request *request;
     engine_adapter *adapter;
@@ -49,7 +49,7 @@ struct item {
 
 struct list { struct item *head, **tail; };
 
-struct job {
+struct batch {
     const struct batch_config *cfg;
     struct engine_info info;
     FILE *in;
@@ -94,28 +94,28 @@ static struct item *list_take(struct list *l)
     return it;
 }
 
-static struct item *item_new(struct job *j)
+static struct item *item_new(struct batch *b)
 {
     struct item *it = lm_calloc(1, sizeof *it);
     if (!it)
         return NULL;
-    it->job = j;
-    it->line = j->line;
-    it->next_live = j->live;
-    if (j->live)
-        j->live->prev_live = it;
-    j->live = it;
-    j->in_flight++;
+    it->batch = b;
+    it->line = b->line;
+    it->next_live = b->live;
+    if (b->live)
+        b->live->prev_live = it;
+    b->live = it;
+    b->in_flight++;
     return it;
 }
 
 static void item_free(struct item *it)
 {
-    *(it->prev_live ? &it->prev_live->next_live : &it->job->live) = it->next_live;
+    *(it->prev_live ? &it->prev_live->next_live : &it->batch->live) = it->next_live;
     if (it->next_live)
         it->next_live->prev_live = it->prev_live;
-    it->job->in_flight--;
-    it->job->room = true;
+    it->batch->in_flight--;
+    it->batch->room = true;
     engine_adapter_unref(it->adapter);
     openai_request_free(it->request);
     free(it);
@@ -123,39 +123,39 @@ static void item_free(struct item *it)
 
 /* ---- endings --------------------------------------------------------------------------- */
 
-static void show(struct job *j)
+static void show(struct batch *b)
 {
-    const struct batch_totals *t = j->totals;
-    progress_set(j->bar, t->skipped + t->answered + t->refused);
+    const struct batch_totals *t = b->totals;
+    progress_set(b->bar, t->skipped + t->answered + t->refused);
     if (t->refused)
-        progress_note(j->bar, "%" PRIu64 " refused", t->refused);
+        progress_note(b->bar, "%" PRIu64 " refused", t->refused);
 }
 
-static lm_status end_refused(struct job *j, struct item *it, const struct lm_err *why,
+static lm_status end_refused(struct batch *b, struct item *it, const struct lm_err *why,
                              struct lm_err *err)
 {
     char id[BATCH_ID_CHARS];
     batch_id(id, it->line);
     const char *custom_id = it->request ? it->request->custom_id : NULL;
-    lm_status st = batch_output_write(j->out, openai_error_line(id, custom_id, why), err);
-    j->totals->refused++;
+    lm_status st = batch_output_write(b->out, openai_error_line(id, custom_id, why), err);
+    b->totals->refused++;
     item_free(it);
-    show(j);
+    show(b);
     return st;
 }
 
-static lm_status end_answered(struct job *j, struct item *it, const struct engine_result *r,
+static lm_status end_answered(struct batch *b, struct item *it, const struct engine_result *r,
                               struct lm_err *err)
 {
     char id[BATCH_ID_CHARS];
     batch_id(id, it->line);
     const char *digest = it->adapter ? engine_adapter_digest(it->adapter) : NULL;
-    lm_status st = batch_output_write(j->out, openai_result_line(id, it->request, digest, r), err);
-    j->totals->answered++;
-    j->totals->prompt_tokens += (uint64_t)r->prompt_tokens;
-    j->totals->completion_tokens += (uint64_t)r->completion_tokens;
+    lm_status st = batch_output_write(b->out, openai_result_line(id, it->request, digest, r), err);
+    b->totals->answered++;
+    b->totals->prompt_tokens += (uint64_t)r->prompt_tokens;
+    b->totals->completion_tokens += (uint64_t)r->completion_tokens;
     item_free(it);
-    show(j);
+    show(b);
     return st;
 }
 
@@ -166,16 +166,16 @@ static void adapter_arrived(void *user, lm_status status, engine_adapter *a,
                             const struct lm_err *why)
 {
     struct item *it = user;
-    struct job *j = it->job;
+    struct batch *b = it->batch;
     it->adapter = a;
     if (status != LM_OK) {
         it->err = why ? *why : (struct lm_err){ .code = status };
         it->err.code = status;
     }
-    pthread_mutex_lock(&j->lock);
-    list_add(&j->arrived, it);
-    pthread_mutex_unlock(&j->lock);
-    engine_wake(j->cfg->engine);
+    pthread_mutex_lock(&b->lock);
+    list_add(&b->arrived, it);
+    pthread_mutex_unlock(&b->lock);
+    engine_wake(b->cfg->engine);
 }
 
 static bool is_blank(const char *s, size_t n)
@@ -183,25 +183,25 @@ static bool is_blank(const char *s, size_t n)
     return strspn(s, " \t\r\n") >= n;
 }
 
-static lm_status take_line(struct job *j, size_t len, struct lm_err *err)
+static lm_status take_line(struct batch *b, size_t len, struct lm_err *err)
 {
-    struct item *it = item_new(j);
+    struct item *it = item_new(b);
     if (!it)
-        return lm_err_set(err, LM_NOMEM, "no memory for line %" PRIu64, j->line);
+        return lm_err_set(err, LM_NOMEM, "no memory for line %" PRIu64, b->line);
     struct lm_err why = { 0 };
     lm_status st = len > MAX_LINE
         ? lm_err_set(&why, LM_TOO_LARGE, "the line has %zu bytes, more than %d", len, MAX_LINE)
-        : openai_parse(j->buf, len, j->info.model_name, &it->request, &why);
-    if (!st && it->request->adapter && !j->cfg->adapters)
+        : openai_parse(b->buf, len, b->info.model_name, &it->request, &why);
+    if (!st && it->request->adapter && !b->cfg->adapters)
         st = lm_err_set(&why, LM_NOT_FOUND, "body.model \"%.256s\" is not the base model "
                         "\"%.128s\", and no --adapters are given", it->request->adapter,
-                        j->info.model_name);
+                        b->info.model_name);
     if (st)
-        return end_refused(j, it, &why, err);
+        return end_refused(b, it, &why, err);
     if (it->request->adapter)
-        store_get(j->cfg->store, it->request->adapter, adapter_arrived, it);
+        store_get(b->cfg->store, it->request->adapter, adapter_arrived, it);
     else
-        list_add(&j->ready, it);
+        list_add(&b->ready, it);
     return LM_OK;
 }
 
@@ -215,68 +215,68 @@ static ssize_t drop_bom(char *line, ssize_t n)
 }
 
 /* Reads lines until enough are in flight. */
-static lm_status fill(struct job *j, struct lm_err *err)
+static lm_status fill(struct batch *b, struct lm_err *err)
 {
     lm_status st = LM_OK;
-    while (!st && !j->eof && j->in_flight < j->cfg->max_in_flight) {
+    while (!st && !b->eof && b->in_flight < b->cfg->max_in_flight) {
         errno = 0;
-        ssize_t n = getline(&j->buf, &j->cap, j->in);
+        ssize_t n = getline(&b->buf, &b->cap, b->in);
         if (n < 0) {
-            j->eof = true;
-            if (ferror(j->in) || !feof(j->in))      /* neither: no memory for the line */
-                return lm_err_set(err, LM_IO, "input %s: %s", j->cfg->input, strerror(errno));
+            b->eof = true;
+            if (ferror(b->in) || !feof(b->in))      /* neither: no memory for the line */
+                return lm_err_set(err, LM_IO, "input %s: %s", b->cfg->input, strerror(errno));
             return LM_OK;
         }
-        if (j->line++ == 0)
-            n = drop_bom(j->buf, n);
-        while (n > 0 && (j->buf[n - 1] == '\n' || j->buf[n - 1] == '\r'))
+        if (b->line++ == 0)
+            n = drop_bom(b->buf, n);
+        while (n > 0 && (b->buf[n - 1] == '\n' || b->buf[n - 1] == '\r'))
             n--;
-        if (is_blank(j->buf, (size_t)n))
+        if (is_blank(b->buf, (size_t)n))
             continue;
-        j->totals->lines++;
-        if (batch_output_has(j->out, j->line)) {
-            j->totals->skipped++;
-            show(j);
+        b->totals->lines++;
+        if (batch_output_has(b->out, b->line)) {
+            b->totals->skipped++;
+            show(b);
             continue;
         }
-        st = take_line(j, (size_t)n, err);
+        st = take_line(b, (size_t)n, err);
     }
     return st;
 }
 
 /* ---- submitting and polling ------------------------------------------------------------ */
 
-static void sort_arrived(struct job *j, struct item *it)
+static void sort_arrived(struct batch *b, struct item *it)
 {
     bool crowded = it->err.code == LM_BUSY;
-    if (it == j->asking)
-        j->asking = NULL;
+    if (it == b->asking)
+        b->asking = NULL;
     if (crowded)
         it->err = (struct lm_err){ 0 };
-    j->n_crowded += crowded;
-    j->room = !crowded;
-    list_add(crowded ? &j->crowded : &j->ready, it);
+    b->n_crowded += crowded;
+    b->room = !crowded;
+    list_add(crowded ? &b->crowded : &b->ready, it);
 }
 
-static void collect_arrived(struct job *j)
+static void collect_arrived(struct batch *b)
 {
-    pthread_mutex_lock(&j->lock);
-    for (struct item *it; (it = list_take(&j->arrived));)
-        sort_arrived(j, it);
-    pthread_mutex_unlock(&j->lock);
+    pthread_mutex_lock(&b->lock);
+    for (struct item *it; (it = list_take(&b->arrived));)
+        sort_arrived(b, it);
+    pthread_mutex_unlock(&b->lock);
 }
 
 /* When only crowded lines are left, nothing holds an adapter any more. */
-static void ask_again(struct job *j)
+static void ask_again(struct batch *b)
 {
-    if (j->asking || !j->crowded.head || (!j->room && j->in_flight > j->n_crowded))
+    if (b->asking || !b->crowded.head || (!b->room && b->in_flight > b->n_crowded))
         return;
-    j->asking = list_take(&j->crowded);
-    j->n_crowded--;
-    store_get(j->cfg->store, j->asking->request->adapter, adapter_arrived, j->asking);
+    b->asking = list_take(&b->crowded);
+    b->n_crowded--;
+    store_get(b->cfg->store, b->asking->request->adapter, adapter_arrived, b->asking);
 }
 
-static lm_status submit_item(struct job *j, struct item *it, struct lm_err *why)
+static lm_status submit_item(struct batch *b, struct item *it, struct lm_err *why)
 {
     const struct openai_request *q = it->request;
     char id[BATCH_ID_CHARS];
@@ -287,50 +287,50 @@ static lm_status submit_item(struct job *j, struct item *it, struct lm_err *why)
         .n_messages = q->n_messages, .params = q->params, .user = it,
     };
     engine_handle h;
-    return engine_submit(j->cfg->engine, &r, &h, why);
+    return engine_submit(b->cfg->engine, &r, &h, why);
 }
 
-static lm_status submit_ready(struct job *j, struct lm_err *err)
+static lm_status submit_ready(struct batch *b, struct lm_err *err)
 {
     lm_status st = LM_OK;
-    while (!st && j->ready.head) {
-        struct item *it = j->ready.head;
+    while (!st && b->ready.head) {
+        struct item *it = b->ready.head;
         struct lm_err why = it->err;
-        lm_status s = why.code ? why.code : submit_item(j, it, &why);
+        lm_status s = why.code ? why.code : submit_item(b, it, &why);
         if (s == LM_BUSY)
             break;
-        list_take(&j->ready);
+        list_take(&b->ready);
         if (s)
-            st = end_refused(j, it, &why, err);
+            st = end_refused(b, it, &why, err);
     }
     return st;
 }
 
-static lm_status end_event(struct job *j, struct engine_event *ev, struct lm_err *err)
+static lm_status end_event(struct batch *b, struct engine_event *ev, struct lm_err *err)
 {
     struct engine_result *r = ev->result;
     lm_status st;
     if (r->status != LM_OK) {
         struct lm_err why;
         lm_err_set(&why, r->status, "%s", r->error);
-        st = end_refused(j, ev->user, &why, err);
+        st = end_refused(b, ev->user, &why, err);
     } else {
-        st = end_answered(j, ev->user, r, err);
+        st = end_answered(b, ev->user, r, err);
     }
     engine_result_free(r);
     return st;
 }
 
-static lm_status poll_engine(struct job *j, struct lm_err *err)
+static lm_status poll_engine(struct batch *b, struct lm_err *err)
 {
     struct engine_event ev[POLL_EVENTS];
     lm_status state = LM_OK, st = LM_OK;
-    int n = engine_poll(j->cfg->engine, ev, POLL_EVENTS, POLL_MS, &state);
+    int n = engine_poll(b->cfg->engine, ev, POLL_EVENTS, POLL_MS, &state);
     for (int i = 0; i < n; i++) {
         if (ev[i].kind != ENGINE_FINISHED) {
             free(ev[i].text);
         } else if (!st && state == LM_OK) {
-            st = end_event(j, &ev[i], err);
+            st = end_event(b, &ev[i], err);
         } else {                /* not written: a resumed run does it again */
             engine_result_free(ev[i].result);
             item_free(ev[i].user);
@@ -342,47 +342,47 @@ static lm_status poll_engine(struct job *j, struct lm_err *err)
     return st;
 }
 
-static lm_status run(struct job *j, struct lm_err *err)
+static lm_status run(struct batch *b, struct lm_err *err)
 {
     lm_status st = LM_OK;
-    while (!st && (!j->eof || j->in_flight > 0)) {
-        if (atomic_load(j->cfg->stop))
+    while (!st && (!b->eof || b->in_flight > 0)) {
+        if (atomic_load(b->cfg->stop))
             return lm_err_set(err, LM_CANCELLED, "stopped; run again with --resume to go on");
-        st = fill(j, err);
+        st = fill(b, err);
         if (!st) {
-            collect_arrived(j);
-            ask_again(j);
-            st = submit_ready(j, err);
+            collect_arrived(b);
+            ask_again(b);
+            st = submit_ready(b, err);
         }
-        if (!st && j->in_flight > 0)
-            st = poll_engine(j, err);
+        if (!st && b->in_flight > 0)
+            st = poll_engine(b, err);
     }
     return st;
 }
 
 /* ---- set-up ---------------------------------------------------------------------------- */
 
-static lm_status open_input(struct job *j, struct lm_err *err)
+static lm_status open_input(struct batch *b, struct lm_err *err)
 {
-    const struct batch_config *c = j->cfg;
+    const struct batch_config *c = b->cfg;
     struct stat in, out;
-    j->in = strcmp(c->input, "-") ? fopen(c->input, "re") : stdin;
-    if (!j->in)
+    b->in = strcmp(c->input, "-") ? fopen(c->input, "re") : stdin;
+    if (!b->in)
         return lm_err_set(err, LM_NOT_FOUND, "input %s: %s", c->input, strerror(errno));
-    if (fstat(fileno(j->in), &in))
+    if (fstat(fileno(b->in), &in))
         return lm_err_set(err, LM_IO, "input %s: %s", c->input, strerror(errno));
     if (S_ISDIR(in.st_mode))
         return lm_err_set(err, LM_INVALID, "input %s: is a folder", c->input);
-    j->regular = S_ISREG(in.st_mode);
-    if (j->regular && !stat(c->output, &out) && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
+    b->regular = S_ISREG(in.st_mode);
+    if (b->regular && !stat(c->output, &out) && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
         return lm_err_set(err, LM_INVALID, "input and output are the same file, %s", c->output);
     return LM_OK;
 }
 
 /* Counts lines for the bar, 0 where that would take them from the job: a pipe, standard input. */
-static uint64_t count_lines(const struct job *j)
+static uint64_t count_lines(const struct batch *b)
 {
-    FILE *f = j->regular && j->in != stdin ? fopen(j->cfg->input, "re") : NULL;
+    FILE *f = b->regular && b->in != stdin ? fopen(b->cfg->input, "re") : NULL;
     char *line = NULL;
     size_t cap = 0;
     uint64_t n = 0;
@@ -397,44 +397,44 @@ static uint64_t count_lines(const struct job *j)
 
 /* Lets go of what has not ended. The engine may still be working on it, but only hands `user` back
  * in events, and nobody polls them any more. */
-static void abandon(struct job *j)
+static void abandon(struct batch *b)
 {
-    store_free(j->cfg->store);  /* every pending adapter_arrived() has been called after this */
-    while (j->live)
-        item_free(j->live);
+    store_free(b->cfg->store);  /* every pending adapter_arrived() has been called after this */
+    while (b->live)
+        item_free(b->live);
 }
 
 lm_status batch_job_run(const struct batch_config *cfg, struct batch_totals *out,
                         struct lm_err *err)
 {
-    struct job j = { .cfg = cfg, .totals = out };
+    struct batch b = { .cfg = cfg, .totals = out };
     memset(out, 0, sizeof *out);
-    engine_info(cfg->engine, &j.info);
-    list_init(&j.arrived);
-    list_init(&j.ready);
-    list_init(&j.crowded);
-    pthread_mutex_init(&j.lock, NULL);
+    engine_info(cfg->engine, &b.info);
+    list_init(&b.arrived);
+    list_init(&b.ready);
+    list_init(&b.crowded);
+    pthread_mutex_init(&b.lock, NULL);
     int64_t start = lm_now_us();
-    lm_status st = open_input(&j, err);
+    lm_status st = open_input(&b, err);
     if (!st)
-        st = batch_output_open(cfg->output, cfg->resume, &j.out, err);
+        st = batch_output_open(cfg->output, cfg->resume, &b.out, err);
     if (!st) {
-        j.bar = progress_new(&(struct progress_config){
-            .label = "batch", .unit = "requests", .total = count_lines(&j) });
-        st = run(&j, err);
-        abandon(&j);
+        b.bar = progress_new(&(struct progress_config){
+            .label = "batch", .unit = "requests", .total = count_lines(&b) });
+        st = run(&b, err);
+        abandon(&b);
         if (!st)
-            progress_finish(j.bar);
-        progress_free(j.bar);
-        lm_status closed = batch_output_close(j.out, st ? NULL : err);
+            progress_finish(b.bar);
+        progress_free(b.bar);
+        lm_status closed = batch_output_close(b.out, st ? NULL : err);
         st = st ? st : closed;
     } else {
         store_free(cfg->store);
     }
     out->seconds = (double)(lm_now_us() - start) / 1e6;
-    if (j.in && j.in != stdin)
-        fclose(j.in);
-    free(j.buf);
-    pthread_mutex_destroy(&j.lock);
+    if (b.in && b.in != stdin)
+        fclose(b.in);
+    free(b.buf);
+    pthread_mutex_destroy(&b.lock);
     return st;
 }

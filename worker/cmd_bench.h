@@ -71,7 +71,7 @@ static inline int32_t trace_token(int64_t i, int64_t t, int vocab)
 
 /* ---- outcomes -------------------------------------------------------------------------- */
 
-enum outcome_state { OUTCOME_OPEN, OUTCOME_DONE, OUTCOME_LATE, OUTCOME_FAILED };
+enum outcome_state { REPLAY_OPEN, REPLAY_DONE, REPLAY_LATE, REPLAY_FAILED };
 
 /* Of one request; microseconds since its arrival. */
 struct outcome {

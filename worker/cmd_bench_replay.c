@@ -149,7 +149,7 @@ static lm_status submit(struct runner *r, int32_t i, engine_adapter *adapter)
     }
     if (!r->out->error[0])
         snprintf(r->out->error, sizeof r->out->error, "%.255s", r->err->msg);
-    close_outcome(r, i, OUTCOME_FAILED);
+    close_outcome(r, i, REPLAY_FAILED);
     return LM_OK;
 }
 
@@ -310,14 +310,14 @@ static void take_result(struct runner *r, const struct engine_event *ev)
     struct outcome *o = &r->out->outcome[i];
     const struct engine_result *res = ev->result;
     enum engine_reason reason = res->n_choices ? res->choices[0].reason : ENGINE_ERROR;
-    o->state = reason == ENGINE_EXPIRED ? OUTCOME_LATE
-             : reason == ENGINE_ERROR ? OUTCOME_FAILED : OUTCOME_DONE;
+    o->state = reason == ENGINE_EXPIRED ? REPLAY_LATE
+             : reason == ENGINE_ERROR ? REPLAY_FAILED : REPLAY_DONE;
     o->tokens = res->completion_tokens;
     o->admit_us = o->submit_us + res->queued_us;
     o->first_us = res->first_token_us ? o->submit_us + res->first_token_us : 0;
     o->end_us = o->submit_us + res->finished_us;
     r->out->end_us = LM_MAX(r->out->end_us, r->t->item[i].arrival_us + o->end_us);
-    if (o->state == OUTCOME_FAILED && !r->out->error[0])
+    if (o->state == REPLAY_FAILED && !r->out->error[0])
         snprintf(r->out->error, sizeof r->out->error, "%s", res->error);
     r->open--;
 }

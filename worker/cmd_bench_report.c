@@ -59,7 +59,7 @@ enum quantity { TTFT, TOKEN, LATENCY, WAIT };
 
 static bool quantity(const struct outcome *o, enum quantity q, double *out)
 {
-    if (o->state != OUTCOME_DONE)
+    if (o->state != REPLAY_DONE)
         return false;
     switch (q) {
     case TTFT: *out = (double)o->first_us / 1e6; return true;
@@ -84,13 +84,13 @@ static void count(const struct replay *r, struct figures *f)
     double slo = r->args->slo_s;
     for (int i = 0; i < r->trace->n; i++) {
         const struct outcome *o = &r->outcome[i];
-        f->done += o->state == OUTCOME_DONE;
-        f->late += o->state == OUTCOME_LATE;
-        f->failed += o->state == OUTCOME_FAILED;
+        f->done += o->state == REPLAY_DONE;
+        f->late += o->state == REPLAY_LATE;
+        f->failed += o->state == REPLAY_FAILED;
         f->output_tokens += o->tokens;
-        f->prompt_tokens += o->state == OUTCOME_DONE ? r->trace->item[i].prompt : 0;
+        f->prompt_tokens += o->state == REPLAY_DONE ? r->trace->item[i].prompt : 0;
         double ttft = (double)o->first_us / 1e6;
-        if (o->state == OUTCOME_DONE && slo > 0 && ttft < slo) {
+        if (o->state == REPLAY_DONE && slo > 0 && ttft < slo) {
             f->in_time++;
             f->satisfaction += 1 - ttft / slo * (ttft / slo);
         }

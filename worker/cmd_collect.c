@@ -46,7 +46,7 @@ struct collect {
     outcomes *job;
     FILE *out;
     progress *bar;
-    struct tally *tally;
+    struct collected_sum *tally;
     uint64_t unreadable, named;
     int64_t started_us;
 };
@@ -99,25 +99,25 @@ static bool may_heal(lm_status st)
 static void take_reply(struct collect *c, const rd_kafka_message_t *m)
 {
     struct lm_err err;
-    struct reply r;
-    lm_status st = reply_read(c->codec, m, &r, &err);
+    struct collected_reply r;
+    lm_status st = collected_reply_read(c->codec, m, &r, &err);
     for (int i = 0; may_heal(st) && i < REGISTRY_TRIES && !cli_interrupted(); i++) {
         poll(NULL, 0, REGISTRY_PAUSE_MS);
-        st = reply_read(c->codec, m, &r, &err);
+        st = collected_reply_read(c->codec, m, &r, &err);
     }
     if (st != LM_OK) {
         unreadable(c, m, &err);
         return;
     }
-    enum outcome_news news = r.outcome ? outcomes_reply(c->job, r.id, r.id_len) : OUTCOME_FOREIGN;
-    if (news == OUTCOME_NEW || news == OUTCOME_HEALED) {
-        tally_reply(c->tally, &r, m);
-        write_line(c, reply_line(&r, m));
+    enum outcome_news news = r.outcome ? outcomes_reply(c->job, r.id, r.id_len) : NEWS_FOREIGN;
+    if (news == NEWS_NEW || news == NEWS_HEALED) {
+        collected_sum_reply(c->tally, &r, m);
+        write_line(c, collected_reply_line(&r, m));
     }
-    reply_release(&r);
+    collected_reply_release(&r);
 }
 
-static void name_dead_letter(struct collect *c, const struct dead_letter *d)
+static void name_dead_letter(struct collect *c, const struct collected_letter *d)
 {
     if (c->brief || ++c->named > REPORT_MAX + 1)
         return;
@@ -130,14 +130,14 @@ static void name_dead_letter(struct collect *c, const struct dead_letter *d)
 
 static void take_dead_letter(struct collect *c, const rd_kafka_message_t *m)
 {
-    struct dead_letter d;
-    dead_letter_read(m, &d);
-    if (outcomes_dead_letter(c->job, m->payload, m->len, d.source) == OUTCOME_NEW) {
-        tally_dead_letter(c->tally, &d, m);
+    struct collected_letter d;
+    collected_letter_read(m, &d);
+    if (outcomes_dead_letter(c->job, m->payload, m->len, d.source) == NEWS_NEW) {
+        collected_sum_dead_letter(c->tally, &d, m);
         name_dead_letter(c, &d);
-        write_line(c, dead_letter_line(&d, m));
+        write_line(c, collected_letter_line(&d, m));
     }
-    dead_letter_release(&d);
+    collected_letter_release(&d);
 }
 
 static void saw_end(struct collect *c, const rd_kafka_message_t *m)
@@ -244,7 +244,7 @@ static lm_status open_all(struct collect *c, struct lm_err *err)
 {
     struct outcome_counts counts;
     c->started_us = lm_now_us();
-    if (!(c->job = outcomes_new()) || !(c->tally = tally_new()))
+    if (!(c->job = outcomes_new()) || !(c->tally = collected_sum_new()))
         return lm_err_set(err, LM_NOMEM, "no memory");
     lm_status st = open_codec(c, err);
     if (st == LM_OK && c->job_file)
@@ -284,7 +284,7 @@ static void close_all(struct collect *c)
     if (c->parts)
         rd_kafka_topic_partition_list_destroy(c->parts);
     cli_kafka_close(&c->kafka);
-    tally_free(c->tally);
+    collected_sum_free(c->tally);
     outcomes_free(c->job);
     codec_free(c->codec);
     config_release(&c->config);
@@ -376,7 +376,7 @@ static int run(struct collect *c)
     int status = conclude(c);
     struct outcome_counts n;
     outcomes_counts(c->job, &n);
-    if (c->summary && tally_write(c->tally, &n, c->summary, &err) != LM_OK) {
+    if (c->summary && collected_sum_write(c->tally, &n, c->summary, &err) != LM_OK) {
         fprintf(stderr, "loramill collect: %s\n", err.msg);
         status = CLI_FAILED;
     }

@@ -110,12 +110,12 @@ static enum outcome_news settle(outcomes *j, const struct key *k, enum state out
     json_t *now = lookup(j, k);
     if (!now && j->by_lines) {
         j->foreign++;
-        return OUTCOME_FOREIGN;
+        return NEWS_FOREIGN;
     }
     enum state before = now ? (enum state)json_integer_value(now) : AWAITED;
     if (before == REPLIED || before == outcome) {
         j->repeated++;
-        return OUTCOME_REPEATED;
+        return NEWS_REPEATED;
     }
     /* Without memory the outcome still counts; only a repeat would go unnoticed. */
     if (!now)
@@ -124,7 +124,7 @@ static enum outcome_news settle(outcomes *j, const struct key *k, enum state out
         json_integer_set(now, outcome);
     j->dead_letters -= before == DEAD;
     *(outcome == REPLIED ? &j->replies : &j->dead_letters) += 1;
-    return before == DEAD ? OUTCOME_HEALED : OUTCOME_NEW;
+    return before == DEAD ? NEWS_HEALED : NEWS_NEW;
 }
 
 enum outcome_news outcomes_reply(outcomes *j, const char *id, size_t len)

@@ -22,10 +22,10 @@ lm_status outcomes_await_line(outcomes *j, const char *line, size_t len);
 void outcomes_await_count(outcomes *j, uint64_t n);
 
 enum outcome_news {
-    OUTCOME_NEW,                /* the first of its prompt */
-    OUTCOME_HEALED,             /* a reply after a dead letter: the reply counts */
-    OUTCOME_REPEATED,           /* known already */
-    OUTCOME_FOREIGN,            /* of another job */
+    NEWS_NEW,                /* the first of its prompt */
+    NEWS_HEALED,             /* a reply after a dead letter: the reply counts */
+    NEWS_REPEATED,           /* known already */
+    NEWS_FOREIGN,            /* of another job */
 };
 
 enum outcome_news outcomes_reply(outcomes *j, const char *id, size_t len);

@@ -27,17 +27,18 @@ static int collect_headers(const rd_kafka_message_t *m, struct header *out)
     return n;
 }
 
-lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, struct lm_err *err)
+lm_status collected_reply_read(codec *c, const rd_kafka_message_t *m, struct collected_reply *r,
+                               struct lm_err *err)
 {
     struct header h[HEADERS_MAX];
     int n = collect_headers(m, h);
-    *r = (struct reply){ 0 };
+    *r = (struct collected_reply){ 0 };
     lm_status st = codec_decode_tree(c, m->payload, m->len, h, n, &r->root, err);
     if (st != LM_OK)
         return st;
     const json_t *id = json_object_get(r->root, "id");
     if (!json_is_string(id)) {
-        reply_release(r);
+        collected_reply_release(r);
         return lm_err_set(err, LM_FORMAT, "no string under \"id\"");
     }
     const json_t *stream = json_object_get(r->root, "stream");
@@ -50,13 +51,13 @@ lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, str
     return LM_OK;
 }
 
-void reply_release(struct reply *r)
+void collected_reply_release(struct collected_reply *r)
 {
     json_decref(r->root);
-    *r = (struct reply){ 0 };
+    *r = (struct collected_reply){ 0 };
 }
 
-char *reply_line(const struct reply *r, const rd_kafka_message_t *m)
+char *collected_reply_line(const struct collected_reply *r, const rd_kafka_message_t *m)
 {
     if (r->as_it_came)
         return lm_strndup(m->payload, m->len);
@@ -133,9 +134,9 @@ static const char *const names_message[] = { "loramill-error-message",
                                              "kafka_dlt-exception-message",
                                              "__connect.errors.exception.message", NULL };
 
-void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d)
+void collected_letter_read(const rd_kafka_message_t *m, struct collected_letter *d)
 {
-    *d = (struct dead_letter){ 0 };
+    *d = (struct collected_letter){ 0 };
     header_text(m, names_topic, d->topic, sizeof d->topic, "");
     header_text(m, names_code, d->code, sizeof d->code, "unknown");
     header_text(m, names_message, d->message, sizeof d->message, "the dead letter does not say");
@@ -156,10 +157,10 @@ void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d)
         d->id = json_string_value(id);
 }
 
-void dead_letter_release(struct dead_letter *d)
+void collected_letter_release(struct collected_letter *d)
 {
     json_decref(d->prompt);
-    *d = (struct dead_letter){ 0 };
+    *d = (struct collected_letter){ 0 };
 }
 
 /* Bytes as a JSON string where they are UTF-8, else as {"hex": "..."}. */
@@ -201,7 +202,7 @@ static json_t *json_known(int64_t n)
     return n < 0 ? json_null() : json_integer(n);
 }
 
-char *dead_letter_line(const struct dead_letter *d, const rd_kafka_message_t *m)
+char *collected_letter_line(const struct collected_letter *d, const rd_kafka_message_t *m)
 {
     json_t *value = d->prompt ? json_incref(d->prompt) : json_bytes(m->payload, m->len);
     json_t *o = json_pack("{s:o, s:{s:o, s:o}, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
@@ -219,15 +220,15 @@ char *dead_letter_line(const struct dead_letter *d, const rd_kafka_message_t *m)
 
 /* ---- sums over a job -------------------------------------------------------------------- */
 
-struct tally {
+struct collected_sum {
     json_t *adapters, *workers, *reasons, *causes;      /* name -> count */
     uint64_t prompt_tokens, completion_tokens;
     int64_t first_ms, last_ms;                          /* record times; 0: none yet */
 };
 
-struct tally *tally_new(void)
+struct collected_sum *collected_sum_new(void)
 {
-    struct tally *t = lm_calloc(1, sizeof *t);
+    struct collected_sum *t = lm_calloc(1, sizeof *t);
     if (!t)
         return NULL;
     t->adapters = json_object();
@@ -237,7 +238,7 @@ struct tally *tally_new(void)
     return t;
 }
 
-void tally_free(struct tally *t)
+void collected_sum_free(struct collected_sum *t)
 {
     if (!t)
         return;
@@ -257,7 +258,7 @@ static void count(json_t *table, const char *name)
         json_object_set_new(table, name, json_integer(1));
 }
 
-static void note_time(struct tally *t, const rd_kafka_message_t *m)
+static void note_time(struct collected_sum *t, const rd_kafka_message_t *m)
 {
     int64_t ms = rd_kafka_message_timestamp(m, NULL);
     if (ms <= 0)
@@ -272,7 +273,8 @@ static const char *string_or(const json_t *v, const char *fallback)
     return json_is_string(v) ? json_string_value(v) : fallback;
 }
 
-void tally_reply(struct tally *t, const struct reply *r, const rd_kafka_message_t *m)
+void collected_sum_reply(struct collected_sum *t, const struct collected_reply *r,
+                         const rd_kafka_message_t *m)
 {
     size_t i;
     json_t *choice;
@@ -287,14 +289,15 @@ void tally_reply(struct tally *t, const struct reply *r, const rd_kafka_message_
     note_time(t, m);
 }
 
-void tally_dead_letter(struct tally *t, const struct dead_letter *d, const rd_kafka_message_t *m)
+void collected_sum_dead_letter(struct collected_sum *t, const struct collected_letter *d,
+                               const rd_kafka_message_t *m)
 {
     count(t->causes, d->code);
     note_time(t, m);
 }
 
-lm_status tally_write(const struct tally *t, const struct outcome_counts *n, const char *path,
-                      struct lm_err *err)
+lm_status collected_sum_write(const struct collected_sum *t, const struct outcome_counts *n,
+                              const char *path, struct lm_err *err)
 {
     json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:O, s:O, s:O, s:O}",
                           "answered", (json_int_t)n->replies,

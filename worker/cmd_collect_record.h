@@ -17,7 +17,7 @@
 
 /* ---- replies ---------------------------------------------------------------------------- */
 
-struct reply {
+struct collected_reply {
     json_t *root;
     const char *id;             /* in root */
     size_t id_len;
@@ -26,13 +26,15 @@ struct reply {
 };
 
 /* Disposition LM_DO_RETRY: the registry does not answer. */
-lm_status reply_read(codec *c, const rd_kafka_message_t *m, struct reply *r, struct lm_err *err);
-void reply_release(struct reply *r);
-char *reply_line(const struct reply *r, const rd_kafka_message_t *m);   /* malloc'ed, or NULL */
+lm_status collected_reply_read(codec *c, const rd_kafka_message_t *m, struct collected_reply *r,
+                               struct lm_err *err);
+void collected_reply_release(struct collected_reply *r);
+/* malloc'ed, or NULL */
+char *collected_reply_line(const struct collected_reply *r, const rd_kafka_message_t *m);
 
 /* ---- dead letters ----------------------------------------------------------------------- */
 
-struct dead_letter {
+struct collected_letter {
     json_t *prompt;             /* NULL when the value is not JSON */
     const char *id;             /* in prompt; NULL when it has none */
     char code[64], message[512];
@@ -41,21 +43,23 @@ struct dead_letter {
     char source[320];           /* "topic/3/17": the prompt's place, else the dead letter's own */
 };
 
-void dead_letter_read(const rd_kafka_message_t *m, struct dead_letter *d);
-void dead_letter_release(struct dead_letter *d);
-char *dead_letter_line(const struct dead_letter *d, const rd_kafka_message_t *m);
+void collected_letter_read(const rd_kafka_message_t *m, struct collected_letter *d);
+void collected_letter_release(struct collected_letter *d);
+char *collected_letter_line(const struct collected_letter *d, const rd_kafka_message_t *m);
 
 /* ---- sums over a job -------------------------------------------------------------------- */
 
-struct tally;
-struct tally *tally_new(void);
-void tally_free(struct tally *t);
-void tally_reply(struct tally *t, const struct reply *r, const rd_kafka_message_t *m);
-void tally_dead_letter(struct tally *t, const struct dead_letter *d, const rd_kafka_message_t *m);
+struct collected_sum;
+struct collected_sum *collected_sum_new(void);
+void collected_sum_free(struct collected_sum *t);
+void collected_sum_reply(struct collected_sum *t, const struct collected_reply *r,
+                         const rd_kafka_message_t *m);
+void collected_sum_dead_letter(struct collected_sum *t, const struct collected_letter *d,
+                               const rd_kafka_message_t *m);
 /* {"answered", "dead_lettered", "missing", "repeated", "prompt_tokens", "completion_tokens",
  *  "first_ms", "last_ms", "adapters": {name: replies}, "workers": {name: replies},
  *  "finish_reasons": {reason: choices}, "causes": {code: dead letters}} */
-lm_status tally_write(const struct tally *t, const struct outcome_counts *n, const char *path,
-                      struct lm_err *err);
+lm_status collected_sum_write(const struct collected_sum *t, const struct outcome_counts *n,
+                              const char *path, struct lm_err *err);
 
 #endif

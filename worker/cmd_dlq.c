@@ -74,7 +74,7 @@ static const char help[] =
 
 struct letter {
     const rd_kafka_message_t *m;
-    struct dead_letter d;
+    struct collected_letter d;
     json_t *prompt;             /* as a tree, whatever the encoding; NULL: can't be read */
     int64_t ms;
 };
@@ -85,7 +85,7 @@ static void letter_read(struct dlq *q, const rd_kafka_message_t *m, struct lette
     rd_kafka_headers_t *kh;
     int n = 0;
     *l = (struct letter){ .m = m, .ms = rd_kafka_message_timestamp(m, NULL) };
-    dead_letter_read(m, &l->d);
+    collected_letter_read(m, &l->d);
     if (!rd_kafka_message_headers(m, &kh))
         while (n < (int)LM_COUNT(h) &&
                !rd_kafka_header_get_all(kh, (size_t)n, &h[n].name, &h[n].value, &h[n].len))
@@ -96,7 +96,7 @@ static void letter_read(struct dlq *q, const rd_kafka_message_t *m, struct lette
 static void letter_release(struct letter *l)
 {
     json_decref(l->prompt);
-    dead_letter_release(&l->d);
+    collected_letter_release(&l->d);
 }
 
 static const char *field(const struct letter *l, const char *name)
@@ -154,7 +154,7 @@ static void print_line(const struct letter *l)
 
 static void print_json(const struct letter *l)
 {
-    char *line = dead_letter_line(&l->d, l->m);
+    char *line = collected_letter_line(&l->d, l->m);
     json_t *o = line ? json_loads(line, JSON_ALLOW_NUL, NULL) : NULL;
     const char *adapter = field(l, "adapter");
     free(line);

@@ -35,7 +35,7 @@ struct registry {
     struct lm_err held;
 };
 
-struct reply {
+struct answer {
     char *body;
     size_t len;
     bool too_large;
@@ -134,7 +134,7 @@ void registry_free(registry *r)
 
 static size_t take_body(char *data, size_t size, size_t n, void *user)
 {
-    struct reply *rep = user;
+    struct answer *rep = user;
     size_t add = size * n;
     if (add > MAX_REPLY - rep->len) {
         rep->too_large = true;
@@ -149,7 +149,7 @@ static size_t take_body(char *data, size_t size, size_t n, void *user)
     return add;
 }
 
-static void reply_release(struct reply *rep)
+static void answer_release(struct answer *rep)
 {
     free(rep->body);
     json_decref(rep->json);
@@ -169,7 +169,7 @@ static int on_progress(void *ctx, curl_off_t a, curl_off_t b, curl_off_t d, curl
 }
 
 static void set_options(registry *r, const char *url, const char *body, int64_t limit_ms,
-                        struct reply *rep)
+                        struct answer *rep)
 {
     CURL *c = r->curl;
     curl_easy_reset(c);         /* keeps connections */
@@ -199,7 +199,7 @@ static void set_options(registry *r, const char *url, const char *body, int64_t 
 
 /* LM_OK means that an HTTP reply came, whatever its status. */
 static lm_status exchange(registry *r, const char *base, const char *path, const char *body,
-                          int64_t limit_ms, struct reply *rep, struct lm_err *err)
+                          int64_t limit_ms, struct answer *rep, struct lm_err *err)
 {
     char *url = NULL, shown[URL_SHOWN], detail[CURL_ERROR_SIZE] = "";
     url_show(base, shown, sizeof shown);
@@ -223,7 +223,7 @@ static lm_status exchange(registry *r, const char *base, const char *path, const
 }
 
 /* What an HTTP status means. The registry's own error_code tells its 404 from a proxy's. */
-static lm_status judge(const char *base, const char *path, const struct reply *rep,
+static lm_status judge(const char *base, const char *path, const struct answer *rep,
                        struct lm_err *err)
 {
     if (rep->status == 200 && json_is_object(rep->json))
@@ -256,7 +256,7 @@ static int64_t share_ms(const registry *r, int i, int64_t end_us)
 }
 
 /* Tries each base URL until one gives a final answer. On LM_OK rep->json is an object. */
-static lm_status ask(registry *r, const char *path, const char *body, struct reply *rep,
+static lm_status ask(registry *r, const char *path, const char *body, struct answer *rep,
                      struct lm_err *err)
 {
     struct lm_err e = { LM_NET, "" };
@@ -268,7 +268,7 @@ static lm_status ask(registry *r, const char *path, const char *body, struct rep
     int64_t end = lm_now_us() + (int64_t)r->total_ms * 1000;
     for (int i = 0; i < r->n_urls && !stopped(r); i++) {
         int at = (r->current + i) % r->n_urls;
-        reply_release(rep);
+        answer_release(rep);
         lm_status st = exchange(r, r->urls[at], path, body, share_ms(r, i, end), rep, &e);
         if (!st)
             st = judge(r->urls[at], path, rep, &e);
@@ -290,7 +290,7 @@ static lm_status ask(registry *r, const char *path, const char *body, struct rep
 
 /* ---- the questions --------------------------------------------------------------------------- */
 
-static lm_status take_schema(const struct reply *rep, const char *name, char **text,
+static lm_status take_schema(const struct answer *rep, const char *name, char **text,
                              struct lm_err *err)
 {
     const json_t *schema = json_object_get(rep->json, "schema");
@@ -315,11 +315,11 @@ static lm_status take_schema(const struct reply *rep, const char *name, char **t
 static lm_status fetch(registry *r, const char *path, const char *name, char **text,
                        struct lm_err *err)
 {
-    struct reply rep = { 0 };
+    struct answer rep = { 0 };
     lm_status st = ask(r, path, NULL, &rep, err);
     if (!st)
         st = take_schema(&rep, name, text, err);
-    reply_release(&rep);
+    answer_release(&rep);
     return st;
 }
 
@@ -337,10 +337,10 @@ static bool is_registry(registry *r)
     bool yes = false;
     int64_t end = lm_now_us() + (int64_t)r->total_ms * 1000;
     for (int i = 0; i < r->n_urls && !yes && !stopped(r); i++) {
-        struct reply rep = { 0 };
+        struct answer rep = { 0 };
         yes = exchange(r, r->urls[i], "/schemas/types", NULL, share_ms(r, i, end), &rep, NULL) ==
               LM_OK && rep.status == 200 && json_is_array(rep.json);
-        reply_release(&rep);
+        answer_release(&rep);
     }
     return yes;
 }
@@ -369,7 +369,7 @@ lm_status registry_by_guid(registry *r, const unsigned char guid[16], char **tex
 static lm_status id_of(registry *r, const char *subject, const char *text, bool create, int32_t *id,
                        struct lm_err *err)
 {
-    struct reply rep = { 0 };
+    struct answer rep = { 0 };
     json_t *question = json_pack("{s:s}", "schema", text);
     char *body = question ? json_dumps(question, JSON_COMPACT) : NULL;
     char *escaped = curl_easy_escape(r->curl, subject, 0), *path = NULL;
@@ -387,7 +387,7 @@ static lm_status id_of(registry *r, const char *subject, const char *text, bool 
                         "it", subject);
     if (!st)
         *id = (int32_t)n;
-    reply_release(&rep);
+    answer_release(&rep);
     curl_free(escaped);
     free(path);
     free(body);

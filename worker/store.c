@@ -2,7 +2,7 @@
 /*
  * store.c - from an adapter's id to an engine adapter; see store.h for the promises.
  *
- * One job per id that is being looked for, however many wait for it:
+ * One lookup per id that is wanted, however many wait for it:
  *
  *   store_get --> INBOX --admit--> LOADING  (a local folder, or in the disk cache)
  *                   ^      |           |  \
@@ -15,18 +15,19 @@
  *                   |      `---------->+     files whole: form check, install, load
  *                   `------------------'     a damaged cache entry: removed, fetched once more
  *
- * A job that would fetch what another process on this host is fetching waits in BACKOFF, without a
- * claim, and is admitted anew: as a rule it then finds the cache filled.
+ * A lookup that would fetch what another process on this host is fetching waits in BACKOFF, without
+ * a claim, and is admitted anew: as a rule it then finds the cache filled.
  *
- * The store thread has INBOX to READY, BACKOFF and FETCHING; the loader thread has LOADING. A job
- * belongs to one of them at a time and changes hands through a queue under the lock, so only the
- * queues, the tables and the waiters need it. Order of locks: there is just one, and no callback,
- * system call or engine call happens under it.
+ * The store thread has INBOX to READY, BACKOFF and FETCHING; the loader thread has LOADING. A
+ * lookup belongs to one of them at a time and changes hands through a queue under the lock, so only
+ * the queues, the tables and the waiters need it. Order of locks: there is just one, and no
+ * callback, system call or engine call happens under it.
  *
- * Who waits may let go (store_let_go). A job that nobody waits for goes on until its next attempt
- * would begin, and is then forgotten; one that is loaded meanwhile stays in the engine's cache.
+ * Who waits may let go (store_let_go). A lookup that nobody waits for goes on until its next
+ * attempt would begin, and is then forgotten; one that is loaded meanwhile stays in the engine's
+ * cache.
  *
- * A job that ended is out of the table before its waiters hear of it: whoever asks again starts
+ * A lookup that ended is out of the table before its waiters hear of it: whoever asks again starts
  * afresh, and finds the engine's copy, or the negative entry.
  */
 #include "worker/store_int.h"
@@ -66,11 +67,11 @@ struct waiter {
 };
 STAILQ_HEAD(waiters, waiter);
 
-struct job {
-    char *id;                   /* first: jobs and negatives are compared by it */
+struct lookup {
+    char *id;                   /* first: lookups and negatives are compared by it */
     struct waiters waiters;
-    TAILQ_ENTRY(job) all;
-    STAILQ_ENTRY(job) queue;    /* INBOX, READY, BACKOFF or LOADING */
+    TAILQ_ENTRY(lookup) all;
+    STAILQ_ENTRY(lookup) queue;    /* INBOX, READY, BACKOFF or LOADING */
     bool fresh;                 /* its files came just now: a fault is not the disk's */
     bool refetch;               /* the cache's copy was bad: fetch, once */
     char *local;                /* a folder outside the cache, or NULL */
@@ -82,7 +83,7 @@ struct job {
     bool claimed;               /* other processes are told that we fetch it */
     int64_t due_us, began_us;   /* began: to fetch, or to wait for another process */
 };
-STAILQ_HEAD(jobs, job);
+STAILQ_HEAD(lookups, lookup);
 
 struct negative {
     char *id;
@@ -104,15 +105,15 @@ struct store {
     pthread_mutex_t lock;
     pthread_cond_t work;        /* for the loader */
     bool stopping;
-    void *job_table, *negative_table;           /* tsearch trees by id */
-    TAILQ_HEAD(, job) all_jobs;
+    void *lookup_table, *negative_table;           /* tsearch trees by id */
+    TAILQ_HEAD(, lookup) all;
     TAILQ_HEAD(, negative) negatives;           /* oldest first: all live equally long */
     int n_negatives;
-    struct jobs inbox, loading;
+    struct lookups inbox, loading;
     struct store_stats stats;
     struct log_seldom away;
 
-    struct jobs ready, backoff;                 /* the store thread's own */
+    struct lookups ready, backoff;                 /* the store thread's own */
     int fetching;
 };
 
@@ -168,55 +169,55 @@ static void negative_add(store *s, const char *id, const struct lm_err *err)
         negative_drop(s, TAILQ_FIRST(&s->negatives));
 }
 
-/* ---- jobs ------------------------------------------------------------------------------- */
+/* ---- lookups ---------------------------------------------------------------------------- */
 
-static void job_close_file(struct job *j)
+static void lookup_close_file(struct lookup *l)
 {
-    if (j->file.fd >= 0)
-        close(j->file.fd);
-    j->file.fd = -1;
-    free(j->url);
-    j->url = NULL;
+    if (l->file.fd >= 0)
+        close(l->file.fd);
+    l->file.fd = -1;
+    free(l->url);
+    l->url = NULL;
 }
 
-static void job_drop_files(struct job *j)
+static void lookup_drop_files(struct lookup *l)
 {
-    job_close_file(j);
-    cache_discard(j->tmp);
-    free(j->tmp);
-    j->tmp = NULL;
-    j->which = 0;
+    lookup_close_file(l);
+    cache_discard(l->tmp);
+    free(l->tmp);
+    l->tmp = NULL;
+    l->which = 0;
 }
 
-/* Under the lock: whoever asks from now on starts another job. */
-static void job_unlist(store *s, struct job *j)
+/* Under the lock: whoever asks from now on starts another lookup. */
+static void lookup_unlist(store *s, struct lookup *l)
 {
-    tdelete(j, &s->job_table, by_id);
-    TAILQ_REMOVE(&s->all_jobs, j, all);
+    tdelete(l, &s->lookup_table, by_id);
+    TAILQ_REMOVE(&s->all, l, all);
     s->stats.in_flight--;
 }
 
-static void job_free(store *s, struct job *j)
+static void lookup_free(store *s, struct lookup *l)
 {
-    job_drop_files(j);
-    if (j->claimed)
-        cache_unclaim(s->cache, j->id);
-    free(j->local);
-    free(j->id);
-    free(j);
+    lookup_drop_files(l);
+    if (l->claimed)
+        cache_unclaim(s->cache, l->id);
+    free(l->local);
+    free(l->id);
+    free(l);
 }
 
-/* Ends a job: `a` (a reference) on LM_OK, `err` otherwise. Any thread that has the job. */
-static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
+/* Ends a lookup: `a` (a reference) on LM_OK, `err` otherwise. Any thread that has it. */
+static void finish(store *s, struct lookup *l, lm_status status, engine_adapter *a,
                    const struct lm_err *err)
 {
     struct waiter *w;
     bool final = lm_status_disposition(status) == LM_DO_REFUSE;
     pthread_mutex_lock(&s->lock);
-    job_unlist(s, j);
+    lookup_unlist(s, l);
     s->stats.failures += status != LM_OK && status != LM_CANCELLED;
     if (final)
-        negative_add(s, j->id, err);
+        negative_add(s, l->id, err);
     pthread_mutex_unlock(&s->lock);
     if (status == LM_BUSY)
         lm_log(LM_INFO, "store", "%s", err->msg);
@@ -224,67 +225,67 @@ static void finish(store *s, struct job *j, lm_status status, engine_adapter *a,
         lm_log(LM_WARN, "store", "%s", err->msg);
     else if (status != LM_OK && status != LM_CANCELLED)
         log_seldom(&s->away, "store", "%s", err->msg);
-    bool nobody = STAILQ_EMPTY(&j->waiters);            /* any more */
-    while ((w = STAILQ_FIRST(&j->waiters))) {
-        STAILQ_REMOVE_HEAD(&j->waiters, link);
-        bool last = STAILQ_EMPTY(&j->waiters);
+    bool nobody = STAILQ_EMPTY(&l->waiters);            /* any more */
+    while ((w = STAILQ_FIRST(&l->waiters))) {
+        STAILQ_REMOVE_HEAD(&l->waiters, link);
+        bool last = STAILQ_EMPTY(&l->waiters);
         w->done(w->user, status, !a ? NULL : last ? a : s->hooks.ref(a), status ? err : NULL);
         free(w);
     }
     if (a && nobody)
         s->hooks.unref(a);
-    job_free(s, j);
+    lookup_free(s, l);
 }
 
 /* Everybody who waited for it has let it go: it ends, without a word. The store thread's. */
-static bool end_unwanted(store *s, struct job *j)
+static bool end_unwanted(store *s, struct lookup *l)
 {
     pthread_mutex_lock(&s->lock);
-    bool unwanted = STAILQ_EMPTY(&j->waiters);
+    bool unwanted = STAILQ_EMPTY(&l->waiters);
     if (unwanted)
-        job_unlist(s, j);
+        lookup_unlist(s, l);
     pthread_mutex_unlock(&s->lock);
     if (!unwanted)
         return false;
-    lm_log(LM_INFO, "store", "adapter '%s': nobody waits for it any more", j->id);
-    job_free(s, j);
+    lm_log(LM_INFO, "store", "adapter '%s': nobody waits for it any more", l->id);
+    lookup_free(s, l);
     return true;
 }
 
-static void fail(store *s, struct job *j, struct lm_err *err)
+static void fail(store *s, struct lookup *l, struct lm_err *err)
 {
-    lm_err_prefix(err, "adapter '%s'", j->id);
-    finish(s, j, err->code, NULL, err);
+    lm_err_prefix(err, "adapter '%s'", l->id);
+    finish(s, l, err->code, NULL, err);
 }
 
-static void to_loader(store *s, struct job *j)
+static void to_loader(store *s, struct lookup *l)
 {
     pthread_mutex_lock(&s->lock);
-    STAILQ_INSERT_TAIL(&s->loading, j, queue);
+    STAILQ_INSERT_TAIL(&s->loading, l, queue);
     pthread_cond_signal(&s->work);
     pthread_mutex_unlock(&s->lock);
 }
 
 /* ---- asking ----------------------------------------------------------------------------- */
 
-static struct job *job_new(store *s, const char *id)
+static struct lookup *lookup_new(store *s, const char *id)
 {
-    struct job *j = lm_calloc(1, sizeof *j);
-    if (!j || !(j->id = lm_strdup(id)) || !tsearch(j, &s->job_table, by_id)) {
-        free(j ? j->id : NULL);
-        free(j);
+    struct lookup *l = lm_calloc(1, sizeof *l);
+    if (!l || !(l->id = lm_strdup(id)) || !tsearch(l, &s->lookup_table, by_id)) {
+        free(l ? l->id : NULL);
+        free(l);
         return NULL;
     }
-    j->file.fd = -1;
-    STAILQ_INIT(&j->waiters);
-    TAILQ_INSERT_TAIL(&s->all_jobs, j, all);
-    STAILQ_INSERT_TAIL(&s->inbox, j, queue);
+    l->file.fd = -1;
+    STAILQ_INIT(&l->waiters);
+    TAILQ_INSERT_TAIL(&s->all, l, all);
+    STAILQ_INSERT_TAIL(&s->inbox, l, queue);
     s->stats.in_flight++;
-    return j;
+    return l;
 }
 
-/* Under the lock: waits with the id's job, starts it if need be, or says at once why not. */
-static lm_status join_job(store *s, const char *id, store_done *done, void *user,
+/* Under the lock: waits with the id's lookup, starts it if need be, or says at once why not. */
+static lm_status join_lookup(store *s, const char *id, store_done *done, void *user,
                           struct lm_err *err)
 {
     const struct lm_err *known = negative_find(s, id);
@@ -296,16 +297,16 @@ static lm_status join_job(store *s, const char *id, store_done *done, void *user
     if (s->stopping)
         return lm_err_set(err, LM_CANCELLED, "shutting down");
     struct waiter *w = lm_calloc(1, sizeof *w);
-    struct job *j = table_find(&s->job_table, id);
-    if (w && !j)
-        j = job_new(s, id);
-    if (!w || !j) {
+    struct lookup *l = table_find(&s->lookup_table, id);
+    if (w && !l)
+        l = lookup_new(s, id);
+    if (!w || !l) {
         free(w);
         return lm_err_set(err, LM_NOMEM, "adapter '%s': no memory", id);
     }
     w->done = done;
     w->user = user;
-    STAILQ_INSERT_TAIL(&j->waiters, w, link);
+    STAILQ_INSERT_TAIL(&l->waiters, w, link);
     return LM_OK;
 }
 
@@ -318,7 +319,7 @@ void store_get(store *s, const char *id, store_done *done, void *user)
     if (a)
         s->stats.memory_hits++;
     else if (st == LM_OK)
-        st = join_job(s, id, done, user, &err);
+        st = join_lookup(s, id, done, user, &err);
     pthread_mutex_unlock(&s->lock);
     if (a)
         done(user, LM_OK, a, NULL);
@@ -332,12 +333,12 @@ bool store_let_go(store *s, const char *id, const void *user)
 {
     struct waiter *w = NULL;
     pthread_mutex_lock(&s->lock);
-    struct job *j = table_find(&s->job_table, id);
-    if (j)
-        for (w = STAILQ_FIRST(&j->waiters); w && w->user != user;)
+    struct lookup *l = table_find(&s->lookup_table, id);
+    if (l)
+        for (w = STAILQ_FIRST(&l->waiters); w && w->user != user;)
             w = STAILQ_NEXT(w, link);
     if (w)
-        STAILQ_REMOVE(&j->waiters, w, waiter, link);
+        STAILQ_REMOVE(&l->waiters, w, waiter, link);
     pthread_mutex_unlock(&s->lock);
     bool found = w != NULL;
     free(w);
@@ -377,169 +378,169 @@ static char *local_folder(const store *s, const char *id)
 
 /* ---- store thread: fetching ------------------------------------------------------------- */
 
-static lm_status open_file(store *s, struct job *j, struct lm_err *err)
+static lm_status open_file(store *s, struct lookup *l, struct lm_err *err)
 {
     char path[PATH_MAX];
-    if (!j->tmp && cache_tmp(s->cache, &j->tmp, err) != LM_OK)
+    if (!l->tmp && cache_tmp(s->cache, &l->tmp, err) != LM_OK)
         return err->code;
-    snprintf(path, sizeof path, "%s/%s", j->tmp, files[j->which]);
-    uint64_t before = j->which > 0 ? j->file.have : 0;
-    j->url = url_template_fill(s->cfg.url, URL_HOLE_ADAPTER, j->id, files[j->which]);
-    j->file = (struct fetch){ .url = j->url, .user = j, .total = FETCH_UNKNOWN, .fd = -1,
+    snprintf(path, sizeof path, "%s/%s", l->tmp, files[l->which]);
+    uint64_t before = l->which > 0 ? l->file.have : 0;
+    l->url = url_template_fill(s->cfg.url, URL_HOLE_ADAPTER, l->id, files[l->which]);
+    l->file = (struct fetch){ .url = l->url, .user = l, .total = FETCH_UNKNOWN, .fd = -1,
                               .max_bytes = s->cfg.max_adapter_bytes - before };
-    if (j->which == 0)
-        j->file.max_bytes = LM_MIN(STORE_CONFIG_MAX, s->cfg.max_adapter_bytes);
-    if (!j->url)
+    if (l->which == 0)
+        l->file.max_bytes = LM_MIN(STORE_CONFIG_MAX, s->cfg.max_adapter_bytes);
+    if (!l->url)
         return lm_err_set(err, LM_NOMEM, "no memory for a URL");
-    j->file.fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (j->file.fd < 0)
+    l->file.fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (l->file.fd < 0)
         return lm_err_set(err, LM_IO, "%s: %s", path, strerror(errno));
     return LM_OK;
 }
 
-/* One more attempt at the job's present file. */
-static void start_attempt(store *s, struct job *j)
+/* One more attempt at the lookup's present file. */
+static void start_attempt(store *s, struct lookup *l)
 {
     struct lm_err err;
-    if (end_unwanted(s, j))
+    if (end_unwanted(s, l))
         return;
-    lm_status st = j->file.fd < 0 ? open_file(s, j, &err) : LM_OK;
+    lm_status st = l->file.fd < 0 ? open_file(s, l, &err) : LM_OK;
     if (st == LM_OK)
-        st = fetch_start(s->fetcher, &j->file, &err);
+        st = fetch_start(s->fetcher, &l->file, &err);
     if (st != LM_OK) {
-        fail(s, j, &err);
+        fail(s, l, &err);
         return;
     }
-    j->attempts++;
+    l->attempts++;
     s->fetching++;
 }
 
 /* Full jitter: any delay up to a bound that doubles; xorshift is random enough for that. */
-static int64_t backoff_ms(store *s, const struct job *j)
+static int64_t backoff_ms(store *s, const struct lookup *l)
 {
     int64_t bound = s->hooks.retry_base_ms;
-    for (int i = 1; i < j->attempts && bound < BACKOFF_MAX_MS; i++)
+    for (int i = 1; i < l->attempts && bound < BACKOFF_MAX_MS; i++)
         bound *= 2;
     s->random ^= s->random << 13;
     s->random ^= s->random >> 7;
     s->random ^= s->random << 17;
     int64_t delay = (int64_t)(s->random % (uint64_t)(LM_MIN(bound, BACKOFF_MAX_MS) + 1));
-    return LM_MAX(delay, LM_MIN(j->file.retry_after_ms, RETRY_AFTER_MAX_MS));
+    return LM_MAX(delay, LM_MIN(l->file.retry_after_ms, RETRY_AFTER_MAX_MS));
 }
 
-static void retry_later(store *s, struct job *j)
+static void retry_later(store *s, struct lookup *l)
 {
-    int64_t delay = backoff_ms(s, j);
-    lm_log(LM_INFO, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms", j->id,
-           j->file.err.msg, j->attempts, s->cfg.max_attempts, (long long)delay);
-    j->due_us = lm_now_us() + delay * 1000;
-    STAILQ_INSERT_TAIL(&s->backoff, j, queue);
+    int64_t delay = backoff_ms(s, l);
+    lm_log(LM_INFO, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms", l->id,
+           l->file.err.msg, l->attempts, s->cfg.max_attempts, (long long)delay);
+    l->due_us = lm_now_us() + delay * 1000;
+    STAILQ_INSERT_TAIL(&s->backoff, l, queue);
     pthread_mutex_lock(&s->lock);
     s->stats.retries++;
     pthread_mutex_unlock(&s->lock);
 }
 
-static void file_failed(store *s, struct job *j)
+static void file_failed(store *s, struct lookup *l)
 {
-    struct lm_err *err = &j->file.err;
-    if (!j->file.retry) {
-        fail(s, j, err);
-    } else if (j->attempts < s->cfg.max_attempts) {
-        retry_later(s, j);
+    struct lm_err *err = &l->file.err;
+    if (!l->file.retry) {
+        fail(s, l, err);
+    } else if (l->attempts < s->cfg.max_attempts) {
+        retry_later(s, l);
     } else {
         struct lm_err last = *err;
-        lm_err_set(err, LM_NET, "%s (gave up after %d attempts)", last.msg, j->attempts);
-        fail(s, j, err);
+        lm_err_set(err, LM_NET, "%s (gave up after %d attempts)", last.msg, l->attempts);
+        fail(s, l, err);
     }
 }
 
 static void on_ended(void *ctx, struct fetch *file)
 {
     store *s = ctx;
-    struct job *j = file->user;
+    struct lookup *l = file->user;
     s->fetching--;
     if (file->status != LM_OK) {
-        file_failed(s, j);
+        file_failed(s, l);
         return;
     }
     pthread_mutex_lock(&s->lock);
     s->stats.fetched_bytes += file->received;
     pthread_mutex_unlock(&s->lock);
-    job_close_file(j);
-    j->attempts = 0;
-    if (++j->which < (int)LM_COUNT(files)) {
-        start_attempt(s, j);    /* the job keeps its slot */
+    lookup_close_file(l);
+    l->attempts = 0;
+    if (++l->which < (int)LM_COUNT(files)) {
+        start_attempt(s, l);    /* the lookup keeps its slot */
         return;
     }
     pthread_mutex_lock(&s->lock);
     s->stats.fetched++;
-    s->stats.fetch_us += (uint64_t)(lm_now_us() - j->began_us);
+    s->stats.fetch_us += (uint64_t)(lm_now_us() - l->began_us);
     pthread_mutex_unlock(&s->lock);
-    j->fresh = true;
-    to_loader(s, j);
+    l->fresh = true;
+    to_loader(s, l);
 }
 
 /* ---- store thread: the rest ------------------------------------------------------------- */
 
-static void to_fetch(store *s, struct job *j)
+static void to_fetch(store *s, struct lookup *l)
 {
     struct lm_err err;
     if (!s->cfg.url) {
         lm_err_set(&err, LM_NOT_FOUND, s->cfg.local_dir || s->local_template
                        ? "not in the folder of adapters"
                        : "not to be had: adapters.url is not set");
-        fail(s, j, &err);
+        fail(s, l, &err);
         return;
     }
     int64_t now = lm_now_us();
-    if (j->began_us == 0)
-        j->began_us = now;
-    if (!j->claimed && !cache_claim(s->cache, j->id) &&
-        now - j->began_us < CLAIM_WAIT_MS * INT64_C(1000)) {
-        j->due_us = now + CLAIM_LOOK_MS * 1000;
-        STAILQ_INSERT_TAIL(&s->backoff, j, queue);
+    if (l->began_us == 0)
+        l->began_us = now;
+    if (!l->claimed && !cache_claim(s->cache, l->id) &&
+        now - l->began_us < CLAIM_WAIT_MS * INT64_C(1000)) {
+        l->due_us = now + CLAIM_LOOK_MS * 1000;
+        STAILQ_INSERT_TAIL(&s->backoff, l, queue);
         return;
     }
-    j->claimed = true;
-    j->began_us = now;
-    j->attempts = 0;
-    STAILQ_INSERT_TAIL(&s->ready, j, queue);
+    l->claimed = true;
+    l->began_us = now;
+    l->attempts = 0;
+    STAILQ_INSERT_TAIL(&s->ready, l, queue);
 }
 
-static void admit(store *s, struct job *j)
+static void admit(store *s, struct lookup *l)
 {
-    engine_adapter *a = j->refetch ? NULL : s->hooks.find(s->cfg.engine, j->id);
+    engine_adapter *a = l->refetch ? NULL : s->hooks.find(s->cfg.engine, l->id);
     if (a)
-        finish(s, j, LM_OK, a, NULL);   /* another job ended between the question and now */
-    else if (!j->refetch && (j->local = local_folder(s, j->id)))
-        to_loader(s, j);
-    else if (!j->refetch && s->cache && cache_has(s->cache, j->id))
-        to_loader(s, j);
+        finish(s, l, LM_OK, a, NULL);   /* another lookup ended between the question and now */
+    else if (!l->refetch && (l->local = local_folder(s, l->id)))
+        to_loader(s, l);
+    else if (!l->refetch && s->cache && cache_has(s->cache, l->id))
+        to_loader(s, l);
     else
-        to_fetch(s, j);
+        to_fetch(s, l);
 }
 
 /* Moves on what is due; returns the milliseconds until the next one. */
 static int serve_backoff(store *s)
 {
-    struct jobs later = STAILQ_HEAD_INITIALIZER(later), look = STAILQ_HEAD_INITIALIZER(look);
-    struct job *j;
+    struct lookups later = STAILQ_HEAD_INITIALIZER(later), look = STAILQ_HEAD_INITIALIZER(look);
+    struct lookup *l;
     int64_t now = lm_now_us(), next = now + IDLE_WAIT_MS * 1000;
-    while ((j = STAILQ_FIRST(&s->backoff))) {
+    while ((l = STAILQ_FIRST(&s->backoff))) {
         STAILQ_REMOVE_HEAD(&s->backoff, queue);
-        if (j->due_us <= now && j->claimed) {
-            STAILQ_INSERT_TAIL(&s->ready, j, queue);
-        } else if (j->due_us <= now) {
-            STAILQ_INSERT_TAIL(&look, j, queue);
+        if (l->due_us <= now && l->claimed) {
+            STAILQ_INSERT_TAIL(&s->ready, l, queue);
+        } else if (l->due_us <= now) {
+            STAILQ_INSERT_TAIL(&look, l, queue);
         } else {
-            STAILQ_INSERT_TAIL(&later, j, queue);
-            next = LM_MIN(next, j->due_us);
+            STAILQ_INSERT_TAIL(&later, l, queue);
+            next = LM_MIN(next, l->due_us);
         }
     }
     STAILQ_CONCAT(&s->backoff, &later);
-    while ((j = STAILQ_FIRST(&look))) {
+    while ((l = STAILQ_FIRST(&look))) {
         STAILQ_REMOVE_HEAD(&look, queue);
-        admit(s, j);
+        admit(s, l);
         next = LM_MIN(next, now + CLAIM_LOOK_MS * 1000);
     }
     return (int)((next - now + 999) / 1000);
@@ -549,22 +550,22 @@ static void *store_main(void *arg)
 {
     store *s = arg;
     for (;;) {
-        struct jobs inbox = STAILQ_HEAD_INITIALIZER(inbox);
-        struct job *j;
+        struct lookups inbox = STAILQ_HEAD_INITIALIZER(inbox);
+        struct lookup *l;
         pthread_mutex_lock(&s->lock);
         bool stopping = s->stopping;
         STAILQ_CONCAT(&inbox, &s->inbox);
         pthread_mutex_unlock(&s->lock);
         if (stopping)
-            return NULL;        /* store_free() ends the jobs, wherever they are */
-        while ((j = STAILQ_FIRST(&inbox))) {
+            return NULL;        /* store_free() ends the lookups, wherever they are */
+        while ((l = STAILQ_FIRST(&inbox))) {
             STAILQ_REMOVE_HEAD(&inbox, queue);
-            admit(s, j);
+            admit(s, l);
         }
         int wait_ms = serve_backoff(s);
-        while (s->fetching < s->cfg.concurrency && (j = STAILQ_FIRST(&s->ready))) {
+        while (s->fetching < s->cfg.concurrency && (l = STAILQ_FIRST(&s->ready))) {
             STAILQ_REMOVE_HEAD(&s->ready, queue);
-            start_attempt(s, j);
+            start_attempt(s, l);
         }
         fetcher_run(s->fetcher, wait_ms, on_ended, s);
     }
@@ -574,75 +575,75 @@ static void *store_main(void *arg)
 
 /* Brings freshly fetched files into the cache. Afterwards the entry under this id is whole, be it
  * ours or that of a process that was faster, which is then as suspect as any old entry. */
-static lm_status install(store *s, struct job *j, struct lm_err *err)
+static lm_status install(store *s, struct lookup *l, struct lm_err *err)
 {
     bool won;
-    lm_status st = store_form_check(j->tmp, err);
+    lm_status st = store_form_check(l->tmp, err);
     if (st != LM_OK)
         return st;
-    st = cache_install(s->cache, j->id, j->tmp, &won, err);
-    free(j->tmp);
-    j->tmp = NULL;
-    j->which = 0;
-    j->fresh = won;
+    st = cache_install(s->cache, l->id, l->tmp, &won, err);
+    free(l->tmp);
+    l->tmp = NULL;
+    l->which = 0;
+    l->fresh = won;
     return st;
 }
 
-static lm_status load_cached(store *s, struct job *j, engine_adapter **a, struct lm_err *err)
+static lm_status load_cached(store *s, struct lookup *l, engine_adapter **a, struct lm_err *err)
 {
-    lm_status st = j->fresh ? LM_OK : cache_verify(s->cache, j->id, err);
-    char *path = cache_path(s->cache, j->id);
+    lm_status st = l->fresh ? LM_OK : cache_verify(s->cache, l->id, err);
+    char *path = cache_path(s->cache, l->id);
     if (st == LM_OK && !path)
         st = lm_err_set(err, LM_NOMEM, "no memory");
     if (st == LM_OK)
-        st = s->hooks.load(s->cfg.engine, j->id, path, a, err);
+        st = s->hooks.load(s->cfg.engine, l->id, path, a, err);
     free(path);
     return st;
 }
 
 /* The cache's copy is no good: out with it, and once more from the store. */
-static void refetch(store *s, struct job *j, const struct lm_err *err)
+static void refetch(store *s, struct lookup *l, const struct lm_err *err)
 {
-    lm_log(LM_WARN, "store", "adapter '%s': removing it from the cache: %s", j->id, err->msg);
-    cache_remove(s->cache, j->id);
-    j->refetch = true;
+    lm_log(LM_WARN, "store", "adapter '%s': removing it from the cache: %s", l->id, err->msg);
+    cache_remove(s->cache, l->id);
+    l->refetch = true;
     pthread_mutex_lock(&s->lock);
-    STAILQ_INSERT_TAIL(&s->inbox, j, queue);
+    STAILQ_INSERT_TAIL(&s->inbox, l, queue);
     pthread_mutex_unlock(&s->lock);
     fetcher_wake(s->fetcher);
 }
 
-static void load(store *s, struct job *j)
+static void load(store *s, struct lookup *l)
 {
     struct lm_err err = { 0 };
     engine_adapter *a = NULL;
     lm_status st = LM_OK;
-    bool from_disk = !j->local && !j->fresh;
-    if (j->local) {
-        st = s->hooks.load(s->cfg.engine, j->id, j->local, &a, &err);
+    bool from_disk = !l->local && !l->fresh;
+    if (l->local) {
+        st = s->hooks.load(s->cfg.engine, l->id, l->local, &a, &err);
     } else {
-        if (j->fresh)
-            st = install(s, j, &err);
+        if (l->fresh)
+            st = install(s, l, &err);
         if (st == LM_OK)
-            st = load_cached(s, j, &a, &err);
+            st = load_cached(s, l, &a, &err);
     }
     bool bad = lm_status_disposition(st) == LM_DO_REFUSE;
-    bool installed = !j->local && !j->tmp;
-    if (bad && installed && !j->fresh && !j->refetch) {
-        refetch(s, j, &err);
+    bool installed = !l->local && !l->tmp;
+    if (bad && installed && !l->fresh && !l->refetch) {
+        refetch(s, l, &err);
         return;
     }
     if (bad && installed)
-        cache_remove(s->cache, j->id);  /* so that a repaired adapter is seen, later */
+        cache_remove(s->cache, l->id);  /* so that a repaired adapter is seen, later */
     if (st == LM_OK && from_disk) {
         pthread_mutex_lock(&s->lock);
         s->stats.disk_hits++;
         pthread_mutex_unlock(&s->lock);
     }
     if (st == LM_OK)
-        finish(s, j, LM_OK, a, NULL);
+        finish(s, l, LM_OK, a, NULL);
     else
-        fail(s, j, &err);
+        fail(s, l, &err);
 }
 
 static void *loader_main(void *arg)
@@ -653,13 +654,13 @@ static void *loader_main(void *arg)
         while (!s->stopping && STAILQ_EMPTY(&s->loading))
             pthread_cond_wait(&s->work, &s->lock);
         bool stopping = s->stopping;
-        struct job *j = STAILQ_FIRST(&s->loading);
+        struct lookup *l = STAILQ_FIRST(&s->loading);
         if (!stopping)
             STAILQ_REMOVE_HEAD(&s->loading, queue);
         pthread_mutex_unlock(&s->lock);
         if (stopping)
             return NULL;
-        load(s, j);
+        load(s, l);
     }
 }
 
@@ -758,7 +759,7 @@ lm_status store_new_with(const struct store_config *cfg, const struct store_hook
         return lm_err_set(err, LM_NOMEM, "no memory for the adapter store");
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->work, NULL);
-    TAILQ_INIT(&s->all_jobs);
+    TAILQ_INIT(&s->all);
     TAILQ_INIT(&s->negatives);
     STAILQ_INIT(&s->inbox);
     STAILQ_INIT(&s->loading);
@@ -806,15 +807,15 @@ static void stop_threads(store *s)
 void store_free(store *s)
 {
     struct lm_err err;
-    struct job *j;
+    struct lookup *l;
     struct negative *n;
     if (!s)
         return;
     stop_threads(s);
     lm_err_set(&err, LM_CANCELLED, "shutting down");
-    fetcher_free(s->fetcher);   /* before the jobs, whose files its attempts point at */
-    while ((j = TAILQ_FIRST(&s->all_jobs)))
-        finish(s, j, LM_CANCELLED, NULL, &err);
+    fetcher_free(s->fetcher);   /* before the lookups, whose files its attempts point at */
+    while ((l = TAILQ_FIRST(&s->all)))
+        finish(s, l, LM_CANCELLED, NULL, &err);
     while ((n = TAILQ_FIRST(&s->negatives)))
         negative_drop(s, n);
     cache_close(s->cache);

@@ -161,7 +161,7 @@ static void every_request_has_an_outcome(void **state)
     struct replay r = replay("", &t);
     for (int i = 0; i < t.n; i++) {
         const struct outcome *o = &r.outcome[i];
-        assert_int_equal(o->state, OUTCOME_DONE);
+        assert_int_equal(o->state, REPLAY_DONE);
         assert_int_equal(o->tokens, t.item[i].output);
         assert_true(0 <= o->submit_us && o->submit_us <= o->admit_us);
         assert_true(o->admit_us < o->first_us && o->first_us <= o->end_us);
@@ -227,7 +227,7 @@ static void host_memory_is_waited_for(void **state)
     write_trace(HEADER "0,0,0,8,10,50\n1,0,1,8,10,100\n2,0,2,8,10,5\n3,0,2,8,10,5\n");
     struct replay r = replay("--host-adapter-bytes 40M", &t);
     for (int i = 0; i < 4; i++)
-        assert_int_equal(r.outcome[i].state, OUTCOME_DONE);
+        assert_int_equal(r.outcome[i].state, REPLAY_DONE);
     assert_true(r.outcome[2].submit_us >= r.outcome[0].end_us);
     assert_true(r.outcome[2].submit_us < r.outcome[1].end_us);
     drop(&r, &t);
@@ -239,8 +239,8 @@ static void what_never_fits_is_an_outcome(void **state)
     struct trace t;
     write_trace(HEADER "0,0,-1,0,10,5\n1,0,-1,0,5000,5\n2,0,-1,0,10,5\n");
     struct replay r = replay("", &t);
-    assert_int_equal(r.outcome[1].state, OUTCOME_FAILED);
-    assert_int_equal(r.outcome[2].state, OUTCOME_DONE);
+    assert_int_equal(r.outcome[1].state, REPLAY_FAILED);
+    assert_int_equal(r.outcome[2].state, REPLAY_DONE);
     assert_non_null(strstr(r.error, "5000 tokens"));
     drop(&r, &t);
 }

@@ -596,20 +596,20 @@ static void test_outcomes_of_a_job(void **state)
     assert_int_equal(outcomes_await_line(j, "{\"id\":\"a\"}", 10), LM_OK);
     assert_int_equal(outcomes_await_line(j, "xx", 2), LM_OK);
     assert_int_equal(outcomes_await_line(j, "x\0y", 3), LM_OK);
-    assert_int_equal(outcomes_reply(j, "xx", 2), OUTCOME_FOREIGN);  /* an id, not the line */
-    assert_int_equal(outcomes_dead_letter(j, "x\0z", 3, "t/0/1"), OUTCOME_FOREIGN);
-    assert_int_equal(outcomes_dead_letter(j, "{\"x\":1,\"id\":\"a\"}", 16, "t/0/2"), OUTCOME_NEW);
-    assert_int_equal(outcomes_dead_letter(j, "{\"id\":\"a\"}", 10, "t/0/3"), OUTCOME_REPEATED);
-    assert_int_equal(outcomes_reply(j, "a", 1), OUTCOME_HEALED);
-    assert_int_equal(outcomes_dead_letter(j, "{\"id\":\"a\"}", 10, "t/0/3"), OUTCOME_REPEATED);
-    assert_int_equal(outcomes_dead_letter(j, "x\0y", 3, "t/0/4"), OUTCOME_NEW);
+    assert_int_equal(outcomes_reply(j, "xx", 2), NEWS_FOREIGN);  /* an id, not the line */
+    assert_int_equal(outcomes_dead_letter(j, "x\0z", 3, "t/0/1"), NEWS_FOREIGN);
+    assert_int_equal(outcomes_dead_letter(j, "{\"x\":1,\"id\":\"a\"}", 16, "t/0/2"), NEWS_NEW);
+    assert_int_equal(outcomes_dead_letter(j, "{\"id\":\"a\"}", 10, "t/0/3"), NEWS_REPEATED);
+    assert_int_equal(outcomes_reply(j, "a", 1), NEWS_HEALED);
+    assert_int_equal(outcomes_dead_letter(j, "{\"id\":\"a\"}", 10, "t/0/3"), NEWS_REPEATED);
+    assert_int_equal(outcomes_dead_letter(j, "x\0y", 3, "t/0/4"), NEWS_NEW);
     outcomes_counts(j, &n);
     assert_int_equal(n.awaited, 3);
     assert_int_equal(n.replies, 1);
     assert_int_equal(n.dead_letters, 1);
     assert_int_equal(n.missing, 1);
     assert_false(outcomes_complete(j));
-    assert_int_equal(outcomes_dead_letter(j, "xx", 2, "t/0/5"), OUTCOME_NEW);
+    assert_int_equal(outcomes_dead_letter(j, "xx", 2, "t/0/5"), NEWS_NEW);
     assert_true(outcomes_complete(j));
     outcomes_free(j);
 }
@@ -621,8 +621,8 @@ static void test_outcomes_of_text_with_nul(void **state)
     static const char line[] = "{\"id\":\"a\",\"prompt\":\"\\u0000\"}";
     outcomes *j = outcomes_new();
     assert_int_equal(outcomes_await_line(j, line, sizeof line - 1), LM_OK);
-    assert_int_equal(outcomes_dead_letter(j, line, sizeof line - 1, "t/0/1"), OUTCOME_NEW);
-    assert_int_equal(outcomes_reply(j, "a", 1), OUTCOME_HEALED);
+    assert_int_equal(outcomes_dead_letter(j, line, sizeof line - 1, "t/0/1"), NEWS_NEW);
+    assert_int_equal(outcomes_reply(j, "a", 1), NEWS_HEALED);
     assert_true(outcomes_complete(j));
     outcomes_free(j);
 }
@@ -632,12 +632,12 @@ static void test_outcomes_by_count(void **state)
     (void)state;
     outcomes *j = outcomes_new();
     outcomes_await_count(j, 3);
-    assert_int_equal(outcomes_reply(j, "a", 1), OUTCOME_NEW);
-    assert_int_equal(outcomes_reply(j, "a", 1), OUTCOME_REPEATED);
-    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/1"), OUTCOME_NEW);
-    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/1"), OUTCOME_REPEATED);
+    assert_int_equal(outcomes_reply(j, "a", 1), NEWS_NEW);
+    assert_int_equal(outcomes_reply(j, "a", 1), NEWS_REPEATED);
+    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/1"), NEWS_NEW);
+    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/1"), NEWS_REPEATED);
     assert_false(outcomes_complete(j));
-    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/2"), OUTCOME_NEW);
+    assert_int_equal(outcomes_dead_letter(j, "?", 1, "t/0/2"), NEWS_NEW);
     assert_true(outcomes_complete(j));
     outcomes_free(j);
 }
