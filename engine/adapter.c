@@ -52,8 +52,7 @@ static lm_status digest_files(const struct files *f, char out[ENGINE_DIGEST_CHAR
     if (!ok)
         return lm_err_set(err, LM_INTERNAL, "SHA-256 is not available");
     memcpy(out, "sha256:", 8);
-    for (unsigned i = 0; i < n; i++)
-        snprintf(out + 7 + 2 * i, 3, "%02x", sum[i]);
+    lm_hex(sum, n, out + 7);
     return LM_OK;
 }
 

@@ -39,10 +39,7 @@ static void fill_random(float *v, size_t n, uint64_t seed)
 {
     uint64_t x = seed | 1;
     for (size_t i = 0; i < n; i++) {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        v[i] = ((float)(x >> 40) * 0x1p-23f - 1.0f) * 0.01f;
+        v[i] = ((float)(lm_random(&x) >> 40) * 0x1p-23f - 1.0f) * 0.01f;
     }
 }
 

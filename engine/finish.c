@@ -82,7 +82,6 @@ void finish_note(struct request *r, lm_status st, const char *why)
 /* Tenants are charged for so many tokens at a time, so that few steps look for them. */
 #define CHARGE_EVERY 8
 
-/* Any state to DONE; the last one of a request posts its result and frees it. */
 void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
 {
     struct request *r = s->req;

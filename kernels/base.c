@@ -192,6 +192,17 @@ char *lm_strdup(const char *s)
     return lm_strndup(s, strlen(s));
 }
 
+void lm_hex(const void *bytes, size_t n, char *out)
+{
+    static const char digits[] = "0123456789abcdef";
+    const unsigned char *at = bytes;
+    for (size_t i = 0; i < n; i++) {
+        *out++ = digits[at[i] >> 4];
+        *out++ = digits[at[i] & 15];
+    }
+    *out = '\0';
+}
+
 /* ---- clocks ---------------------------------------------------------------------------- */
 
 int64_t lm_now_us(void)

@@ -104,11 +104,22 @@ void *lm_calloc(size_t n, size_t size);
 void *lm_reallocarray(void *p, size_t n, size_t size);
 char *lm_strdup(const char *s);
 char *lm_strndup(const char *s, size_t n);
+/* Each byte as two lower-case digits, and a NUL: 2n + 1 characters. */
+void lm_hex(const void *bytes, size_t n, char *out);
 
 /* ---- clocks ---------------------------------------------------------------------------- */
 
 int64_t lm_now_us(void);        /* monotonic, microseconds */
 int64_t lm_wall_ms(void);       /* milliseconds since the Unix epoch */
+
+/* The next of a sequence that begins with any number but 0: xorshift64 (Marsaglia 2003), random
+ * enough for jitter and fillers. */
+static inline uint64_t lm_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    return *state ^= *state << 17;
+}
 
 #define LM_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define LM_MAX(a, b) ((a) > (b) ? (a) : (b))

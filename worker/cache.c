@@ -44,18 +44,12 @@ static const char *const files[] = { CACHE_CONFIG, CACHE_WEIGHTS };
 
 /* ---- hashes ----------------------------------------------------------------------------- */
 
-static void to_hex(const unsigned char *digest, char out[HEX_CHARS + 1])
-{
-    for (int i = 0; i < HEX_CHARS / 2; i++)
-        snprintf(out + 2 * i, 3, "%02x", digest[i]);
-}
-
 static lm_status hash_text(const char *text, char out[HEX_CHARS + 1])
 {
     unsigned char digest[EVP_MAX_MD_SIZE];
     if (!EVP_Digest(text, strlen(text), digest, NULL, EVP_sha256(), NULL))
         return LM_NOMEM;
-    to_hex(digest, out);
+    lm_hex(digest, HEX_CHARS / 2, out);
     return LM_OK;
 }
 
@@ -75,7 +69,7 @@ static lm_status hash_fd(int fd, const char *path, char out[HEX_CHARS + 1], stru
     else if (!ok || !EVP_DigestFinal_ex(ctx, digest, NULL))
         st = lm_err_set(err, LM_NOMEM, "%s: no memory to hash it", path);
     else
-        to_hex(digest, out);
+        lm_hex(digest, HEX_CHARS / 2, out);
     EVP_MD_CTX_free(ctx);
     free(chunk);
     return st;

@@ -86,8 +86,7 @@ static void hex_digest(const void *at, size_t len, char out[HEX])
     unsigned char digest[EVP_MAX_MD_SIZE];
     memset(digest, 0, sizeof digest);
     EVP_Digest(at, len, digest, NULL, EVP_sha256(), NULL);
-    for (int i = 0; i < 32; i++)
-        snprintf(out + i * 2, 3, "%02x", digest[i]);
+    lm_hex(digest, HEX / 2, out);
 }
 
 /* Asked at least once a second: a silent store must not hold the worker's end up. */

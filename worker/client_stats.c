@@ -7,11 +7,6 @@
 
 #include "worker/metrics.h"
 
-static long long number(const json_t *o, const char *key)
-{
-    return (long long)json_number_value(json_object_get(o, key));
-}
-
 static long long larger(long long a, long long b)
 {
     return a > b ? a : b;
@@ -22,12 +17,12 @@ static void add_brokers(const json_t *brokers, long long v[CLIENT_STATS])
     const char *name;
     json_t *b;
     json_object_foreach((json_t *)(uintptr_t)brokers, name, b) {
-        v[CLIENT_RTT_US] = larger(v[CLIENT_RTT_US], number(json_object_get(b, "rtt"), "p99"));
+        v[CLIENT_RTT_US] = larger(v[CLIENT_RTT_US], stats_number(json_object_get(b, "rtt"), "p99"));
         v[CLIENT_THROTTLE_MS] = larger(v[CLIENT_THROTTLE_MS],
-                                       number(json_object_get(b, "throttle"), "avg"));
-        v[CLIENT_REQUEST_TIMEOUTS] += number(b, "req_timeouts");
-        v[CLIENT_REQUEST_RETRIES] += number(b, "txretries");
-        v[CLIENT_CONNECTS] += number(b, "connects");
+                                       stats_number(json_object_get(b, "throttle"), "avg"));
+        v[CLIENT_REQUEST_TIMEOUTS] += stats_number(b, "req_timeouts");
+        v[CLIENT_REQUEST_RETRIES] += stats_number(b, "txretries");
+        v[CLIENT_CONNECTS] += stats_number(b, "connects");
     }
 }
 
@@ -38,8 +33,8 @@ static void add_fetched(const json_t *topics, long long v[CLIENT_STATS])
     json_t *t, *p;
     json_object_foreach((json_t *)(uintptr_t)topics, name, t)
         json_object_foreach(json_object_get(t, "partitions"), id, p) {
-            v[CLIENT_WAITING_RECORDS] += number(p, "fetchq_cnt");
-            v[CLIENT_WAITING_BYTES] += number(p, "fetchq_size");
+            v[CLIENT_WAITING_RECORDS] += stats_number(p, "fetchq_cnt");
+            v[CLIENT_WAITING_BYTES] += stats_number(p, "fetchq_size");
         }
 }
 
@@ -51,8 +46,8 @@ bool client_stats_read(struct client_stats *s, const json_t *root)
     if (good) {
         add_brokers(brokers, v);
         add_fetched(json_object_get(root, "topics"), v);
-        v[CLIENT_WAITING_RECORDS] += number(root, "msg_cnt");
-        v[CLIENT_WAITING_BYTES] += number(root, "msg_size");
+        v[CLIENT_WAITING_RECORDS] += stats_number(root, "msg_cnt");
+        v[CLIENT_WAITING_BYTES] += stats_number(root, "msg_size");
         for (int i = 0; i < CLIENT_STATS; i++)
             atomic_store_explicit(&s->values[i], v[i], memory_order_relaxed);
     }

@@ -19,6 +19,12 @@
 
 #include <jansson.h>
 
+/* A number of it; 0 where there is none. */
+static inline long long stats_number(const json_t *o, const char *key)
+{
+    return (long long)json_number_value(json_object_get(o, key));
+}
+
 enum client_stat {
     CLIENT_RTT_US,              /* highest 99th percentile of a broker's round trip */
     CLIENT_THROTTLE_MS,         /* highest average of a broker's throttling */

@@ -174,8 +174,7 @@ static json_t *json_bytes(const void *at, size_t len)
     char *hex = lm_malloc(len * 2 + 1);
     if (!hex)
         return json_null();
-    for (size_t i = 0; i < len; i++)
-        snprintf(hex + i * 2, 3, "%02x", ((const unsigned char *)at)[i]);
+    lm_hex(at, len, hex);
     json_t *o = json_pack("{s:s}", "hex", hex);
     free(hex);
     return o;

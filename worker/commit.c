@@ -87,7 +87,7 @@ void commit_too_long(consumer *c)
     if (c->taken < c->longest)
         limit = LM_MAX(limit, c->taken);
     c->map_limit = LM_MIN(limit, c->map_limit);
-    if (c->iso.max && c->map_limit < QUARANTINE_TEXT_MAX * 2)
+    if (c->iso.max && c->map_limit < QUARANTINE_ROOM_MIN)
         isolation_end(c);
     ledger_set_map_limit(c->ledger, isolation_map_room(c, c->map_limit));
     const char *cost = c->exactly_once ?

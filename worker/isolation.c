@@ -47,7 +47,6 @@ enum {
     LAST_WAIT_US = 2000000,     /* the same when the worker ends */
     STEP_WAIT_US = 1000000,     /* a step takes less, or the engine hangs */
     HELD_MAX = 1024,            /* of a quarantined partition: then it pauses */
-    MAP_MIN = 2 * QUARANTINE_TEXT_MAX,
 };
 
 /* ---- life ------------------------------------------------------------------------------- */
@@ -55,7 +54,7 @@ enum {
 void isolation_init(consumer *c, size_t map_limit)
 {
     const int64_t seed[] = { getpid(), lm_wall_ms(), lm_now_us() };
-    c->iso.max = map_limit >= MAP_MIN ? (int)c->w->cfg->poison_max_attempts : 0;
+    c->iso.max = map_limit >= QUARANTINE_ROOM_MIN ? (int)c->w->cfg->poison_max_attempts : 0;
     c->iso.self = XXH32(seed, sizeof seed, 0);
     if (c->w->cfg->poison_max_attempts && !c->iso.max)
         lm_log(LM_INFO, "consumer", "without room in the commit metadata (commit.map_max_bytes, "
@@ -65,7 +64,8 @@ void isolation_init(consumer *c, size_t map_limit)
 /* Bytes that the maps may have. */
 size_t isolation_map_room(const consumer *c, size_t map_limit)
 {
-    return c->iso.max && map_limit >= MAP_MIN ? map_limit - QUARANTINE_TEXT_MAX - 1 : map_limit;
+    bool marks = c->iso.max && map_limit >= QUARANTINE_ROOM_MIN;
+    return marks ? map_limit - QUARANTINE_TEXT_MAX - 1 : map_limit;
 }
 
 static void say_death(const struct assigned *a)

@@ -337,12 +337,9 @@ int64_t backoff_us(int n, int64_t base_ms, int64_t max_ms)
     static _Thread_local uint64_t seed;
     if (!seed)
         seed = (uint64_t)lm_now_us() ^ (uint64_t)(uintptr_t)&seed ^ 0x9e3779b97f4a7c15u;
-    seed ^= seed << 13;
-    seed ^= seed >> 7;
-    seed ^= seed << 17;
     int64_t ms = base_ms;
     for (int i = 0; i < n && ms < max_ms; i++)
         ms *= 2;
     ms = LM_MIN(ms, max_ms);
-    return ms * 500 + (int64_t)(seed % (uint64_t)(ms * 500 + 1));
+    return ms * 500 + (int64_t)(lm_random(&seed) % (uint64_t)(ms * 500 + 1));
 }

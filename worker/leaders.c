@@ -10,25 +10,22 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ASK_MS = 1000 };
+#include "worker/client_stats.h"
 
-static long long number(const json_t *o, const char *key)
-{
-    return (long long)json_number_value(json_object_get(o, key));
-}
+enum { ASK_MS = 1000 };
 
 /* Notes it for the next time. True: it has waited for so long, and nothing has moved meanwhile. */
 static bool waits(const struct leaders *l, json_t *now, long long at_us, const char *topic,
                   const json_t *p)
 {
     char name[320];
-    long long acked = number(p, "acked_msgid");
-    if (number(p, "msgs") == acked)
+    long long acked = stats_number(p, "acked_msgid");
+    if (stats_number(p, "msgs") == acked)
         return false;
-    snprintf(name, sizeof name, "%s [%lld]", topic, number(p, "partition"));
+    snprintf(name, sizeof name, "%s [%lld]", topic, stats_number(p, "partition"));
     const json_t *before = json_object_get(l->last, name);
-    bool same = before && number(before, "acked") == acked;
-    long long since_us = same ? number(before, "since_us") : at_us;
+    bool same = before && stats_number(before, "acked") == acked;
+    long long since_us = same ? stats_number(before, "since_us") : at_us;
     json_object_set_new(now, name, json_pack("{s:I, s:I}", "acked", (json_int_t)acked,
                                              "since_us", (json_int_t)since_us));
     return at_us - since_us >= LEADERS_STUCK_US;
@@ -38,15 +35,16 @@ size_t leaders_stuck(struct leaders *l, const json_t *stats, struct stuck *out, 
 {
     const char *topic, *id;
     json_t *t, *p, *now = json_object();
-    long long at_us = number(stats, "ts");
+    long long at_us = stats_number(stats, "ts");
     size_t n = 0;
-    if (number(stats, "msg_cnt") > 0)
+    if (stats_number(stats, "msg_cnt") > 0)
         json_object_foreach(json_object_get(stats, "topics"), topic, t)
             json_object_foreach(json_object_get(t, "partitions"), id, p) {
-                if (number(p, "partition") < 0 || !waits(l, now, at_us, topic, p) || n == most)
+                if (stats_number(p, "partition") < 0 || !waits(l, now, at_us, topic, p) ||
+                    n == most)
                     continue;
-                out[n] = (struct stuck){ .partition = (int32_t)number(p, "partition"),
-                                         .leader = (int32_t)number(p, "leader") };
+                out[n] = (struct stuck){ .partition = (int32_t)stats_number(p, "partition"),
+                                         .leader = (int32_t)stats_number(p, "leader") };
                 snprintf(out[n++].topic, sizeof out->topic, "%s", topic);
             }
     leaders_release(l);

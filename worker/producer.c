@@ -138,7 +138,6 @@ static void send_record(producer *p, struct job *j, struct outgoing *o, int64_t 
     }
 }
 
-/* Sends what is not acknowledged yet. True: no report will come, the caller judges the job. */
 bool producer_send_records(producer *p, struct job *j, int64_t now_us)
 {
     bool out = !j->out.acked, notice = j->notice && !j->notice->acked;
@@ -373,7 +372,6 @@ void producer_give(producer *p)
     p->reported_us = 0;
 }
 
-/* All that was sent has its report: is the job done? Producer thread. */
 void producer_judge(producer *p, struct job *j)
 {
     struct lm_err why;
@@ -481,7 +479,9 @@ static void close_client(producer *p, rd_kafka_t *rk, rd_kafka_queue_t *queue,
     rd_kafka_queue_destroy(queue);
     if (replies)
         rd_kafka_topic_destroy(replies);
+    atomic_store(&p->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     rd_kafka_destroy(rk);
+    atomic_store(&p->w->closing_producer_us, 0);
 }
 
 lm_status producer_open(producer *p, struct lm_err *err)
@@ -611,9 +611,7 @@ static void renew(producer *p)
     leaders_release(&p->leaders);
     p->renewing = true;
     bool whole = drain_old(p, old);
-    atomic_store(&p->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     close_client(p, old, queue, replies);
-    atomic_store(&p->w->closing_producer_us, 0);
     p->renewing = false;
     if (!whole)
         worker_fail(p->w, LM_STATE, "the old producer does not give its records back");

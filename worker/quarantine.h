@@ -53,6 +53,7 @@
 
 enum {
     QUARANTINE_TEXT_MAX = 112,
+    QUARANTINE_ROOM_MIN = 2 * QUARANTINE_TEXT_MAX,      /* of the metadata that has marks */
     QUARANTINE_WINDOW = 32,             /* prompts at a time */
     QUARANTINE_RESERVE_MIN = 256, QUARANTINE_RESERVE_MAX = 1 << 20,     /* offsets */
 };

@@ -115,7 +115,6 @@ static void count_active(void *ctx, int64_t offset, void *user)
         engine_cancel(n->w->engine, h);
 }
 
-/* Prompts of these partitions that the engine or the producer holds; optionally cancels them. */
 size_t rebalance_active(consumer *c, const rd_kafka_topic_partition_list_t *only, bool cancel)
 {
     struct census n = { .cancel = cancel, .w = c->w };

@@ -168,8 +168,7 @@ static void add_number(json_t *attributes, const char *key, int64_t value)
 static json_t *hex(const void *bytes, size_t n)
 {
     char text[33];
-    for (size_t i = 0; i < n && i < 16; i++)
-        snprintf(text + 2 * i, 3, "%02x", ((const uint8_t *)bytes)[i]);
+    lm_hex(bytes, LM_MIN(n, 16), text);
     return json_string(text);
 }
 

@@ -415,16 +415,14 @@ static void start_attempt(store *s, struct lookup *l)
     s->fetching++;
 }
 
-/* Full jitter: any delay up to a bound that doubles; xorshift is random enough for that. */
+/* Full jitter: any delay up to a bound that doubles. */
 static int64_t backoff_ms(store *s, const struct lookup *l)
 {
     int64_t bound = s->hooks.retry_base_ms;
     for (int i = 1; i < l->attempts && bound < BACKOFF_MAX_MS; i++)
         bound *= 2;
-    s->random ^= s->random << 13;
-    s->random ^= s->random >> 7;
-    s->random ^= s->random << 17;
-    int64_t delay = (int64_t)(s->random % (uint64_t)(LM_MIN(bound, BACKOFF_MAX_MS) + 1));
+    bound = LM_MIN(bound, BACKOFF_MAX_MS);
+    int64_t delay = (int64_t)(lm_random(&s->random) % (uint64_t)(bound + 1));
     return LM_MAX(delay, LM_MIN(l->file.retry_after_ms, RETRY_AFTER_MAX_MS));
 }
 

@@ -290,9 +290,7 @@ static bool rebuild(struct tx *t)
     t->stale = false;
     metric_add(&t->w->metrics.producer_rebuilds, 1);
     rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
-    atomic_store(&t->w->closing_producer_us, lm_now_us());      /* the watchdog's to see */
     producer_close(t->p);
-    atomic_store(&t->w->closing_producer_us, 0);
     t->p->under_way = 0;        /* no report comes any more */
     t->initialised = false;
     if (producer_open(t->p, &err)) {

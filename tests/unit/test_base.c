@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_base.c - error messages stay printable UTF-8, whatever they quote and wherever they are cut.
+ * test_base.c - error messages stay printable UTF-8, whatever they quote and wherever they are cut;
+ * bytes as text.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -63,6 +64,16 @@ static void agrees_with_utf8proc(void **state)
 }
 
 /* A message cut by its buffer, with the cut inside a character, and a prefix put before it. */
+static void bytes_as_hex(void **state)
+{
+    (void)state;
+    char out[9] = "........";
+    lm_hex("\x00\x9f\xff", 3, out);
+    assert_string_equal(out, "009fff");
+    lm_hex("", 0, out);
+    assert_string_equal(out, "");
+}
+
 static void cut_messages_stay_whole(void **state)
 {
     (void)state;
@@ -87,6 +98,7 @@ int main(void)
         cmocka_unit_test(messages_are_printable),
         cmocka_unit_test(agrees_with_utf8proc),
         cmocka_unit_test(cut_messages_stay_whole),
+        cmocka_unit_test(bytes_as_hex),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
