@@ -29,8 +29,7 @@ struct assigned {
     struct quarantine q;
     bool leaving;               /* handed back in order: its mark becomes idle */
     bool uncapped;              /* suspects may lie beyond the log's end */
-    struct job *held, **held_tail;      /* delivered, beyond the fence */
-    size_t n_held;
+    struct job_chain held;      /* delivered, beyond the fence */
 };
 
 /* See isolation.c. */

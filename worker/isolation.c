@@ -95,16 +95,6 @@ bool isolation_adopt(consumer *c, struct assigned *a, const char *text, size_t l
 
 /* ---- holding ---------------------------------------------------------------------------- */
 
-static void hold(struct assigned *a, struct job *j)
-{
-    j->next = NULL;
-    if (!a->held)
-        a->held_tail = &a->held;
-    *a->held_tail = j;
-    a->held_tail = &j->next;
-    a->n_held++;
-}
-
 /* It takes its place among its key's at once: later ones wait behind it until it is settled. */
 static void hold_suspect(consumer *c, struct job *j)
 {
@@ -149,11 +139,11 @@ bool isolation_hold(consumer *c, struct assigned *a, struct job *j)
             return true;
         }
     }
-    if (!a->held && quarantine_may_start(&a->q, offset))
+    if (!a->held.head && quarantine_may_start(&a->q, offset))
         return false;
-    hold(a, j);
+    job_chain_add(&a->held, j);
     c->iso.active = true;
-    if (a->n_held == HELD_MAX)
+    if (a->held.length == HELD_MAX)
         c->next_crowded_us = 0; /* admission.c looks at once */
     return true;
 }
@@ -165,24 +155,20 @@ int64_t isolation_waiting(const consumer *c)
     int64_t n = 0;
     for (size_t i = 0; c->iso.active && i < c->n_parts; i++)
         if (!c->parts[i].q.deaths)
-            n += (int64_t)c->parts[i].n_held;
+            n += (int64_t)c->parts[i].held.length;
     return n;
 }
 
 bool isolation_crowded(const struct assigned *a, bool already)
 {
-    return a->q.deaths && a->n_held >= (already ? HELD_MAX / 2 : HELD_MAX);
+    return a->q.deaths && a->held.length >= (already ? HELD_MAX / 2 : HELD_MAX);
 }
 
 static void release(consumer *c, struct assigned *a)
 {
-    while (a->held && quarantine_may_start(&a->q, a->held->record.offset)) {
-        struct job *j = a->held;
-        a->held = j->next;
-        a->n_held--;
-        if (consumer_admit(c, j))
+    while (a->held.head && quarantine_may_start(&a->q, a->held.head->record.offset))
+        if (consumer_admit(c, job_chain_pop(&a->held)))
             worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
-    }
 }
 
 static void end_held(void *ctx, int64_t offset, void *user)
@@ -200,12 +186,8 @@ static void end_held(void *ctx, int64_t offset, void *user)
 void isolation_drop(consumer *c, struct assigned *a)
 {
     ledger_each(c->ledger, a->ref, end_held, c);
-    for (struct job *j = a->held, *next; j; j = next) {
-        next = j->next;
-        worker_end_job(c->w, j, OUTCOME_DROPPED);
-    }
-    a->held = NULL;
-    a->n_held = 0;
+    worker_drop_all(c->w, a->held.head);
+    a->held = (struct job_chain){ 0 };
     if (c->iso.job && c->iso.ref.slot == a->ref.slot && c->iso.ref.epoch == a->ref.epoch)
         c->iso.turn = TURN_OPENING;
     quarantine_init(&a->q, c->iso.max, c->iso.self);
@@ -251,11 +233,11 @@ static int64_t window_fence(consumer *c, const struct assigned *a)
 {
     struct risk r = { 0 };
     int64_t fence = quarantine_fence(&a->q);
-    if (!a->held)
+    if (!a->held.head)
         return fence;
     ledger_each(c->ledger, a->ref, count_risk, &r);
-    r.n -= LM_MIN(r.n, a->n_held);
-    for (const struct job *j = a->held; j && r.n < QUARANTINE_WINDOW; j = j->next, r.n++)
+    r.n -= LM_MIN(r.n, a->held.length);
+    for (const struct job *j = a->held.head; j && r.n < QUARANTINE_WINDOW; j = j->next, r.n++)
         fence = LM_MAX(fence, j->record.offset + 1);
     return fence;
 }
@@ -287,10 +269,10 @@ bool isolation_wants(consumer *c, struct assigned *a)
         return !q->acked.solo || q->acked.idle || q->acked.suspect != c->iso.offset;
     if (q->acked.solo)
         return true;
-    if (q->acked.idle && c->iso.turn == TURN_OPENING && info.in_flight > a->n_held &&
+    if (q->acked.idle && c->iso.turn == TURN_OPENING && info.in_flight > a->held.length &&
         quarantine_fence(q) >= 0)
         return true;
-    if (!a->held)
+    if (!a->held.head)
         return false;
     return q->acked.idle || quarantine_level(q) == QUARANTINE_FREE ||
            window_fence(c, a) > quarantine_fence(q);
@@ -471,10 +453,10 @@ static void serve_part(consumer *c, struct assigned *a)
     struct ledger_info info;
     if (a->q.deaths && ledger_get(c->ledger, a->ref, &info))
         quarantine_progress(&a->q, info.watermark);
-    if (a->held && !lease_revoked(a->lease))
+    if (a->held.head && !lease_revoked(a->lease))
         release(c, a);
-    c->iso.active |= a->held || a->q.deaths;
-    c->iso.busy |= a->held || quarantine_level(&a->q) == QUARANTINE_SOLO;
+    c->iso.active |= a->held.head || a->q.deaths;
+    c->iso.busy |= a->held.head || quarantine_level(&a->q) == QUARANTINE_SOLO;
     c->iso.wanted |= isolation_wants(c, a);
 }
 

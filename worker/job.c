@@ -229,6 +229,18 @@ void job_chain_add(struct job_chain *c, struct job *j)
     c->length++;
 }
 
+struct job *job_chain_pop(struct job_chain *c)
+{
+    struct job *j = c->head;
+    if (!j)
+        return NULL;
+    c->head = j->next;
+    if (!c->head)
+        c->last = NULL;
+    c->length--;
+    return j;
+}
+
 void job_queue_push_all(struct job_queue *q, struct job_chain *c)
 {
     if (!c->head)

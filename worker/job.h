@@ -201,6 +201,7 @@ void job_queue_init(struct job_queue *q);
 void job_queue_release(struct job_queue *q);            /* drops what is left */
 void job_queue_push(struct job_queue *q, struct job *j);
 void job_chain_add(struct job_chain *c, struct job *j);
+struct job *job_chain_pop(struct job_chain *c);         /* the first; NULL: none */
 void job_queue_push_all(struct job_queue *q, struct job_chain *c);      /* and empties it */
 /* Everything that is there, in order, after waiting up to timeout_ms for the first; NULL: none. */
 struct job *job_queue_take(struct job_queue *q, int timeout_ms);

@@ -308,10 +308,7 @@ static void *outbox_main(void *arg)
         }
         let_gather(o, n);
     }
-    for (struct job *j = job_list_take_all(&o->later), *next; j; j = next) {
-        next = j->next;
-        worker_end_job(w, j, OUTCOME_DROPPED);
-    }
+    worker_drop_all(w, job_list_take_all(&o->later));
     while (o->n_streams) {
         struct job *j = o->streams[--o->n_streams];
         if (j->stream->ended)           /* else the engine still has it */

@@ -559,14 +559,6 @@ static void serve_held(producer *p)
         j = send_some(p, j, now);
 }
 
-static void drop_held(producer *p)
-{
-    for (struct job *j = hold_take(&p->hold, 0, true), *next; j; j = next) {
-        next = j->next;
-        worker_end_job(p->w, j, OUTCOME_DROPPED);
-    }
-}
-
 /* ---- a new client (at-least-once) ------------------------------------------------------- */
 
 /* Reports of the old one, until it has none to give: what the brokers take they may take yet, the
@@ -655,11 +647,8 @@ static void *producer_main(void *arg)
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     rd_kafka_flush(p->rk, STOP_WAIT_MS);
     judge_again(p);
-    for (struct job *j = job_list_take_all(&p->later), *next; j; j = next) {
-        next = j->next;
-        worker_end_job(p->w, j, OUTCOME_DROPPED);
-    }
-    drop_held(p);
+    worker_drop_all(p->w, job_list_take_all(&p->later));
+    worker_drop_all(p->w, hold_take(&p->hold, 0, true));
     atomic_store(&p->over, true);
     return NULL;
 }

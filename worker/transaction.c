@@ -73,8 +73,7 @@ enum fate { OPEN, COMMITTED, ABORTED, UNKNOWN, HOPELESS };
 struct tx {
     producer *p;
     struct worker *w;
-    struct job *ready, **tail;
-    size_t n_ready;
+    struct job_chain ready;
     struct stage stage;
     bool open;                  /* begun, with all of the stage that is before its `from` */
     bool full;                  /* what is ready has no room in the open one */
@@ -91,12 +90,9 @@ struct tx {
 
 static void make_ready(struct tx *t, struct job *j)
 {
-    if (!t->ready)
+    if (!t->ready.head)
         t->since_us = lm_now_us();
-    j->next = NULL;
-    *t->tail = j;
-    t->tail = &j->next;
-    t->n_ready++;
+    job_chain_add(&t->ready, j);
 }
 
 /* What is handed over at once should be one batch a partition: what is more waits behind it in the
@@ -109,15 +105,13 @@ static size_t portion_most(const struct tx *t)
 /* The next portion. */
 static void take_ready(struct tx *t)
 {
-    struct job *all = t->ready;
+    struct job_chain all = t->ready;
     if (!t->open) {
         t->stage.n = t->bytes = 0;
         t->open_since_us = t->since_us;
     }
     t->stage.from = t->stage.n;
-    t->ready = NULL;
-    t->tail = &t->ready;
-    t->n_ready = 0;
+    t->ready = (struct job_chain){ 0 };
     /* After each failure half as many: a full one may need more time than a transaction has, on a
      * slow way to the brokers, and would need it again. */
     int less = LM_MIN(t->failures, FAILURES_COUNTED);
@@ -125,9 +119,8 @@ static void take_ready(struct tx *t)
     size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
     size_t portion = t->stage.more ? t->stage.from + portion_most(t) : most;
     /* One that was refused before goes alone. */
-    bool alone = all && all->out.attempts > 0;
-    for (struct job *j = all, *next; j; j = next) {
-        next = j->next;
+    bool alone = all.head && all.head->out.attempts > 0;
+    for (struct job *j; (j = job_chain_pop(&all));) {
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
                                               t->stage.n < portion && t->bytes < most_bytes;
         if (!fits) {
@@ -138,25 +131,21 @@ static void take_ready(struct tx *t)
         t->stage.verdicts[t->stage.n] = STAGE_GONE;
         t->stage.jobs[t->stage.n++] = j;
     }
-    t->full = t->ready && t->stage.n < portion;
+    t->full = t->ready.head && t->stage.n < portion;
 }
 
 /* Back to the front, in order. */
 static void put_back(struct tx *t)
 {
-    struct job *later = t->ready;
-    t->ready = NULL;
-    t->tail = &t->ready;
-    t->n_ready = 0;
+    struct job_chain later = t->ready;
+    t->ready = (struct job_chain){ 0 };
     for (size_t i = 0; i < t->stage.n; i++)
         if (t->stage.jobs[i] && t->stage.verdicts[i] == STAGE_IN) {
             make_ready(t, t->stage.jobs[i]);
             t->stage.jobs[i] = NULL;
         }
-    for (struct job *next; later; later = next) {
-        next = later->next;
-        make_ready(t, later);
-    }
+    for (struct job *j; (j = job_chain_pop(&later));)
+        make_ready(t, j);
 }
 
 /* What the map has no room for goes behind the others: the prompt that it waits for may be one of
@@ -171,11 +160,6 @@ static bool put_behind(struct tx *t)
             any = true;
         }
     return any;
-}
-
-static void drop(struct tx *t, struct job *j)
-{
-    worker_end_job(t->w, j, OUTCOME_DROPPED);
 }
 
 /* ---- calls that may take long ----------------------------------------------------------- */
@@ -464,7 +448,7 @@ static bool forget_attempt(struct job *j)
 /* Its topic takes records again: the others that wait for it need not go alone any more. */
 static void trust(struct tx *t, const char *topic)
 {
-    for (struct job *j = t->ready; j; j = j->next)
+    for (struct job *j = t->ready.head; j; j = j->next)
         if (topic && j->out.topic && !strcmp(j->out.topic, topic))
             j->out.attempts = 0;
 }
@@ -534,7 +518,7 @@ static void drop_gone(struct tx *t)
 {
     for (size_t i = t->stage.from; i < t->stage.n; i++)
         if (t->stage.verdicts[i] == STAGE_GONE) {
-            drop(t, t->stage.jobs[i]);
+            worker_end_job(t->w, t->stage.jobs[i], OUTCOME_DROPPED);
             t->stage.jobs[i] = NULL;
         }
 }
@@ -629,8 +613,8 @@ static int64_t interval_us(const struct tx *t)
 static int64_t until_due(const struct tx *t, int64_t now)
 {
     int64_t at = t->next_idle_us;
-    size_t n = t->n_ready + (t->open ? t->stage.n : 0);
-    if (t->open || t->ready)
+    size_t n = t->ready.length + (t->open ? t->stage.n : 0);
+    if (t->open || t->ready.head)
         at = (t->open ? t->open_since_us : t->since_us) + interval_us(t);
     if (n >= (size_t)t->w->cfg->transaction_max_messages || (t->open && t->full) ||
         atomic_load(&t->p->want_offsets))
@@ -643,7 +627,8 @@ static int64_t until_due(const struct tx *t, int64_t now)
 static bool worth_sending(const struct tx *t, int64_t now)
 {
     size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
-    return t->n_ready >= chunk && !t->failures && !t->full && !t->ready->out.attempts &&
+    return t->ready.length >= chunk && !t->failures && !t->full &&
+           !t->ready.head->out.attempts &&
            !t->p->under_way && now >= t->not_before_us &&
            interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
 }
@@ -653,7 +638,7 @@ static bool worth_sending(const struct tx *t, int64_t now)
 static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
 {
     int64_t pause = LM_MIN(due_us, GATHER_US);
-    if (t->ready && pause > 0)
+    if (t->ready.head && pause > 0)
         nanosleep(&(struct timespec){ .tv_nsec = pause * 1000 }, NULL);
     int most = job_list_wait_ms(&t->p->later, now, t->open ? FLUSH_MS : IDLE_MS);
     gather(t, (int)LM_MAX(0, LM_MIN((due_us + 999) / 1000, most)));
@@ -667,14 +652,8 @@ static void end(struct tx *t)
         rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
         rd_kafka_flush(t->p->rk, PURGE_MS);
     }
-    for (struct job *j = t->ready, *next; j; j = next) {
-        next = j->next;
-        drop(t, j);
-    }
-    for (struct job *j = job_list_take_all(&t->p->later), *next; j; j = next) {
-        next = j->next;
-        drop(t, j);
-    }
+    worker_drop_all(t->w, t->ready.head);
+    worker_drop_all(t->w, job_list_take_all(&t->p->later));
     free(t->stage.jobs);
     free(t->stage.verdicts);
 }
@@ -682,7 +661,6 @@ static void end(struct tx *t)
 static bool begin(struct tx *t)
 {
     size_t most = (size_t)t->w->cfg->transaction_max_messages;
-    t->tail = &t->ready;
     t->stage.jobs = lm_calloc(most, sizeof(*t->stage.jobs));
     t->stage.verdicts = lm_calloc(most, sizeof(*t->stage.verdicts));
     if (t->stage.jobs && t->stage.verdicts)
@@ -713,7 +691,7 @@ void *transaction_main(void *arg)
             t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
             let_earlier_arrive(&t);
             gather(&t, 0);
-            last = last_call(&t) || t.n_ready <= portion_most(&t) ||
+            last = last_call(&t) || t.ready.length <= portion_most(&t) ||
                    !worth_sending(&t, lm_now_us());
         }
         going = transact(&t, last);

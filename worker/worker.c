@@ -87,6 +87,16 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
     worker_give_ended(w, &one);
 }
 
+void worker_drop_all(struct worker *w, struct job *chain)
+{
+    struct job_chain ended = { 0 };
+    for (struct job *next; chain; chain = next) {
+        next = chain->next;
+        worker_end_among(w, chain, OUTCOME_DROPPED, &ended);
+    }
+    worker_give_ended(w, &ended);
+}
+
 void worker_left_engine(struct worker *w, struct job *j)
 {
     if (j->journaled)

@@ -117,6 +117,8 @@ void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome);
 void worker_end_among(struct worker *w, struct job *j, enum job_outcome outcome,
                       struct job_chain *ended);
 void worker_give_ended(struct worker *w, struct job_chain *ended);
+/* A chain, linked by `next`, to be handed back. */
+void worker_drop_all(struct worker *w, struct job *chain);
 
 /* Should unfinished work of this job be given up? */
 bool worker_gives_up(struct worker *w, struct job *j);
