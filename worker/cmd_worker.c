@@ -2,9 +2,16 @@
 /*
  * cmd_worker.c - `loramill worker`: options, then worker_run(). Exit status: 0 ended as asked,
  * 1 failed, 2 usage or configuration error.
+ *
+ * SIGTERM and SIGINT end it with status 0 from the first line on: by a handler until worker_run()
+ * takes them in turn (signals.h). Without one they would kill the process, or be lost where it is
+ * the first of its container, which no signal without a handler reaches. SIGHUP has nothing to do
+ * before.
  */
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "worker/commands.h"
 #include "worker/kafka_conf.h"
@@ -127,10 +134,20 @@ static int run(int argc, char **argv, struct config *c)
     return worker_run(c);
 }
 
+/* Nothing was begun. */
+static void on_early_signal(int sig)
+{
+    (void)sig;
+    _exit(0);
+}
+
 int cmd_worker(int argc, char **argv)
 {
     struct config c;
     struct lm_err err;
+    signal(SIGTERM, on_early_signal);
+    signal(SIGINT, on_early_signal);
+    signal(SIGHUP, SIG_IGN);
     if (config_init(&c, &err))
         return fail(err.msg);
     int st = run(argc, argv, &c);

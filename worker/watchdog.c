@@ -12,6 +12,7 @@
 
 #include "worker/journal.h"
 #include "worker/log.h"
+#include "worker/signals.h"
 
 enum { TICK_MS = 100, CLOSING_LEAST_MS = 2000, SLEPT_MS = 3000, SLEPT_MEMORY_MS = 60000 };
 
@@ -193,9 +194,8 @@ static void tick(watchdog *d)
 static void *watchdog_main(void *arg)
 {
     watchdog *d = arg;
-    const struct timespec pause = { 0, TICK_MS * 1000000 };
     while (!atomic_load(&d->done)) {
-        int got = sigtimedwait(&d->signals, NULL, &pause);
+        int got = signals_wait(&d->signals, TICK_MS);
         pthread_mutex_lock(&d->lock);
         if (got > 0)
             end_by_signal(d, got);

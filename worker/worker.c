@@ -18,8 +18,8 @@
  * doesn't return in spite of its own timeout (rd_kafka_send_offsets_to_transaction() waits for
  * socket.timeout.ms) is left alone in its thread, and the process ends without it, in order.
  *
- * Signals are blocked in every thread and taken synchronously by the main thread, later by the
- * watchdog.
+ * Signals are taken synchronously (signals.h) by the main thread, and by the watchdog at the start
+ * and at the end.
  */
 #include "worker/worker.h"
 
@@ -33,7 +33,9 @@
 #include "worker/journal.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
+#include "worker/signals.h"
 #include "worker/spans.h"
+#include "worker/url.h"
 #include "worker/watchdog.h"
 
 enum { SUPERVISE_MS = 100 };
@@ -214,7 +216,11 @@ static lm_status open_codec(struct worker *w, struct lm_err *err)
     if (st || w->reply_as != REPLY_AS_AVRO)
         return st;
     /* Every reply would fail without its schema: said now. A registry that is away is waited for by
-     * the first reply. */
+     * the first reply. This may take seconds, so who is waited for is said before. */
+    char shown[URL_SHOWN];
+    url_show_list(c->registry_url, shown, sizeof shown);
+    lm_log(LM_INFO, "worker", "replies.encoding=avro: asking the schema registry %s for the "
+           "replies' schema", shown);
     st = codec_prepare_replies(w->codec, err);
     if (lm_status_disposition(st) != LM_DO_RETRY)
         return st ? lm_err_prefix(err, "replies.encoding=avro") : LM_OK;
@@ -395,14 +401,13 @@ void worker_cancel(struct worker *w)
 /* Waits for a signal or a failure, then for the consumer to drain, commit and leave. */
 static void supervise(struct worker *w, watchdog *dog, const sigset_t *signals)
 {
-    const struct timespec tick = { 0, SUPERVISE_MS * 1000000 };
     int got = -1;
     sigset_t all = *signals;
     sigaddset(&all, SIGHUP);
     while ((got < 0 || got == SIGHUP) && !atomic_load(&w->failed)) {
         watchdog_look(dog);
         credentials_look(w->credentials, got == SIGHUP);
-        got = sigtimedwait(&all, NULL, &tick);
+        got = signals_wait(&all, SUPERVISE_MS);
     }
     bool failed = atomic_load(&w->failed);
     int64_t drain_ms = failed ? 0 : w->cfg->drain_timeout_ms;
@@ -443,15 +448,8 @@ static lm_status live(struct worker *w, watchdog *dog, const sigset_t *signals)
 int worker_run(const struct config *cfg)
 {
     struct worker w;
-    sigset_t signals, reread;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    sigemptyset(&reread);
-    sigaddset(&reread, SIGHUP);         /* supervise() waits for it */
-    pthread_sigmask(SIG_BLOCK, &reread, NULL);
-    signal(SIGPIPE, SIG_IGN);
+    sigset_t signals;                   /* which end it; supervise() waits for SIGHUP as well */
+    signals_begin(&signals);
     worker_init(&w, cfg);
     log_setup(cfg->log_level, cfg->log_format, w.name);
     config_log(cfg);

@@ -108,7 +108,8 @@ def measure(name, bootstrap, registry):
     c.close()
     spent = threads(child.pid)
     child.terminate()
-    assert child.wait(60) == 0 and seen == n, f"{name}: {seen} of {n}; see {log.name}"
+    status = child.wait(60)
+    assert status == 0 and seen == n, f"{name}: status {status}, {seen} of {n}; see {log.name}"
     if not INSTRUCTIONS:
         return {"unit": "us", "value": round(sum(s for s, _ in spent) / n, 2),
                 "threads": [[t, round(s / n, 2)] for s, t in spent if s / n >= 0.05]}

@@ -151,6 +151,13 @@ check "silent registry: status 0 (got $st) after $((SECONDS - start)) s" [ $st -
 died() { has 'died with\|to dead:' registry; }
 check "nobody has died of waiting for it" [ "$(died && echo yes)" != yes ]
 
+# At the start it is waited for, for seconds; the signal may be handed to any thread of a library's.
+worker schemaless starting replies.encoding=avro "registry.url=$(printf 'http://127.0.0.1:%s,' $SILENT | sed 's/,$//')"
+check "a start says whom it asks" wait_until 10 has "asking the schema registry http://127.0.0.1:${SILENT%% *}," starting
+start=$SECONDS
+kill -TERM "$W"; wait "$W"; st=$?
+check "while it starts: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 2 ]
+
 # Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
 declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
 hang() {        # NAME PROPERTY...

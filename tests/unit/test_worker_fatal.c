@@ -8,8 +8,11 @@
  * first remembers the handles, so that SIGUSR1 (the producer's) and SIGUSR2 (the consumer's) can
  * raise a fatal error there; the second asks the probes at the very moment when the worker leaves
  * the group.
+ *
+ * And an orderly end, whenever the signal comes and whichever thread the kernel hands it to.
  */
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <dlfcn.h>
 #include <netinet/in.h>
 #include <pthread.h>
@@ -23,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -30,6 +34,7 @@
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/commands.h"
 #include "worker/worker.h"
 
 static rd_kafka_t *_Atomic handles[2];          /* by rd_kafka_type_t: producer, consumer */
@@ -79,6 +84,20 @@ rd_kafka_t *rd_kafka_new(rd_kafka_type_t type, rd_kafka_conf_t *conf, char *why,
     return rk;
 }
 
+static bool told_early;
+
+/* The first that the command asks of the library, before it begins anything. */
+rd_kafka_conf_t *rd_kafka_conf_new(void)
+{
+    rd_kafka_conf_t *(*real)(void) = (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_conf_new");
+    if (told_early) {
+        raise(SIGHUP);
+        raise(SIGTERM);
+        _exit(97);
+    }
+    return real();
+}
+
 rd_kafka_error_t *rd_kafka_consumer_close_queue(rd_kafka_t *rk, rd_kafka_queue_t *q)
 {
     rd_kafka_error_t *(*real)(rd_kafka_t *, rd_kafka_queue_t *) =
@@ -89,9 +108,11 @@ rd_kafka_error_t *rd_kafka_consumer_close_queue(rd_kafka_t *rk, rd_kafka_queue_t
     return real(rk, q);
 }
 
+/* Older than worker_run(), it blocks none of its signals: for these it is a library's thread. */
 static void *raise_errors(void *arg)
 {
     int sig;
+    pthread_setname_np(pthread_self(), "stranger");
     while (sigwait(arg, &sig) == 0)
         rd_kafka_test_fatal_error(atomic_load(&handles[sig == SIGUSR1 ? RD_KAFKA_PRODUCER :
                                                        RD_KAFKA_CONSUMER]),
@@ -234,6 +255,57 @@ static void test_silent_thread(void **state)
     config_release(&c);
 }
 
+/* The kernel hands a thread that blocks no signals those that nobody waits for at that moment. */
+static void kill_stranger(pid_t pid, int sig)
+{
+    char path[300], name[32] = "";
+    snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (struct dirent *e; strcmp(name, "stranger\n") != 0 && (e = readdir(d));) {
+        snprintf(path, sizeof path, "/proc/%d/task/%s/comm", (int)pid, e->d_name);
+        FILE *f = e->d_name[0] == '.' ? NULL : fopen(path, "r");
+        if (f && fgets(name, sizeof name, f) && !strcmp(name, "stranger\n"))
+            assert_int_equal(syscall(SYS_tgkill, pid, atoi(e->d_name), sig), 0);
+        if (f)
+            fclose(f);
+    }
+    closedir(d);
+    assert_string_equal(name, "stranger\n");
+}
+
+static void test_signal_to_a_stranger(void **state)
+{
+    (void)state;
+    int fd, statuses[2] = { 0 };
+    pid_t pid = start("delivery.mode=at-least-once", &fd);
+    kill_stranger(pid, SIGHUP);         /* no end: credentials are read again */
+    usleep(300000);
+    assert_int_equal(get("/readyz"), 200);
+    kill_stranger(pid, SIGTERM);
+    assert_int_equal(wait_end(pid, 30), 0);
+    assert_int_equal(read(fd, statuses, sizeof statuses), sizeof statuses);
+    close(fd);
+    assert_int_equal(statuses[0], 200);
+}
+
+/* Told to end while it reads its configuration; SIGHUP, which means something only later, is no end
+ * at all. */
+static void test_signal_before_the_start(void **state)
+{
+    (void)state;
+    pid_t pid = fork();
+    if (pid == 0) {
+        const char *argv[] = { "worker", "-c", "/dev/null", "--set", "topics.prompts=p",
+                               "--set", "topics.replies=r", "--set", "topics.dead_letters=d",
+                               "--set", "engine.mode=echo", "--set", "kafka.bootstrap.servers=x:1",
+                               NULL };
+        told_early = true;
+        _exit(cmd_worker((int)LM_COUNT(argv) - 1, (char **)(uintptr_t)argv));
+    }
+    assert_int_equal(wait_end(pid, 30), 0);
+}
+
 /* An orderly end is none: livez says 200 to the end. */
 static void test_no_failure(void **state)
 {
@@ -249,6 +321,8 @@ int main(void)
         cmocka_unit_test(test_fatal_transactional),
         cmocka_unit_test(test_no_failure),
         cmocka_unit_test(test_silent_thread),
+        cmocka_unit_test(test_signal_to_a_stranger),
+        cmocka_unit_test(test_signal_before_the_start),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

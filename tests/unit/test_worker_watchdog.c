@@ -19,6 +19,7 @@
 #include <cmocka.h>
 
 #include "worker/journal.h"
+#include "worker/signals.h"
 #include "worker/watchdog.h"
 
 enum engine_plays { AT_REST, STEPS, STUCK };
@@ -75,6 +76,38 @@ static void draining_long(watchdog *d, struct worker *w)
 {
     (void)w;
     watchdog_draining(d, 20000);
+}
+
+static void *stranger(void *arg)
+{
+    pthread_sigmask(SIG_UNBLOCK, arg, NULL);
+    while (pause())
+        ;
+    return NULL;
+}
+
+/* A library's thread, which blocks no signals, is handed the one that comes. */
+static void give_to_a_stranger(void)
+{
+    pthread_t t;
+    sigset_t ends;
+    signals_begin(&ends);
+    if (pthread_create(&t, NULL, stranger, &ends))
+        _exit(92);
+    pthread_kill(t, SIGTERM);
+    pause();
+}
+
+static void starting_stranger(watchdog *d, struct worker *w)
+{
+    starting(d, w);
+    give_to_a_stranger();
+}
+
+static void draining_stranger(watchdog *d, struct worker *w)
+{
+    draining_long(d, w);
+    give_to_a_stranger();
 }
 
 /* Stops itself at work; its watchdog has looked before, and does after. */
@@ -219,6 +252,8 @@ static void test_signals(void **state)
     expect(&(struct play){ AT_REST, 0, starting, 300 }, 0, 300, SOON, KILLED);
     expect(&(struct play){ AT_REST, 0, draining_long, 300 }, 1, 300, SOON, KILLED);
     expect(&(struct play){ AT_REST, 0, closing, 300 }, 1, 300, SOON, KILLED);
+    expect(&(struct play){ AT_REST, 0, starting_stranger, 0 }, 0, 0, SOON, KILLED);
+    expect(&(struct play){ AT_REST, 0, draining_stranger, 0 }, 1, 0, SOON, KILLED);
 }
 
 static void test_budget(void **state)
