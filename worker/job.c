@@ -302,45 +302,76 @@ void job_queue_wake(struct job_queue *q)
 
 /* ---- backoff ---------------------------------------------------------------------------- */
 
+/* A pairing heap (Fredman, Sedgewick, Sleator, Tarjan 1986): who is due first is the root, `below`
+ * of a job is the first of its children, `next` the next of their siblings. */
+
+/* Of two roots the later one becomes a child of the other. */
+static struct job *meld(struct job *a, struct job *b)
+{
+    struct job *first = b->due_us < a->due_us ? b : a, *later = first == a ? b : a;
+    later->next = first->below;
+    first->below = later;
+    return first;
+}
+
+/* What is left of a heap without its root: two by two, then all with the last pair, so that it
+ * stays flat. */
+static struct job *meld_all(struct job *j)
+{
+    struct job *pairs = NULL, *next;
+    for (; j; j = next) {
+        struct job *other = j->next;
+        next = other ? other->next : NULL;
+        if (other)
+            j = meld(j, other);
+        j->next = pairs;
+        pairs = j;
+    }
+    struct job *root = pairs;
+    for (j = root ? root->next : NULL; j; j = next) {
+        next = j->next;
+        root = meld(root, j);
+    }
+    return root;
+}
+
 void job_list_add(struct job_list *l, struct job *j, int64_t due_us)
 {
     j->due_us = due_us;
-    j->next = l->head;
-    l->next_due_us = l->head ? LM_MIN(l->next_due_us, due_us) : due_us;
-    l->head = j;
-    l->length++;
+    j->below = NULL;
+    l->first = l->first ? meld(l->first, j) : j;
 }
 
 struct job *job_list_take_all(struct job_list *l)
 {
-    struct job *all = l->head;
-    *l = (struct job_list){ 0 };
+    struct job *all = l->first, *last = all;
+    l->first = NULL;
+    if (all)
+        all->next = NULL;
+    for (struct job *j = all; j; j = j->next) {
+        last->next = j->below;
+        while (last->next)
+            last = last->next;
+    }
     return all;
 }
 
 struct job *job_list_take_due(struct job_list *l, int64_t now_us)
 {
-    struct job *due = NULL;
-    if (!l->head || l->next_due_us > now_us)
-        return NULL;
-    struct job *all = job_list_take_all(l);
-    for (struct job *next; all; all = next) {
-        next = all->next;
-        if (all->due_us > now_us) {
-            job_list_add(l, all, all->due_us);
-        } else {
-            all->next = due;
-            due = all;
-        }
+    struct job *due = NULL, **tail = &due;
+    for (struct job *j; (j = l->first) && j->due_us <= now_us; tail = &j->next) {
+        l->first = meld_all(j->below);
+        *tail = j;
     }
+    *tail = NULL;
     return due;
 }
 
 int job_list_wait_ms(const struct job_list *l, int64_t now_us, int cap)
 {
-    if (!l->head)
+    if (!l->first)
         return cap;
-    int64_t ms = (l->next_due_us - now_us + 999) / 1000;
+    int64_t ms = (l->first->due_us - now_us + 999) / 1000;
     return (int)LM_MAX(0, LM_MIN(ms, cap));
 }
 

@@ -152,6 +152,7 @@ struct job {
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */
     int64_t due_us;             /* when to try again */
+    struct job *below;          /* in a job_list */
     bool ends;                  /* its end without the engine waits for something to heal */
     bool awaited;               /* in intake's list of those whose adapters are fetched */
     TAILQ_ENTRY(job) await;     /* there; intake's alone, while the store has the job */
@@ -209,12 +210,14 @@ void job_queue_wake(struct job_queue *q);               /* makes a waiting take 
 
 /* ---- backoff ---------------------------------------------------------------------------- */
 
-/* A list of jobs that wait for `due_us`; one thread's own. */
-struct job_list { struct job *head; size_t length; int64_t next_due_us; };
+/* Jobs that wait for `due_us`; one thread's own. Begins as zeros. What is looked at for one that is
+ * due does not grow with those that are not: in an outage thousands wait, for seconds each. */
+struct job_list { struct job *first; };
 
 void job_list_add(struct job_list *l, struct job *j, int64_t due_us);
-struct job *job_list_take_due(struct job_list *l, int64_t now_us);      /* a chain, or NULL */
-struct job *job_list_take_all(struct job_list *l);
+/* A chain, who is due first at its head; NULL: nobody is. */
+struct job *job_list_take_due(struct job_list *l, int64_t now_us);
+struct job *job_list_take_all(struct job_list *l);      /* a chain in no order */
 /* Milliseconds until something is due, at most `cap`. */
 int job_list_wait_ms(const struct job_list *l, int64_t now_us, int cap);
 
