@@ -7,6 +7,9 @@
       say when a prompt entered the engine and when it was generated. A line is one write(), so
       SIGKILL takes none back: a generation is counted whether or not anything of it was sent.
 
+  work.py try FOLDER
+      judges logs that are made up, to show that check 4 can fail.
+
 All stamps are of one machine's clock. The truth about progress is the group's own history: every
 offset and map that was ever committed, read from __consumer_offsets with read_committed; no segment
 of it grows old enough to be compacted in a run.
@@ -240,8 +243,8 @@ CAUSES = ("killed", "failed", "lost", "revoked", "ended")
 class Verdict:
     """Everything about prompts that were in flight, or generated, in some tenure."""
 
-    def __init__(self, covered, by_partition, trouble, joins_count):
-        self.covered, self.trouble, self.joins_count = covered, trouble, joins_count
+    def __init__(self, covered, by_partition, trouble, mode):
+        self.covered, self.trouble, self.mode = covered, trouble, mode
         self.held, self.repeated = collections.Counter(), collections.Counter()
         self.oldest = [0, 0]                        # at a kill: in calm, in trouble
         self.waited, self.in_join = 0, 0            # of the first without joins; finished in joins
@@ -284,7 +287,7 @@ class Verdict:
             if t.cause == "killed":
                 self.oldest[troubled] = max(self.oldest[troubled], t.over - when)
                 if not troubled:
-                    joined = t.process.joined(when, t.over) if self.joins_count else 0
+                    joined = t.process.joined(when, t.over) if self.mode == "at-least-once" else 0
                     self.old.append((t.over - when - joined, when, prompt, t))
                     self.waited = max(self.waited, t.over - when - joined)
                     self.in_join += joined > 0
@@ -356,7 +359,7 @@ def explain(v, limit):
 def judge(bootstrap, group, run, interval_ms, attempts, mode):
     covered, commits = first_covered(bootstrap, group)
     processes, by_partition, trouble = read_run(run)
-    v = Verdict(covered, by_partition, trouble, mode == "at-least-once")
+    v = Verdict(covered, by_partition, trouble, mode)
     work, held = sum(map(len, v.generations.values())), sum(v.held.values())
     again = work - len(v.generations)
     print(f"# {work} generations of {len(v.generations)} prompts by {len(processes)} processes; "
@@ -386,5 +389,44 @@ def judge(bootstrap, group, run, interval_ms, attempts, mode):
     return 0 if all(good) else 1
 
 
+# ---- can it fail? --------------------------------------------------------------------------------
+
+def made_up(folder, done, killed, *states):
+    """A run: worker a.1 generates one prompt `done`, dies `killed` s after it has begun, and commits
+    nothing; b.1 generates the prompt again. The states of a.1's client come at their times."""
+    def line(at, text):
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+        return f"{stamp}.{round(at % 1 * 1000):03d}Z DEBUG [w] {text}\n"
+    state = 'kafka: CGRPJOINSTATE: [thrd:main]: Group "chaos" changed join state {} -> {} (state up)'
+    mine = [(0, "consumer: assigned prompts [0] at 0"), (done, "outbox: prompts [0] @1 is generated")]
+    mine += [(at, state.format(before, after)) for at, before, after in states]
+    later = [(killed + 1, mine[0][1]), (killed + 2, mine[1][1])]
+    for name, lines in (("a.1", mine), ("b.1", later)):
+        with open(f"{folder}/worker-{name}.log", "w", encoding="utf-8") as f:
+            f.writelines(line(at, text) for at, text in sorted(lines))
+    with open(f"{folder}/faults.log", "w", encoding="utf-8") as f:
+        f.write(f"{killed} worker a.1 was killed\n")
+    _, by_partition, trouble = read_run(folder)
+    return {mode: Verdict({(0, 1): killed + 3}, by_partition, trouble, mode).waited
+            for mode in ("at-least-once", "exactly-once")}
+
+
+def try_it(folder):
+    os.makedirs(folder, exist_ok=True)
+    into, out = ("init", "wait-join"), ("wait-sync", "wait-assign-call")
+    tried = (((10, 12.6), 2.6, 2.6, "what was finished long before a kill is found"),
+             ((10, 12.6, (9, *into), (9.5, *out)), 2.6, 2.6, "also after a join"),
+             ((10, 12.6, (10.2, *into)), 0.2, 2.6, "the time of a join is not counted, at least once"),
+             ((10, 12.6, (10, *into), (11, *out)), 1.6, 2.6, "no other time is left out"),
+             ((10, 12.6, (10, "init", "wait-metadata")), 2.6, 2.6, "nor what precedes a join"),
+             ((10, 18.6, (10, *into)), 2.6, 8.6, f"and of a longer one {JOIN} s"))
+    good = True
+    for what, least, exactly, text in tried:
+        was = made_up(folder, *what)
+        good &= say(abs(was["at-least-once"] - least) < CLOCK and
+                    abs(was["exactly-once"] - exactly) < CLOCK, text)
+    return 0 if good else 1
+
+
 if __name__ == "__main__":
-    sys.exit(judge(*sys.argv[1:]))
+    sys.exit(try_it(sys.argv[2]) if sys.argv[1] == "try" else judge(*sys.argv[1:]))
