@@ -248,7 +248,7 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
 $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
 
 # An engine that is always full, and how a reply ends.
-$(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=worker_reply,--wrap=journal_decoding
+$(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=outcome_reply,--wrap=journal_decoding
 
 # Stand before the device: each of these can be made to fail, or to happen later.
 OPS := $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul gather_rows feed lora_shrink \

@@ -2,9 +2,9 @@
 /*
  * claim.c - replies that are too large for the broker, to the object store (claim check).
  *
- *   worker_reply, or the broker's refusal --> [in] --> PUT --> a reply that says where
- *                                              |  ^ store away
- *                                              +--+ later
+ *   outcome_reply, or the broker's refusal --> [in] --> PUT --> a reply that says where
+ *                                               |  ^ store away
+ *                                               +--+ later
  *
  * The object is what the record's value would have been. Its name is the SHA-256 of its bytes, so a
  * repeated upload writes the same object, and one reply never overwrites another. The record that
@@ -36,6 +36,7 @@
 #include <string.h>
 
 #include "worker/log.h"
+#include "worker/outcome.h"
 #include "worker/resolver.h"
 #include "worker/url.h"
 #include "worker/url_template.h"
@@ -203,12 +204,12 @@ static void upload_to(claims *c, struct job *j, const char *url, const char *dig
         return;
     }
     if (st) {
-        worker_dead_letter(c->w, j, &err, "CLAIM");
+        outcome_dead_letter(c->w, j, &err, "CLAIM");
         return;
     }
     metric_add(&c->w->metrics.claims, 1);
     metric_add(&c->w->metrics.claim_bytes, j->out.len);
-    if (worker_claimed(c->w, j, &claim))
+    if (outcome_claimed(c->w, j, &claim))
         try_later(c, j, "the claim can't be encoded yet");
 }
 

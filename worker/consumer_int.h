@@ -14,7 +14,7 @@
 #include "worker/kafka_conf.h"
 #include "worker/key_order.h"
 #include "worker/quarantine.h"
-#include "worker/transaction.h"
+#include "worker/staging.h"
 
 enum { DRAIN_POLL_MS = 10, CONSUMER_RANKS = 2 };
 

@@ -40,6 +40,7 @@
 #include "worker/cancels.h"
 #include "worker/journal.h"
 #include "worker/log.h"
+#include "worker/outcome.h"
 #include "worker/stream.h"
 
 enum { IDLE_MS = 100, BUSY_MS = 20, PARK_US = 20000, SWEEP_US = 100000 };
@@ -64,7 +65,7 @@ static void leave(intake *in)
 static void refuse(intake *in, struct job *j, const struct lm_err *why, const char *stage)
 {
     leave(in);
-    worker_dead_letter(in->w, j, why, stage);
+    outcome_dead_letter(in->w, j, why, stage);
 }
 
 static void drop(intake *in, struct job *j)
@@ -119,8 +120,8 @@ static void end_early(intake *in, struct job *j, enum engine_reason reason)
 {
     struct lm_err why = { LM_NOMEM, "the completion can't be encoded yet" };
     j->submitted_us = j->answered_us = lm_now_us();
-    j->result = worker_empty_result(reason);
-    if (!j->result || worker_reply(in->w, j)) {
+    j->result = outcome_empty_result(reason);
+    if (!j->result || outcome_reply(in->w, j)) {
         if (j->result)
             engine_result_free(j->result);
         j->result = NULL;

@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "worker/outcome.h"
 #include "worker/stream.h"
 
 enum { BATCH = 128, POLL_MS = 100, STREAM_POLL_MS = 10, GATHER_US = 200 };
@@ -56,7 +57,7 @@ static bool was_cancelled(const struct engine_result *r)
 static void answer(outbox *o, struct job *j)
 {
     const struct config *cfg = o->w->cfg;
-    lm_status st = worker_reply(o->w, j);
+    lm_status st = outcome_reply(o->w, j);
     if (st == LM_OK)
         return;
     metric_add(&o->w->metrics.retries, 1);
@@ -105,7 +106,7 @@ static void failed(outbox *o, struct job *j, lm_status st)
         return;
     }
     lm_err_set(&why, st, "%s", text);
-    worker_dead_letter(o->w, j, &why, "ENGINE");
+    outcome_dead_letter(o->w, j, &why, "ENGINE");
 }
 
 /* The line is what the chaos suite counts: whatever is generated again has it twice. */
@@ -172,7 +173,7 @@ static void send_part(outbox *o, struct job *j, int64_t now)
         lease_revoked(j->lease))
         return;
     struct engine_result *text = stream_take(s);
-    lm_status st = text ? worker_part(o->w, j, text) : LM_NOMEM;
+    lm_status st = text ? outcome_part(o->w, j, text) : LM_NOMEM;
     if (text && st) {           /* the registry is away: the text waits, in front of what comes */
         stream_give_back(s, text);
         s->due_us = now + o->w->cfg->retry_backoff_ms * 1000;

@@ -3,12 +3,12 @@
  * outcome.c - the two ways a prompt can end, as records: a reply or a dead letter; and the records
  * that go with them: parts of a streamed reply, and the notice of a dead letter to its requester.
  *
- *   worker_reply         j->result encoded; too large for the broker and claims are configured: to
+ *   outcome_reply        j->result encoded; too large for the broker and claims are configured: to
  *                        the object store, and a reply that says where (claim.c)
- *   worker_dead_letter   the record as it came, why in its headers; with errors.reply=true a notice
+ *   outcome_dead_letter  the record as it came, why in its headers; with errors.reply=true a notice
  *                        beside it, if somebody waits: the prompt had a correlation id or named a
  *                        reply topic. Both are sent together and make one outcome, the dead letter.
- *   worker_part          new text of a prompt that asked for a stream
+ *   outcome_part         new text of a prompt that asked for a stream
  *
  * A notice is a completion without choices and with `error`, in the prompt's encoding; the same is
  * in its headers loramill-error-code and -message, which Spring's replyErrorChecker can look at. It
@@ -16,7 +16,7 @@
  *
  * Threads: whoever has the job.
  */
-#include "worker/worker.h"
+#include "worker/outcome.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -149,8 +149,8 @@ static void log_dead_letter(struct worker *w, const struct job *j, const struct 
            lm_status_wire(why->code), why->msg);
 }
 
-void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
-                        const char *stage)
+void outcome_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
+                         const char *stage)
 {
     const struct lm_err cause = *why;   /* may be the job's own */
     const struct dead_letter_from from = { w->name, w->cfg->group_id, stage };
@@ -173,7 +173,7 @@ void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *wh
     producer_send(w->producer, j);
 }
 
-bool worker_trim_dead_letter(struct worker *w, struct job *j)
+bool outcome_trim(struct worker *w, struct job *j)
 {
     static const struct lm_err unknown = { LM_INTERNAL, "unknown" };
     const struct lm_err *why = j->err ? j->err : &unknown;
@@ -232,7 +232,7 @@ static lm_status encode_reply(struct worker *w, struct job *j, enum encoding enc
     return st;
 }
 
-void worker_count_reply(struct worker *w, const struct reply_tally *t)
+void outcome_count(struct worker *w, const struct reply_tally *t)
 {
     struct metrics *m = &w->metrics;
     metric_move(t->reason == ENGINE_EXPIRED ? &m->expired :
@@ -280,7 +280,7 @@ static lm_status address_reply(struct worker *w, struct job *j, enum encoding en
     return LM_OK;
 }
 
-lm_status worker_reply(struct worker *w, struct job *j)
+lm_status outcome_reply(struct worker *w, struct job *j)
 {
     struct lm_err err;
     enum encoding enc = reply_encoding(w, j->prompt->encoding);
@@ -291,7 +291,7 @@ lm_status worker_reply(struct worker *w, struct job *j)
     if (st && lm_status_disposition(st) == LM_DO_RETRY)
         return st;
     if (st && !claim) {
-        worker_dead_letter(w, j, &err, "ENCODE");
+        outcome_dead_letter(w, j, &err, "ENCODE");
         return LM_OK;
     }
     if ((st = address_reply(w, j, enc)))
@@ -308,7 +308,7 @@ lm_status worker_reply(struct worker *w, struct job *j)
 }
 
 /* Headers and destination stay those of the whole reply. */
-lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim)
+lm_status outcome_claimed(struct worker *w, struct job *j, const struct completion_claim *claim)
 {
     struct lm_err err;
     struct outgoing *o = &j->out;
@@ -324,7 +324,7 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
     free(whole);
     j->claimed = true;
     if (st) {
-        worker_dead_letter(w, j, &err, "ENCODE");
+        outcome_dead_letter(w, j, &err, "ENCODE");
         return LM_OK;
     }
     o->attempts = 0;
@@ -335,7 +335,7 @@ lm_status worker_claimed(struct worker *w, struct job *j, const struct completio
 
 /* ---- parts of a streamed reply ------------------------------------------------------------ */
 
-lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text)
+lm_status outcome_part(struct worker *w, struct job *j, const struct engine_result *text)
 {
     struct lm_err err;
     enum encoding enc = reply_encoding(w, j->prompt->encoding);
@@ -367,7 +367,7 @@ lm_status worker_part(struct worker *w, struct job *j, const struct engine_resul
 
 /* ---- completions without the engine -------------------------------------------------------- */
 
-struct engine_result *worker_empty_result(enum engine_reason reason)
+struct engine_result *outcome_empty_result(enum engine_reason reason)
 {
     struct engine_result *r = engine_result_new(1);
     char *text = lm_strdup("");

@@ -53,6 +53,7 @@
 #include <time.h>
 
 #include "worker/kafka_conf.h"
+#include "worker/outcome.h"
 #include "worker/transaction.h"
 
 enum {
@@ -334,9 +335,9 @@ static void outcome_failed(producer *p, struct job *j)
             claims_put(p->w->claims, j);
             return;
         }
-        worker_dead_letter(p->w, j, &why, "PRODUCE");
+        outcome_dead_letter(p->w, j, &why, "PRODUCE");
     } else if (!(is_dead_letter(j) && too_large(p, j, &j->out) &&
-                 worker_trim_dead_letter(p->w, j))) {
+                 outcome_trim(p->w, j))) {
         try_later(p, j, rd_kafka_err2str((rd_kafka_resp_err_t)j->out.error));
     }
 }
@@ -361,7 +362,7 @@ static void acknowledged(producer *p, struct job *j)
     else
         metric_move(&m->reply_bytes, j->out.len);
     if (j->outcome == OUTCOME_REPLY)
-        worker_count_reply(p->w, &j->tally);
+        outcome_count(p->w, &j->tally);
     worker_end_among(p->w, j, j->outcome, &p->ended);
 }
 

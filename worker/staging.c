@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * staging.c - the consumer thread's half of exactly-once; see transaction.h.
+ * staging.c - the consumer thread's half of exactly-once; see staging.h.
  *
  * The producer thread leaves a request and sleeps; the consumer thread finds it between two polls,
  * or while it drains in a rebalance. Only one request exists at a time. After staging_close() every
@@ -215,13 +215,13 @@ static lm_status ask(consumer *c, struct stage *s, enum staging_what what)
     return st;
 }
 
-lm_status consumer_stage(consumer *c, struct stage *s)
+lm_status staging_stage(consumer *c, struct stage *s)
 {
     lm_status st = ask(c, s, STAGING_STAGE);
     return st ? st : s->commits || s->more ? LM_OK : LM_NOMEM;
 }
 
-void consumer_settle(consumer *c, struct stage *s, bool committed)
+void staging_settle(consumer *c, struct stage *s, bool committed)
 {
     ask(c, s, committed ? STAGING_COMMITTED : STAGING_ABORTED);
 }
@@ -271,7 +271,7 @@ bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group)
     return held[telling];
 }
 
-lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds)
+lm_status staging_committed(consumer *c, const struct stage *s, bool *holds)
 {
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(s->offsets->cnt);
     for (int i = 0; i < s->offsets->cnt; i++)

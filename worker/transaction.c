@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction.c - exactly-once: the producer thread's half; see transaction.h.
+ * transaction.c - exactly-once: the producer thread's half; see staging.h.
  *
  * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
  * transaction.max_messages are there, one transaction takes them:
@@ -51,6 +51,7 @@
 #include <time.h>
 
 #include "worker/producer_int.h"
+#include "worker/staging.h"
 #include "worker/watchdog.h"
 
 enum {
@@ -400,7 +401,7 @@ static enum fate find_out(struct tx *t)
     }
     if (t->stage.more)
         return ABORTED;
-    while ((st = consumer_holds(t->w->consumer, &t->stage, &holds)) && !last_call(t))
+    while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !last_call(t))
         ask_again_soon();
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
@@ -503,7 +504,7 @@ static void after_abort(struct tx *t, bool going)
 static void finish(struct tx *t, enum fate fate)
 {
     const struct config *cfg = t->w->cfg;
-    consumer_settle(t->w->consumer, &t->stage, fate == COMMITTED);
+    staging_settle(t->w->consumer, &t->stage, fate == COMMITTED);
     if (fate == COMMITTED)
         after_commit(t);
     else
@@ -575,7 +576,7 @@ static bool transact(struct tx *t, bool last)
         atomic_store(&t->p->want_offsets, false);
     t->stage.more = !last;
     take_ready(t);
-    lm_status st = consumer_stage(t->w->consumer, &t->stage);
+    lm_status st = staging_stage(t->w->consumer, &t->stage);
     if (st == LM_OK)
         fate = run_staged(t);
     else

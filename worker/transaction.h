@@ -1,61 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction.h - exactly-once: what the producer thread and the consumer thread hand each other.
- *
- * A transaction makes outcomes and offsets durable together, so its offsets must be computed as if
- * its outcomes were finished, and only the consumer thread may touch the ledger. So the producer
- * thread asks:
- *
- *   producer thread                              consumer thread (staging.c)
- *   finished jobs --------- consumer_stage() --> marks their entries staged; offsets and maps
- *   begin, produce, send offsets, commit
- *      committed ---------- consumer_settle() -> notes what the broker holds; the jobs end as ever
- *      aborted ------------ consumer_settle() -> unstages; the same jobs go into the next one
- *
- * Nothing is generated anew when a transaction aborts: finished completions stay in memory until
- * they are durable. A job whose partition has been taken away meanwhile is not staged and must be
- * dropped, unsent: its offset belongs to another worker now.
+ * transaction.h - exactly-once: the producer thread. What it has the consumer thread do is in
+ * staging.h.
  */
 #ifndef LORAMILL_WORKER_TRANSACTION_H
 #define LORAMILL_WORKER_TRANSACTION_H
-
-#include <librdkafka/rdkafka.h>
-
-#include "worker/worker.h"
-
-enum stage_verdict {
-    STAGE_GONE,                 /* its partition is another's: drop it */
-    STAGE_IN,
-    STAGE_WAIT,                 /* the offset map has no room for it yet: the next one */
-};
-
-struct stage {
-    struct job **jobs;          /* in; NULL: no longer in it */
-    size_t n;
-    size_t from;                /* in: those before are of earlier portions, and sent */
-    bool more;                  /* in: not the last portion, so no offsets yet */
-    enum stage_verdict *verdicts;       /* [n], out: of those that are new */
-    bool lost;                  /* out: one that was sent is not ours any more: abort */
-    rd_kafka_topic_partition_list_t *offsets;   /* out, with the last portion: may be empty */
-    rd_kafka_consumer_group_metadata_t *group;
-    struct ledger_commit *commits;      /* [n_commits], one for each of `offsets` */
-    size_t n_commits;
-    bool too_long;              /* in: the broker finds a partition's metadata too long */
-};
-
-/* Producer thread. Blocks until the consumer thread has served it, at most some 100 ms outside of
- * rebalances. LM_CANCELLED: the consumer has ended, nothing can be committed any more. */
-lm_status consumer_stage(consumer *c, struct stage *s);
-void consumer_settle(consumer *c, struct stage *s, bool committed);
-void stage_release(struct stage *s);    /* the outputs */
-
-/* Does the group hold one of the stage's offsets with its very map? That is how the fate of a
- * transaction is found whose commit was not answered. A status that can heal: not known. */
-lm_status consumer_holds(consumer *c, const struct stage *s, bool *holds);
-/* Its judgement. Only partitions of which the stage finishes a prompt tell, if there is one: their
- * offset or map is new for certain. A mark (quarantine.h) may be the one that was committed before.
- * `group`: what the group holds; its order may change. */
-bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group);
 
 /* The producer thread's main function in exactly-once mode. */
 void *transaction_main(void *producer_);

@@ -4,7 +4,7 @@
  * what these are made of:
  *
  *   consumer   consumer, admission, rebalance, commit, isolation, blocking, staging (of which the
- *              producer thread calls half, see transaction.h)
+ *              producer thread calls half, see staging.h)
  *   intake     intake
  *   outbox     outbox; outcome, which is whoever's that has the job
  *   producer   producer, transaction
@@ -123,32 +123,8 @@ void worker_drop_all(struct worker *w, struct job *chain);
 /* Should unfinished work of this job be given up? */
 bool worker_gives_up(struct worker *w, struct job *j);
 
-/* Produces the dead letter; the offset is finished once it is acknowledged. `stage` names the part
- * of the worker that refused it. */
-void worker_dead_letter(struct worker *w, struct job *j, const struct lm_err *why,
-                        const char *stage);
-
-/* The broker finds this dead letter too large: makes it smaller and produces it again. False: it is
- * as small as it gets. */
-bool worker_trim_dead_letter(struct worker *w, struct job *j);
-
-/* Encodes j->result and produces the reply; a failure that can't heal becomes a dead letter.
- * Returns LM_OK when the job has gone on its way, else a status that can heal (the caller keeps the
- * job). */
-lm_status worker_reply(struct worker *w, struct job *j);
-
-/* Encodes `text` as the next part of j's streamed reply and produces it; it comes back through
- * w->parts. A status that can heal: nothing was sent. Takes nothing over. */
-lm_status worker_part(struct worker *w, struct job *j, const struct engine_result *text);
-
 /* The engine has it no more: strikes it out of the journal. */
 void worker_left_engine(struct worker *w, struct job *j);
-
-/* The reply is acknowledged. The producer thread's. */
-void worker_count_reply(struct worker *w, const struct reply_tally *t);
-
-/* The reply lies in the object store: produces the record that says so. As worker_reply(). */
-lm_status worker_claimed(struct worker *w, struct job *j, const struct completion_claim *claim);
 
 /* Its generation is over, and what is to be sent is there: its tokens count no more, and the bytes
  * of its reply do. Whoever has the job. */
@@ -157,10 +133,6 @@ void worker_discount(struct worker *w, struct job *j);  /* neither counts any mo
 /* The engine has failed this prompt for a reason that can heal: is there another attempt, by
  * retry.max_attempts and retry.deadline_ms? Counts it. */
 bool worker_may_retry(struct worker *w, struct job *j);
-
-/* A result with one empty choice that ended for `reason`, for a prompt that never reached the
- * engine. NULL: out of memory. */
-struct engine_result *worker_empty_result(enum engine_reason reason);
 
 /* ---- the parts -------------------------------------------------------------------------- */
 

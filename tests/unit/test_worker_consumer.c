@@ -300,7 +300,7 @@ static void *end_transaction(void *arg)
     while (!atomic_load(&asked_before) && lm_now_us() < end)
         nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
     atomic_store(&transaction_over, true);
-    consumer_settle(&t->x->c, &t->s, t->committed);
+    staging_settle(&t->x->c, &t->s, t->committed);
     return NULL;
 }
 
@@ -384,7 +384,7 @@ static void an_assignment_at_the_close_reads_nothing_that_is_gone(void **state)
     assert_int_equal(s.n_commits, 1);
     atomic_store(&x->w.stopping, true);
     staging_close(&x->c);
-    consumer_settle(&x->c, &s, true);   /* too late */
+    staging_settle(&x->c, &s, true);   /* too late */
     stage_release(&s);
     assign(x, "t", 0);
     job_unref(j);

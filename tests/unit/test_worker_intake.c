@@ -38,8 +38,8 @@ lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine
     return lm_err_set(err, LM_BUSY, "full");
 }
 
-lm_status __wrap_worker_reply(struct worker *w, struct job *j);
-lm_status __wrap_worker_reply(struct worker *w, struct job *j)
+lm_status __wrap_outcome_reply(struct worker *w, struct job *j);
+lm_status __wrap_outcome_reply(struct worker *w, struct job *j)
 {
     atomic_store(&replies[j->record.offset].at_ms, lm_wall_ms());
     atomic_fetch_add(&replies[j->record.offset].calls, 1);

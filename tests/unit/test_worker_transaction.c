@@ -16,6 +16,7 @@
 
 #include "consumer_world.h"
 #include "worker/producer_int.h"
+#include "worker/transaction.h"
 
 enum { MOST_US = 20 * 1000000, WENT_TO = 3 };
 
