@@ -15,6 +15,14 @@
 
 /* ---- settings --------------------------------------------------------------------------- */
 
+lm_status cli_settings_file(struct cli_settings *s, const char *path, struct lm_err *err)
+{
+    if (s->n_files == CLI_MAX_FILES)
+        return lm_err_set(err, LM_TOO_LARGE, "more than %d -c options", CLI_MAX_FILES);
+    s->file[s->n_files++] = path;
+    return LM_OK;
+}
+
 lm_status cli_settings_add(struct cli_settings *s, const char *assignment, struct lm_err *err)
 {
     if (s->n_set == CLI_MAX_SET)
@@ -27,10 +35,11 @@ lm_status cli_settings_add(struct cli_settings *s, const char *assignment, struc
 lm_status cli_settings_load(const struct cli_settings *s, struct config *c, struct lm_err *err)
 {
     lm_status st = config_init(c, err);
-    if (st == LM_OK && s->file)
-        st = config_read_file(c, s->file, err);
+    for (int i = 0; st == LM_OK && i < s->n_files; i++)
+        st = config_read_file(c, s->file[i], err);
     for (int i = 0; st == LM_OK && i < s->n_set; i++)
-        st = config_set(c, s->set[i], err);
+        if ((st = config_set(c, s->set[i], err)))
+            lm_err_prefix(err, "--set");
     if (st != LM_OK) {
         config_release(c);
         *c = (struct config){ 0 };

@@ -17,17 +17,19 @@ enum { CLI_OK = 0, CLI_FAILED = 1, CLI_USAGE = 2 };
 
 /* ---- settings --------------------------------------------------------------------------- */
 
-#define CLI_MAX_SET 64
+enum { CLI_MAX_FILES = 32, CLI_MAX_SET = 256 };
 
 /* The options -c FILE and --set KEY=VALUE as given; borrowed from argv. */
 struct cli_settings {
-    const char *file;
+    const char *file[CLI_MAX_FILES];
     const char *set[CLI_MAX_SET];
-    int n_set;
+    int n_files, n_set;
 };
 
+lm_status cli_settings_file(struct cli_settings *s, const char *path, struct lm_err *err);
 lm_status cli_settings_add(struct cli_settings *s, const char *assignment, struct lm_err *err);
-/* Defaults, then the file, then --set. On failure nothing is left to release. */
+/* Defaults, then the files in their order, then --set, so that it wins wherever it stands. On
+ * failure nothing is left to release. */
 lm_status cli_settings_load(const struct cli_settings *s, struct config *c, struct lm_err *err);
 
 /* A whole decimal number in [min, max], nothing before or behind it. */

@@ -89,7 +89,10 @@ static lm_status parse(struct cancel *c, int argc, char **argv, struct lm_err *e
     optind = 0;
     while ((opt = getopt_long(argc, argv, "c:h", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': c->settings.file = optarg; break;
+        case 'c':
+            if (cli_settings_file(&c->settings, optarg, err) != LM_OK)
+                return err->code;
+            break;
         case SET:
             if (cli_settings_add(&c->settings, optarg, err) != LM_OK)
                 return err->code;

@@ -415,7 +415,7 @@ static lm_status parse(struct collect *c, int argc, char **argv, struct lm_err *
     optind = 0;
     while (st == LM_OK && (opt = getopt_long(argc, argv, "c:o:j:n:t:s:bqh", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': c->settings.file = optarg; break;
+        case 'c': st = cli_settings_file(&c->settings, optarg, err); break;
         case 'o': c->output = optarg; break;
         case 'j': c->job_file = optarg; break;
         case 'n': st = cli_parse_number("--expect", optarg, 1, INT64_MAX, &c->expect, err); break;

@@ -492,7 +492,7 @@ static lm_status parse(struct dlq *q, int argc, char **argv, struct lm_err *err)
     optind = 0;
     while (st == LM_OK && (opt = getopt_long(argc - 1, argv + 1, "c:jyh", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': q->settings.file = optarg; break;
+        case 'c': st = cli_settings_file(&q->settings, optarg, err); break;
         case SET: st = cli_settings_add(&q->settings, optarg, err); break;
         case CAUSE: q->cause = optarg; break;
         case ADAPTER: q->adapter = optarg; break;

@@ -148,7 +148,7 @@ static lm_status parse(struct reset *r, int argc, char **argv, struct lm_err *er
     optind = 0;
     while (st == LM_OK && (opt = getopt_long(argc, argv, "c:t:p:yh", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': r->settings.file = optarg; break;
+        case 'c': st = cli_settings_file(&r->settings, optarg, err); break;
         case SET: st = cli_settings_add(&r->settings, optarg, err); break;
         case TO: r->to = optarg; break;
         case 't': r->topic = optarg; break;

@@ -186,7 +186,7 @@ static lm_status parse(struct status *s, int argc, char **argv, struct lm_err *e
     optind = 0;
     while (st == LM_OK && (opt = getopt_long(argc, argv, "c:t:jh", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': s->settings.file = optarg; break;
+        case 'c': st = cli_settings_file(&s->settings, optarg, err); break;
         case SET: st = cli_settings_add(&s->settings, optarg, err); break;
         case 't': s->topic = optarg; break;
         case 'j': s->json = true; break;

@@ -275,7 +275,10 @@ static lm_status parse(struct submit *s, int argc, char **argv, struct lm_err *e
     optind = 0;
     while ((opt = getopt_long(argc, argv, "c:i:k:qh", options, NULL)) != -1) {
         switch (opt) {
-        case 'c': s->settings.file = optarg; break;
+        case 'c':
+            if (cli_settings_file(&s->settings, optarg, err) != LM_OK)
+                return err->code;
+            break;
         case 'i': s->input = optarg; break;
         case 'k': s->key = optarg; break;
         case 'q': s->quiet = true; break;

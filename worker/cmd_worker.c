@@ -8,11 +8,12 @@
  * the first of its container, which no signal without a handler reaches. SIGHUP has nothing to do
  * before.
  */
+#include <getopt.h>
 #include <signal.h>
 #include <stdio.h>
-#include <string.h>
 #include <unistd.h>
 
+#include "worker/cli.h"
 #include "worker/commands.h"
 #include "worker/kafka_conf.h"
 #include "worker/worker.h"
@@ -33,105 +34,80 @@ static const char usage_text[] =
     "SIGTERM drains and ends with status 0; a second one ends at once. SIGHUP reads the SASL\n"
     "credentials again. Status 2 means a usage or configuration error, 1 any other failure.\n";
 
-static int fail(const char *text)
-{
-    fprintf(stderr, "loramill worker: %s\n", text);
-    return 2;
-}
+enum action { RUN, CHECK, HELP, MARKDOWN, SAMPLE };
 
-static int fail_usage(const char *what, const char *arg)
-{
-    fprintf(stderr, "loramill worker: %s%s\n`loramill worker --help` explains the options.\n",
-            what, arg);
-    return 2;
-}
+struct options {
+    struct cli_settings settings;
+    enum action action;
+};
 
-struct options { bool check, help, markdown, sample, any; };
-
-/* The value of an option that needs one: "-c FILE", "--config=FILE". NULL: not this option. */
-static const char *value_of(int argc, char **argv, int *i, const char *name, bool *missing)
+static lm_status parse(struct options *o, int argc, char **argv, struct lm_err *err)
 {
-    size_t n = strlen(name);
-    if (strncmp(argv[*i], name, n))
-        return NULL;
-    if (argv[*i][n] == '=' && n > 2)
-        return argv[*i] + n + 1;
-    if (argv[*i][n])
-        return NULL;
-    if (*i + 1 >= argc) {
-        *missing = true;
-        return "";
-    }
-    return argv[++*i];
-}
-
-static int read_options(int argc, char **argv, struct config *c, bool sets, struct options *o)
-{
-    struct lm_err err;
-    for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *v;
-        bool missing = false;
-        if ((v = value_of(argc, argv, &i, "-c", &missing)) ||
-            (v = value_of(argc, argv, &i, "--config", &missing))) {
-            o->any = true;
-            if (!missing && !sets && config_read_file(c, v, &err))
-                return fail(err.msg);
-        } else if ((v = value_of(argc, argv, &i, "--set", &missing))) {
-            if (!missing && sets && config_set(c, v, &err)) {
-                lm_err_prefix(&err, "--set");
-                return fail(err.msg);
-            }
-        } else if (!strcmp(arg, "--check")) {
-            o->check = true;
-        } else if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
-            o->help = true;
-        } else if (!strcmp(arg, "--help-markdown")) {
-            o->markdown = true;
-        } else if (!strcmp(arg, "--help-sample")) {
-            o->sample = true;
-        } else {
-            return fail_usage("unknown argument ", arg);
+    enum { SET = 256, ACTION };
+    static const struct option options[] = {
+        { "config", required_argument, NULL, 'c' },
+        { "set", required_argument, NULL, SET },
+        { "check", no_argument, NULL, ACTION + CHECK },
+        { "help", no_argument, NULL, 'h' },
+        { "help-markdown", no_argument, NULL, ACTION + MARKDOWN },
+        { "help-sample", no_argument, NULL, ACTION + SAMPLE },
+        { NULL, 0, NULL, 0 },
+    };
+    int opt;
+    lm_status st = LM_OK;
+    optind = 0;
+    while (st == LM_OK && (opt = getopt_long(argc, argv, "c:h", options, NULL)) != -1) {
+        switch (opt) {
+        case 'c': st = cli_settings_file(&o->settings, optarg, err); break;
+        case SET: st = cli_settings_add(&o->settings, optarg, err); break;
+        case 'h': o->action = HELP; return LM_OK;
+        case ACTION + CHECK: o->action = CHECK; break;
+        case ACTION + MARKDOWN: o->action = MARKDOWN; return LM_OK;
+        case ACTION + SAMPLE: o->action = SAMPLE; return LM_OK;
+        default: return lm_err_set(err, LM_INVALID, "try `loramill worker --help`");
         }
-        if (missing)
-            return fail_usage("a value is missing after ", arg);
     }
-    return 0;
+    if (st == LM_OK && optind < argc)
+        st = lm_err_set(err, LM_INVALID, "unexpected argument '%s'", argv[optind]);
+    if (st == LM_OK && !o->settings.n_files)
+        st = lm_err_set(err, LM_INVALID, "-c FILE is missing");
+    return st;
 }
 
-static int print_help(const struct options *o)
+static int print_help(enum action what)
 {
-    if (o->markdown) {
+    if (what == MARKDOWN) {
         config_print_markdown(stdout);
-    } else if (o->sample) {
+    } else if (what == SAMPLE) {
         config_print_sample(stdout);
     } else {
         fputs(usage_text, stdout);
         config_print_help(stdout);
     }
-    return fflush(stdout) ? 1 : 0;
+    return fflush(stdout) ? CLI_FAILED : CLI_OK;
 }
 
-static int run(int argc, char **argv, struct config *c)
+static int fail(const struct lm_err *err)
 {
-    struct options o = { 0 };
+    fprintf(stderr, "loramill worker: %s\n", err->msg);
+    return CLI_USAGE;
+}
+
+static int run(const struct options *o)
+{
+    struct config c;
     struct lm_err err;
-    /* Files first, whatever the order, so that --set always wins. */
-    int st = read_options(argc, argv, c, false, &o);
-    if (o.help || o.markdown || o.sample)
-        return st ? st : print_help(&o);
-    if (!st)
-        st = read_options(argc, argv, c, true, &o);
-    if (st)
-        return st;
-    if (!o.any)
-        return fail_usage("-c FILE is missing", "");
-    if (config_check(c, &err) || kafka_conf_check(c, &err))
-        return fail(err.msg);
-    if (o.check) {
+    int status = CLI_OK;
+    if (cli_settings_load(&o->settings, &c, &err))
+        return fail(&err);
+    if (config_check(&c, &err) || kafka_conf_check(&c, &err))
+        status = fail(&err);
+    else if (o->action == RUN)
+        status = worker_run(&c);
+    else
         puts("configuration ok");
-        return 0;
-    }
-    return worker_run(c);
+    config_release(&c);
+    return status;
 }
 
 /* Nothing was begun. */
@@ -143,14 +119,12 @@ static void on_early_signal(int sig)
 
 int cmd_worker(int argc, char **argv)
 {
-    struct config c;
+    struct options o = { .action = RUN };
     struct lm_err err;
     signal(SIGTERM, on_early_signal);
     signal(SIGINT, on_early_signal);
     signal(SIGHUP, SIG_IGN);
-    if (config_init(&c, &err))
-        return fail(err.msg);
-    int st = run(argc, argv, &c);
-    config_release(&c);
-    return st;
+    if (parse(&o, argc, argv, &err))
+        return fail(&err);
+    return o.action == RUN || o.action == CHECK ? run(&o) : print_help(o.action);
 }

@@ -14,6 +14,7 @@
 #include <cmocka.h>
 
 #include "engine/engine.h"
+#include "worker/cli.h"
 #include "worker/config.h"
 #include "worker/kafka_conf.h"
 
@@ -471,6 +472,35 @@ static void test_read_again(void **state)
     config_release(&fresh);
 }
 
+/* As -c and --set give them: later files over earlier ones, assignments over all. */
+static void test_settings_of_the_command_line(void **state)
+{
+    (void)state;
+    char one[] = "/tmp/test_worker_config.XXXXXX", two[] = "/tmp/test_worker_config.XXXXXX";
+    struct cli_settings s = { 0 };
+    struct config c;
+    close(mkstemp(one));
+    close(mkstemp(two));
+    write_file(one, "group.id=one\nthreads=2\nbackend=cpu\n");
+    write_file(two, "group.id=two\nthreads=3\n");
+    assert_int_equal(cli_settings_add(&s, "threads=4", &err), LM_OK);
+    assert_int_equal(cli_settings_file(&s, one, &err), LM_OK);
+    assert_int_equal(cli_settings_file(&s, two, &err), LM_OK);
+    assert_int_equal(cli_settings_load(&s, &c, &err), LM_OK);
+    assert_string_equal(c.group_id, "two");
+    assert_string_equal(c.backend, "cpu");
+    assert_int_equal(c.threads, 4);
+    config_release(&c);
+    assert_int_equal(cli_settings_add(&s, "thread=4", &err), LM_OK);
+    assert_int_equal(cli_settings_load(&s, &c, &err), LM_INVALID);
+    says("--set: unknown key 'thread'");
+    while (s.n_files < CLI_MAX_FILES)
+        assert_int_equal(cli_settings_file(&s, two, &err), LM_OK);
+    assert_int_equal(cli_settings_file(&s, two, &err), LM_TOO_LARGE);
+    remove(one);
+    remove(two);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 static void test_topic_priorities(void **state)
@@ -502,6 +532,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
+        TEST(test_settings_of_the_command_line),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
