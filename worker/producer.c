@@ -2,37 +2,17 @@
 /*
  * producer.c - replies and dead letters to the broker, until they are acknowledged.
  *
- * A job is finished when its delivery report says NO_ERROR, and not before: a successful
- * rd_kafka_producev() only means "queued". What happens to a failed delivery:
- *
- *   a dead letter that is too large       trimmed, see dead_letter.h
- *   any other dead letter                 tried again for ever, with backoff: its offset is
- *                                         blocked, lag grows and the log says why. Dropping it
- *                                         would be a loss.
- *   a reply that can never fit            to the object store (claim.c), or dead letter that names
- *                                         the sizes
- *   a reply to a topic or partition that  dead letter (the prompt is at fault)
- *     the prompt chose and that isn't there or isn't ours to write
- *   any other reply                       tried again for ever, with backoff
- *   a notice that can never be delivered  left out and logged: the dead letter is the outcome
- *   a part that can never be delivered    goes back to the outbox, which sends no more of them
- *   a fatal client error                  the worker ends; nothing was committed for these jobs
- *
- * A job's two records (a dead letter and its notice) are sent together and judged together, when
- * the last report is in; what was acknowledged is not sent again.
+ * A successful rd_kafka_producev() only means "queued": whether a job is finished its delivery
+ * reports say, which delivery.c judges. A record that is not acknowledged is sent again with
+ * backoff, as long as it takes.
  *
  * A repeat after a timeout may be a duplicate in the topic. Replies carry loramill-request-id and
  * their body's id, which are the same each time.
  *
- * MSG_SIZE_TOO_LARGE is the broker's verdict on a whole batch, so a small reply may be condemned
- * with its neighbours. A reply above batch.size travels alone, and its verdict is its own; a
- * smaller one goes again with smaller batches, a new client's, and is believed at BATCH_LEAST only,
- * after a few tries more. It may itself have been what was too large, so batches grow again step
- * by step: when none was refused for GROW_FIRST_US, and nothing is on its way that a new client
- * could overtake. Where that proves wrong the next try waits twice as long, GROW_MOST_US at most.
+ * When brokers refuse batches, a new client makes smaller ones (batch_size.h).
  *
  * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
- * has committed; what is said above about failed deliveries holds there too.
+ * has committed; failed deliveries are judged there, too.
  *
  * At-least-once: a client that keeps to a leader which a partition has no more (leaders.h) is
  * replaced, see renew().
@@ -52,24 +32,18 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/delivery.h"
 #include "worker/kafka_conf.h"
-#include "worker/outcome.h"
 #include "worker/transaction.h"
 
 enum {
     POLL_MS = 100,
-    BELIEVE_TOO_LARGE_AFTER = 5,
-    BATCH_LEAST = 16384,
-    COMPLAIN_EVERY_US = 10 * 1000000,
     STOP_WAIT_MS = 2000,
     STOP_SPARE_MS = 500,
     SEND_AT_ONCE = 64,          /* while other threads that have something to send wait */
     RENEW_DRAIN_MS = 2000,
     RENEW_PURGE_MS = 5000,
 };
-
-#define GROW_FIRST_US (600 * INT64_C(1000000))
-#define GROW_MOST_US (144 * GROW_FIRST_US)
 
 /* ---- sending ---------------------------------------------------------------------------- */
 
@@ -193,212 +167,7 @@ void producer_want_offsets(producer *p)
         job_queue_wake(&p->again);
 }
 
-/* ---- failures --------------------------------------------------------------------------- */
-
-static bool is_dead_letter(const struct job *j)
-{
-    return j->outcome == OUTCOME_DEAD_LETTER;
-}
-
-static const char *kind(const struct job *j)
-{
-    return is_dead_letter(j) ? "dead letter" : j->parent ? "part of a reply" : "reply";
-}
-
-static void complain(producer *p, const struct job *j, const char *what)
-{
-    int64_t now = lm_now_us();
-    metric_add(&p->w->metrics.produce_failures, 1);
-    if (now - p->complained_us < COMPLAIN_EVERY_US && p->complained_us)
-        return;
-    p->complained_us = now;
-    lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": %s to %s (%zu bytes) is not acknowledged: "
-           "%s; trying again, its offset waits", j->lease->topic, (int)j->lease->partition,
-           j->record.offset, kind(j), j->out.topic, j->out.len, what);
-}
-
-static void try_later(producer *p, struct job *j, const char *what)
-{
-    const struct config *cfg = p->w->cfg;
-    complain(p, j, what);
-    job_list_add(&p->later, j, lm_now_us() + backoff_us(j->out.attempts++, cfg->retry_backoff_ms,
-                                                        cfg->retry_backoff_max_ms));
-}
-
-/* Is the reply's own destination at fault, as the prompt named it? */
-static bool destination_fault(const struct outgoing *o, int e)
-{
-    switch (e) {
-    case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
-        return !o->follows && (o->asked || o->partition >= 0);
-    case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
-    case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
-    case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
-    case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
-        return o->asked;
-    default:
-        return false;
-    }
-}
-
-/* A verdict on a whole batch asks for smaller ones, until they are small enough to be believed. */
-static bool too_large(producer *p, const struct job *j, const struct outgoing *o)
-{
-    if (o->error != RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE)
-        return false;
-    if ((int64_t)o->len > p->batch_bytes)
-        return true;
-    if (p->batch_bytes > BATCH_LEAST) {
-        p->shrink |= !p->renewing;      /* else it is the old client's */
-        return false;
-    }
-    return j->out.attempts >= BELIEVE_TOO_LARGE_AFTER;
-}
-
-static void shrink(producer *p, int64_t now_us)
-{
-    p->shrink = false;
-    if (p->grown && now_us < p->grow_at_us)
-        p->grow_wait_us = LM_MIN(2 * p->grow_wait_us, GROW_MOST_US);
-    else if (p->grown || !p->grow_wait_us)
-        p->grow_wait_us = GROW_FIRST_US;
-    p->grown = false;
-    p->batch_most = LM_MAX(p->batch_bytes / 4, BATCH_LEAST);
-    lm_log(LM_WARN, "producer", "brokers refuse batches of %" PRId64 " bytes (max.message.bytes of "
-           "a topic): smaller ones for the next %" PRId64 " minutes, see "
-           "kafka.producer.batch.size", p->batch_bytes, p->grow_wait_us / (60 * 1000000));
-}
-
-static void grow(producer *p)
-{
-    p->grown = true;
-    p->batch_most = p->batch_most < p->batch_full / 4 ? p->batch_most * 4 : 0;
-    lm_log(LM_INFO, "producer", "batches of %" PRId64 " bytes are tried again",
-           p->batch_most ? p->batch_most : p->batch_full);
-}
-
-bool producer_resize(producer *p)
-{
-    if (!p->shrink && !p->batch_most)
-        return false;
-    int64_t now = lm_now_us();
-    if (p->shrink)
-        shrink(p, now);
-    else if (now >= p->grow_at_us && !rd_kafka_outq_len(p->rk))
-        grow(p);
-    else
-        return false;
-    p->grow_at_us = now + p->grow_wait_us;
-    return true;
-}
-
-/* Why this reply can never be delivered; LM_OK: it may be. */
-static lm_status final_reason(producer *p, const struct job *j, const struct outgoing *o,
-                              struct lm_err *why)
-{
-    rd_kafka_resp_err_t e = (rd_kafka_resp_err_t)o->error;
-    const char *text = rd_kafka_err2str(e);
-    if (too_large(p, j, o))
-        return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, more than the broker takes "
-                          "for topic '%s' (its max.message.bytes) or the client allows "
-                          "(message.max_bytes=%" PRId64 ")", o->len, o->topic,
-                          p->w->cfg->message_max_bytes);
-    if (destination_fault(o, e) && o->partition >= 0)
-        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s' partition %d: %s", o->topic,
-                          (int)o->partition, text);
-    if (destination_fault(o, e))
-        return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s': %s", o->topic, text);
-    if (e == RD_KAFKA_RESP_ERR_INVALID_MSG || e == RD_KAFKA_RESP_ERR_INVALID_RECORD)
-        return lm_err_set(why, LM_INVALID, "topic '%s' refuses the reply: %s", o->topic, text);
-    return LM_OK;
-}
-
-static bool purged(int e)
-{
-    return e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT ||
-           e == RD_KAFKA_RESP_ERR__DESTROY;
-}
-
-/* The outcome itself was refused. */
-static void outcome_failed(producer *p, struct job *j)
-{
-    struct lm_err why;
-    if (j->out.follows && j->out.error == RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION) {
-        j->out.partition = -1;          /* its topic was made again, with fewer of them */
-        j->out.follows = false;
-        try_later(p, j, "the partition of its parts is no more");
-    } else if (j->parent && final_reason(p, j, &j->out, &why)) {
-        lm_log(LM_WARN, "producer", "%s; no more parts", why.msg);
-        worker_end_job(p->w, j, OUTCOME_PART);
-    } else if (!is_dead_letter(j) && final_reason(p, j, &j->out, &why)) {
-        if (why.code == LM_TOO_LARGE && p->w->claims && !j->claimed) {
-            claims_put(p->w->claims, j);
-            return;
-        }
-        outcome_dead_letter(p->w, j, &why, "PRODUCE");
-    } else if (!(is_dead_letter(j) && too_large(p, j, &j->out) &&
-                 outcome_trim(p->w, j))) {
-        try_later(p, j, rd_kafka_err2str((rd_kafka_resp_err_t)j->out.error));
-    }
-}
-
-/* A requester can't be told; its dead letter says why all the same. */
-static void drop_notice(struct job *j, const struct lm_err *why)
-{
-    lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": no error reply: %s", j->lease->topic,
-           (int)j->lease->partition, j->record.offset, why->msg);
-    j->notice->error = 0;
-    j->notice->acked = true;
-}
-
-static void acknowledged(producer *p, struct job *j)
-{
-    struct metrics *m = &p->w->metrics;
-    if (!p->reported_us)
-        p->reported_us = lm_now_us();
-    histogram_observe(&m->reply_produce, p->reported_us - j->out.handed_us);
-    if (is_dead_letter(j))
-        metric_add(&m->dead_letters[j->err ? j->err->code : LM_INTERNAL], 1);
-    else
-        metric_move(&m->reply_bytes, j->out.len);
-    if (j->outcome == OUTCOME_REPLY)
-        outcome_count(p->w, &j->tally);
-    worker_end_among(p->w, j, j->outcome, &p->ended);
-}
-
-/* Those of one poll, or of one transaction, together: a lock and a look at the clock for all. */
-void producer_give(producer *p)
-{
-    worker_give_ended(p->w, &p->ended);
-    p->reported_us = 0;
-}
-
-void producer_judge(producer *p, struct job *j)
-{
-    struct lm_err why;
-    char text[256];
-    int notice = j->notice ? j->notice->error : 0, worst = j->out.error ? j->out.error : notice;
-    if (notice && !purged(notice) && final_reason(p, j, j->notice, &why)) {
-        drop_notice(j, &why);
-        worst = j->out.error;
-    }
-    if (!worst) {
-        acknowledged(p, j);
-    } else if (purged(worst) && p->renewing) {
-        job_list_add(&p->taken_back, j, 0);
-    } else if (purged(worst) || atomic_load(&p->end)) {
-        worker_end_job(p->w, j, OUTCOME_DROPPED);
-    } else if (worst == RD_KAFKA_RESP_ERR__QUEUE_FULL) {
-        job_list_add(&p->later, j, lm_now_us() + 10000);
-    } else if (rd_kafka_fatal_error(p->rk, text, sizeof text)) {
-        worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);
-        worker_end_job(p->w, j, OUTCOME_DROPPED);
-    } else if (j->out.error) {
-        outcome_failed(p, j);
-    } else {
-        try_later(p, j, rd_kafka_err2str((rd_kafka_resp_err_t)worst));
-    }
-}
+/* ---- reports ----------------------------------------------------------------------------- */
 
 static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaque)
 {
@@ -412,7 +181,7 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     if (o->acked && j->parent)
         o->partition = m->partition;
     if (atomic_fetch_sub(&j->unreported, 1) == 1 && !p->exactly_once)
-        producer_judge(p, j);
+        delivery_judge(p, j);
 }
 
 static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
@@ -445,6 +214,12 @@ static int on_stats(rd_kafka_t *rk, char *json, size_t len, void *opaque)
     return 0;                   /* the library's to free */
 }
 
+bool producer_resize(producer *p)
+{
+    return batch_size_pending(&p->batch) &&
+           batch_size_change(&p->batch, !rd_kafka_outq_len(p->rk), lm_now_us());
+}
+
 /* ---- clients ---------------------------------------------------------------------------- */
 
 static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
@@ -453,10 +228,10 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     lm_status st = kafka_conf_new(p->w->cfg, CONFIG_PRODUCER, p->w->name, &conf, err);
     if (st)
         return st;
-    p->batch_full = kafka_conf_int(conf, "batch.size");
+    p->batch.full = kafka_conf_int(conf, "batch.size");
     char most[24];
-    snprintf(most, sizeof most, "%" PRId64, p->batch_most);
-    if (p->batch_most)
+    snprintf(most, sizeof most, "%" PRId64, p->batch.most);
+    if (p->batch.most)
         rd_kafka_conf_set(conf, "batch.size", most, NULL, 0);
     int64_t batch_bytes = kafka_conf_int(conf, "batch.size");
     p->transaction_timeout_ms = kafka_conf_int(conf, "transaction.timeout.ms");
@@ -468,7 +243,7 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
         unanswered_watch(&p->unanswered, conf);
     if ((st = kafka_open(RD_KAFKA_PRODUCER, conf, out, err)))
         return st;
-    p->batch_bytes = batch_bytes;       /* else what the client of before has */
+    p->batch.bytes = batch_bytes;       /* else what the client of before has */
     credentials_attach(p->w->credentials, *out, CONFIG_PRODUCER);
     return LM_OK;
 }
@@ -508,16 +283,16 @@ static void judge_again(producer *p)
 {
     for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
         next = j->next;
-        producer_judge(p, j);
+        delivery_judge(p, j);
     }
-    producer_give(p);
+    delivery_give(p);
 }
 
 /* Delivery reports, and whatever else the library has for us. */
 static void poll_client(producer *p, rd_kafka_t *rk, int timeout_ms)
 {
     rd_kafka_poll(rk, timeout_ms);
-    producer_give(p);
+    delivery_give(p);
 }
 
 static void serve_again(producer *p)
@@ -527,9 +302,9 @@ static void serve_again(producer *p)
     for (struct job *j = job_list_take_due(&p->later, now), *next; j; j = next) {
         next = j->next;
         if (send_now(p, j, now))
-            producer_judge(p, j);
+            delivery_judge(p, j);
     }
-    producer_give(p);
+    delivery_give(p);
 }
 
 /* The first of them under one lock. Returns the rest; who has no report to wait for is judged. */
@@ -546,10 +321,10 @@ static struct job *send_some(producer *p, struct job *j, int64_t now_us)
     pthread_mutex_unlock(&p->swap);
     for (struct job *failed = judge.head, *next; failed; failed = next) {
         next = failed->next;
-        producer_judge(p, failed);
+        delivery_judge(p, failed);
     }
     if (judge.head)
-        producer_give(p);
+        delivery_give(p);
     return j;
 }
 

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * producer_int.h - what producer.c and transaction.c share. Members of struct producer are grouped
- * by whose they are: most are the producer thread's alone.
+ * producer_int.h - what producer.c, delivery.c and transaction.c share. Members of struct producer
+ * are grouped by whose they are: most are the producer thread's alone.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/batch_size.h"
 #include "worker/hold.h"
 #include "worker/kafka_conf.h"
 #include "worker/leaders.h"
@@ -43,15 +44,11 @@ struct producer {
 
     /* The producer thread's, in which reports and statistics are served, too. */
     struct job_list later;
-    struct job_chain ended;     /* acknowledged; to the consumer thread, see producer_give() */
+    struct job_chain ended;     /* acknowledged; to the consumer thread, see delivery_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     long under_way;             /* exactly-once: records that have no report yet */
-    int64_t batch_bytes, transaction_timeout_ms;        /* as the client has them */
-    int64_t batch_full;         /* batch.size as configured */
-    int64_t batch_most;         /* for now, since brokers have refused such; 0: that */
-    bool shrink;                /* it is to be less */
-    bool grown;                 /* the last change of it was to more */
-    int64_t grow_at_us, grow_wait_us;
+    int64_t transaction_timeout_ms;     /* as the client has it */
+    struct batch_size batch;
     struct leaders leaders;     /* at-least-once */
     struct stuck stuck[LEADERS_STUCK_MOST];
     size_t n_stuck;
@@ -67,9 +64,6 @@ lm_status producer_open(producer *p, struct lm_err *err);
 void producer_close(producer *p);       /* fine when it is not open */
 /* Sends what is not acknowledged yet. True: no report will come. */
 bool producer_send_records(producer *p, struct job *j, int64_t now_us);
-/* All that was sent has its report: is the job done? Then producer_give(), behind all at hand. */
-void producer_judge(producer *p, struct job *j);
-void producer_give(producer *p);
 /* The next client gets another batch.size. True: it is to be made. */
 bool producer_resize(producer *p);
 

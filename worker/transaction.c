@@ -50,6 +50,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/delivery.h"
 #include "worker/producer_int.h"
 #include "worker/staging.h"
 #include "worker/watchdog.h"
@@ -410,29 +411,10 @@ static enum fate find_out(struct tx *t)
 
 /* ---- before and after ------------------------------------------------------------------- */
 
-/* Was this very record refused? Else it only shared the fate of its transaction, or of a broker. */
-static bool refused(const struct outgoing *o)
-{
-    switch (o ? o->error : 0) {
-    case RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE:
-    case RD_KAFKA_RESP_ERR_INVALID_MSG:
-    case RD_KAFKA_RESP_ERR_INVALID_RECORD:
-    case RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION:
-    case RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC:
-    case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
-    case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
-    case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
-    case RD_KAFKA_RESP_ERR__QUEUE_FULL:
-        return true;
-    default:
-        return false;
-    }
-}
-
 /* What an abort has left behind in a job; true: a record of its own was refused. */
 static bool forget_attempt(struct job *j)
 {
-    bool own = refused(&j->out) || refused(j->notice);
+    bool own = delivery_refused(&j->out) || delivery_refused(j->notice);
     if (j->parent && j->route.partition < 0)
         j->out.partition = -1;          /* where it went is where nobody sees it */
     struct outgoing *both[] = { &j->out, j->notice };
@@ -440,7 +422,7 @@ static bool forget_attempt(struct job *j)
         if (!both[i])
             continue;
         both[i]->acked = false;
-        if (!refused(both[i]))
+        if (!delivery_refused(both[i]))
             both[i]->error = 0;
     }
     return own;
@@ -468,9 +450,9 @@ static void after_commit(struct tx *t)
         if (j->notice)
             j->notice->error = 0;
         t->stage.jobs[i] = NULL;
-        producer_judge(t->p, j);
+        delivery_judge(t->p, j);
     }
-    producer_give(t->p);
+    delivery_give(t->p);
 }
 
 static bool timed_out(const struct outgoing *o)
@@ -494,10 +476,10 @@ static void after_abort(struct tx *t, bool going)
         struct job *j = t->stage.jobs[i];
         if (j && t->stage.verdicts[i] == STAGE_IN && forget_attempt(j)) {
             t->stage.jobs[i] = NULL;
-            producer_judge(t->p, j);
+            delivery_judge(t->p, j);
         }
     }
-    producer_give(t->p);
+    delivery_give(t->p);
     put_back(t);
 }
 

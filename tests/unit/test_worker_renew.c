@@ -47,13 +47,13 @@ static atomic_llong batch_wait_us;
 static void look_at_batches(const rd_kafka_t *rk)
 {
     if (rk == p->rk && !p->renewing && atomic_load(&refused) > 0) {
-        p->shrink = true;
+        p->batch.shrink = true;
         atomic_fetch_sub(&refused, 1);
     }
-    if (atomic_load(&time_passes) && p->batch_most)
-        p->grow_at_us = 0;
-    atomic_store(&batch_wait_us, p->grow_wait_us);
-    atomic_store(&batch, p->batch_bytes);
+    if (atomic_load(&time_passes) && p->batch.most)
+        p->batch.grow_at_us = 0;
+    atomic_store(&batch_wait_us, p->batch.grow_wait_us);
+    atomic_store(&batch, p->batch.bytes);
 }
 
 static atomic_int clients_to_fail;

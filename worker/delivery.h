@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * delivery.h - delivery reports judged: is a job done, sent again, or another outcome?
+ *
+ * Threads: the producer thread's.
+ */
+#ifndef LORAMILL_WORKER_DELIVERY_H
+#define LORAMILL_WORKER_DELIVERY_H
+
+#include "worker/producer_int.h"
+
+/* All that was sent has its report: is the job done? Then delivery_give(), behind all at hand. */
+void delivery_judge(producer *p, struct job *j);
+/* Those of one poll, or of one transaction, together: a lock and a look at the clock for all. */
+void delivery_give(producer *p);
+
+/* Was this very record refused? Else it only shared the fate of its transaction, or of a broker.
+ * NULL: no. */
+bool delivery_refused(const struct outgoing *o);
+
+#endif
