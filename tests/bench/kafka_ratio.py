@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """kafka_ratio.py BOOTSTRAP REGISTRY LORAMILL LOOP RUN N: the worker beside a minimal client loop.
 
-N prompts of about 1 KiB, in JSON and in Avro, lie in their topics. A round measures each of
+N prompts of about 1 KiB (prompts.py), in JSON and in Avro, lie in their topics. A round measures each of
 
   loop          tests/bench/kafka_loop.c: consume, produce as it came
   json, avro    one worker with the echo engine, at-least-once

@@ -8,6 +8,7 @@
 #   BENCH=storefront,shape,host,kafka   which parts (default: these). Also `cost`: the CPU of a worker a
 #                                       message, or with COST=instructions its instructions
 #   KAFKA_N=50000 KAFKA_ROUNDS=5        prompts a round and rounds (odd) of the last part
+#   TEXT=x                              its prompts, and those of `cost`, are one letter 920 times, not words
 set -euo pipefail
 . "$(dirname "$0")/../infra/lib.sh"
 : "${BENCH:=storefront,shape,host,kafka}"
