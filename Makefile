@@ -3,10 +3,16 @@
 # loramill - one non-recursive Makefile. `make help` lists what there is.
 #
 #   V=1                          show the commands
+#   CI=1                         warnings are errors
 #   SANITIZE=address,undefined|thread   (or one of the first two alone)
 #   CUDA=0|1                     kernels/cuda; found automatically through nvcc (ops/setup.sh cuda)
+#   CUDA_ARCH=...                nvcc's -gencode, for other GPUs
 #   WORKER=0                     engine and kernels only: needs neither librdkafka nor Avro
+#   BUILD=DIR                    instead of build, for instance for other flags
 #   DEPS=DIR                     where `make setup` puts what Debian does not package
+#   RDKAFKA=DIR                  another librdkafka's prefix; with a BUILD of its own
+#   CC, CXX, NVCC, OPT           compilers; optimisation (-O2 -g)
+#   PREFIX=DIR DESTDIR=DIR       where `make install` installs
 #
 # Objects, dependencies and programs live under $(BUILD), one folder a configuration, so switching
 # SANITIZE or CUDA never mixes objects. A stamp rebuilds all when flags change.
@@ -73,14 +79,13 @@ SANFLAGS := $(foreach s,$(SANITIZERS),$(SAN_$(s)))
 # What instrumentation makes of the control flow misleads these two; the plain build has them on.
 SANWARN  := $(if $(SANITIZE),-Wno-format-truncation -Wno-maybe-uninitialized)
 
-# $(shell) does not see exported variables before GNU make 4.4.
-# Another librdkafka: RDKAFKA=its prefix, with a BUILD of its own.
 RDKAFKA ?= $(DEPS)/librdkafka
+# With its path, as $(shell) does not see exported variables before GNU make 4.4.
 PKG_CONFIG ?= PKG_CONFIG_PATH='$(RDKAFKA)/lib/pkgconfig:$(DEPS)/yyjson/lib/pkgconfig:$(PKG_CONFIG_PATH)' pkg-config
 LIBS_LOW  := jansson libpcre2-8 openblas libcrypto
 LIBS_HIGH := $(if $(filter 1,$(WORKER)),rdkafka avro-c libcurl libmicrohttpd yyjson)
 
-CC      ?= gcc
+# Make's own default is cc.
 ifeq ($(origin CC),default)
 CC      := gcc
 endif
@@ -372,16 +377,18 @@ install: $(BIN)
 	install -m 644 ops/loramill.properties $(DESTDIR)$(PREFIX)/share/loramill/
 
 clean:
-	$(Q)rm -rf build
+	$(Q)rm -rf build $(filter-out . .. /,$(BUILD))
 
 help:
 	@echo 'make            build $(BIN)'
 	@echo 'make demo       run the main job on this machine, with a small model (installs what it needs)'
 	@echo 'make chaos      brokers, workers, store, registry and network fail at random: 10 minutes'
+	@echo 'make chaos-long 100,000 prompts and 200 kills: 20 minutes and more'
 	@echo 'make soak       PARTS="memory outage brokers": a million messages, minutes of outage'
 	@echo 'make test       prove it: unit, golden, fuzz corpora, real broker, registry and store'
 	@echo 'make test-matrix  the delivery tests over librdkafka 2.0 to 2.15, Kafka 2.8 to 4.3, both group protocols'
 	@echo 'make unit       the tests that need no service'
+	@echo 'make programs   build what the tests run'
 	@echo 'make setup      install what the build needs (Debian packages, librdkafka)'
 	@echo 'make lint       include direction, banned functions, sizes, generated files fresh'
 	@echo 'make bench      CPU figures against transformers, engine overhead, messages/s'
@@ -390,5 +397,6 @@ help:
 	@echo 'make gpu-check  PART=smoke|kernels|start|trace|full RESULTS=DIR: prove and measure it on a GPU'
 	@echo 'make docs       regenerate docs/configuration.md and the sample properties'
 	@echo 'make install    PREFIX=$(PREFIX) DESTDIR='
-	@echo 'make clean      remove build/'
-	@echo 'Variables: V=1  SANITIZE=address,undefined|thread  CUDA=0|1  WORKER=0|1  DEPS=$(DEPS)'
+	@echo 'make clean      remove build/ and BUILD'
+	@echo 'Variables: V=1  CI=1  SANITIZE=address,undefined|thread  CUDA=0|1  WORKER=0|1  BUILD=DIR  DEPS=$(DEPS)'
+	@echo '           (the Makefile begins with all of them)'
