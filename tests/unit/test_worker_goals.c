@@ -49,7 +49,7 @@ static struct replay run(const struct bench_args *a, const struct trace *t)
     if (bench_replay(a, t, &r, &err) != LM_OK)
         fail_msg("%s", err.msg);
     for (int i = 0; i < t->n; i++)
-        assert_true(r.outcome[i].state == OUTCOME_DONE || r.outcome[i].state == OUTCOME_LATE);
+        assert_true(r.outcome[i].state == REPLAY_DONE || r.outcome[i].state == REPLAY_LATE);
     return r;
 }
 
@@ -62,7 +62,7 @@ static double late_share(const struct replay *r, int64_t slo_us)
 {
     int n = 0;
     for (int i = 0; i < r->trace->n; i++)
-        n += r->outcome[i].state != OUTCOME_DONE || r->outcome[i].first_us >= slo_us;
+        n += r->outcome[i].state != REPLAY_DONE || r->outcome[i].first_us >= slo_us;
     return (double)n / r->trace->n;
 }
 
