@@ -87,6 +87,8 @@ struct cli_kafka {
     char why[256];              /* the client's last complaint, for messages */
     bool one_by_one;            /* set before opening: each record in a batch of its own, so that
                                  * one that is too large takes no other with it */
+    bool one_each;              /* set before opening a consumer that reads one record a partition:
+                                 * it fetches little more */
     void (*delivered)(void *user, const rd_kafka_message_t *m);
     void *user;
 };
@@ -101,5 +103,8 @@ void cli_kafka_close(struct cli_kafka *k);
  * broker answers in time. */
 lm_status cli_kafka_partitions(struct cli_kafka *k, const char *topic, int timeout_ms,
                                int *n_partitions, struct lm_err *err);
+/* The same, and which broker leads each, -1 for none: leaders[n_partitions], malloc'ed. */
+lm_status cli_kafka_leaders(struct cli_kafka *k, const char *topic, int timeout_ms,
+                            int *n_partitions, int32_t **leaders, struct lm_err *err);
 
 #endif

@@ -15,6 +15,7 @@
 struct group_part {
     char topic[256];
     int32_t partition;
+    int32_t leader;             /* a broker's id; -1: none */
     int64_t committed;          /* -1: nothing committed */
     int64_t low, high;          /* of the log; -1: no leader answers */
     int64_t done_beyond;        /* finished beyond `committed`, by the offset map */
@@ -35,23 +36,31 @@ struct group {
     size_t n_members;
 };
 
-/* The group's state and members, and for each partition of `topics` (comma-separated, no
- * pattern) where it stands. `k` is a consumer. LM_NOT_FOUND: no such topic; LM_NET. */
-lm_status cli_group_read(struct cli_kafka *k, const char *group, const char *topics,
+/* The state and members of the group of `c`, and for each partition of `topic`, or if that is NULL
+ * of each topic that topics.prompts names or matches, where it stands. `k` is a consumer.
+ * LM_NOT_FOUND: no such topic; LM_NET; LM_CANCELLED: a signal came. */
+lm_status cli_group_read(struct cli_kafka *k, const struct config *c, const char *topic,
                          struct group *out, struct lm_err *err);
 void cli_group_release(struct group *g);
 
-/* Fills oldest_ms where records are unfinished; reads one record a partition. */
+/* Fills oldest_ms where records are unfinished; reads one record a partition, all partitions at
+ * once. Ends early when a signal comes. */
 void cli_group_oldest(struct cli_kafka *k, struct group *g);
 
-/* Sets offsets: target[i] for parts[i], -1 leaves it. LM_STATE: the group has members. */
+/* Sets offsets: target[i] for parts[i], -1 leaves it. LM_STATE: the group has members; LM_NET, also
+ * when the broker refuses some: refused[i], NULL before, says why parts[i] is where it was. */
 lm_status cli_group_move(struct cli_kafka *k, const char *group, const struct group *g,
-                         const int64_t *target, struct lm_err *err);
+                         const int64_t *target, const char **refused, struct lm_err *err);
 
 /* The offset of the first record at or after `ms` for each partition, its end where there is none;
  * into offsets[n_parts]. */
 lm_status cli_group_offsets_at(struct cli_kafka *k, const struct group *g, int64_t ms,
                                int64_t *offsets, struct lm_err *err);
+
+/* What `group` has committed for partitions 0..n-1 of a topic, with the metadata; the caller
+ * destroys it. */
+lm_status cli_group_commits(struct cli_kafka *k, const char *group, const char *topic, int n,
+                            rd_kafka_topic_partition_list_t **out, struct lm_err *err);
 
 /* ---- topics ----------------------------------------------------------------------------- */
 

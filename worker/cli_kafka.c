@@ -42,6 +42,8 @@ static lm_status set_defaults(rd_kafka_conf_t *conf, rd_kafka_type_t type, struc
     static const char *const producer[][2] = {
         { "enable.idempotence", "true" }, { "acks", "all" }, { "linger.ms", "5" },
         { "message.timeout.ms", "60000" }, { "partitioner", "murmur2_random" },
+        /* No limit of the client's own, as for workers: topics have theirs. */
+        { "message.max.bytes", "1000000000" },
     };
     static const char *const consumer[][2] = {
         { "group.id", "loramill-collect" }, { "enable.auto.commit", "false" },
@@ -58,6 +60,13 @@ static lm_status set_defaults(rd_kafka_conf_t *conf, rd_kafka_type_t type, struc
         for (size_t i = 0; st == LM_OK && i < LM_COUNT(consumer); i++)
             st = set(conf, consumer[i][0], consumer[i][1], err);
     return st;
+}
+
+/* Before what the file sets, which holds. */
+static lm_status set_one_each(rd_kafka_conf_t *conf, struct lm_err *err)
+{
+    lm_status st = set(conf, "queued.min.messages", "1", err);
+    return st == LM_OK ? set(conf, "fetch.message.max.bytes", "65536", err) : st;
 }
 
 static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
@@ -112,6 +121,8 @@ lm_status cli_kafka_open(struct cli_kafka *k, const struct config *c, rd_kafka_t
     char why[256];
     rd_kafka_conf_t *conf = rd_kafka_conf_new();
     lm_status st = set_defaults(conf, type, err);
+    if (st == LM_OK && k->one_each && type == RD_KAFKA_CONSUMER)
+        st = set_one_each(conf, err);
     if (st == LM_OK)
         st = set_passthrough(conf, c, type, err);
     if (st == LM_OK && k->one_by_one && type == RD_KAFKA_PRODUCER)
@@ -161,7 +172,18 @@ static void serve(struct cli_kafka *k, int timeout_ms)
         rd_kafka_message_destroy(m);    /* nothing is assigned yet: only errors come */
 }
 
-static rd_kafka_resp_err_t ask(struct cli_kafka *k, const char *topic, int timeout_ms, int *n)
+/* leaders[partition], -1 for none; NULL without memory. */
+static int32_t *leaders_of(const struct rd_kafka_metadata_topic *t)
+{
+    int32_t *leaders = lm_calloc((size_t)t->partition_cnt, sizeof *leaders);
+    for (int i = 0; leaders && i < t->partition_cnt; i++)
+        if (t->partitions[i].id >= 0 && t->partitions[i].id < t->partition_cnt)
+            leaders[t->partitions[i].id] = t->partitions[i].leader;
+    return leaders;
+}
+
+static rd_kafka_resp_err_t ask(struct cli_kafka *k, const char *topic, int timeout_ms, int *n,
+                               int32_t **leaders)
 {
     const struct rd_kafka_metadata *md = NULL;
     rd_kafka_topic_t *rkt = rd_kafka_topic_new(k->rk, topic, NULL);
@@ -173,6 +195,8 @@ static rd_kafka_resp_err_t ask(struct cli_kafka *k, const char *topic, int timeo
         *n = e ? 0 : md->topics[0].partition_cnt;
         if (!e && *n == 0)
             e = RD_KAFKA_RESP_ERR_LEADER_NOT_AVAILABLE;
+        if (!e && leaders && !(*leaders = leaders_of(&md->topics[0])))
+            e = RD_KAFKA_RESP_ERR__CRIT_SYS_RESOURCE;
         rd_kafka_metadata_destroy(md);
     }
     rd_kafka_topic_destroy(rkt);
@@ -187,15 +211,16 @@ static bool may_heal(rd_kafka_resp_err_t e)
            e == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
 }
 
-lm_status cli_kafka_partitions(struct cli_kafka *k, const char *topic, int timeout_ms,
-                               int *n_partitions, struct lm_err *err)
+lm_status cli_kafka_leaders(struct cli_kafka *k, const char *topic, int timeout_ms,
+                            int *n_partitions, int32_t **leaders, struct lm_err *err)
 {
     int64_t until = lm_now_us() + (int64_t)timeout_ms * 1000;
     int64_t unknown_until = lm_now_us() + LM_MIN(timeout_ms, 2000) * (int64_t)1000;
     rd_kafka_resp_err_t e;
     for (;;) {
         int64_t left_ms = (until - lm_now_us()) / 1000;
-        e = ask(k, topic, (int)LM_MIN(LM_MAX(left_ms, 1), 1000), n_partitions);
+        e = ask(k, topic, (int)LM_MIN(LM_MAX(left_ms, 1), 1000), n_partitions,
+                leaders);
         if (!e)
             return LM_OK;
         int64_t now = lm_now_us();
@@ -204,9 +229,17 @@ lm_status cli_kafka_partitions(struct cli_kafka *k, const char *topic, int timeo
             break;
         serve(k, 100);
     }
+    if (cli_interrupted())
+        return lm_err_set(err, LM_CANCELLED, "interrupted");
     if (e == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART)
         return lm_err_set(err, LM_NOT_FOUND, "the broker has no topic '%s': create it, or set the "
                           "topics.* keys", topic);
     return lm_err_set(err, LM_NET, "topic '%s': no answer from the brokers: %s%s%s", topic,
                       rd_kafka_err2str(e), k->why[0] ? "; " : "", k->why);
+}
+
+lm_status cli_kafka_partitions(struct cli_kafka *k, const char *topic, int timeout_ms,
+                               int *n_partitions, struct lm_err *err)
+{
+    return cli_kafka_leaders(k, topic, timeout_ms, n_partitions, NULL, err);
 }

@@ -12,28 +12,34 @@
 
 /* ---- replies ---------------------------------------------------------------------------- */
 
-#define HEADERS_MAX 64          /* of those that say how a value is encoded */
-
-static int collect_headers(const rd_kafka_message_t *m, struct header *out)
+struct header *collected_headers(const rd_kafka_message_t *m, int *n)
 {
     rd_kafka_headers_t *h;
-    int n = 0;
-    if (rd_kafka_message_headers(m, &h) != RD_KAFKA_RESP_ERR_NO_ERROR)
-        return 0;
-    while (n < HEADERS_MAX &&
-           rd_kafka_header_get_all(h, (size_t)n, &out[n].name, &out[n].value, &out[n].len) ==
-               RD_KAFKA_RESP_ERR_NO_ERROR)
-        n++;
-    return n;
+    *n = 0;
+    if (rd_kafka_message_headers(m, &h))
+        return NULL;
+    size_t count = rd_kafka_header_cnt(h);
+    struct header *out = lm_calloc(count + 1, sizeof *out);
+    while (out && (size_t)*n < count &&
+           !rd_kafka_header_get_all(h, (size_t)*n, &out[*n].name, &out[*n].value, &out[*n].len))
+        ++*n;
+    return out;
+}
+
+static bool is_one_line(const rd_kafka_message_t *m)
+{
+    return !memchr(m->payload, '\n', m->len) && !memchr(m->payload, '\r', m->len);
 }
 
 lm_status collected_reply_read(codec *c, const rd_kafka_message_t *m, struct collected_reply *r,
                                struct lm_err *err)
 {
-    struct header h[HEADERS_MAX];
-    int n = collect_headers(m, h);
+    int n;
+    struct header *h = collected_headers(m, &n);
     *r = (struct collected_reply){ 0 };
     lm_status st = codec_decode_tree(c, m->payload, m->len, h, n, &r->root, err);
+    bool json = codec_detect(m->payload, m->len, h, n) == ENCODING_JSON;
+    free(h);
     if (st != LM_OK)
         return st;
     const json_t *id = json_object_get(r->root, "id");
@@ -46,8 +52,7 @@ lm_status collected_reply_read(codec *c, const rd_kafka_message_t *m, struct col
                  !json_is_object(json_object_get(r->root, "error"));
     r->id = json_string_value(id);
     r->id_len = json_string_length(id);
-    r->as_it_came = codec_detect(m->payload, m->len, h, n) == ENCODING_JSON &&
-                    !memchr(m->payload, '\n', m->len) && !memchr(m->payload, '\r', m->len);
+    r->as_it_came = json && is_one_line(m);
     return LM_OK;
 }
 

@@ -15,6 +15,10 @@
 #include "worker/cmd_collect_outcomes.h"
 #include "worker/codec.h"
 
+/* All headers of a record, for codec_detect() and codec_decode_tree(); malloc'ed, of bytes that are
+ * the record's; NULL with *n 0 for none. */
+struct header *collected_headers(const rd_kafka_message_t *m, int *n);
+
 /* ---- replies ---------------------------------------------------------------------------- */
 
 struct collected_reply {

@@ -81,16 +81,12 @@ struct letter {
 
 static void letter_read(struct dlq *q, const rd_kafka_message_t *m, struct letter *l)
 {
-    struct header h[64];
-    rd_kafka_headers_t *kh;
-    int n = 0;
+    int n;
+    struct header *h = collected_headers(m, &n);
     *l = (struct letter){ .m = m, .ms = rd_kafka_message_timestamp(m, NULL) };
     collected_letter_read(m, &l->d);
-    if (!rd_kafka_message_headers(m, &kh))
-        while (n < (int)LM_COUNT(h) &&
-               !rd_kafka_header_get_all(kh, (size_t)n, &h[n].name, &h[n].value, &h[n].len))
-            n++;
     codec_decode_tree(q->codec, m->payload, m->len, h, n, &l->prompt, NULL);
+    free(h);
 }
 
 static void letter_release(struct letter *l)
@@ -270,9 +266,9 @@ static void send_back(struct dlq *q, const struct letter *l, const char *topic)
     q->handed += !e;
     if (e) {
         free(from);
-        fprintf(stderr, "loramill dlq: %d:%" PRId64 ": %s\n", (int)m->partition, m->offset,
-                rd_kafka_err2str(e));
-        q->failed++;
+        fprintf(stderr, "loramill dlq: %d:%" PRId64 " was not sent to %s: %s\n",
+                (int)m->partition, m->offset, topic, rd_kafka_err2str(e));
+        q->unfit++;             /* `failed` is of those that were handed over */
     }
 }
 

@@ -98,6 +98,20 @@ static void show(const struct group *g, const int64_t *target)
     }
 }
 
+static lm_status do_move(struct reset *r, const struct group *g, const int64_t *target,
+                         struct lm_err *err)
+{
+    const char **refused = lm_calloc(g->n_parts, sizeof *refused);
+    lm_status st = refused ? cli_group_move(&r->kafka, r->config.group_id, g, target, refused, err)
+                           : lm_err_set(err, LM_NOMEM, "no memory");
+    for (size_t i = 0; refused && i < g->n_parts; i++)
+        if (refused[i])
+            fprintf(stderr, "loramill reset: %s [%d] was not moved: %s\n", g->parts[i].topic,
+                    (int)g->parts[i].partition, refused[i]);
+    free(refused);
+    return st;
+}
+
 static lm_status move(struct reset *r, struct group *g, struct lm_err *err)
 {
     int64_t *target = lm_calloc(g->n_parts, sizeof *target);
@@ -109,7 +123,7 @@ static lm_status move(struct reset *r, struct group *g, struct lm_err *err)
         st = lm_err_set(err, LM_STATE, "group '%s' has %zu members: end its workers first",
                         r->config.group_id, g->n_members);
     if (st == LM_OK && r->yes)
-        st = cli_group_move(&r->kafka, r->config.group_id, g, target, err);
+        st = do_move(r, g, target, err);
     free(target);
     return st;
 }
@@ -120,8 +134,7 @@ static int run(struct reset *r)
     struct group g = { 0 };
     lm_status st = cli_kafka_open(&r->kafka, &r->config, RD_KAFKA_CONSUMER, &err);
     if (st == LM_OK)
-        st = cli_group_read(&r->kafka, r->config.group_id,
-                            r->topic ? r->topic : r->config.topics_prompts, &g, &err);
+        st = cli_group_read(&r->kafka, &r->config, r->topic, &g, &err);
     if (st == LM_OK)
         st = move(r, &g, &err);
     cli_group_release(&g);

@@ -154,17 +154,20 @@ static void print_json(const struct status *s)
 static int run(struct status *s)
 {
     struct lm_err err;
+    s->kafka.one_each = true;
     lm_status st = cli_kafka_open(&s->kafka, &s->config, RD_KAFKA_CONSUMER, &err);
     if (st == LM_OK)
-        st = cli_group_read(&s->kafka, s->config.group_id,
-                            s->topic ? s->topic : s->config.topics_prompts, &s->group, &err);
+        st = cli_group_read(&s->kafka, &s->config, s->topic, &s->group, &err);
+    if (st == LM_OK)
+        cli_group_oldest(&s->kafka, &s->group);
+    if (st == LM_OK && s->metrics && s->config.http_port)
+        scrape_workers(&s->group, (int)s->config.http_port, &s->pages);
+    if (st == LM_OK && cli_interrupted())
+        st = lm_err_set(&err, LM_CANCELLED, "interrupted");
     if (st != LM_OK) {
         fprintf(stderr, "loramill status: %s\n", err.msg);
         return CLI_FAILED;
     }
-    cli_group_oldest(&s->kafka, &s->group);
-    if (s->metrics && s->config.http_port)
-        scrape_workers(&s->group, (int)s->config.http_port, &s->pages);
     if (s->json)
         print_json(s);
     else

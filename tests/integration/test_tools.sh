@@ -107,11 +107,12 @@ check "headers: the prompt's own, attempt and origin" quiet jq -e '(.headers | k
 
 # Letters that somebody made to harm: a terminal's escape sequences, lines that are none, an origin
 # that is not ours, bytes of any kind; and one that is too large for where it is sent.
-topic_create payments 1; topic_create small 1 max.message.bytes=3000; topic_create dead2 1
+topic_create payments 1; topic_create small 1 max.message.bytes=3000; topic_create dead2 1 max.message.bytes=8000000
+topic_create large 1 max.message.bytes=8000000
 "$PYTHON" - "$BOOTSTRAP" <<'P' || die "letters are there"
 import sys
 from confluent_kafka import Producer
-p = Producer({"bootstrap.servers": sys.argv[1]})
+p = Producer({"bootstrap.servers": sys.argv[1], "message.max.bytes": 8000000})
 def letter(value, topic=b"prompts", key=b"k", *more):
     p.produce("dead2", value, key, headers=[("kafka_dlt-original-topic", topic),
               ("kafka_dlt-exception-fqcn", b"loramill.invalid"), ("kafka_dlt-exception-message", "\x1b[2J\x9b1m".encode()), *more])
@@ -122,16 +123,28 @@ letter(None)
 letter(b'{"id": "steal", "prompt": "p"}', b"payments")
 letter(b'{"id": "large", "prompt": "%s"}' % (b"x" * 6000))
 letter(b'{"id": "nul", "prompt": "a\\u0000b"}')
+letter(b'{"id": "huge", "prompt": "%s"}' % (b"x" * 3000000))
+# How its value is encoded is said behind many other headers: not as JSON.
+letter(b'{"id": "many", "prompt": "p"}', b"prompts", b"k", *[("x-%d" % i, b"y") for i in range(100)], ("content-type", b"application/avro"))
 assert not p.flush(20)
 P
 dlq2() { dlq "$@" --set topics.dead_letters=dead2; }
 calm() { LC_ALL=C grep -qP '[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]' "$RUN/out" && return 1; [ "$(wc -l < "$RUN/out")" = "$1" ]; }
-dlq2 list; check "nothing of a letter drives the terminal, and a letter is a line" calm 7
+dlq2 list; check "nothing of a letter drives the terminal, and a letter is a line" calm 9
 dlq2 show 0:0 0:1 0:2 0:3; check "show: the same" calm "$(wc -l < "$RUN/out")"
 check "show: no line but its own begins with a field's name" [ "$(grep -c '^value ' "$RUN/out")" = 4 ]
-dlq2 list --json; check "as JSON: each is an object" [ "$(jq -s 'map(select(.at.offset >= 0)) | length' "$RUN/out")" = 7 ]
-check "the same" calm 7
+dlq2 list --json; check "as JSON: each is an object" [ "$(jq -s 'map(select(.at.offset >= 0)) | length' "$RUN/out")" = 9 ]
+check "the same" calm 9
 dlq2 list --id nul; check "by id, where the prompt holds U+0000" [ "$(wc -l < "$RUN/out")" = 1 ]
+dlq2 list --id many; check "a header behind a hundred others is read" [ "$(wc -l < "$RUN/out")" = 0 ]
+dlq2 retry 0:7 --to large --yes; st=$?
+check "a letter of 3 MB goes where it may (got $st): $(tail -1 "$RUN/err")" grep -q '1 sent back, 0 not' "$RUN/err"
+"$LORAMILL" submit -c "$RUN/worker.properties" --set topics.prompts=large --set message.max_bytes=4000000 -q \
+    --input <(printf '{"id": "huge", "prompt": "%03000000d"}\n' 0) 2> "$RUN/err"; st=$?
+check "and so does a prompt of 3 MB (got $st): $(cat "$RUN/err")" [ $st -eq 0 ]
+dlq2 retry 0:7 --to small --yes; st=$?
+check "a letter that its topic refuses is named, and counted once (got $st): $(tr '\n' ' ' < "$RUN/err")" \
+    [ "$st $(grep -c '0:7 was not sent to small: ' "$RUN/err") $(grep -c 'may have been' "$RUN/err") $(grep -c '0 sent back, 1 not' "$RUN/err")" = '1 1 0 1' ]
 dlq2 retry 0:4 --yes; check "a letter goes to topics.prompts or where --to says, nowhere else (got $?)" \
     grep -q "0:4 can't be sent back: it says that it came from a topic that is not in topics.prompts" "$RUN/err"
 check "nothing came there" [ -z "$("$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump payments)" ]
@@ -141,6 +154,37 @@ check "of a retry that fails in part each failed place is named: $(tr '\n' ' ' <
 check "and the status says so (got $st)" [ $st -eq 1 ]
 dlq2 retry 0:6 0:6 0:99 --to small --yes; check "a place where nothing is: status 1 (got $?)" grep -q '1 of 2 are there' "$RUN/err"
 dlq2 retry 0:6 --to not-there --yes; st=$?; check "to a topic that is not there: status 1 (got $st)" [ $st -eq 1 ]
+
+# A pattern names the topics that it matches; the group reads nothing of the others.
+topic_create prompts-urgent 1
+status --json --set 'topics.prompts=^prompts'
+check "status of a pattern: $(jq -c '[.partitions[] | [.topic, .partition]]' "$RUN/out")" \
+    [ "$(jq -c '[.partitions[] | [.topic, .partition]]' "$RUN/out")" = '[["prompts",0],["prompts",1],["prompts",2],["prompts-urgent",0]]' ]
+status --json --set 'topics.prompts=prompts-urgent, ^prompts$'
+check "of a name and a pattern" [ "$(jq -c '[.partitions[].topic]' "$RUN/out")" = '["prompts-urgent","prompts","prompts","prompts"]' ]
+status --set 'topics.prompts=^nothing'; st=$?
+check "of one that matches nothing (got $st): $(cat "$RUN/err")" grep -q 'no topic that topics.prompts=^nothing matches' "$RUN/err"
+reset --to latest --set 'topics.prompts=^prompts'
+check "reset knows patterns as well" grep -qE '^prompts-urgent +0 +- +0 ' "$RUN/out"
+
+# All partitions at once: what a hundred that lag take is not a hundred times what one takes.
+topic_create many 100
+"$PYTHON" - "$BOOTSTRAP" <<'P' || die "records are there"
+import sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(300): p.produce("many", b"x" * 1000, partition=i % 100)
+assert not p.flush(20)
+P
+t=$(date +%s%N); status --json --no-metrics --topic many; t=$((($(date +%s%N) - t) / 1000000))
+check "a hundred lagging partitions, each with its oldest record ($t ms)" quiet jq -e '[.partitions[] | select(.lag == 3 and .oldest_ms > 0)] | length == 100' "$RUN/out"
+check "in less time than one after the other took (0.37 s each)" [ $t -lt 18500 ]
+# Ctrl-C while no broker answers.
+kill -STOP "$(cat "$RUN/kafka/n1/pid")"
+spawn "$RUN/status.log" "$LORAMILL" status -c "$RUN/worker.properties" --topic many; S=$!
+sleep 2; t=$(date +%s%N); kill -INT $S; wait $S; st=$?; t=$((($(date +%s%N) - t) / 1000000))
+kill -CONT "$(cat "$RUN/kafka/n1/pid")"
+check "Ctrl-C is heard at once ($t ms), with status 1 (got $st): $(cat "$RUN/status.log")" [ "$((t < 3000)) $st" = '1 1' ]
 
 reset --to earliest --partition 99; check "a partition that is not there" grep -q 'no topic has a partition 99' "$RUN/err"
 reset --to earliest --yes

@@ -375,6 +375,24 @@ static void test_submit_line_too_long(void **state)
     expect_said(f, "1 delivered, 1 refused");
 }
 
+/* The client's own limit, a megabyte, is none. */
+static void test_submit_a_large_prompt(void **state)
+{
+    struct fix *f = *state;
+    struct record r[1] = { 0 };
+    size_t n = 2 << 20;
+    char *text = malloc(n + 64);
+    int head = sprintf(text, "{\"id\":\"a\",\"prompt\":\"");
+    memset(text + head, 'x', n);
+    strcpy(text + (size_t)head + n, "\"}\n");
+    write_file(f->in, text);
+    expect_status(f, run(f, cmd_submit, "-c", f->config, "-i", f->in, NULL), 0);
+    read_topic(f->prompts, 4, r, 1);
+    assert_int_equal(strlen(r[0].value), strlen(text) - 1);
+    free_records(r, 1);
+    free(text);
+}
+
 static void test_usage_errors(void **state)
 {
     struct fix *f = *state;
@@ -655,6 +673,7 @@ int main(void)
         TEST(test_submit_sends_lines_as_they_are), TEST(test_submit_names_bad_lines_and_goes_on),
         TEST(test_submit_unchecked), TEST(test_submit_keys),
         TEST(test_submit_many_reports_are_capped), TEST(test_submit_line_too_long),
+        TEST(test_submit_a_large_prompt),
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What `status`, `reset` and `dlq` ask of a broker, against the one of `loramill dev`. Groups that
+ * it can't describe are made by hand here; tests/integration/test_tools.sh has a real broker.
+ */
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/cli_group.h"
+#include "worker/dev_broker.h"
+
+enum { PARTS = 40 };
+
+static dev_broker *broker;
+static struct config config;
+
+static void open_kafka(struct cli_kafka *k, rd_kafka_type_t type)
+{
+    struct lm_err err;
+    if (cli_kafka_open(k, &config, type, &err))
+        fail_msg("%s", err.msg);
+}
+
+/* Three records into each partition, a millisecond apart; the partitions a second. */
+static void produce(const char *topic, int64_t ms)
+{
+    struct cli_kafka k = { 0 };
+    open_kafka(&k, RD_KAFKA_PRODUCER);
+    for (int i = 0; i < 3 * PARTS; i++)
+        assert_int_equal(rd_kafka_producev(k.rk, RD_KAFKA_V_TOPIC(topic),
+            RD_KAFKA_V_PARTITION(i % PARTS), RD_KAFKA_V_VALUE((void *)(uintptr_t)"x", 1),
+            RD_KAFKA_V_TIMESTAMP(ms + 1000 * (i % PARTS) + i / PARTS), RD_KAFKA_V_END), 0);
+    assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);
+    cli_kafka_close(&k);
+}
+
+static struct group_part part_at(const char *topic, int partition, int64_t committed, int64_t high)
+{
+    struct group_part p = { .partition = partition, .committed = committed, .high = high,
+                            .oldest_ms = -1 };
+    snprintf(p.topic, sizeof p.topic, "%s", topic);
+    return p;
+}
+
+/* Every partition that lags gets the time of its first unfinished record; the others get none. */
+static void test_oldest(void **state)
+{
+    (void)state;
+    static const int64_t committed[] = { -1, 0, 1, 3 };
+    struct cli_kafka k = { .one_each = true };
+    struct group_part parts[PARTS];
+    struct group g = { .parts = parts, .n_parts = PARTS };
+    int64_t t0 = 1700000000000;
+    assert_int_equal(dev_broker_topic(broker, "oldest", PARTS, NULL), LM_OK);
+    produce("oldest", t0);
+    for (int i = 0; i < PARTS; i++)
+        parts[i] = part_at("oldest", i, committed[i % 4], 3);
+    open_kafka(&k, RD_KAFKA_CONSUMER);
+    cli_group_oldest(&k, &g);
+    for (int i = 0; i < PARTS; i++) {
+        int64_t first = LM_MAX(parts[i].committed, 0);
+        assert_int_equal(parts[i].oldest_ms, first == 3 ? -1 : t0 + 1000 * i + first);
+    }
+    cli_kafka_close(&k);
+}
+
+/* Of a move that the broker refuses in part each refused partition has its reason. */
+static void test_move_refused_in_part(void **state)
+{
+    (void)state;
+    struct lm_err err;
+    struct cli_kafka k = { 0 };
+    struct group_part parts[4];
+    struct group g = { .parts = parts, .n_parts = 4 };
+    const int64_t target[4] = { 1, 2, 3, -1 };
+    const char *refused[4] = { NULL };
+    assert_int_equal(dev_broker_topic(broker, "move", 2, NULL), LM_OK);
+    parts[0] = part_at("move", 0, 0, 3);
+    parts[1] = part_at("move", 7, 0, 3);        /* there is none */
+    parts[2] = part_at("move", 1, 0, 3);
+    parts[3] = part_at("move", 8, 0, 3);        /* nor this, but it is not to be moved */
+    open_kafka(&k, RD_KAFKA_CONSUMER);
+    assert_int_equal(cli_group_move(&k, "move-group", &g, target, refused, &err), LM_NET);
+    assert_string_equal(err.msg, "2 of 3 partitions were moved");
+    assert_null(refused[0]);
+    assert_non_null(refused[1]);
+    assert_null(refused[2]);
+    assert_null(refused[3]);
+    cli_kafka_close(&k);
+}
+
+int main(void)
+{
+    struct lm_err err;
+    char set[300];
+    if (dev_broker_new(1, &broker, &err) || config_init(&config, &err)) {
+        fprintf(stderr, "no broker: %s\n", err.msg);
+        return 1;
+    }
+    snprintf(set, sizeof set, "kafka.bootstrap.servers=%s", dev_broker_address(broker));
+    if (config_set(&config, set, &err))
+        return 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_oldest),
+        cmocka_unit_test(test_move_refused_in_part),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    config_release(&config);
+    dev_broker_free(broker);
+    return failed;
+}
