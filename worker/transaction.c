@@ -468,10 +468,11 @@ static bool any_timed_out(const struct stage *s)
     return false;
 }
 
+/* A producer that was made to find out has asked anew already. */
 static void after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
-    t->stale |= any_timed_out(&t->stage);
+    t->stale |= t->rebuilt_us < t->begun_us && any_timed_out(&t->stage);
     for (size_t i = 0; going && i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (j && t->stage.verdicts[i] == STAGE_IN && forget_attempt(j)) {
