@@ -453,6 +453,12 @@ lm_status fetch_start(fetcher *f, struct fetch *file, struct lm_err *err)
     return LM_OK;
 }
 
+void fetch_abort(struct fetch *file)
+{
+    LIST_REMOVE(file->attempt, link);
+    attempt_free(file->attempt);
+}
+
 /* ---- the fetcher ------------------------------------------------------------------------ */
 
 static pthread_once_t curl_once = PTHREAD_ONCE_INIT;
@@ -506,10 +512,8 @@ void fetcher_free(fetcher *f)
     struct fetch_attempt *a;
     if (!f)
         return;
-    while ((a = LIST_FIRST(&f->running))) {
-        LIST_REMOVE(a, link);
-        attempt_free(a);
-    }
+    while ((a = LIST_FIRST(&f->running)))
+        fetch_abort(a->file);
     if (f->multi)
         curl_multi_cleanup(f->multi);
     free(f->ca_file);

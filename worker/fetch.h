@@ -59,6 +59,8 @@ struct fetch {
 
 /* LM_OK: fetcher_run() will report the end. */
 lm_status fetch_start(fetcher *f, struct fetch *file, struct lm_err *err);
+/* Ends a running attempt (file->attempt) without a word. Not from within fetcher_run(). */
+void fetch_abort(struct fetch *file);
 
 /* Moves all attempts on, waiting up to timeout_ms for something to do; calls `ended` for each
  * attempt that ended. The callback may start others. */

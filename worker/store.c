@@ -24,8 +24,8 @@
  * callback, system call or engine call happens under it.
  *
  * Who waits may let go (store_let_go). A lookup that nobody waits for goes on until its next
- * attempt would begin, and is then forgotten; one that is loaded meanwhile stays in the engine's
- * cache.
+ * attempt would begin, or its slot is wanted for another, and is then forgotten; one that is loaded
+ * meanwhile stays in the engine's cache.
  *
  * A lookup that ended is out of the table before its waiters hear of it: whoever asks again starts
  * afresh, and finds the engine's copy, or the negative entry.
@@ -71,7 +71,8 @@ struct lookup {
     char *id;                   /* first: lookups and negatives are compared by it */
     struct waiters waiters;
     TAILQ_ENTRY(lookup) all;
-    STAILQ_ENTRY(lookup) queue;    /* INBOX, READY, BACKOFF or LOADING */
+    STAILQ_ENTRY(lookup) queue; /* INBOX, READY, BACKOFF or LOADING */
+    LIST_ENTRY(lookup) slot;    /* FETCHING, while file.attempt is set */
     bool fresh;                 /* its files came just now: a fault is not the disk's */
     bool refetch;               /* the cache's copy was bad: fetch, once */
     char *local;                /* a folder outside the cache, or NULL */
@@ -114,7 +115,8 @@ struct store {
     struct log_seldom away;
 
     struct lookups ready, backoff;                 /* the store thread's own */
-    int fetching;
+    LIST_HEAD(, lookup) fetching;
+    int n_fetching;
 };
 
 static const char *const files[] = { CACHE_CONFIG, CACHE_WEIGHTS };
@@ -237,6 +239,12 @@ static void finish(store *s, struct lookup *l, lm_status status, engine_adapter 
     lookup_free(s, l);
 }
 
+static void free_slot(store *s, struct lookup *l)
+{
+    LIST_REMOVE(l, slot);
+    s->n_fetching--;
+}
+
 /* Everybody who waited for it has let it go: it ends, without a word. The store thread's. */
 static bool end_unwanted(store *s, struct lookup *l)
 {
@@ -248,6 +256,10 @@ static bool end_unwanted(store *s, struct lookup *l)
     if (!unwanted)
         return false;
     lm_log(LM_INFO, "store", "adapter '%s': nobody waits for it any more", l->id);
+    if (l->file.attempt) {
+        fetch_abort(&l->file);
+        free_slot(s, l);
+    }
     lookup_free(s, l);
     return true;
 }
@@ -339,9 +351,12 @@ bool store_let_go(store *s, const char *id, const void *user)
             w = STAILQ_NEXT(w, link);
     if (w)
         STAILQ_REMOVE(&l->waiters, w, waiter, link);
+    bool unwanted = w && STAILQ_EMPTY(&l->waiters);
     pthread_mutex_unlock(&s->lock);
     bool found = w != NULL;
     free(w);
+    if (unwanted)
+        fetcher_wake(s->fetcher);       /* its slot may be wanted */
     return found;
 }
 
@@ -412,7 +427,8 @@ static void start_attempt(store *s, struct lookup *l)
         return;
     }
     l->attempts++;
-    s->fetching++;
+    LIST_INSERT_HEAD(&s->fetching, l, slot);
+    s->n_fetching++;
 }
 
 /* Full jitter: any delay up to a bound that doubles. */
@@ -456,7 +472,7 @@ static void on_ended(void *ctx, struct fetch *file)
 {
     store *s = ctx;
     struct lookup *l = file->user;
-    s->fetching--;
+    free_slot(s, l);
     if (file->status != LM_OK) {
         file_failed(s, l);
         return;
@@ -544,6 +560,18 @@ static int serve_backoff(store *s)
     return (int)((next - now + 999) / 1000);
 }
 
+/* What nobody waits for any more, from a server that may be silent, gives up its slot. */
+static bool has_slot(store *s)
+{
+    struct lookup *l;
+    if (s->n_fetching < s->cfg.concurrency)
+        return true;
+    LIST_FOREACH(l, &s->fetching, slot)
+        if (end_unwanted(s, l))
+            return true;
+    return false;
+}
+
 static void *store_main(void *arg)
 {
     store *s = arg;
@@ -561,7 +589,7 @@ static void *store_main(void *arg)
             admit(s, l);
         }
         int wait_ms = serve_backoff(s);
-        while (s->fetching < s->cfg.concurrency && (l = STAILQ_FIRST(&s->ready))) {
+        while ((l = STAILQ_FIRST(&s->ready)) && has_slot(s)) {
             STAILQ_REMOVE_HEAD(&s->ready, queue);
             start_attempt(s, l);
         }
@@ -763,6 +791,7 @@ lm_status store_new_with(const struct store_config *cfg, const struct store_hook
     STAILQ_INIT(&s->loading);
     STAILQ_INIT(&s->ready);
     STAILQ_INIT(&s->backoff);
+    LIST_INIT(&s->fetching);
     s->hooks = *hooks;
     s->hooks.retry_base_ms = or_default(hooks->retry_base_ms, 200);
     if (getrandom(&s->random, sizeof s->random, 0) < 0 || s->random == 0)

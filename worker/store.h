@@ -49,8 +49,8 @@ void store_get(store *s, const char *adapter_id, store_done *done, void *user);
 
 /* The asker with this `user` does not wait any more. True: `done` is not called for it, now or
  * later. False: it has been, or is about to be. A fetch that nobody waits for is not tried again;
- * what comes of the attempt that runs is kept. Any thread. Cost: the askers of this adapter that
- * came earlier and still wait. */
+ * what comes of the attempt that runs is kept, unless another needs its slot. Any thread. Cost: the
+ * askers of this adapter that came earlier and still wait. */
 bool store_let_go(store *s, const char *adapter_id, const void *user);
 
 struct store_stats {

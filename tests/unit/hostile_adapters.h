@@ -244,6 +244,14 @@ static void serve_silent(struct request *r)
     usleep(600000);
 }
 
+/* Until the client hangs up. */
+static void serve_mute(struct request *r)
+{
+    char c;
+    while (read(r->fd, &c, 1) > 0)
+        ;
+}
+
 static void serve_first_silent(struct request *r)
 {
     if (r->site->total == 1)
@@ -367,6 +375,7 @@ static const struct rule rules[] = {
     { "garbage", serve_garbage }, { "to-file", serve_to_file }, { "loop", serve_loop },
     { "moved", serve_moved }, { "auth", serve_auth }, { "stranger", serve_stranger },
     { "slow", serve_slow }, { "first-silent", serve_first_silent }, { "signed", serve_signed },
+    { "mute", serve_mute },
     { NULL, NULL },
 };
 

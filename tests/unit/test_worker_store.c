@@ -955,6 +955,32 @@ static void test_let_go_by_all(void **state)
     assert_int_equal(goes.calls, 0);
 }
 
+/* Nobody waits for what a silent server is to send, and somebody for something else. */
+static void test_let_go_gives_its_slot(void **state)
+{
+    struct fix *f = *state;
+    struct answer goes, stays;
+    struct store_config cfg = base_config(f);
+    cfg.concurrency = 1;
+    cfg.stall_timeout_ms = WAIT_S * 1000;
+    answer_init(&goes);
+    answer_init(&stays);
+    open_store(f, &cfg);
+    store_get(f->s, "mute", on_done, &goes);
+    for (int i = 0; i < WAIT_S * 1000 && f->site->total == 0; i++)
+        usleep(1000);
+    store_get(f->s, "good", on_done, &stays);
+    usleep(50000);
+    assert_int_equal(stays.calls, 0);   /* somebody waits for the other yet */
+    int64_t start = lm_now_us();
+    assert_true(store_let_go(f->s, "mute", &goes));
+    await(&stays, 1);
+    assert_int_equal(stays.status, LM_OK);
+    assert_true(lm_now_us() - start < WAIT_S * 1000000 / 2);
+    until_idle(f);
+    assert_int_equal(goes.calls, 0);
+}
+
 /* It came too late to be stopped: it is there for the next, and nobody holds it. */
 static void test_let_go_while_loading(void **state)
 {
@@ -1008,7 +1034,7 @@ int main(int argc, char **argv)
         TEST(test_kill_and_sweep),
         TEST(test_sweep_spares_the_living), TEST(test_free_cancels_transfers),
         TEST(test_free_while_loading), TEST(test_let_go_beside_others), TEST(test_let_go_by_all),
-        TEST(test_let_go_while_loading),
+        TEST(test_let_go_gives_its_slot), TEST(test_let_go_while_loading),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     free(weights.bytes);
