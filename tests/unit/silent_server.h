@@ -7,6 +7,7 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 
@@ -21,6 +22,14 @@ static int listen_silently(int *port)
         getsockname(fd, (struct sockaddr *)&at, &len))
         abort();
     *port = ntohs(at.sin_port);
+    return fd;
+}
+
+/* The same, with its URL. */
+static inline int listen_silently_at(char *url, size_t size)
+{
+    int port, fd = listen_silently(&port);
+    snprintf(url, size, "http://127.0.0.1:%d", port);
     return fd;
 }
 

@@ -12,6 +12,8 @@
  * The same requests, in a tight pool with uploads, evictions, swaps, preemptions, shared prefixes
  * and cancellations, two steps in flight, must say what they say on a device that does all at once.
  */
+#define RND_SEED 88172645463325252u
+#include "rnd.h"
 #include "engine_fixture.h"
 
 #include "engine/core.h"
@@ -56,15 +58,7 @@ static struct stream streams[8];
 static struct event events[1024];
 static struct stream *quick;    /* runs ahead of the others */
 static bool deferring;          /* false: everything at once, as ever */
-static uint64_t rng = 88172645463325252u, n_late;
-
-static int rnd(int below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (int)((rng >> 33) % (uint64_t)below);
-}
+static uint64_t n_late;
 
 static struct stream *stream_of(kn_stream *s)
 {

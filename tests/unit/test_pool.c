@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "rnd.h"
 #include "engine/pool.h"
 
 #define BLOCKS 97
@@ -30,20 +31,10 @@ static int model_count(const struct model *m, int owner)
     return n;
 }
 
-static uint64_t rng = 0x2545f4914f6cdd1du;
-
-static uint32_t rnd(uint32_t below)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (uint32_t)(rng >> 32) % below;
-}
-
 static void op_take(struct pool *p, struct model *m)
 {
     int32_t ids[BLOCKS + 8];
-    int n = (int)rnd(12), owner = rnd(2) ? POOL_KV : POOL_ADAPTER;
+    int n = rnd(12), owner = rnd(2) ? POOL_KV : POOL_ADAPTER;
     bool fits = n <= model_count(m, POOL_FREE);
     lm_status st = pool_take(p, (enum pool_owner)owner, n, ids);
     assert_int_equal(st, fits ? LM_OK : LM_BUSY);
@@ -57,7 +48,7 @@ static void op_take(struct pool *p, struct model *m)
 
 static void op_ref(struct pool *p, struct model *m)
 {
-    int id = (int)rnd(BLOCKS);
+    int id = rnd(BLOCKS);
     if (m->refs[id] == 0 || m->refs[id] > 5)
         return;
     pool_ref(p, id);
@@ -66,7 +57,7 @@ static void op_ref(struct pool *p, struct model *m)
 
 static void op_unref(struct pool *p, struct model *m)
 {
-    int id = (int)rnd(BLOCKS);
+    int id = rnd(BLOCKS);
     if (m->refs[id] == 0)
         return;
     bool freed = pool_unref(p, id);
@@ -96,7 +87,7 @@ static void random_operations(void **state)
     assert_int_equal(pool_init(&p, BLOCKS, NULL), LM_OK);
     for (int i = 0; i < OPS; i++) {
         /* Weights that swing between a nearly full and a nearly empty pool. */
-        uint32_t pick = rnd(100), takes = i / 5000 % 2 ? 30 : 12;
+        int pick = rnd(100), takes = i / 5000 % 2 ? 30 : 12;
         if (pick < takes)
             op_take(&p, &m);
         else if (pick < takes + 10)

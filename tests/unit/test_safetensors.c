@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "engine/safetensors.h"
 #include "tests/unit/safetensors_build.h"
 
@@ -173,15 +174,6 @@ static void aligns_tensors(void **state)
 
 /* ---- folders --------------------------------------------------------------------------- */
 
-static char dir[64];
-
-static int make_dir(void **state)
-{
-    (void)state;
-    snprintf(dir, sizeof dir, "/tmp/loramill-st-XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
 static const char *in_dir(const char *name)
 {
     static char path[2][160];
@@ -189,16 +181,6 @@ static const char *in_dir(const char *name)
     turn = !turn;
     snprintf(path[turn], sizeof path[turn], "%s/%s", dir, name);
     return path[turn];
-}
-
-static int remove_dir(void **state)
-{
-    (void)state;
-    static const char *const names[] = { "model.safetensors", "model.safetensors.index.json",
-                                         "a.safetensors", "b.safetensors", "fifo" };
-    for (size_t i = 0; i < LM_COUNT(names); i++)
-        unlink(in_dir(names[i]));
-    return rmdir(dir);
 }
 
 static void write_shards(void)

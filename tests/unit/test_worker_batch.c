@@ -16,11 +16,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "worker/adapter_dirs.h"
 #include "worker/batch_output.h"
 #include "worker/openai.h"
 
-static char dir[] = "/tmp/loramill-batch-XXXXXX";
 
 static char *path_of(const char *name)
 {
@@ -46,20 +46,6 @@ static char *get(const char *path)
     text[n] = '\0';
     fclose(f);
     return text;
-}
-
-static int make_dir(void **state)
-{
-    (void)state;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int remove_dir(void **state)
-{
-    (void)state;
-    char command[64];
-    snprintf(command, sizeof command, "rm -rf %s", dir);
-    return system(command);
 }
 
 /* ---- requests -------------------------------------------------------------------------- */

@@ -3,6 +3,7 @@
  * test_worker_batch_job.c - whole jobs on a real engine: inputs that are no plain files, and more
  * adapters in flight than host memory is granted for.
  */
+#include "folder.h"
 #include "engine_fixture.h"
 
 #include <fcntl.h>
@@ -17,7 +18,6 @@
     "{\"custom_id\":\"" id "\",\"method\":\"POST\",\"url\":\"/v1/completions\","             \
     "\"body\":{\"model\":\"" model "\",\"prompt\":\"hello\",\"max_tokens\":4,\"temperature\":0}}"
 
-static char dir[] = "/tmp/loramill-job-XXXXXX";
 static const atomic_int never;
 
 static char *path_of(const char *name)
@@ -27,20 +27,6 @@ static char *path_of(const char *name)
     char *p = path[next ^= 1];
     snprintf(p, sizeof path[0], "%s/%s", dir, name);
     return p;
-}
-
-static int make_dir(void **state)
-{
-    (void)state;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int remove_dir(void **state)
-{
-    (void)state;
-    char command[64];
-    snprintf(command, sizeof command, "rm -rf %s", dir);
-    return system(command);
 }
 
 static void put(const char *path, const char *text, size_t len)

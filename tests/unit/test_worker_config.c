@@ -13,6 +13,7 @@
 
 #include <cmocka.h>
 
+#include "folder.h"
 #include "engine/engine.h"
 #include "worker/cli.h"
 #include "worker/config.h"
@@ -435,14 +436,6 @@ static void test_sample_is_valid(void **state)
     assert_true(keys > 40);
     good("engine.mode=echo");
     assert_int_equal(config_check(&cfg, &err), LM_OK);
-}
-
-static void write_file(const char *path, const char *text)
-{
-    FILE *f = fopen(path, "w");
-    assert_non_null(f);
-    fputs(text, f);
-    fclose(f);
 }
 
 /* The files as they are now, then the same assignments; what is wrong in them is said. */

@@ -3,7 +3,6 @@
  * test_worker_journal.c - processes that die with prompts in the engine, and what those who come
  * after make of it. Each death is a real one, of a forked process.
  */
-#include <dirent.h>
 #include <glob.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -18,29 +17,8 @@
 
 #include <cmocka.h>
 
+#include "folder.h"
 #include "worker/journal.h"
-
-static char dir[64];
-
-static int setup(void **state)
-{
-    (void)state;
-    snprintf(dir, sizeof dir, "/tmp/loramill-journal-XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    char path[512];
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        unlink(path);
-    }
-    closedir(d);
-    return rmdir(dir);
-}
 
 enum { ATTEMPTS = 3 };          /* poison.max_attempts */
 
@@ -249,7 +227,7 @@ static void test_keys(void **state)
     journal_close(NULL);
 }
 
-#define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define T(f) cmocka_unit_test_setup_teardown(f, make_dir, remove_dir)
 
 int main(void)
 {

@@ -14,26 +14,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "rnd.h"
 #include "worker/json_tree.h"
-
-static uint64_t seed = 1;
-
-static uint32_t rnd(uint32_t n)
-{
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(seed >> 33) % n;
-}
 
 static json_t *random_string(void)
 {
     static const char *const parts[] = { "a", "\"", "\\", "/", "\n", "\x01", "\x7f", "\xc3\xbc",
                                          "\xe2\x82\xac", "\xf0\x9f\x98\x80", "ascii text", "" };
     char text[1024] = "";
-    uint32_t n = rnd(12), long_at = rnd(12);    /* long: see find_long_text() in json_tree.c */
-    for (uint32_t i = 0; i < n; i++) {
+    int n = rnd(12), long_at = rnd(12);    /* long: see find_long_text() in json_tree.c */
+    for (int i = 0; i < n; i++) {
         strncat(text, parts[rnd(LM_COUNT(parts))], sizeof text - strlen(text) - 1);
         if (i == long_at)
-            snprintf(text + strlen(text), 512, "%0*d", 1 + (int)rnd(400), (int)rnd(100));
+            snprintf(text + strlen(text), 512, "%0*d", 1 + rnd(400), rnd(100));
     }
     json_t *s = json_text(text, strlen(text));
     assert_non_null(s);
@@ -46,8 +39,8 @@ static json_t *random_real(void)
     switch (rnd(4)) {
     case 0: return json_real(rnd(8000) / 8.0);
     case 1: return json_real(rnd(1000000) / 1000.0);
-    case 2: return json_real(-ldexp(1.1 + (rnd(1000) + 1 / 3.0) / 10000, (int)rnd(2000) - 1000));
-    default: return json_real((double)rnd(100));
+    case 2: return json_real(-ldexp(1.1 + (rnd(1000) + 1 / 3.0) / 10000, rnd(2000) - 1000));
+    default: return json_real(rnd(100));
     }
 }
 
@@ -57,18 +50,18 @@ static json_t *random_tree(int depth)
     switch (rnd(depth > 0 ? 8 : 6)) {
     case 0: return json_null();
     case 1: return json_boolean(rnd(2));
-    case 2: return json_integer((json_int_t)((uint64_t)rnd(1u << 31) << 32 | rnd(1u << 31)) *
+    case 2: return json_integer(((json_int_t)rnd(INT32_MAX) << 32 | rnd(INT32_MAX)) *
                                 (rnd(2) ? 1 : -1));
     case 3: return random_real();
     case 4: case 5: return random_string();
     case 6:
         t = json_array();
-        for (uint32_t i = 0, n = rnd(6); i < n; i++)
+        for (int i = 0, n = rnd(6); i < n; i++)
             json_array_append_new(t, random_tree(depth - 1));
         return t;
     default:
         t = json_object();
-        for (uint32_t i = 0, n = rnd(6); i < n; i++) {
+        for (int i = 0, n = rnd(6); i < n; i++) {
             json_t *key = random_string();
             json_object_set_new(t, json_string_value(key), random_tree(depth - 1));
             json_decref(key);
@@ -128,9 +121,9 @@ static void damaged_text_is_judged_as_jansson_does(void **state)
         char *text = json_dumps(root, JSON_COMPACT);
         size_t len = strlen(text);
         if (rnd(2))
-            len = rnd((uint32_t)len);
+            len = rnd((int)len);
         else
-            text[rnd((uint32_t)len)] = (char)(1 + rnd(255));
+            text[rnd((int)len)] = (char)(1 + rnd(255));
         struct lm_err err = { 0 };
         json_t *theirs = json_loadb(text, len, FLAGS, NULL);
         lm_status st = json_parse_object(text, len, &ours, &err);
@@ -163,7 +156,7 @@ static void a_key_twice_is_found_among_any_number(void **state)
         struct lm_err err = { 0 };
         assert_int_equal(json_parse_object(text, strlen(text), &root, &err), LM_OK);
         json_decref(root);
-        sprintf(at, ",\"k%u\":0}}", rnd((uint32_t)n));
+        sprintf(at, ",\"k%d\":0}}", rnd((int)n));
         assert_int_equal(json_parse_object(text, strlen(text), &root, &err), LM_FORMAT);
         assert_non_null(strstr(err.msg, "duplicate object key"));
     }

@@ -221,14 +221,6 @@ static void slow_and_huge_are_bounded(void **state)
     registry_free(r);
 }
 
-/* Takes connections and says nothing. */
-static int silent_socket(char *url, size_t size)
-{
-    int port, fd = listen_silently(&port);
-    snprintf(url, size, "http://127.0.0.1:%d", port);
-    return fd;
-}
-
 /* Two that are silent leave time for the third, and three take no longer than one. */
 static void urls_share_the_time(void **state)
 {
@@ -236,7 +228,7 @@ static void urls_share_the_time(void **state)
     char a[64], b[64], urls[256];
     char *text = NULL;
     struct lm_err err = { 0 };
-    int fa = silent_socket(a, sizeof a), fb = silent_socket(b, sizeof b);
+    int fa = listen_silently_at(a, sizeof a), fb = listen_silently_at(b, sizeof b);
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
     snprintf(urls, sizeof urls, "%s,%s,%s", a, b, server.url);
     registry *r = open_url(urls, NULL, 1500);
@@ -270,7 +262,7 @@ static void a_question_is_given_up(void **state)
     pthread_t t;
     registry *r = NULL;
     struct lm_err err = { 0 };
-    int fd = silent_socket(url, sizeof url);
+    int fd = listen_silently_at(url, sizeof url);
     struct registry_config cfg = { .url = url, .total_ms = 20000, .stop = &stop };
     assert_int_equal(registry_new(&cfg, &r, &err), LM_OK);
     assert_int_equal(pthread_create(&t, NULL, give_up_soon, &stop), 0);

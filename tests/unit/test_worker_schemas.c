@@ -16,16 +16,6 @@
 
 enum { PATIENCE_MS = 20000 };
 
-/* ---- silence ------------------------------------------------------------------------------- */
-
-/* Takes connections and says nothing. */
-static int silent_socket(char *url, size_t size)
-{
-    int port, fd = listen_silently(&port);
-    snprintf(url, size, "http://127.0.0.1:%d", port);
-    return fd;
-}
-
 static int64_t ms_since(int64_t at)
 {
     return (lm_now_us() - at) / 1000;
@@ -108,7 +98,7 @@ static void a_silent_registry_holds_nobody_up(void **state)
     static const char json[] = "{\"id\": \"1\", \"prompt\": \"x\"}";
     char url[64];
     struct waiter w[3] = { 0 };
-    int fd = silent_socket(url, sizeof url);
+    int fd = listen_silently_at(url, sizeof url);
     codec *c = open_codec(url);
     int64_t at = lm_now_us();
     for (int i = 0; i < 3; i++)
@@ -177,7 +167,7 @@ static void strangers_are_bounded(void **state)
     enum { MOST = 1024 };
     static struct waiter w[MOST + 1];
     char url[64];
-    int fd = silent_socket(url, sizeof url);
+    int fd = listen_silently_at(url, sizeof url);
     codec *c = open_codec(url);
     for (int i = 0; i < MOST; i++)
         assert_int_equal(await(c, i, &w[i]), LM_BUSY);
@@ -250,7 +240,7 @@ static void a_reply_waits_for_a_moment_only(void **state)
 {
     (void)state;
     char url[64];
-    int fd = silent_socket(url, sizeof url);
+    int fd = listen_silently_at(url, sizeof url);
     codec *c = open_codec(url);
     int64_t at = lm_now_us();
     for (int i = 0; i < 20; i++)

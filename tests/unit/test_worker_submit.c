@@ -20,6 +20,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "hostile_http.h"
 #include "worker/cmd_collect_outcomes.h"
 #include "worker/commands.h"
@@ -38,14 +39,6 @@ struct fix {
     char config[96], in[96], out[96], summary[96], said[96];
     rd_kafka_t *producer;
 };
-
-static void write_file(const char *path, const char *text)
-{
-    FILE *f = fopen(path, "w");
-    assert_non_null(f);
-    fputs(text, f);
-    fclose(f);
-}
 
 static char *read_file(const char *path)
 {

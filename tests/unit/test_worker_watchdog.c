@@ -18,6 +18,7 @@
 
 #include <cmocka.h>
 
+#include "folder.h"
 #include "worker/journal.h"
 #include "worker/signals.h"
 #include "worker/watchdog.h"
@@ -25,7 +26,6 @@
 enum engine_plays { AT_REST, STEPS, STUCK };
 
 static enum engine_plays plays;
-static char dir[] = "/tmp/loramill-watchdog-XXXXXX";
 
 /* Stands before the library's. */
 void engine_stats(engine *e, struct engine_stats *out)
@@ -347,18 +347,6 @@ static void test_end(void **state)
 {
     (void)state;
     expect(&(struct play){ AT_REST, 500, ended, 0 }, 0, 0, SOON, KILLED);
-}
-
-static int make_dir(void **state)
-{
-    (void)state;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int remove_dir(void **state)
-{
-    (void)state;
-    return rmdir(dir);
 }
 
 int main(void)
