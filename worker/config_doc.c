@@ -153,6 +153,8 @@ void config_print_markdown(FILE *f)
           "| `kafka.socket.keepalive.enable` | `true` |\n"
           "| `kafka.check.crcs` | `true` |\n"
           "| `kafka.statistics.interval.ms` | `10000` |\n"
+          "| `kafka.consumer.topic.metadata.refresh.interval.ms` | `10000`: how soon a partition "
+          "added to a topic, or a new topic that a pattern matches, is read |\n"
           "| `kafka.producer.partitioner` | `murmur2_random`, as Java clients hash keys |\n"
           "| `kafka.producer.compression.type` | `lz4` |\n"
           "| `kafka.producer.linger.ms` | `5` |\n"

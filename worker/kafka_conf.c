@@ -38,6 +38,9 @@ static const struct setting consumer_defaults[] = {
     { "queued.min.messages", "1000" },
     { "check.crcs", "true" },
     { "statistics.interval.ms", "10000" },              /* client_stats.h */
+    /* How soon a new partition, or a new topic of a pattern, is read. Not the producer's: it would
+     * keep a connection from being idle, see connections.max.idle.ms. */
+    { "topic.metadata.refresh.interval.ms", "10000" },
 };
 
 /* What is prefetched lasts a fast engine for a tenth of a second; a client whose queue was full

@@ -3,6 +3,7 @@
 
   big GROUP TOPIC BYTES            commit with so many bytes of metadata; exit 1 when it is refused
   delete TOPIC OFFSET              delete partition 0's records below OFFSET
+  grow TOPIC NEW                   one partition more for TOPIC, and a topic NEW, with a prompt in each
   retries MAX-MS                   prompts whose engine fails for a while, or for good; TAP
   streams TOPIC                    streamed replies whose first generation fails at its end; TAP
 """
@@ -11,8 +12,8 @@ import sys
 import time
 
 import trouble as t
-from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from trouble import Reader, body, check, header, send
 
 
@@ -30,6 +31,27 @@ def big(group, topic, size):
 def delete(topic, offset):
     admin = AdminClient({"bootstrap.servers": t.bootstrap})
     list(admin.delete_records([TopicPartition(topic, 0, int(offset))]).values())[0].result(20)
+
+
+def grow(topic, new):
+    admin = AdminClient({"bootstrap.servers": t.bootstrap})
+    last = len(admin.list_topics(topic, timeout=10).topics[topic].partitions)
+    admin.create_partitions([NewPartitions(topic, last + 1)])[topic].result(20)
+    admin.create_topics([NewTopic(new, 1)])[new].result(20)
+    # Straight to the partitions, which this client has not heard of yet either.
+    for name, partition in ((topic, last), (new, 0)):
+        end = time.time() + 20
+        while not send_to(name, partition) and time.time() < end:
+            time.sleep(0.2)
+
+
+def send_to(topic, partition):
+    sent = []
+    p = Producer({"bootstrap.servers": t.bootstrap, "log_level": 3, "message.timeout.ms": 5000})
+    p.produce(topic, json.dumps({"id": f"{topic}-{partition}", "prompt": "x"}), partition=partition,
+              on_delivery=lambda e, m: e or sent.append(m))
+    p.flush(10)
+    return sent
 
 
 def retries(n, max_ms):

@@ -4,7 +4,8 @@
 # What a partition can bear. A map of finished offsets that grows to its limit, and one that is damaged;
 # records deleted that were not read yet; partitions that go and come back while they are paused; workers
 # that come and go all the time; order by key while prompts wait and heal; prompts that the engine fails
-# again and again, also when half of their reply was streamed.
+# again and again, also when half of their reply was streamed; partitions added to a topic that is read, and
+# new topics of a pattern.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin partitions
 kafka_start 1 || die "the broker started"
@@ -147,7 +148,23 @@ check "keyed prompts are answered" d wait ordered 1500 60
 d order ordered 1500 || FAILED=1
 stop "$W" "it"; store_down
 
-# 6. The engine fails: limits of attempts and of time.
+# 6. A partition more, and a topic that matches a pattern, while workers run as they are by default. Both
+# protocols at once: each looks every 10 s, then the group has to settle.
+topic_create grown 1
+sed -i '/session.timeout\|heartbeat/d' "$RUN/worker.properties"
+for GROUP_PROTOCOL in classic consumer; do
+    topic_create "live-$GROUP_PROTOCOL" 1
+    mapfile -t group < <(group_properties)
+    worker "grow-$GROUP_PROTOCOL" "live-$GROUP_PROTOCOL" topics.replies=grown "${group[@]}" \
+        "topics.prompts=live-$GROUP_PROTOCOL,^rx-$GROUP_PROTOCOL-.*"
+    GROWN+=("$W")
+done
+for protocol in classic consumer; do p grow "live-$protocol" "rx-$protocol-1"; done
+check "new partitions and topics are read" d wait grown 4 45
+for W in "${GROWN[@]}"; do stop "$W" "it"; done
+printf '%s\n' kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500 >> "$RUN/worker.properties"
+
+# 7. The engine fails: limits of attempts and of time.
 topic_create prompts 1; topic_create asked 1
 PROGRAM=("$BUILD/tests/integration/poison_worker")
 worker attempts prompts retry.max_attempts=5

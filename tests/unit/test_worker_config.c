@@ -274,11 +274,15 @@ static void test_librdkafka_settings(void **state)
                         "cooperative-sticky");
     assert_string_equal(effective(CONFIG_CONSUMER, "group.id"), "loramill");
     assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "smallest");
+    assert_string_equal(effective(CONFIG_CONSUMER, "topic.metadata.refresh.interval.ms"), "10000");
+    assert_string_equal(effective(CONFIG_PRODUCER, "topic.metadata.refresh.interval.ms"), "300000");
     assert_string_equal(effective(CONFIG_PRODUCER, "enable.idempotence"), "true");
     assert_string_equal(effective(CONFIG_PRODUCER, "acks"), "-1");
     assert_string_equal(effective(CONFIG_PRODUCER, "partitioner"), "murmur2_random");
     /* a dead letter has to go out however large its prompt was */
     assert_string_equal(effective(CONFIG_PRODUCER, "message.max.bytes"), "1000000000");
+    good("kafka.topic.metadata.refresh.interval.ms=60000");
+    assert_string_equal(effective(CONFIG_CONSUMER, "topic.metadata.refresh.interval.ms"), "60000");
     good("kafka.auto.offset.reset=latest");
     good("kafka.producer.compression.type=zstd");
     assert_string_equal(effective(CONFIG_CONSUMER, "auto.offset.reset"), "largest");
