@@ -239,7 +239,8 @@ static const struct config_property flow_rows[] = {
     INT("retry.deadline_ms", retry_deadline_ms, "600000", 1000, 7LL * DAY_MS,
         "No such retry later than this after the prompt was read."),
     INT("deadline.default_ms", deadline_default_ms, "0", 0, 365LL * DAY_MS,
-        "Deadline of prompts that have none, counted from their record's timestamp; 0: none."),
+        "Deadline of prompts that have none, counted from their record's timestamp, by whoever "
+        "stamped it: what is sent again with its old timestamp has expired. 0: none."),
     INT("retry.backoff_ms", retry_backoff_ms, "200", 1, DAY_MS,
         "First pause before a retry; doubles each time, with jitter."),
     INT("retry.backoff_max_ms", retry_backoff_max_ms, "15000", 1, DAY_MS,

@@ -213,7 +213,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))
         a->crowded = c->braked = true;
     if (j->record.timestamp_ms >= 0)
-        histogram_observe(&c->w->metrics.record_age, (c->wall_ms - j->record.timestamp_ms) * 1000);
+        histogram_observe(&c->w->metrics.record_age, record_age_us(&j->record, c->wall_ms));
     return isolation_hold(c, a, j) ? LM_OK : consumer_admit(c, j);
 }
 

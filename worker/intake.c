@@ -393,8 +393,7 @@ static lm_status check_prompt(intake *in, struct job *j, struct lm_err *err)
                                j->prompt->reply_topic, cfg->topics_replies,
                                cfg->topics_replies_allowed, &j->route, err);
     if (!j->prompt->deadline_ms && cfg->deadline_default_ms)
-        j->prompt->deadline_ms = cfg->deadline_default_ms +
-                                 (r->timestamp_ms >= 0 ? r->timestamp_ms : lm_wall_ms());
+        j->prompt->deadline_ms = record_deadline_ms(r, cfg->deadline_default_ms, lm_wall_ms());
     if (!st && j->prompt->adapter)
         st = engine_adapter_id_check(j->prompt->adapter, strlen(j->prompt->adapter), err);
     return st;

@@ -64,6 +64,17 @@ static const void *copy_bytes(char **at, const void *from, size_t n)
     return to;
 }
 
+int64_t record_deadline_ms(const struct record *r, int64_t ms, int64_t now_ms)
+{
+    int64_t from = r->timestamp_ms >= 0 ? r->timestamp_ms : now_ms;
+    return from > INT64_MAX - ms ? INT64_MAX : from + ms;
+}
+
+int64_t record_age_us(const struct record *r, int64_t now_ms)
+{
+    return r->timestamp_ms >= 0 && r->timestamp_ms < now_ms ? (now_ms - r->timestamp_ms) * 1000 : 0;
+}
+
 /* Lays a record out in `block`: the header array first, for its alignment, then the bytes. */
 static void record_copy(struct record *to, const struct record *from, void *block)
 {

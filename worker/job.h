@@ -67,9 +67,14 @@ struct record {
     struct header *headers;
     int n_headers;
     int64_t offset;
-    int64_t timestamp_ms;       /* -1: none */
+    int64_t timestamp_ms;       /* -1: none. The sender's word, mostly: anything up to INT64_MAX */
     bool log_append_time;
 };
+
+/* `ms` after the record's stamp, or after `now_ms` if it has none; INT64_MAX: beyond all times. */
+int64_t record_deadline_ms(const struct record *r, int64_t ms, int64_t now_ms);
+/* Microseconds since its stamp; 0 when it has none, or one of the future. */
+int64_t record_age_us(const struct record *r, int64_t now_ms);
 
 enum job_stage {
     JOB_QUEUED, JOB_FETCHING, JOB_READY, JOB_RUNNING, JOB_ANSWERING, JOB_DROPPED, JOB_ENDED

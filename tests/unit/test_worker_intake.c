@@ -414,6 +414,24 @@ static void test_a_revocation_lets_go(void **state)
     assert_int_equal(atomic_load(&f->x->w.metrics.backlog), -2);        /* the test gave them */
 }
 
+/* Whoever sends a record stamps it. */
+static void test_stamps_of_any_size(void **state)
+{
+    (void)state;
+    enum { NOW = 1000000, MS = 500 };
+    static const struct { int64_t stamp, deadline, age_us; } rows[] = {
+        { -1, NOW + MS, 0 }, { INT64_MIN, NOW + MS, 0 }, { 0, MS, NOW * 1000LL },
+        { NOW - 1, NOW - 1 + MS, 1000 }, { NOW, NOW + MS, 0 }, { NOW + 1, NOW + 1 + MS, 0 },
+        { INT64_MAX - MS, INT64_MAX, 0 }, { INT64_MAX - MS + 1, INT64_MAX, 0 },
+        { INT64_MAX, INT64_MAX, 0 },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        struct record r = { .timestamp_ms = rows[i].stamp };
+        assert_int_equal(record_deadline_ms(&r, MS, NOW), rows[i].deadline);
+        assert_int_equal(record_age_us(&r, NOW), rows[i].age_us);
+    }
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -424,7 +442,7 @@ int main(void)
         TEST(test_while_a_suspect_runs), TEST(test_a_suspect_before_its_turn),
         TEST(test_no_first_token_in_time),
         TEST(test_an_end_that_must_wait_is_not_hurried), TEST(test_stopping_lets_go),
-        TEST(test_a_revocation_lets_go),
+        TEST(test_a_revocation_lets_go), cmocka_unit_test(test_stamps_of_any_size),
         cmocka_unit_test_setup_teardown(test_for_a_silent_registry, setup_registry,
                                         teardown_registry),
         cmocka_unit_test_setup_teardown(test_a_suspect_asks_in_its_turn, setup_registry,
