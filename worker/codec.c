@@ -320,8 +320,10 @@ lm_status codec_decode_prompt(codec *c, const void *value, size_t len, const str
                               struct lm_err *err)
 {
     const struct json_source source = { value, len, arena };
-    if (!value || len == 0)
-        return lm_err_set(err, LM_FORMAT, "the record has no value (a tombstone?)");
+    if (!value)
+        return lm_err_set(err, LM_FORMAT, "the record has no value (it is a tombstone)");
+    if (len == 0)
+        return lm_err_set(err, LM_FORMAT, "the record's value is empty");
     if (len > c->max_message)
         return lm_err_set(err, LM_TOO_LARGE, "the message has %zu bytes, more than %zu", len,
                           c->max_message);

@@ -84,8 +84,9 @@ static lm_status decode(codec *c, const char *value, size_t len, const struct he
 {
     static char *exact;
     free(exact);
-    exact = malloc(len ? len : 1);
-    memcpy(exact, value, len);
+    exact = value ? malloc(len ? len : 1) : NULL;
+    if (len)
+        memcpy(exact, value, len);
     *p = NULL;
     return codec_decode_prompt(c, exact, len, h, h ? 1 : 0, NULL, p, err);
 }
@@ -142,7 +143,8 @@ static void bad_framing_is_refused(void **state)
         { BODY, 5, &long_id, "header __value_schema_id has 6 bytes instead of 5" },
         { BODY, 5, &text_id, "header __value_schema_id starts with 0x31" },
         { BODY, 5, &no_id, "header __value_schema_id starts with 0x00 instead" },
-        { "", 0, NULL, "the record has no value" },
+        { NULL, 0, NULL, "no value (it is a tombstone)" },
+        { "", 0, NULL, "the record's value is empty" },
         { "\0\0\0\0\7\2", 6, NULL, "id: a string of 1 bytes, but 0 are left" },
         { "\0\0\0\0\7" BODY "x", 11, NULL, "1 bytes behind its end" },
         { "\0\0\0\0\7\2\xff\4hi", 10, NULL, "id is not valid UTF-8" },
