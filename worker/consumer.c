@@ -117,7 +117,7 @@ bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct
 
 /* ---- records ---------------------------------------------------------------------------- */
 
-enum { HEADERS_MAX = 1024 };
+enum { HEADERS_MANY = 1024 };
 
 /* Borrows everything from the message. The array is the caller's to free. */
 static lm_status borrow_record(const rd_kafka_message_t *m, struct record *r)
@@ -134,9 +134,6 @@ static lm_status borrow_record(const rd_kafka_message_t *m, struct record *r)
     if (rd_kafka_message_headers(m, &h))
         return LM_OK;
     size_t n = rd_kafka_header_cnt(h);
-    if (n > HEADERS_MAX)
-        lm_log(LM_WARN, "consumer", "%s [%d] @%" PRId64 ": %zu headers",
-               rd_kafka_topic_name(m->rkt), (int)m->partition, m->offset, n);
     if (!(r->headers = lm_calloc(n, sizeof *r->headers)))
         return LM_NOMEM;
     for (size_t i = 0; i < n; i++) {
@@ -148,10 +145,14 @@ static lm_status borrow_record(const rd_kafka_message_t *m, struct record *r)
     return LM_OK;
 }
 
-static lm_status make_job(struct assigned *a, const rd_kafka_message_t *m, struct job **out)
+static lm_status make_job(consumer *c, struct assigned *a, const rd_kafka_message_t *m,
+                          struct job **out)
 {
     struct record r;
     lm_status st = borrow_record(m, &r);
+    if (r.n_headers > HEADERS_MANY)
+        log_seldom(&c->many_headers, "consumer", "%s [%d] @%" PRId64 " has %d headers",
+                   a->lease->topic, (int)a->partition, m->offset, r.n_headers);
     if (!st)
         st = job_new(a->lease, &r, out);
     free(r.headers);
@@ -179,7 +180,7 @@ static lm_status enter_ledger(consumer *c, struct assigned *a, const rd_kafka_me
                               struct job **out)
 {
     struct job *j = NULL;
-    lm_status st = make_job(a, m, &j);
+    lm_status st = make_job(c, a, m, &j);
     if (!st)
         st = ledger_deliver(c->ledger, a->ref, m->offset, j);
     if (st)
@@ -259,8 +260,8 @@ static void take_message(consumer *c, const rd_kafka_message_t *m)
     }
     struct assigned *a = consumer_find(c, rd_kafka_topic_name(m->rkt), m->partition);
     if (!a)
-        lm_log(LM_WARN, "consumer", "record of %s [%d], which is not assigned",
-               rd_kafka_topic_name(m->rkt), (int)m->partition);
+        log_seldom(&c->not_assigned, "consumer", "record of %s [%d], which is not assigned",
+                   rd_kafka_topic_name(m->rkt), (int)m->partition);
     else if (!lease_revoked(a->lease) && deliver(c, a, m))      /* else its next owner reads it */
         out_of_memory(c, a, m);
 }

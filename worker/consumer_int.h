@@ -100,6 +100,7 @@ struct consumer {
     bool gathers;               /* a burst is read: what may start goes to intake by the handful */
     struct job_chain ready;
     struct kafka_said said;
+    struct log_seldom many_headers, not_assigned;
 };
 
 /* consumer.c */

@@ -138,7 +138,7 @@ static void outcome_failed(producer *p, struct job *j)
         j->out.follows = false;
         try_later(p, j, "the partition of its parts is no more");
     } else if (j->parent && final_reason(p, j, &j->out, &why)) {
-        lm_log(LM_WARN, "producer", "%s; no more parts", why.msg);
+        log_seldom(&p->no_more_parts, "producer", "%s; no more parts", why.msg);
         worker_end_job(p->w, j, OUTCOME_PART);
     } else if (!is_dead_letter(j) && final_reason(p, j, &j->out, &why)) {
         if (why.code == LM_TOO_LARGE && p->w->claims && !j->claimed) {
@@ -153,10 +153,10 @@ static void outcome_failed(producer *p, struct job *j)
 }
 
 /* A requester can't be told; its dead letter says why all the same. */
-static void drop_notice(struct job *j, const struct lm_err *why)
+static void drop_notice(producer *p, struct job *j, const struct lm_err *why)
 {
-    lm_log(LM_WARN, "producer", "%s [%d] @%" PRId64 ": no error reply: %s", j->lease->topic,
-           (int)j->lease->partition, j->record.offset, why->msg);
+    log_seldom(&p->no_notice, "producer", "%s [%d] @%" PRId64 ": no error reply: %s",
+               j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg);
     j->notice->error = 0;
     j->notice->acked = true;
 }
@@ -188,7 +188,7 @@ void delivery_judge(producer *p, struct job *j)
     char text[256];
     int notice = j->notice ? j->notice->error : 0, worst = j->out.error ? j->out.error : notice;
     if (notice && !purged(notice) && final_reason(p, j, j->notice, &why)) {
-        drop_notice(j, &why);
+        drop_notice(p, j, &why);
         worst = j->out.error;
     }
     if (!worst) {

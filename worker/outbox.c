@@ -37,6 +37,7 @@ struct outbox {
     int64_t now_us;             /* when the events at hand were polled */
     struct job **streams;
     size_t n_streams, cap_streams;
+    struct log_seldom not_encodable, failed;
 };
 
 static lm_status result_status(const struct engine_result *r)
@@ -61,9 +62,8 @@ static void answer(outbox *o, struct job *j)
     if (st == LM_OK)
         return;
     metric_add(&o->w->metrics.retries, 1);
-    if (!j->waits)
-        lm_log(LM_WARN, "outbox", "%s [%d] @%" PRId64 ": the reply can't be encoded yet (%s); "
-               "trying again", j->lease->topic, (int)j->lease->partition, j->record.offset,
+    log_seldom(&o->not_encodable, "outbox", "%s [%d] @%" PRId64 ": the reply can't be encoded yet "
+               "(%s); trying again", j->lease->topic, (int)j->lease->partition, j->record.offset,
                lm_status_text(st));
     job_list_add(&o->later, j, lm_now_us() + backoff_us(j->waits++, cfg->retry_backoff_ms,
                                                         cfg->retry_backoff_max_ms));
@@ -72,8 +72,8 @@ static void answer(outbox *o, struct job *j)
 static void send_back(outbox *o, struct job *j)
 {
     const struct config *cfg = o->w->cfg;
-    lm_log(LM_WARN, "outbox", "prompt '%s': %s; attempt %d of %" PRId64, j->prompt->id,
-           j->result->error, j->attempts + 1, cfg->retry_max_attempts);
+    log_seldom(&o->failed, "outbox", "prompt '%s': %s; attempt %d of %" PRId64, j->prompt->id,
+               j->result->error, j->attempts + 1, cfg->retry_max_attempts);
     metric_add(&o->w->metrics.retries, 1);
     engine_result_free(j->result);
     j->result = NULL;

@@ -123,8 +123,8 @@ static void add_notice(struct worker *w, struct job *j, const struct lm_err *why
             outgoing_release(o);
         free(o);
         o = NULL;
-        lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": no error reply: %s", j->lease->topic,
-               (int)j->lease->partition, j->record.offset, err.msg);
+        log_seldom(&w->no_notice, "worker", "%s [%d] @%" PRId64 ": no error reply: %s",
+                   j->lease->topic, (int)j->lease->partition, j->record.offset, err.msg);
     } else {
         j->route = to;
         address(o, &j->route, w->cfg);
@@ -187,9 +187,9 @@ bool outcome_trim(struct worker *w, struct job *j)
         j->out.value = (void *)(uintptr_t)j->record.value;
         j->out.len = j->record.value_len;
     }
-    lm_log(LM_WARN, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: sent %s",
-           j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
-           trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
+    log_seldom(&w->trimmed, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: "
+               "sent %s", j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
+               trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
     if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, why,
                             (enum dead_letter_trim)trim)) {
         worker_fail(w, LM_NOMEM, "out of memory for a dead letter");

@@ -57,6 +57,7 @@ struct producer {
     struct job_list taken_back; /* ... what it had not delivered */
     int64_t complained_us;
     struct kafka_said said;
+    struct log_seldom no_more_parts, no_notice;
 };
 
 /* Opens p->rk with its callbacks. */

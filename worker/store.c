@@ -112,7 +112,7 @@ struct store {
     int n_negatives;
     struct lookups inbox, loading;
     struct store_stats stats;
-    struct log_seldom away;
+    struct log_seldom away, refused;
 
     struct lookups ready, backoff;                 /* the store thread's own */
     LIST_HEAD(, lookup) fetching;
@@ -224,7 +224,7 @@ static void finish(store *s, struct lookup *l, lm_status status, engine_adapter 
     if (status == LM_BUSY)
         lm_log(LM_INFO, "store", "%s", err->msg);
     else if (final)
-        lm_log(LM_WARN, "store", "%s", err->msg);
+        log_seldom(&s->refused, "store", "%s", err->msg);       /* anybody can think of ids */
     else if (status != LM_OK && status != LM_CANCELLED)
         log_seldom(&s->away, "store", "%s", err->msg);
     bool nobody = STAILQ_EMPTY(&l->waiters);            /* any more */

@@ -36,6 +36,7 @@
 #include "worker/credentials.h"
 #include "worker/dead_letter.h"
 #include "worker/job.h"
+#include "worker/log.h"
 #include "worker/metrics.h"
 #include "worker/store.h"
 
@@ -97,6 +98,7 @@ struct worker {
     char apart1[CACHE_LINE];
     atomic_llong log_second;    /* dead letters shown in this second */
     atomic_int log_shown;
+    struct log_seldom no_notice, trimmed;
     atomic_llong consumer_beat_us, outbox_beat_us, intake_beat_us;
     atomic_llong pulse_us, slept_us;    /* watchdog_slept()'s */
     atomic_llong closing_producer_us;   /* since when librdkafka destroys one; 0: it does not */
