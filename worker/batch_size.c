@@ -30,8 +30,8 @@ static void shrink(struct batch_size *b, int64_t now_us)
     b->grown = false;
     b->most = LM_MAX(b->bytes / 4, BATCH_LEAST);
     lm_log(LM_WARN, "producer", "brokers refuse batches of %" PRId64 " bytes (max.message.bytes of "
-           "a topic): smaller ones for the next %" PRId64 " minutes, see "
-           "kafka.producer.batch.size", b->bytes, b->grow_wait_us / (60 * 1000000));
+           "topic '%s'): smaller ones, for all topics, for the next %" PRId64 " minutes, see "
+           "kafka.producer.batch.size", b->bytes, b->topic, b->grow_wait_us / (60 * 1000000));
 }
 
 static void grow(struct batch_size *b)

@@ -21,6 +21,7 @@ struct batch_size {
     int64_t bytes;              /* as the client has it */
     int64_t most;               /* for the next client, since brokers have refused such; 0: full */
     bool shrink;                /* it is to be less */
+    char topic[256];            /* which asks for that; the caller's to fill */
     bool grown;                 /* the last change of it was to more */
     int64_t grow_at_us, grow_wait_us;
 };

@@ -99,8 +99,12 @@ static bool destination_fault(const struct outgoing *o)
 
 static bool too_large(producer *p, const struct job *j, const struct outgoing *o)
 {
-    return refusal_of(o->error) == SIZE &&
-           batch_size_believe(&p->batch, o->len, j->out.attempts, p->renewing);
+    if (refusal_of(o->error) != SIZE)
+        return false;
+    bool believed = batch_size_believe(&p->batch, o->len, j->out.attempts, p->renewing);
+    if (!believed && p->batch.shrink)
+        snprintf(p->batch.topic, sizeof p->batch.topic, "%s", o->topic);
+    return believed;
 }
 
 /* Why this reply can never be delivered; LM_OK: it may be. */
