@@ -145,7 +145,7 @@ BIN     := $(BUILD)/loramill
 # whole is seen in all other builds: there a program that is not on it dies in pthread_create.
 THREADED   := test_engine test_upload $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
-    $(addprefix test_worker_,avro batch_job bench codec consumer dev fatal group_protocol intake outbox registry renew resolver schemas scrape spans store submit \
+    $(addprefix test_worker_,avro batch_job bench claim codec consumer dev fatal group_protocol intake outbox registry renew resolver schemas scrape spans store submit \
     transaction url watchdog)
 ONE_THREAD := $(filter-out $(THREADED),$(basename $(notdir $(UNIT_SRC) $(FUZZ_SRC))))
 # WORKER=0 and `thread` leave some out; tests/run says which.
@@ -254,6 +254,9 @@ $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_
 
 # An engine that is always full, and how a reply ends.
 $(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=outcome_reply,--wrap=journal_decoding
+
+# What becomes of a reply.
+$(BUILD)/tests/unit/test_worker_claim: private LDFLAGS += -Wl,--wrap=outcome_dead_letter,--wrap=outcome_claimed
 
 # Stand before the device: each of these can be made to fail, or to happen later.
 OPS := $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul gather_rows feed lora_shrink \

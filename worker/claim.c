@@ -11,8 +11,9 @@
  * follows is the completion without its texts (docs/messages.md).
  *
  * A store that is away, or refuses our credentials, is waited for without a limit, with backoff:
- * the offset waits, as for any reply. Only a store that finds the object too large itself (413)
- * makes a dead letter.
+ * the offset waits, as for any reply. One that finds the object too large (413), or gives another
+ * answer that no waiting changes (a redirect to the bucket's region, a bucket that is not there),
+ * makes a dead letter with the status and S3's word for it.
  *
  * The object is there before its reply is produced, and a transaction that is aborted sends the
  * same reply again without another upload. What can be left over is an object that no reply names:
@@ -55,6 +56,8 @@ struct claims {
 
 struct body { const char *at; size_t left; };
 
+struct answer { char text[512]; size_t len; };          /* its beginning */
+
 /* ---- one upload ------------------------------------------------------------------------- */
 
 static size_t read_body(char *to, size_t size, size_t n, void *ctx)
@@ -75,10 +78,13 @@ static int seek_body(void *ctx, curl_off_t offset, int origin)
     return CURL_SEEKFUNC_FAIL;  /* the connection is tried anew by us, from the start */
 }
 
-static size_t drop_body(char *at, size_t size, size_t n, void *ctx)
+static size_t keep_beginning(char *at, size_t size, size_t n, void *ctx)
 {
-    (void)at;
-    (void)ctx;
+    struct answer *a = ctx;
+    size_t take = LM_MIN(size * n, sizeof a->text - 1 - a->len);
+    memcpy(a->text + a->len, at, take);
+    a->len += take;
+    a->text[a->len] = '\0';
     return size * n;
 }
 
@@ -98,7 +104,8 @@ static int on_progress(void *ctx, curl_off_t a, curl_off_t b, curl_off_t d, curl
     return atomic_load(&c->w->ending);
 }
 
-static void set_transfer(claims *c, const char *url, struct body *b, struct curl_slist *headers)
+static void set_transfer(claims *c, const char *url, struct body *b, struct answer *a,
+                         struct curl_slist *headers)
 {
     const struct config *cfg = c->w->cfg;
     curl_easy_reset(c->curl);
@@ -108,7 +115,8 @@ static void set_transfer(claims *c, const char *url, struct body *b, struct curl
     curl_easy_setopt(c->curl, CURLOPT_READDATA, b);
     curl_easy_setopt(c->curl, CURLOPT_SEEKFUNCTION, seek_body);
     curl_easy_setopt(c->curl, CURLOPT_INFILESIZE_LARGE, (curl_off_t)b->left);
-    curl_easy_setopt(c->curl, CURLOPT_WRITEFUNCTION, drop_body);
+    curl_easy_setopt(c->curl, CURLOPT_WRITEFUNCTION, keep_beginning);
+    curl_easy_setopt(c->curl, CURLOPT_WRITEDATA, a);
     curl_easy_setopt(c->curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(c->curl, CURLOPT_NOSIGNAL, 1L);
     resolver_let_go(c->curl);
@@ -148,6 +156,56 @@ static struct curl_slist *put_headers(const struct config *cfg, const struct com
     return curl_slist_append(l, line);
 }
 
+/* S3's word for what went wrong, `<Error><Code>NoSuchBucket</Code>...`; "": none. */
+static void find_code(const struct answer *a, char out[48])
+{
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    const char *at = strstr(a->text, "<Code>");
+    size_t n = at ? strspn(at += strlen("<Code>"), letters) : 0;
+    snprintf(out, 48, "%.*s", (int)LM_MIN(n, 47), at ? at : "");
+}
+
+/* A 400 that S3 gives for what heals: a connection that stalled, credentials that have expired. */
+static bool heals_by_name(const char *code)
+{
+    static const char *const names[] = { "RequestTimeout", "ExpiredToken", "InvalidToken",
+                                         "TokenRefreshRequired" };
+    for (size_t i = 0; i < LM_COUNT(names); i++)
+        if (!strcmp(code, names[i]))
+            return true;
+    return false;
+}
+
+static bool may_heal(long status, const char *code)
+{
+    switch (status) {
+    case 401: case 403: case 408: case 409: case 425: case 429:
+        return true;
+    case 400:
+        return heals_by_name(code);
+    default:
+        return status < 300 || status > 499;
+    }
+}
+
+static lm_status judge(long status, const struct answer *a, const char *shown, size_t bytes,
+                       struct lm_err *err)
+{
+    char code[48];
+    if (status >= 200 && status <= 299)
+        return LM_OK;
+    if (status == 413)
+        return lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, more than the object store "
+                          "takes: PUT %s: HTTP 413", bytes, shown);
+    find_code(a, code);
+    const char *gap = *code ? " " : "";
+    if (may_heal(status, code))
+        return lm_err_set(err, LM_NET, "PUT %s: HTTP %ld%s%s", shown, status, gap, code);
+    return lm_err_set(err, LM_INVALID, "the object store refuses the reply: PUT %s: HTTP %ld%s%s, "
+                      "see replies.claim_url and replies.claim_s3_region", shown, status, gap,
+                      code);
+}
+
 static lm_status put(claims *c, const struct job *j, const struct completion_claim *o,
                      struct lm_err *err)
 {
@@ -155,9 +213,10 @@ static lm_status put(claims *c, const struct job *j, const struct completion_cla
     char shown[URL_SHOWN];
     long status = 0;
     struct body b = { j->out.value, j->out.len };
+    struct answer a = { .len = 0 };
     struct curl_slist *headers = put_headers(c->w->cfg, o);
     url_show(url, shown, sizeof shown);
-    set_transfer(c, url, &b, headers);
+    set_transfer(c, url, &b, &a, headers);
     if (*c->w->cfg->claim_s3_region)
         sign(c);
     CURLcode e = curl_easy_perform(c->curl);
@@ -165,12 +224,7 @@ static lm_status put(claims *c, const struct job *j, const struct completion_cla
     curl_slist_free_all(headers);
     if (e)
         return lm_err_set(err, LM_NET, "PUT %s: %s", shown, curl_easy_strerror(e));
-    if (status == 413)
-        return lm_err_set(err, LM_TOO_LARGE, "the reply has %zu bytes, more than the object store "
-                          "takes: PUT %s: HTTP 413", j->out.len, shown);
-    if (status < 200 || status > 299)
-        return lm_err_set(err, LM_NET, "PUT %s: HTTP %ld", shown, status);
-    return LM_OK;
+    return judge(status, &a, shown, j->out.len, err);
 }
 
 /* ---- jobs ------------------------------------------------------------------------------- */

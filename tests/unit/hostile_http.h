@@ -106,7 +106,7 @@ static inline bool read_request(struct request *r)
         if (strstr(head, "\r\n\r\n"))
             break;
     }
-    if (sscanf(head, "GET %1023s", r->path) != 1)
+    if (sscanf(head, "GET %1023s", r->path) != 1 && sscanf(head, "PUT %1023s", r->path) != 1)
         return false;
     copy_header(head, "\r\nRange: ", r->range, sizeof r->range);
     copy_header(head, "\r\nIf-Range: ", r->if_range, sizeof r->if_range);
