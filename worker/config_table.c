@@ -177,7 +177,8 @@ static const struct config_property flow_rows[] = {
     STR("group.id", group_id, "loramill", CONFIG_REQUIRED,
         "Consumer group; its workers share the prompt topics' partitions."),
     STR("worker.name", worker_name, "", 0,
-        "In replies, dead letters, logs and metrics. Empty: host name and process id."),
+        "In replies, dead letters, logs and metrics. No two workers of a group may have the same. "
+        "Empty: host name, process id and a random number."),
     CHOICE("delivery.mode", delivery_mode, "at-least-once", "at-least-once|exactly-once",
         "`exactly-once`: replies, dead letters, offsets and the offset map become durable "
         "together, in one transaction; readers with isolation.level=read_committed see each id "
@@ -186,9 +187,10 @@ static const struct config_property flow_rows[] = {
         "`key`: of a partition's prompts with the same record key one is at work at a time, in "
         "their order. Costs batching when few keys hold many prompts."),
     STR("transaction.id", transaction_id, "", 0,
-        "exactly-once: the producer's transactional.id, which no other worker may have. Empty: "
-        "`<group.id>-<worker.name>`. A name that survives a restart frees readers of an open "
-        "transaction at once, else after kafka.producer.transaction.timeout.ms (10 s)."),
+        "exactly-once: the producer's transactional.id, which no other worker may have: of two "
+        "the later one ends the other. Empty: `<group.id>-<worker.name>`. A name that survives a "
+        "restart frees readers of an open transaction at once, else after "
+        "kafka.producer.transaction.timeout.ms (10 s)."),
     INT("transaction.interval_ms", transaction_interval_ms, "100", 1, 60000,
         "exactly-once: how long finished replies may wait for the next transaction."),
     INT("transaction.max_messages", transaction_max_messages, "8000", 1, 100000,

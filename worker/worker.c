@@ -27,6 +27,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include "worker/cancels.h"
@@ -247,15 +248,20 @@ static lm_status open_store(struct worker *w, struct lm_err *err)
     return st;
 }
 
-static void set_name(struct worker *w)
+/* Containers may share a host's name, and each has a process 1. Two of one name would fence each
+ * other for ever, for it is in the transactional id: hence the random bits. */
+void worker_set_name(struct worker *w)
 {
     char host[128] = "worker";
+    uint32_t random;
     if (*w->cfg->worker_name) {
         snprintf(w->name, sizeof w->name, "%s", w->cfg->worker_name);
         return;
     }
     gethostname(host, sizeof host - 1);
-    snprintf(w->name, sizeof w->name, "%s-%d", host, (int)getpid());
+    if (getrandom(&random, sizeof random, 0) != sizeof random)
+        random = (uint32_t)(lm_wall_ms() ^ lm_now_us());
+    snprintf(w->name, sizeof w->name, "%s-%d-%08" PRIx32, host, (int)getpid(), random);
 }
 
 static void worker_init(struct worker *w, const struct config *cfg)
@@ -266,7 +272,7 @@ static void worker_init(struct worker *w, const struct config *cfg)
                                              cfg->headers_reply_partition };
     w->reply_as = !strcmp(cfg->replies_encoding, "avro") ? REPLY_AS_AVRO :
                   !strcmp(cfg->replies_encoding, "json") ? REPLY_AS_JSON : REPLY_AS_PROMPT;
-    set_name(w);
+    worker_set_name(w);
     metrics_init(&w->metrics);
     job_queue_init(&w->to_intake);
     job_queue_init(&w->done);

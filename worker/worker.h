@@ -107,6 +107,9 @@ struct worker {
 /* Runs until a signal or a failure. Returns the process's exit status. */
 int worker_run(const struct config *cfg);
 
+/* The configured name, or one that no other process has. */
+void worker_set_name(struct worker *w);
+
 /* This process can't go on: latches the status (the first one wins) and asks for an end. */
 void worker_fail(struct worker *w, lm_status status, const char *fmt, ...) LM_PRINTF(3, 4);
 

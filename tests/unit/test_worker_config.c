@@ -18,6 +18,7 @@
 #include "worker/cli.h"
 #include "worker/config.h"
 #include "worker/kafka_conf.h"
+#include "worker/worker.h"
 
 static struct config cfg;
 static struct lm_err err;
@@ -289,6 +290,37 @@ static void test_librdkafka_settings(void **state)
     assert_string_equal(effective(CONFIG_PRODUCER, "compression.codec"), "zstd");
 }
 
+static const char *transactional_id(void)
+{
+    static char value[512];
+    static struct worker w;
+    size_t n = sizeof value;
+    rd_kafka_conf_t *conf;
+    w.cfg = &cfg;
+    worker_set_name(&w);
+    if (kafka_conf_new(&cfg, CONFIG_PRODUCER, w.name, &conf, &err))
+        fail_msg("%s", err.msg);
+    assert_int_equal(rd_kafka_conf_get(conf, "transactional.id", value, &n), RD_KAFKA_CONF_OK);
+    rd_kafka_conf_destroy(conf);
+    return value;
+}
+
+/* As in two containers of one pod: host name and process id are the same. */
+static void test_workers_do_not_fence_each_other(void **state)
+{
+    (void)state;
+    char first[512];
+    minimal();
+    good("delivery.mode=exactly-once");
+    snprintf(first, sizeof first, "%s", transactional_id());
+    assert_memory_equal(first, "loramill-", 9);
+    assert_string_not_equal(transactional_id(), first);
+    good("worker.name=a");
+    assert_string_equal(transactional_id(), "loramill-a");
+    good("transaction.id=b");
+    assert_string_equal(transactional_id(), "b");
+}
+
 /* What the user sets makes no default of ours wrong. */
 static void test_defaults_give_way(void **state)
 {
@@ -534,6 +566,7 @@ int main(void)
         TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
+        TEST(test_workers_do_not_fence_each_other),
         TEST(test_librdkafka_refusals), TEST(test_secrets),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid),
