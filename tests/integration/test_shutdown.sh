@@ -6,6 +6,7 @@
 # with status 0, and when the brokers are back their successors answer what is left, nothing twice.
 # Then a schema registry that is silent, which only its prompts notice: nothing else waits, an end does not,
 # and a death while one waits says nothing about it.
+# Then workers that are told at any moment.
 # Then engines that hang while their worker ends: status 1, and the next worker knows the suspects.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin shutdown
@@ -157,6 +158,34 @@ check "a start says whom it asks" wait_until 10 has "asking the schema registry 
 start=$SECONDS
 kill -TERM "$W"; wait "$W"; st=$?
 check "while it starts: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 2 ]
+
+# Workers of one group, of both modes, told to end at any moment from their first word on: at the start, while
+# partitions come and go, in a burst.
+topic_create any 4; topic_create any-replies 1
+"$PYTHON" - "$BOOTSTRAP" <<'Q' || die "prompts sent"
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(4000):
+    p.produce("any", json.dumps({"id": f"any-{i}", "prompt": "x"}))
+    p.poll(0)
+assert not p.flush(30)
+Q
+MODES=(at-least-once exactly-once)
+any_moment() {  # N: one of them, and its status
+    start_worker "any-$1" "worker.name=any-$1" group.id=any topics.prompts=any topics.replies=any-replies \
+        "delivery.mode=${MODES[$1 % 2]}"
+    until [ -s "$RUN/any-$1.log" ]; do sleep 0.02; done
+    sleep "0.$((RANDOM % 10))"
+    kill -TERM "$W"; wait "$W"; echo "any-$1: $?" >> "$RUN/any-moment"
+}
+for round in 0 5 10 15; do
+    for i in 1 2 3 4 5; do any_moment $((round + i)) & ENDING[i]=$!; sleep 0.2; done
+    wait "${ENDING[@]}"
+done
+bad=$(grep -v ': 0$' "$RUN/any-moment")
+check "told to end at any moment: status 0, all 20 (others: ${bad:-none})" \
+    [ "$(grep -c ': 0$' "$RUN/any-moment")" = 20 ]
 
 # Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
 declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
