@@ -323,10 +323,10 @@ def report(v, by_partition, interval_ms):
               f"{v.repeated[c]} of them finished and generated again")
     print(f"# at a kill the oldest of that had been finished for {v.oldest[0]:.1f} s, or "
           f"{v.oldest[1]:.1f} s where brokers or network were away; {interval_ms} ms between commits")
-    joins = sorted(b - a for p in {t.process for x in by_partition.values() for t in x}
-                   for a, b in p.joins if b < FOREVER) or [0]
+    joins = [b - a for p in {t.process for x in by_partition.values() for t in x}
+             for a, b in p.joins if b < FOREVER]
     print(f"# of the first {v.in_join} while their worker joined its group; without that time the oldest "
-          f"for {v.waited:.1f} s; {len(joins)} joins, {sum(joins):.0f} s, the longest {joins[-1]:.1f} s")
+          f"for {v.waited:.1f} s; {len(joins)} joins, {sum(joins):.0f} s, the longest {max(joins, default=0):.1f} s")
     for bad in (v.inexcusable, v.late, v.given_back):
         for line in bad[:5]:
             print("#", line)
