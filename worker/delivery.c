@@ -24,6 +24,7 @@
 #include "worker/delivery.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 
 #include "worker/outcome.h"
 
@@ -161,8 +162,19 @@ static void drop_notice(producer *p, struct job *j, const struct lm_err *why)
 {
     log_seldom(&p->no_notice, "producer", "%s [%d] @%" PRId64 ": no error reply: %s",
                j->lease->topic, (int)j->lease->partition, j->record.offset, why->msg);
-    j->notice->error = 0;
-    j->notice->acked = true;
+    outgoing_release(j->notice);
+    free(j->notice);
+    j->notice = NULL;
+}
+
+bool delivery_spare_notice(producer *p, struct job *j)
+{
+    struct lm_err why;
+    int e = j->notice ? j->notice->error : 0;
+    if (!e || purged(e) || !final_reason(p, j, j->notice, &why))
+        return false;
+    drop_notice(p, j, &why);
+    return true;
 }
 
 static void acknowledged(producer *p, struct job *j)
@@ -188,13 +200,9 @@ void delivery_give(producer *p)
 
 void delivery_judge(producer *p, struct job *j)
 {
-    struct lm_err why;
     char text[256];
-    int notice = j->notice ? j->notice->error : 0, worst = j->out.error ? j->out.error : notice;
-    if (notice && !purged(notice) && final_reason(p, j, j->notice, &why)) {
-        drop_notice(p, j, &why);
-        worst = j->out.error;
-    }
+    delivery_spare_notice(p, j);
+    int worst = j->out.error || !j->notice ? j->out.error : j->notice->error;
     if (!worst) {
         acknowledged(p, j);
     } else if (purged(worst) && p->renewing) {

@@ -14,6 +14,9 @@ void delivery_judge(producer *p, struct job *j);
 /* Those of one poll, or of one transaction, together: a lock and a look at the clock for all. */
 void delivery_give(producer *p);
 
+/* Its notice has failed: true if it never can be delivered. The job goes on without it. */
+bool delivery_spare_notice(producer *p, struct job *j);
+
 /* Was this very record refused? Else it only shared the fate of its transaction, or of a broker.
  * NULL: no. */
 bool delivery_refused(const struct outgoing *o);

@@ -120,7 +120,9 @@ bool producer_send_records(producer *p, struct job *j, int64_t now_us)
     atomic_store_explicit(&j->unreported, 1 + out + notice, memory_order_relaxed);
     if (out)
         send_record(p, j, &j->out, now_us);
-    if (notice)
+    if (notice && out && p->exactly_once && j->out.error)
+        atomic_fetch_sub(&j->unreported, 1);
+    else if (notice)
         send_record(p, j, j->notice, now_us);
     return atomic_fetch_sub(&j->unreported, 1) == 1;
 }
@@ -177,6 +179,7 @@ static void on_delivery(rd_kafka_t *rk, const rd_kafka_message_t *m, void *opaqu
     struct job *j = o->job;
     o->error = m->err;
     o->acked = !m->err;
+    p->failed |= m->err != 0;
     has_arrived(p, o);
     if (o->acked && j->parent)
         o->partition = m->partition;

@@ -47,6 +47,7 @@ struct producer {
     struct job_chain ended;     /* acknowledged; to the consumer thread, see delivery_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     long under_way;             /* exactly-once: records that have no report yet */
+    bool failed;                /* ... and one of the transaction was not taken */
     int64_t transaction_timeout_ms;     /* as the client has it */
     struct batch_size batch;
     struct leaders leaders;     /* at-least-once */
@@ -63,7 +64,8 @@ struct producer {
 /* Opens p->rk with its callbacks. */
 lm_status producer_open(producer *p, struct lm_err *err);
 void producer_close(producer *p);       /* fine when it is not open */
-/* Sends what is not acknowledged yet. True: no report will come. */
+/* Sends what is not acknowledged yet. True: no report will come. Exactly-once: where the outcome is
+ * refused on the spot, nothing of the job is sent. */
 bool producer_send_records(producer *p, struct job *j, int64_t now_us);
 /* The next client gets another batch.size. True: it is to be made. */
 bool producer_resize(producer *p);

@@ -22,6 +22,20 @@ enum { COMMITTED_MS = 5000 };
 
 /* ---- consumer thread --------------------------------------------------------------------- */
 
+static void unstage(consumer *c, const struct job *j)
+{
+    if (j && !j->parent)
+        ledger_stage(c->ledger, j->lease->ref, j->record.offset, false);
+}
+
+/* No offset may pass them, nor a map hold them. */
+static void unstage_refused(consumer *c, const struct stage *s)
+{
+    for (size_t i = 0; i < s->n; i++)
+        if (s->verdicts[i] == STAGE_REFUSED)
+            unstage(c, s->jobs[i]);
+}
+
 /* Is all that was sent still staged? A part of a stream has no offset to lose. */
 static bool still_staged(consumer *c, const struct stage *s)
 {
@@ -109,6 +123,7 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 
 static void serve_stage(consumer *c, struct stage *s)
 {
+    unstage_refused(c, s);
     s->lost = !still_staged(c, s);
     if (s->more) {
         stage_jobs(c, s);
@@ -138,9 +153,10 @@ static void serve_settle(consumer *c, struct stage *s, bool committed)
         if (committed)
             ledger_committed(c->ledger, &s->commits[i]);
     }
+    unstage_refused(c, s);
     for (size_t i = 0; !committed && i < s->n; i++)
-        if (s->verdicts[i] == STAGE_IN && !s->jobs[i]->parent)
-            ledger_stage(c->ledger, s->jobs[i]->lease->ref, s->jobs[i]->record.offset, false);
+        if (s->verdicts[i] == STAGE_IN)
+            unstage(c, s->jobs[i]);
     if (committed && s->n_commits)
         metric_add(&c->w->metrics.commits, 1);
     if (committed)

@@ -8,7 +8,9 @@
  *
  *   producer thread                              consumer thread (staging.c)
  *   finished jobs --------- staging_stage() ---> marks their entries staged; offsets and maps
- *   begin, produce, send offsets, commit
+ *   begin, produce; refused on the spot:
+ *      once more ---------- staging_stage() ---> unstages those, and computes again
+ *   send offsets, commit
  *      committed ---------- staging_settle() -> notes what the broker holds; the jobs end as ever
  *      aborted ------------ staging_settle() -> unstages; the same jobs go into the next one
  *
@@ -27,6 +29,7 @@ enum stage_verdict {
     STAGE_GONE,                 /* its partition is another's: drop it */
     STAGE_IN,
     STAGE_WAIT,                 /* the offset map has no room for it yet: the next one */
+    STAGE_REFUSED,              /* in: it was IN, but its record did not get in: take it out */
 };
 
 struct stage {

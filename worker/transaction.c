@@ -17,13 +17,19 @@
  * most (PORTIONS). Each portion is staged before it is sent, so that there is room for it in the
  * map, and the last one's staging computes the offsets of all. Where few finish, there is one.
  *
+ * What the client refuses on the spot (a partition or a topic that it knows not to be there) has
+ * not entered the transaction, which goes on: the consumer thread takes such a job out of the stage
+ * and computes the offsets anew, if it had, and then it is judged.
+ *
  * How a transaction may end:
  *
  *   committed    the jobs end
  *   aborted      confirmed by the broker: a record was refused, the group has moved on, or a map is
- *                too long for the broker (the consumer thread makes the next one shorter). The
- *                refused job is judged as in producer.c (and travels alone from then on, so that it
- *                holds up no others); the rest go into the next transaction as they are
+ *                too long for the broker (the consumer thread makes the next one shorter). Those
+ *                refused are judged as in producer.c (who is sent again travels alone from then on,
+ *                so that it holds up no others); the rest go into the next transaction as they are.
+ *                When that was the cause the next one follows at once, as large, of them alone:
+ *                who is new may be refused as well. After any other cause it waits, and is smaller
  *   unknown      a call failed in a way that leaves open what the broker did. librdkafka speaks the
  *                first version of the transaction protocol, where a delayed commit may even land on
  *                a later transaction. So the producer is destroyed and a new one made: its
@@ -66,6 +72,7 @@ enum {
     PORTIONS = 4,               /* at least, of a full transaction */
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
+    FAILED_MS = 100,            /* for the other reports, once a record was not taken */
     MAX_BYTES = 32 << 20,       /* of one transaction */
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
@@ -82,10 +89,13 @@ struct tx {
     size_t bytes;               /* of the stage */
     bool initialised;
     int failures;               /* in a row */
+    size_t again;               /* an abort has left so many, which go before all that is new */
+    bool any_refused;           /* of the portion: STAGE_REFUSED, to be taken out */
     bool stale;                 /* records were not taken in time, since the producer is this one */
     int64_t since_us;           /* the oldest in `ready` ... */
     int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
+    struct log_seldom refused;
 };
 
 /* ---- ready ------------------------------------------------------------------------------ */
@@ -119,6 +129,8 @@ static void take_ready(struct tx *t)
     int less = LM_MIN(t->failures, FAILURES_COUNTED);
     size_t most_bytes = MAX_BYTES >> less;
     size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
+    if (t->again)
+        most = LM_MIN(most, t->again);
     size_t portion = t->stage.more ? t->stage.from + portion_most(t) : most;
     /* One that was refused before goes alone. */
     bool alone = all.head && all.head->out.attempts > 0;
@@ -142,10 +154,13 @@ static void put_back(struct tx *t)
     struct job_chain later = t->ready;
     t->ready = (struct job_chain){ 0 };
     for (size_t i = 0; i < t->stage.n; i++)
-        if (t->stage.jobs[i] && t->stage.verdicts[i] == STAGE_IN) {
+        if (t->stage.jobs[i]) {
             make_ready(t, t->stage.jobs[i]);
             t->stage.jobs[i] = NULL;
         }
+    t->again = t->ready.length;
+    if (t->again)
+        t->since_us = t->open_since_us;
     for (struct job *j; (j = job_chain_pop(&later));)
         make_ready(t, j);
 }
@@ -199,7 +214,8 @@ static void flush(struct tx *t)
 {
     int64_t end = lm_now_us() + CALL_MS * (int64_t)1000;
     while (call_ms(t) && rd_kafka_flush(t->p->rk, FLUSH_MS) && lm_now_us() < end)
-        ;
+        if (t->p->failed)       /* what is queued in the library stays there */
+            end = LM_MIN(end, lm_now_us() + FAILED_MS * 1000);
 }
 
 /* The last portion, too, goes in behind nothing, if that takes no longer than at-least-once would
@@ -348,7 +364,8 @@ static enum fate undo(struct tx *t, rd_kafka_error_t *e)
     return fate;
 }
 
-/* Hands the portion's records to the client; false: one was refused on the spot. */
+/* Hands the portion's records to the client. What it refuses on the spot, as a partition is not
+ * there for example, never enters the transaction. False: that can't end well any more. */
 static bool produce(struct tx *t)
 {
     int64_t now = lm_now_us();
@@ -357,10 +374,48 @@ static bool produce(struct tx *t)
         if (!j || t->stage.verdicts[i] != STAGE_IN)
             continue;
         producer_send_records(t->p, j, now);
-        if (j->out.error || (j->notice && j->notice->error))
+        if (delivery_refused(&j->out)) {
+            t->stage.verdicts[i] = STAGE_REFUSED;
+            t->any_refused = true;
+        } else if (j->out.error || (j->notice && j->notice->error &&
+                                    !delivery_spare_notice(t->p, j))) {
             return false;
+        }
     }
     return true;
+}
+
+static void judge(struct tx *t, size_t i)
+{
+    struct job *j = t->stage.jobs[i];
+    t->stage.jobs[i] = NULL;
+    delivery_judge(t->p, j);
+}
+
+/* The offsets, if they were computed, are again, without them. Then they are judged: what becomes
+ * of them, a dead letter as a rule, may be in the next portion. False: as produce(). */
+static bool take_out_refused(struct tx *t)
+{
+    if (!t->any_refused)
+        return true;
+    stage_release(&t->stage);
+    t->stage.from = t->stage.n;
+    if (staging_stage(t->w->consumer, &t->stage))
+        return false;
+    for (size_t i = 0; i < t->stage.n; i++)
+        if (t->stage.verdicts[i] == STAGE_REFUSED && t->stage.jobs[i])
+            judge(t, i);
+    delivery_give(t->p);
+    t->any_refused = false;
+    return !t->stage.lost;
+}
+
+/* Its end without a commit: nobody has asked for one, so its fate is known. */
+static enum fate take_back(struct tx *t)
+{
+    rd_kafka_error_t *e = persist(t, abort_it);
+    t->stage.more = true;
+    return e ? undo(t, e) : ABORTED;
 }
 
 /* A portion goes into the transaction, which begins with the first one. */
@@ -369,14 +424,13 @@ static enum fate extend(struct tx *t)
     rd_kafka_error_t *e = NULL;
     if (!t->open) {
         t->begun_us = lm_now_us();
+        t->p->failed = t->any_refused = false;
         if ((e = rd_kafka_begin_transaction(t->p->rk)))
             return undo(t, e);
         t->open = true;
     }
-    if (!t->stage.lost && produce(t))
-        return OPEN;
-    e = persist(t, abort_it);
-    return e ? undo(t, e) : ABORTED;
+    bool well = !t->stage.lost && !t->p->failed && produce(t) && take_out_refused(t);
+    return well ? OPEN : take_back(t);
 }
 
 static enum fate conclude(struct tx *t)
@@ -411,10 +465,10 @@ static enum fate find_out(struct tx *t)
 
 /* ---- before and after ------------------------------------------------------------------- */
 
-/* What an abort has left behind in a job; true: a record of its own was refused. */
-static bool forget_attempt(struct job *j)
+/* What an abort has left behind in a job; true: a record of its own was refused, which is to be
+ * judged. Its outcome, that is: without a notice it goes on. */
+static bool forget_attempt(struct tx *t, struct job *j)
 {
-    bool own = delivery_refused(&j->out) || delivery_refused(j->notice);
     if (j->parent && j->route.partition < 0)
         j->out.partition = -1;          /* where it went is where nobody sees it */
     struct outgoing *both[] = { &j->out, j->notice };
@@ -425,7 +479,8 @@ static bool forget_attempt(struct job *j)
         if (!delivery_refused(both[i]))
             both[i]->error = 0;
     }
-    return own;
+    return delivery_refused(&j->out) ||
+           (delivery_refused(j->notice) && !delivery_spare_notice(t->p, j));
 }
 
 /* Its topic takes records again: the others that wait for it need not go alone any more. */
@@ -468,34 +523,59 @@ static bool any_timed_out(const struct stage *s)
     return false;
 }
 
-/* A producer that was made to find out has asked anew already. */
-static void after_abort(struct tx *t, bool going)
+/* Each dead letter has a line of its own. */
+static void say_refused(struct tx *t, const struct outgoing *o)
+{
+    log_seldom(&t->refused, "producer", "a transaction was aborted, for a record to '%s' was "
+               "refused: %s; the others go again", o->topic,
+               rd_kafka_err2str((rd_kafka_resp_err_t)o->error));
+}
+
+/* Whoever was refused is judged, and in the next one no more. True: there was such. */
+static bool judge_refused(struct tx *t)
+{
+    bool any = false;
+    for (size_t i = 0; i < t->stage.n; i++) {
+        struct job *j = t->stage.jobs[i];
+        if (!j)
+            continue;
+        const struct outgoing *o = delivery_refused(&j->out) ? &j->out : j->notice;
+        if (delivery_refused(o) && !any)
+            say_refused(t, o);
+        any |= delivery_refused(o);
+        if (forget_attempt(t, j))
+            judge(t, i);
+    }
+    return any;
+}
+
+/* A producer that was made to find out has asked anew already. True: the cause is gone. */
+static bool after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
     t->stale |= t->rebuilt_us < t->begun_us && any_timed_out(&t->stage);
-    for (size_t i = 0; going && i < t->stage.n; i++) {
-        struct job *j = t->stage.jobs[i];
-        if (j && t->stage.verdicts[i] == STAGE_IN && forget_attempt(j)) {
-            t->stage.jobs[i] = NULL;
-            delivery_judge(t->p, j);
-        }
-    }
+    bool mended = going && judge_refused(t);
     delivery_give(t->p);
     put_back(t);
+    return mended;
 }
 
+/* What failed because of some of its records is no larger than it should be, and its next try, of
+ * the others, need not wait. New ones wait for that: among them may be such records again. */
 static void finish(struct tx *t, enum fate fate)
 {
     const struct config *cfg = t->w->cfg;
-    staging_settle(t->w->consumer, &t->stage, fate == COMMITTED);
-    if (fate == COMMITTED)
+    bool well = fate == COMMITTED;
+    staging_settle(t->w->consumer, &t->stage, well);
+    if (well)
         after_commit(t);
     else
-        after_abort(t, fate != HOPELESS);
+        well = after_abort(t, fate != HOPELESS);
     t->open = t->full = false;
-    t->failures = fate == COMMITTED ? 0 : t->failures + 1;
-    t->not_before_us = t->failures ? lm_now_us() + backoff_us(LM_MIN(t->failures - 1, 20), 50,
-                                                               cfg->retry_backoff_max_ms) : 0;
+    t->again = fate != COMMITTED && well ? t->again : 0;
+    t->failures = fate == COMMITTED ? 0 : t->failures + !well;
+    t->not_before_us = well ? 0 : lm_now_us() + backoff_us(LM_MIN(t->failures - 1, 20), 50,
+                                                           cfg->retry_backoff_max_ms);
 }
 
 static void drop_gone(struct tx *t)

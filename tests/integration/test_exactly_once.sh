@@ -78,6 +78,27 @@ refused() { d count dead refused- 2; }
 check "refused replies are dead letters" wait_until 40 refused
 check "and hold nobody up" d wait replies $((N + 12100)) 20
 
+# Each tenth of 600 wants a partition or a topic that is not there, and the workers know that: the
+# client library refuses these on the spot. They are dead letters, and the others wait for none.
+"$PYTHON" - "$BOOTSTRAP" $((N + 12100)) <<'P'
+import json, sys
+from confluent_kafka import Producer
+p, first = Producer({"bootstrap.servers": sys.argv[1]}), int(sys.argv[2])
+for i in range(600):
+    prompt, headers = {"id": f"p-{first + i - i // 10 - 1}", "prompt": f"number {i}"}, []
+    if i % 10 == 0:
+        prompt["id"] = f"refused-{2 + i}"
+        if i % 20:
+            prompt["reply_topic"] = "absent"
+        else:
+            headers = [("kafka_replyPartition", (7).to_bytes(4, "big"))]
+    p.produce("prompts", json.dumps(prompt), headers=headers)
+assert not p.flush(20)
+P
+check "each tenth prompt is refused, the others are answered" d wait replies $((N + 12640)) 20
+check "and those refused are dead letters" d wait dead 62 10
+N=$((N + 540))
+
 # A zombie: stopped with work in hand until its twin has taken over, then woken.
 d produce prompts $((N + 12100)) 8000
 kill -STOP "$A"

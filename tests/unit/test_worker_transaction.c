@@ -27,7 +27,9 @@ static char said[2048];         /* of each transaction: its prompts' offsets, an
 static char sizes[256];         /* ... and how many they were */
 static int records, fail_next;
 static bool fate_unknown;       /* of the transaction that fails next */
-static struct job *late;        /* not taken in time by the transaction that fails next */
+static struct outgoing *late;   /* a record that the transaction that fails next did not get in, */
+static int late_error;          /* and why */
+static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
 static char wanted[256];        /* of each part of a stream: the partition that it was sent to */
 
@@ -64,6 +66,7 @@ rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
 rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
 {
     struct outgoing *o = NULL;
+    rd_kafka_headers_t *headers = NULL;
     int32_t partition = 0;
     va_list ap;
     va_start(ap, rk);
@@ -76,13 +79,17 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
             (void)va_arg(ap, void *);
             (void)va_arg(ap, size_t);
         } else if (type == RD_KAFKA_VTYPE_HEADERS) {
-            rd_kafka_headers_destroy(va_arg(ap, rd_kafka_headers_t *));
+            headers = va_arg(ap, rd_kafka_headers_t *);
         } else if (type == RD_KAFKA_VTYPE_OPAQUE) {
             o = va_arg(ap, void *);
         } else {
             abort();
         }
     va_end(ap);
+    if (refuse_tenth && o->asked && o->job->record.offset % 10 == 0)
+        return (rd_kafka_resp_err_t)refuse_tenth;
+    if (headers)
+        rd_kafka_headers_destroy(headers);
     records++;
     atomic_fetch_add(&sent, 1);
     p.under_way--;              /* acknowledged at once */
@@ -112,7 +119,7 @@ rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
     bool fails = fail_next > 0;
     fail_next -= fails;
     if (fails && late)                  /* the report of a record of it */
-        late->out.error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+        late->error = late_error;
     late = NULL;
     say(said, sizeof said, -1, fails ? "aborted," : "committed,");
     say(sizes, sizeof sizes, records, "");
@@ -142,6 +149,14 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     (void)rk;
     (void)l;
     (void)timeout_ms;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+rd_kafka_resp_err_t rd_kafka_fatal_error(rd_kafka_t *rk, char *why, size_t size)
+{
+    (void)rk;
+    (void)why;
+    (void)size;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
@@ -186,7 +201,8 @@ static int open_world(void **state)
     p = (struct producer){ .w = &x->w, .exactly_once = true };
     job_queue_init(&p.again);
     said[0] = sizes[0] = wanted[0] = '\0';
-    asked = fail_next = 0;
+    asked = fail_next = refuse_tenth = 0;
+    x->w.producer = &p;
     atomic_store(&sent, 0);
     atomic_store(&others, 0);
     atomic_store(&aborts, 0);
@@ -537,7 +553,8 @@ static void what_is_not_taken_in_time_brings_a_new_producer(void **state)
     until_in_flight(1);                 /* aborted as the group went on, for example: no reason */
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 0);
     fail_next = 1;
-    late = jobs[1];
+    late = &jobs[1]->out;
+    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
     finish(jobs, 1, 1);
     until_in_flight(0);
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
@@ -553,13 +570,148 @@ static void one_new_producer_is_enough(void **state)
     read_prompts(jobs, 0, 1);
     fail_next = 1;
     fate_unknown = true;
-    late = jobs[0];
+    late = &jobs[0]->out;
+    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
     finish(jobs, 0, 1);
     begin_with_clients();
     until_in_flight(0);
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
     assert_string_equal(sizes, "1 1 ");
     end_with_clients();
+}
+
+static char gone[] = "gone", dead[] = "dead", group[] = "g";
+
+static void ask_for(struct outgoing *o)
+{
+    o->topic = gone;
+    o->partition = 7;
+    o->asked = true;
+}
+
+static long long dead_letters(void)
+{
+    return (long long)atomic_load(&x->w.metrics.dead_letters[LM_NOT_FOUND]);
+}
+
+/* Each prompt has chosen a partition. */
+static void choose(struct job **jobs, int first, int n)
+{
+    x->cfg.topics_dead_letters = dead;
+    x->cfg.group_id = group;
+    for (int i = first; i < first + n; i++)
+        ask_for(&jobs[i]->out);
+}
+
+/* What the client refuses on the spot never enters the transaction, which passes it by: neither is
+ * it finished by that, nor do the others wait. */
+static void what_is_refused_on_the_spot_costs_the_others_nothing(void **state)
+{
+    (void)state;
+    struct job *jobs[100];
+    x->cfg.transaction_max_messages = 100;
+    x->cfg.transaction_interval_ms = 3600000;       /* only full ones */
+    read_prompts(jobs, 0, 100);
+    choose(jobs, 0, 100);
+    refuse_tenth = RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION;
+    finish(jobs, 0, 100);
+    begin();
+    until_in_flight(10);
+    assert_string_equal(sizes, "90 ");
+    struct ledger_commit due = { .ref = x->part.ref };
+    ledger_due(x->c.ledger, x->part.ref, true, &due);
+    assert_int_equal(due.offset, 0);
+    producer_want_offsets(&p);
+    until_in_flight(0);
+    assert_string_equal(sizes, "90 10 ");
+    assert_int_equal(atomic_load(&aborts), 0);
+    assert_int_equal(dead_letters(), 10);
+}
+
+/* ... in a portion that is sent early as well, and their dead letters go in the same one. */
+static void what_is_refused_early_is_a_dead_letter_at_once(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    fill_slowly(jobs);
+    choose(jobs, 0, PORTION);
+    refuse_tenth = RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC;
+    finish(jobs, 0, PORTION);
+    begin();
+    until_sent(PORTION - PORTION / 10);
+    finish(jobs, PORTION, MANY - PORTION - PORTION / 10);
+    until_in_flight(PORTION / 10);
+    assert_string_equal(sizes, "1950 ");
+    assert_int_equal(atomic_load(&aborts), 0);
+    assert_int_equal(dead_letters(), PORTION / 10);
+    finish(jobs, MANY - PORTION / 10, PORTION / 10);
+    producer_want_offsets(&p);
+    until_in_flight(0);
+}
+
+/* A report costs an abort, and nobody else a smaller transaction; the next one is of them alone,
+ * for who comes new may be refused again. */
+static void who_is_refused_later_goes_and_the_others_commit(void **state)
+{
+    (void)state;
+    struct job *jobs[64];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.transaction_interval_ms = 3600000;
+    x->cfg.retry_backoff_max_ms = 3600000;          /* of which there is none */
+    read_prompts(jobs, 0, 64);
+    choose(jobs, 0, 64);
+    fail_next = 1;
+    late = &jobs[5]->out;
+    late_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    finish(jobs, 0, 64);
+    begin();
+    producer_want_offsets(&p);
+    until_in_flight(1);
+    assert_string_equal(sizes, "64 63 ");
+    producer_want_offsets(&p);
+    until_in_flight(0);
+    assert_string_equal(sizes, "64 63 1 ");
+    assert_int_equal(dead_letters(), 1);
+}
+
+/* A dead letter whose requester is to be told. */
+static struct job *with_notice(struct job **jobs)
+{
+    read_prompts(jobs, 0, 1);
+    x->cfg.topics_dead_letters = dead;
+    x->cfg.group_id = group;
+    jobs[0]->outcome = OUTCOME_DEAD_LETTER;
+    jobs[0]->out.topic = dead;
+    jobs[0]->notice = lm_calloc(1, sizeof *jobs[0]->notice);
+    ask_for(jobs[0]->notice);
+    return jobs[0];
+}
+
+/* The notice is left out; the dead letter was aborted with it, and goes again. */
+static void a_notice_that_is_refused_later_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    late = with_notice(jobs)->notice;
+    late_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    fail_next = 1;
+    finish(jobs, 0, 1);
+    begin();
+    until_in_flight(0);
+    assert_string_equal(sizes, "2 1 ");
+}
+
+static void a_notice_that_is_refused_on_the_spot_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    with_notice(jobs);
+    refuse_tenth = RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION;
+    finish(jobs, 0, 1);
+    begin();
+    until_in_flight(0);
+    assert_string_equal(sizes, "1 ");
+    assert_int_equal(atomic_load(&aborts), 0);
 }
 
 /* ---- parts of a stream ------------------------------------------------------------------- */
@@ -621,6 +773,11 @@ int main(void)
         TEST(a_portion_without_room_ends_the_transaction),
         TEST(an_open_transaction_is_aborted_at_the_end),
         TEST(what_is_not_taken_in_time_brings_a_new_producer), TEST(one_new_producer_is_enough),
+        TEST(what_is_refused_on_the_spot_costs_the_others_nothing),
+        TEST(what_is_refused_early_is_a_dead_letter_at_once),
+        TEST(who_is_refused_later_goes_and_the_others_commit),
+        TEST(a_notice_that_is_refused_later_is_left_out),
+        TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
     };
