@@ -19,10 +19,12 @@
 #   part NAME                   is this part of the test wanted? ($PARTS)
 #   start_worker LOG [KEY=VALUE]...     "${PROGRAM[@]}" with $RUN/worker.properties and these; $W is its
 #                               pid, $RUN/LOG.log has its words
+#   worker NAME [KEY=VALUE]...  the same under that name, in worker-NAME.log; a script may have one of its own
 #   has PATTERN LOG             has it said so?
 #   metric NAME                 of the worker at the port $HTTP; without its labels the first of that name
 #   stop PID WHAT               SIGTERM, and status 0
 #   ended PID                   is it no more?
+#   lag_is_zero GROUP TOPIC [PARTITIONS]
 #   d COMMAND ...               prompts and outcomes by number: tests/integration/delivery.py
 #
 # What `make test-matrix` varies; without it the newest of all:
@@ -113,6 +115,8 @@ start_worker() {
     W=$!
 }
 
+worker() { start_worker "worker-$1" "worker.name=$1" "${@:2}"; }
+
 has() { grep -q "$1" "$RUN/$2.log"; }
 metric() {
     curl -sf "http://127.0.0.1:$HTTP/metrics" |
@@ -120,6 +124,11 @@ metric() {
 }
 stop() { kill -TERM "$1"; wait "$1"; check "$2 ends with status 0 (got $?)" [ $? -eq 0 ]; }
 ended() { case $(ps -o stat= -p "$1") in ''|Z*) return 0 ;; *) return 1 ;; esac; }
+# Has the group committed the end of each partition, PARTITIONS of them if that is said?
+lag_is_zero() {
+    "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag "$1" "$2" | awk -v want="${3:-0}" \
+        '{ n++; if ($2 != $4) bad = 1 } END { exit bad || !n || (want && n != want) }'
+}
 d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 
 # ---- services ---------------------------------------------------------------------------------

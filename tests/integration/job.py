@@ -18,7 +18,8 @@ import struct
 import sys
 import time
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Producer
+from delivery import client, partitions
 
 BAD = {
     "unknown-adapter": lambda p: json.dumps({**p, "adapter": "no-such-voice"}),
@@ -79,11 +80,8 @@ class Tail:
     """Everything in some topics, from the beginning, with read_committed."""
 
     def __init__(self, bootstrap, topics):
-        self.c = Consumer({"bootstrap.servers": bootstrap, "group.id": "oracle",
-                           "enable.auto.commit": False,
-                           "auto.offset.reset": "earliest", "log_level": 3})
-        md = self.c.list_topics(timeout=10)
-        self.c.assign([TopicPartition(t, p, 0) for t in topics for p in md.topics[t].partitions])
+        self.c = client(bootstrap, "oracle")
+        self.c.assign(partitions(self.c, ",".join(topics)))
 
     def read(self, seconds):
         end = time.time() + seconds

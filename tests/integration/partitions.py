@@ -12,13 +12,14 @@ import sys
 import time
 
 import trouble as t
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from delivery import client
 from trouble import Reader, body, check, header, send
 
 
 def big(group, topic, size):
-    c = Consumer({"bootstrap.servers": t.bootstrap, "group.id": group, "log_level": 3})
+    c = client(t.bootstrap, group)
     text = "x" * (int(size) - 1)        # Python's client sends the NUL at the end, too
     try:
         c.commit(offsets=[TopicPartition(topic, 0, 0, text)], asynchronous=False)

@@ -114,8 +114,7 @@ send; answered "all brokers were away"
 
 for mode in $MODES; do
     d verify "$mode-replies" 0 $N $([ $mode = exactly-once ] && echo 0 || echo -1) || FAILED=1
-    zero() { admin lag "$mode" "$mode" | awk '{ n++; if ($2 != $4) bad = 1 } END { exit bad || n != 3 }'; }
-    check "$mode: the lag is zero" wait_until 30 zero
+    check "$mode: the lag is zero" wait_until 30 lag_is_zero "$mode" "$mode" 3
     kill -TERM "${W[$mode]}"; wait "${W[$mode]}"
     check "$mode: the worker of the start ends with status 0 (got $?)" [ $? -eq 0 ]
 done

@@ -21,26 +21,25 @@ http.address=127.0.0.1
 poison.max_attempts=0
 kafka.bootstrap.servers=$BOOTSTRAP
 P
-worker() { start_worker "$1" "worker.name=$1" "${@:2}"; }       # NAME PROPERTY...
 
 # Under KIP-848 the interval may be shorter than the session. These prompts take 15 s.
 worker long topics.prompts=long group.id=long "http.port=$HTTP" drain.timeout_ms=0 \
     kafka.consumer.group.protocol=consumer kafka.max.poll.interval.ms=1500 revoke.drain_ms=500
 LONG=$W
 d produce long 0 20 acme 1
-wait_until 20 has 'assigned long' long
+wait_until 20 has 'assigned long' worker-long
 before=$(metric 'rebalances_total{event="assign"}') start=$SECONDS
 
 # Meanwhile: stopped with work that it has finished and not committed.
 common=(topics.prompts=fast group.id=fast http.port=0 kafka.session.timeout.ms=6000
         kafka.heartbeat.interval.ms=500)
 worker old "${common[@]}" commit.interval_ms=60000; OLD=$W
-wait_until 20 has 'assigned fast' old
+wait_until 20 has 'assigned fast' worker-old
 d produce fast 1000 2000
 check "the first worker answers" d wait replies 2000 30
 kill -STOP "$OLD"
 worker new "${common[@]}" commit.interval_ms=200; NEW=$W
-check "its partitions move when it is stopped" wait_until 30 has 'assigned fast \[1\]' new
+check "its partitions move when it is stopped" wait_until 30 has 'assigned fast \[1\]' worker-new
 d produce fast 3000 500
 check "and the other one answers on" d wait replies 2500 30
 stands() { for p in 0 1; do d committed fast fast $p; done | awk '{ n += $1 } END { print n }'; }
@@ -49,18 +48,18 @@ check "and commits to the end" wait_until 20 at_end
 kill -CONT "$OLD"
 stays() { local t; for t in $(seq 8); do at_end || return 1; sleep 0.3; done; }
 check "the one that wakes sets nothing back" stays
-check "it has noticed" wait_until 20 has 'lost fast\|commit refused\|revoked fast' old
+check "it has noticed" wait_until 20 has 'lost fast\|commit refused\|revoked fast' worker-old
 check "and lives" kill -0 "$OLD"
 
 # It stops again, and the group waits for it to join with a third. What the second one commits meanwhile
 # stands behind its own JoinGroup, and comes to the broker when its generation has passed.
-again() { [ "$(grep -c 'assigned fast' "$RUN/old.log")" -ge 3 ]; }
+again() { [ "$(grep -c 'assigned fast' "$RUN/worker-old.log")" -ge 3 ]; }
 check "the one that woke takes a partition again" wait_until 20 again
 kill -STOP "$OLD"
 worker third "${common[@]}" commit.interval_ms=200; THIRD=$W
 sent=2500
 overtaken() {
-    has 'commit refused: .*generation id is not valid' new && return
+    has 'commit refused: .*generation id is not valid' worker-new && return
     d produce fast $((1000 + sent)) 20; sent=$((sent + 20)); return 1
 }
 check "a commit comes too late for its generation (ILLEGAL_GENERATION)" wait_until 20 overtaken
@@ -79,6 +78,6 @@ check "prompts that take ten times max.poll.interval.ms cause no rebalance ($bef
     [ "$(metric 'rebalances_total{event="assign"}')" = "$before" ]
 check "and are still at work ($(metric in_flight_records))" [ "$(metric in_flight_records)" = 20 ]
 # Two a component in 15 s; every try of every prompt would be hundreds.
-lines=$(grep -c 'WARN .*\(intake\|store\): ' "$RUN/long.log")
+lines=$(grep -c 'WARN .*\(intake\|store\): ' "$RUN/worker-long.log")
 check "their store is away, and the log says it now and then ($lines lines)" [ "$lines" -ge 1 -a "$lines" -le 8 ]
 stop "$LONG" "the one with long prompts"

@@ -26,7 +26,6 @@ kafka.bootstrap.servers=$BOOTSTRAP
 $(group_properties)
 P
 
-worker() { start_worker "worker-$1" "worker.name=$1"; }
 worker a; A=$W
 worker b; B=$W
 "$PYTHON" tests/integration/job.py make "$N" tests/models/storefront-adapters tests/models/orders.txt "$RUN/job"
@@ -39,11 +38,7 @@ check "the job ends although a worker was killed" \
     "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead "$N" 240
 "$PYTHON" tests/integration/job.py verify "$BOOTSTRAP" replies dead prompts "$RUN/job" || FAILED=1
 
-lag_is_zero() {
-    "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag delivery prompts |
-        awk '{ n++; if ($2 != $4) bad = 1 } END { exit bad || n != 6 }'
-}
-check "committed offsets reach the end of every partition" wait_until 20 lag_is_zero
+check "committed offsets reach the end of every partition" wait_until 20 lag_is_zero delivery prompts 6
 
 for w in "$B" "$C"; do
     kill -TERM "$w"

@@ -30,7 +30,6 @@ http.port=0
 kafka.bootstrap.servers=$BOOTSTRAP
 $(group_properties)
 P
-worker() { start_worker "worker-$1" "worker.name=$1"; }
 crash() { kill -9 -- "-$W"; wait "$W" 2>/dev/null; }
 
 d produce prompts 0 2000 "$ADAPTER" 10

@@ -13,7 +13,8 @@ import time
 import urllib.request
 import uuid
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Producer, TopicPartition
+from delivery import client, partitions
 
 ALL = 1 << 60
 # Seconds of work; of engine.max_seqs=64 all.
@@ -37,10 +38,8 @@ class Reader:
     partition."""
 
     def __init__(self, *topics, before=0):
-        self.c = Consumer({"bootstrap.servers": bootstrap, "group.id": uuid.uuid4().hex,
-                           "isolation.level": "read_committed", "log_level": 3})
-        md = self.c.list_topics(timeout=10)
-        parts = [TopicPartition(t, p) for t in topics for p in md.topics[t].partitions]
+        self.c = client(bootstrap, uuid.uuid4().hex)
+        parts = partitions(self.c, ",".join(topics))
         for tp in parts:
             low, high = self.c.get_watermark_offsets(tp, timeout=10)
             tp.offset = max(low, high - before)
@@ -727,7 +726,7 @@ def head(group):
     mid, top = [[sorted(x)[int(q * len(x))] for x in late] for q in (0.5, 0.99)]
     check(f"behind it they are as fast: median {mid[0]:.0f} ms, p99 {top[0]:.0f} ms; without it "
           f"{mid[1]:.0f} ms, {top[1]:.0f} ms", mid[0] < 1.5 * mid[1] + 20 and top[0] < 1.5 * top[1] + 50)
-    c = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "log_level": 3})
+    c = client(bootstrap, group)
     where = [TopicPartition("prompts", part) for part in (0, 1)]
     ends = [c.get_watermark_offsets(tp, timeout=10)[1] for tp in where]
     lag = lambda: [e - tp.offset for e, tp in zip(ends, c.committed(where, timeout=10))]
