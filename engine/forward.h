@@ -40,7 +40,7 @@ struct forward_params {
     const struct model_config *model;
     const struct weights *weights;
     kn_device *dev;
-    kn_comm *comm;              /* NULL: one device */
+    kn_comm *comm;              /* NULL: one device, as in every engine so far */
     struct shard shard;
     int max_tokens;             /* of one step */
     int64_t lora_rows;          /* of one step: sum over segments of n_tok * rank_max */

@@ -7,7 +7,8 @@
  *
  * A shard is this device's part of a tensor-parallel group (Megatron's split, arXiv 1909.08053):
  * heads and feed-forward columns of qkv and gate_up by rows, o and down by columns, lm_head by
- * vocabulary rows; embeddings and norms whole. {0, 1} is the whole model.
+ * vocabulary rows; embeddings and norms whole. {0, 1} is the whole model, and all that an engine
+ * asks for so far.
  */
 #ifndef LORAMILL_ENGINE_WEIGHTS_H
 #define LORAMILL_ENGINE_WEIGHTS_H

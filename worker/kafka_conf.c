@@ -59,9 +59,9 @@ static const struct setting producer_defaults[] = {
     { "partitioner", "murmur2_random" },                /* keys land where Java's land */
     { "compression.type", "lz4" },
     /* What waits for longer than that behind a batch on its way to the same partition makes
-     * librdkafka's thread poll without a pause. So producer.c holds records back then, and what
+     * librdkafka's thread poll without a pause. So hold.c holds records back then, and what
      * it lets go at once is to be one batch. More than the library's default might be too large for
-     * a broker with its own default, 1 MiB; see producer.c on MSG_SIZE_TOO_LARGE. */
+     * a broker with its own default, 1 MiB; see batch_size.h. */
     { "linger.ms", "5" },
     { "statistics.interval.ms", "10000" },
     { "batch.size", "1000000" },
