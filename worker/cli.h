@@ -85,8 +85,7 @@ uint64_t cli_lines_count(const char *path);
 struct cli_kafka {
     rd_kafka_t *rk;
     char why[256];              /* the client's last complaint, for messages */
-    bool one_by_one;            /* set before opening: each record in a batch of its own, so that
-                                 * one that is too large takes no other with it */
+    const char *transactional_id;       /* set before opening a producer of transactions */
     bool one_each;              /* set before opening a consumer that reads one record a partition:
                                  * it fetches little more */
     void (*delivered)(void *user, const rd_kafka_message_t *m);

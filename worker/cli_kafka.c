@@ -84,6 +84,16 @@ static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
     return LM_OK;
 }
 
+/* Over what the file sets, which is for workers. A transaction that its process leaves open holds
+ * up readers for this long; a record in it has no longer. */
+static lm_status set_transactional(rd_kafka_conf_t *conf, const char *id, struct lm_err *err)
+{
+    lm_status st = set(conf, "transactional.id", id, err);
+    if (st == LM_OK)
+        st = set(conf, "transaction.timeout.ms", "15000", err);
+    return st == LM_OK ? set(conf, "message.timeout.ms", "15000", err) : st;
+}
+
 static void on_log(const rd_kafka_t *rk, int level, const char *fac, const char *buf)
 {
     (void)rk;
@@ -125,8 +135,8 @@ lm_status cli_kafka_open(struct cli_kafka *k, const struct config *c, rd_kafka_t
         st = set_one_each(conf, err);
     if (st == LM_OK)
         st = set_passthrough(conf, c, type, err);
-    if (st == LM_OK && k->one_by_one && type == RD_KAFKA_PRODUCER)
-        st = set(conf, "batch.num.messages", "1", err);
+    if (st == LM_OK && k->transactional_id && type == RD_KAFKA_PRODUCER)
+        st = set_transactional(conf, k->transactional_id, err);
     if (st == LM_OK && !has_brokers(conf))
         st = lm_err_set(err, LM_INVALID, "kafka.bootstrap.servers is not set: name a broker, as "
                         "kafka.bootstrap.servers=host:9092");

@@ -9,8 +9,8 @@
  * with the prompt's own headers. Of ours it keeps loramill-attempt and the `original` headers, so
  * that a second failure counts on and still says where the prompt first was; what says why it
  * failed is left out. Without --yes it only says what it would send. The topic itself is never
- * changed: a letter that was sent back stays, so a filter with --since or --until keeps a second
- * retry apart, and what could not be sent is named by its place.
+ * changed: a letter that was sent back stays, and is known by its mark (dlq_marks.h), which goes
+ * out with it in one transaction (cmd_dlq_retry.h). What has a mark is passed over, unless --again.
  *
  * Where a letter came from is what its headers say, and those may be the prompt's sender's own. So
  * it goes back by itself only to a topic of topics.prompts; anywhere else needs --to. For the same
@@ -25,11 +25,12 @@
 
 #include "worker/cli_group.h"
 #include "worker/cmd_collect_record.h"
+#include "worker/cmd_dlq_retry.h"
 #include "worker/commands.h"
 
 enum verb { VERB_LIST, VERB_SHOW, VERB_RETRY };
 
-enum { FLUSH_MS = 60000, BROKER_MS = 15000 };
+enum { BROKER_MS = 15000 };
 
 struct place { int64_t partition, offset; };
 
@@ -41,12 +42,17 @@ struct dlq {
     int64_t since_ms, until_ms, limit;          /* -1: none */
     struct place *places;
     int n_places;
-    bool json, yes;
+    bool json, yes, again, open;
 
-    struct cli_kafka kafka, producer;
+    struct cli_kafka kafka;
     codec *codec;
+    struct dlq_retry *retry;                    /* with --yes */
+    dlq_marks *marks;                           /* without a retry; NULL: not known */
+    int64_t *next;                              /* of each partition, behind what was seen; or -1 */
     char exists[256];                           /* the last topic that was found to be there */
-    uint64_t seen, hits, picked, handed, sent, failed, unfit;
+    uint64_t seen, hits, picked, picked_sent, before, unfit;
+    lm_status st;                               /* of the retry, from within the scan */
+    struct lm_err err;
 };
 
 static const char help[] =
@@ -66,6 +72,8 @@ static const char help[] =
     "      --limit N         stops after N\n"
     "  -j, --json            list: one JSON object a line\n"
     "      --to TOPIC        retry: to this topic instead of the original ones\n"
+    "      --open            only those that were not sent back\n"
+    "      --again           retry: also those that were sent back before\n"
     "  -y, --yes             retry: does it; without it, it says what it would do\n"
     "\n"
     "Exit status: 0 done, 1 it could not be done (or not for every letter), 2 usage.\n";
@@ -76,14 +84,22 @@ struct letter {
     const rd_kafka_message_t *m;
     struct collected_letter d;
     json_t *prompt;             /* as a tree, whatever the encoding; NULL: can't be read */
-    int64_t ms;
+    int64_t ms, from;           /* from: there is nothing from here to the letter */
+    bool sent_back;
 };
+
+/* NULL: not known. A retry's are others after each of its transactions. */
+static dlq_marks *marks_of(const struct dlq *q)
+{
+    return q->retry ? dlq_retry_marked(q->retry) : q->marks;
+}
 
 static void letter_read(struct dlq *q, const rd_kafka_message_t *m, struct letter *l)
 {
     int n;
     struct header *h = collected_headers(m, &n);
     *l = (struct letter){ .m = m, .ms = rd_kafka_message_timestamp(m, NULL) };
+    l->sent_back = marks_of(q) && dlq_marks_has(marks_of(q), m->partition, m->offset);
     collected_letter_read(m, &l->d);
     codec_decode_tree(q->codec, m->payload, m->len, h, n, &l->prompt, NULL);
     free(h);
@@ -114,7 +130,7 @@ static bool wanted(const struct dlq *q, const struct letter *l)
     const char *code = l->d.code;
     if (!strncmp(code, "loramill.", 9))         /* a bare class name, of another family */
         code += 9;
-    if (q->cause && strcmp(q->cause, code))
+    if ((q->cause && strcmp(q->cause, code)) || (q->open && l->sent_back))
         return false;
     if (q->adapter && (!l->prompt || strcmp(q->adapter, adapter ? adapter : "")))
         return false;
@@ -130,7 +146,13 @@ static void print_text(const char *s)
     cli_print_text(s ? s : "-", s ? strlen(s) : 1);
 }
 
-static void print_line(const struct letter *l)
+/* The state of a letter; "-": not known. */
+static const char *state_of(const struct dlq *q, const struct letter *l)
+{
+    return !marks_of(q) ? "-" : l->sent_back ? "sent back" : "open";
+}
+
+static void print_line(const struct dlq *q, const struct letter *l)
 {
     char when[32] = "-";
     time_t s = (time_t)(l->ms / 1000);
@@ -145,10 +167,10 @@ static void print_line(const struct letter *l)
     print_text(field(l, "id"));
     putchar('\t');
     print_text(l->d.message);
-    putchar('\n');
+    printf("\t%s\n", state_of(q, l));
 }
 
-static void print_json(const struct letter *l)
+static void print_json(const struct dlq *q, const struct letter *l)
 {
     char *line = collected_letter_line(&l->d, l->m);
     json_t *o = line ? json_loads(line, JSON_ALLOW_NUL, NULL) : NULL;
@@ -158,6 +180,7 @@ static void print_json(const struct letter *l)
                                            "offset", (json_int_t)l->m->offset));
     json_object_set_new(o, "time_ms", json_integer(l->ms));
     json_object_set_new(o, "adapter", adapter ? json_string(adapter) : json_null());
+    json_object_set_new(o, "sent_back", marks_of(q) ? json_boolean(l->sent_back) : json_null());
     cli_print_json(o, JSON_COMPACT);
     json_decref(o);
 }
@@ -187,7 +210,7 @@ static void print_bytes(const void *at, size_t n)
     putchar('\n');
 }
 
-static void show(const struct letter *l)
+static void show(const struct dlq *q, const struct letter *l)
 {
     rd_kafka_headers_t *h;
     const char *name;
@@ -195,7 +218,8 @@ static void show(const struct letter *l)
     size_t n;
     const char *const lines[][2] = { { "cause    ", l->d.code }, { "reason   ", l->d.message },
                                      { "prompt   ", l->d.source } };
-    printf("place    %d:%" PRId64 "\n", (int)l->m->partition, l->m->offset);
+    printf("place    %d:%" PRId64 "\nstate    %s\n", (int)l->m->partition, l->m->offset,
+           state_of(q, l));
     for (size_t i = 0; i < LM_COUNT(lines); i++) {
         fputs(lines[i][0], stdout);
         print_text(lines[i][1]);
@@ -221,57 +245,6 @@ static void show(const struct letter *l)
 
 /* ---- retry ------------------------------------------------------------------------------ */
 
-/* Headers that say why it failed; a new failure will say it anew. */
-static bool says_why(const char *name)
-{
-    static const char *const prefixes[] = { "kafka_dlt-exception-", "__connect.errors.",
-                                            "loramill-error-", "loramill-worker" };
-    for (size_t i = 0; i < LM_COUNT(prefixes); i++)
-        if (!strncmp(name, prefixes[i], strlen(prefixes[i])))
-            return true;
-    return false;
-}
-
-static rd_kafka_headers_t *own_headers(const rd_kafka_message_t *m)
-{
-    rd_kafka_headers_t *h, *out = rd_kafka_headers_new(8);
-    const char *name;
-    const void *value;
-    size_t n;
-    if (!rd_kafka_message_headers(m, &h))
-        for (size_t i = 0; !rd_kafka_header_get_all(h, i, &name, &value, &n); i++)
-            if (!says_why(name))
-                rd_kafka_header_add(out, name, -1, value, (ssize_t)n);
-    return out;
-}
-
-static void send_back(struct dlq *q, const struct letter *l, const char *topic)
-{
-    rd_kafka_resp_err_t e;
-    const rd_kafka_message_t *m = l->m;
-    struct place *from = lm_malloc(sizeof *from);       /* the report's; NULL: it can't say which */
-    if (from)
-        *from = (struct place){ m->partition, m->offset };
-    do {
-        rd_kafka_headers_t *h = own_headers(m);
-        e = rd_kafka_producev(q->producer.rk, RD_KAFKA_V_TOPIC(topic),
-                              RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
-                              RD_KAFKA_V_KEY(m->key, m->key_len),
-                              RD_KAFKA_V_VALUE(m->payload, m->len), RD_KAFKA_V_HEADERS(h),
-                              RD_KAFKA_V_OPAQUE(from), RD_KAFKA_V_END);
-        if (e)
-            rd_kafka_headers_destroy(h);
-        rd_kafka_poll(q->producer.rk, e ? 100 : 0);
-    } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !cli_interrupted());
-    q->handed += !e;
-    if (e) {
-        free(from);
-        fprintf(stderr, "loramill dlq: %d:%" PRId64 " was not sent to %s: %s\n",
-                (int)m->partition, m->offset, topic, rd_kafka_err2str(e));
-        q->unfit++;             /* `failed` is of those that were handed over */
-    }
-}
-
 /* Asked of the producer: the consumer is in the middle of its topic. Without this a broker that
  * makes topics as they are named would make one. */
 static bool topic_exists(struct dlq *q, const char *topic)
@@ -280,7 +253,7 @@ static bool topic_exists(struct dlq *q, const char *topic)
     int n;
     if (!strcmp(q->exists, topic))
         return true;
-    if (cli_kafka_partitions(&q->producer, topic, BROKER_MS, &n, &err))
+    if (cli_kafka_partitions(dlq_retry_kafka(q->retry), topic, BROKER_MS, &n, &err))
         return false;
     snprintf(q->exists, sizeof q->exists, "%s", topic);
     return true;
@@ -304,63 +277,90 @@ static const char *obstacle(struct dlq *q, const struct letter *l, const char *t
     return NULL;
 }
 
-static void retry(struct dlq *q, const struct letter *l)
+static lm_status retry(struct dlq *q, const struct letter *l, struct lm_err *err)
 {
     const char *topic = q->to ? q->to : l->d.topic, *why = obstacle(q, l, topic);
+    const char *id = field(l, "id");
+    id = id ? id : "-";
     if (why) {
         fprintf(stderr, "loramill dlq: %d:%" PRId64 " can't be sent back: %s\n",
                 (int)l->m->partition, l->m->offset, why);
         q->unfit++;
-        return;
+        return LM_OK;
     }
-    printf("%d:%" PRId64 " -> ", (int)l->m->partition, l->m->offset);
-    print_text(topic);          /* a pattern of topics.prompts may fit what is no topic's name */
-    putchar('\t');
-    print_text(l->d.code);
-    putchar('\t');
-    print_text(field(l, "id"));
-    putchar('\n');
     if (q->yes)
-        send_back(q, l, topic);
-}
-
-static void on_delivered(void *user, const rd_kafka_message_t *m)
-{
-    struct dlq *q = user;
-    struct place *from = m->_private;
-    if (m->err && from)
-        fprintf(stderr, "loramill dlq: %" PRId64 ":%" PRId64 " was not sent to %s: %s\n",
-                from->partition, from->offset, rd_kafka_topic_name(m->rkt),
-                rd_kafka_err2str(m->err));
-    *(m->err ? &q->failed : &q->sent) += 1;
-    free(from);
+        return dlq_retry_add(q->retry, l->m, l->from, topic, l->d.code, id, err);
+    dlq_retry_print(l->m->partition, l->m->offset, topic, l->d.code, id);
+    return LM_OK;
 }
 
 /* ---- the whole -------------------------------------------------------------------------- */
+
+/* The offsets from here to this letter hold nothing else. */
+static int64_t follow(struct dlq *q, const rd_kafka_message_t *m)
+{
+    dlq_marks *marks = marks_of(q);
+    if (!marks || m->partition >= dlq_marks_partitions(marks))
+        return m->offset;
+    int64_t from = q->next[m->partition];
+    if (from < 0 && q->since_ms < 0)
+        dlq_marks_begin(marks, m->partition, m->offset);
+    q->next[m->partition] = m->offset + 1;
+    return from < 0 ? m->offset : from;
+}
+
+static bool is_over(const struct dlq *q)
+{
+    return (q->limit >= 0 && q->picked >= (uint64_t)q->limit) || ferror(stdout) || q->st ||
+           (q->n_places && q->hits >= (uint64_t)q->n_places);
+}
+
+static void take_letter(struct dlq *q, const struct letter *l)
+{
+    if (q->verb == VERB_RETRY && l->sent_back && !q->again) {
+        q->before++;
+        return;
+    }
+    q->picked++;
+    q->picked_sent += l->sent_back;
+    if (q->verb == VERB_RETRY)
+        q->st = retry(q, l, &q->err);
+    else if (q->verb == VERB_SHOW)
+        show(q, l);
+    else if (q->json)
+        print_json(q, l);
+    else
+        print_line(q, l);
+}
 
 static bool take(void *user, const rd_kafka_message_t *m)
 {
     struct dlq *q = user;
     struct letter l;
+    int64_t from = follow(q, m);
     q->seen++;
     if (!at_place(q, m))
         return true;
     q->hits++;
     letter_read(q, m, &l);
-    if (wanted(q, &l)) {
-        q->picked++;
-        if (q->verb == VERB_RETRY)
-            retry(q, &l);
-        else if (q->verb == VERB_SHOW)
-            show(&l);
-        else if (q->json)
-            print_json(&l);
-        else
-            print_line(&l);
-    }
+    l.from = from;
+    if (wanted(q, &l))
+        take_letter(q, &l);
     letter_release(&l);
-    return (q->limit < 0 || q->picked < (uint64_t)q->limit) && !ferror(stdout) &&
-           (!q->n_places || q->hits < (uint64_t)q->n_places);
+    return !is_over(q);
+}
+
+/* For those who only look it is a warning that marks can't be had: some brokers tell nothing about
+ * groups, and some people may not ask. */
+static lm_status open_marks(struct dlq *q, struct lm_err *err)
+{
+    if (q->verb == VERB_RETRY && q->yes)
+        return dlq_retry_new(&q->config, &q->kafka, q->again, &q->retry, err);
+    lm_status st = dlq_retry_marks(&q->kafka, &q->config, &q->marks, err);
+    if (!st || st == LM_CANCELLED || st == LM_NOT_FOUND)
+        return st;
+    fprintf(stderr, "loramill dlq: which letters were sent back is not known: %s\n", err->msg);
+    return LM_OK;
 }
 
 static lm_status open_all(struct dlq *q, struct lm_err *err)
@@ -369,54 +369,69 @@ static lm_status open_all(struct dlq *q, struct lm_err *err)
         .registry_url = q->config.registry_url, .registry_auth = q->config.registry_auth,
         .registry_ca = q->config.registry_ca_file, .reply_topic = q->config.topics_replies,
     };
+    int n;
     lm_status st = codec_new(&cc, &q->codec, err);
     if (st == LM_OK)
         st = cli_kafka_open(&q->kafka, &q->config, RD_KAFKA_CONSUMER, err);
-    q->producer.delivered = on_delivered;
-    q->producer.user = q;
-    q->producer.one_by_one = true;
-    if (st == LM_OK && q->verb == VERB_RETRY && q->yes)
-        st = cli_kafka_open(&q->producer, &q->config, RD_KAFKA_PRODUCER, err);
-    int n;
-    return st == LM_OK && q->to ? cli_kafka_partitions(&q->kafka, q->to, BROKER_MS, &n, err) : st;
+    if (st == LM_OK && q->to)
+        st = cli_kafka_partitions(&q->kafka, q->to, BROKER_MS, &n, err);
+    if (st == LM_OK)
+        st = open_marks(q, err);
+    n = st == LM_OK && marks_of(q) ? dlq_marks_partitions(marks_of(q)) : 0;
+    if (n && !(q->next = lm_calloc((size_t)n, sizeof *q->next)))
+        st = lm_err_set(err, LM_NOMEM, "no memory");
+    for (int i = 0; st == LM_OK && i < n; i++)
+        q->next[i] = -1;
+    return st;
 }
 
 /* What has been done, also when it ended early. */
-static void sum_up(const struct dlq *q)
+static void sum_up(const struct dlq *q, const struct dlq_retry_counts *n)
 {
-    uint64_t open = q->handed - q->sent - q->failed;
     if (q->verb == VERB_LIST)
-        fprintf(stderr, "dlq: %" PRIu64 " of %" PRIu64 " dead letters\n", q->picked, q->seen);
+        fprintf(stderr, "dlq: %" PRIu64 " of %" PRIu64 " dead letters, %" PRIu64 " of them "
+                "sent back\n", q->picked, q->seen, q->picked_sent);
+    if (q->verb == VERB_RETRY && q->before)
+        fprintf(stderr, "dlq: %" PRIu64 " were sent back before; --again sends them once more\n",
+                q->before);
     if (q->verb == VERB_RETRY && q->yes)
-        fprintf(stderr, "dlq: %" PRIu64 " sent back, %" PRIu64 " not\n", q->sent,
-                q->failed + q->unfit);
+        fprintf(stderr, "dlq: %" PRIu64 " sent back, %" PRIu64 " not\n", n->sent,
+                n->failed + q->unfit);
     else if (q->verb == VERB_RETRY)
         fprintf(stderr, "dlq: nothing was sent; --yes sends %" PRIu64 "\n", q->picked - q->unfit);
-    if (open)
-        fprintf(stderr, "loramill dlq: %" PRIu64 " may have been sent: no answer\n", open);
+    if (n->unknown)
+        fprintf(stderr, "loramill dlq: of %" PRIu64 " more it is not known; `dlq list` will tell\n",
+                n->unknown);
 }
 
-static int conclude(const struct dlq *q)
+static int conclude(const struct dlq *q, const struct dlq_retry_counts *n)
 {
     bool missing = q->n_places && q->limit < 0 && q->hits < (uint64_t)q->n_places;
     if (missing)
         fprintf(stderr, "loramill dlq: %" PRIu64 " of %d are there\n", q->hits, q->n_places);
-    return missing || q->failed + q->unfit || q->handed != q->sent ? CLI_FAILED : CLI_OK;
+    return missing || n->failed + q->unfit || n->unknown ? CLI_FAILED : CLI_OK;
 }
 
 static int run(struct dlq *q)
 {
     struct lm_err err;
+    struct dlq_retry_counts counts = { 0 };
     lm_status st = open_all(q, &err);
     if (st == LM_OK)
         st = cli_scan(&q->kafka, q->config.topics_dead_letters, q->since_ms, take, q, &err);
-    if (q->producer.rk)
-        rd_kafka_flush(q->producer.rk, FLUSH_MS);
+    if (q->st) {
+        st = q->st;
+        err = q->err;
+    }
+    if (st == LM_OK && q->retry && !cli_interrupted())
+        st = dlq_retry_finish(q->retry, &err);
     if (st == LM_OK && (fflush(stdout) || cli_interrupted()))
         st = lm_err_set(&err, LM_IO, cli_interrupted() ? "interrupted" : "standard output");
-    sum_up(q);
+    if (q->retry)
+        counts = dlq_retry_counts(q->retry);
+    sum_up(q, &counts);
     if (st == LM_OK)
-        return conclude(q);
+        return conclude(q, &counts);
     fprintf(stderr, "loramill dlq: %s\n", err.msg);
     return CLI_FAILED;
 }
@@ -465,6 +480,8 @@ static lm_status check(const struct dlq *q, struct lm_err *err)
         return lm_err_set(err, LM_INVALID, "list takes filters; show takes places");
     if (q->verb != VERB_RETRY && (q->yes || q->to))
         return lm_err_set(err, LM_INVALID, "--yes and --to are retry's");
+    if (q->verb != VERB_RETRY && q->again)
+        return lm_err_set(err, LM_INVALID, "--again is retry's");
     if (q->verb != VERB_LIST && q->json)
         return lm_err_set(err, LM_INVALID, "--json is list's");
     return LM_OK;
@@ -472,7 +489,7 @@ static lm_status check(const struct dlq *q, struct lm_err *err)
 
 static lm_status parse(struct dlq *q, int argc, char **argv, struct lm_err *err)
 {
-    enum { SET = 256, CAUSE, ADAPTER, ID, SINCE, UNTIL, LIMIT, TO };
+    enum { SET = 256, CAUSE, ADAPTER, ID, SINCE, UNTIL, LIMIT, TO, AGAIN, OPEN };
     static const struct option options[] = {
         { "config", required_argument, NULL, 'c' }, { "set", required_argument, NULL, SET },
         { "cause", required_argument, NULL, CAUSE },
@@ -480,6 +497,7 @@ static lm_status parse(struct dlq *q, int argc, char **argv, struct lm_err *err)
         { "id", required_argument, NULL, ID },      { "since", required_argument, NULL, SINCE },
         { "until", required_argument, NULL, UNTIL }, { "limit", required_argument, NULL, LIMIT },
         { "json", no_argument, NULL, 'j' },         { "to", required_argument, NULL, TO },
+        { "again", no_argument, NULL, AGAIN },      { "open", no_argument, NULL, OPEN },
         { "yes", no_argument, NULL, 'y' },          { "help", no_argument, NULL, 'h' },
         { NULL, 0, NULL, 0 },
     };
@@ -498,6 +516,8 @@ static lm_status parse(struct dlq *q, int argc, char **argv, struct lm_err *err)
         case LIMIT: st = cli_parse_number("--limit", optarg, 1, INT64_MAX, &q->limit, err); break;
         case 'j': q->json = true; break;
         case TO: q->to = optarg; break;
+        case AGAIN: q->again = true; break;
+        case OPEN: q->open = true; break;
         case 'y': q->yes = true; break;
         case 'h': fputs(help, stdout); return LM_CANCELLED;
         default: return lm_err_set(err, LM_INVALID, "try `loramill dlq --help`");
@@ -523,8 +543,10 @@ int cmd_dlq(int argc, char **argv)
         fprintf(stderr, "loramill dlq: %s\n", err.msg);
         status = CLI_USAGE;
     }
-    cli_kafka_close(&q.producer);
+    dlq_retry_free(q.retry);
     cli_kafka_close(&q.kafka);
+    dlq_marks_free(q.marks);
+    free(q.next);
     codec_free(q.codec);
     free(q.places);
     config_release(&q.config);

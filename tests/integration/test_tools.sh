@@ -94,12 +94,21 @@ sed -i "s|^adapters.url=.*|adapters.url=$STORE/{adapter}|" "$RUN/worker.properti
 start b
 dlq retry --cause not_found --yes
 check "two are sent back (got $?): $(tail -1 "$RUN/err")" grep -q '2 sent back, 0 not' "$RUN/err"
+check "and printed: $(cut -f3 "$RUN/out" | sort | tr '\n' ' ')" [ "$(cut -f3 "$RUN/out" | sort | tr '\n' ' ')" = 'lost lost2 ' ]
+dlq list --json --until "$(($(date +%s%N) / 1000000))"
+check "the list tells which were" quiet jq -se '[.[] | select(.dead_letter.attempt == 1 and .sent_back) | .id] | sort == ["lost", "lost2"]' "$RUN/out"
+dlq list --open; check "and those that are open" [ "$(grep -c -P '\topen$' "$RUN/out") $(grep -cP '\tlost\t' "$RUN/out")" = "$(wc -l < "$RUN/out") 0" ]
+dlq show "$place"; check "show: the same" grep -q '^state    sent back$' "$RUN/out"
+dlq retry "$place" --yes; st=$?
+check "a second retry passes it over (got $st): $(tr '\n' ' ' < "$RUN/err")" \
+    [ "$st $(grep -c '1 were sent back before' "$RUN/err") $(grep -c '0 sent back, 0 not' "$RUN/err")" = '0 1 1' ]
+dlq retry "$place"; check "and says so before" grep -q '1 were sent back before' "$RUN/err"
 answered() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'map(select(.id == "lost" and (.choices | length) == 1)) | length == 1' "$RUN/all"; }
 check "the healed one is answered" wait_until 30 answered
 again() { dlq list --json --id lost2 && jq -se 'length == 2 and .[1].dead_letter.attempt == 2 and .[0].dead_letter.offset == .[1].dead_letter.offset' "$RUN/out"; }
 check "the other one is back, as attempt 2, with its first origin" wait_until 30 again
-dlq retry "$place" --to elsewhere --yes
-check "one by its place, to another topic" grep -q '1 sent back' "$RUN/err"
+dlq retry "$place" --to elsewhere --again --yes
+check "one by its place, once more, to another topic" grep -q '1 sent back' "$RUN/err"
 value() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump elsewhere; }
 value > "$RUN/elsewhere"
 check "byte for byte, without the reasons" [ "$(jq -r '.value' "$RUN/elsewhere")" = '{"id": "lost", "prompt": "x", "adapter": "nobody"}' ]
@@ -142,7 +151,7 @@ check "a letter of 3 MB goes where it may (got $st): $(tail -1 "$RUN/err")" grep
 "$LORAMILL" submit -c "$RUN/worker.properties" --set topics.prompts=large --set message.max_bytes=4000000 -q \
     --input <(printf '{"id": "huge", "prompt": "%03000000d"}\n' 0) 2> "$RUN/err"; st=$?
 check "and so does a prompt of 3 MB (got $st): $(cat "$RUN/err")" [ $st -eq 0 ]
-dlq2 retry 0:7 --to small --yes; st=$?
+dlq2 retry 0:7 --to small --again --yes; st=$?
 check "a letter that its topic refuses is named, and counted once (got $st): $(tr '\n' ' ' < "$RUN/err")" \
     [ "$st $(grep -c '0:7 was not sent to small: ' "$RUN/err") $(grep -c 'may have been' "$RUN/err") $(grep -c '0 sent back, 1 not' "$RUN/err")" = '1 1 0 1' ]
 dlq2 retry 0:4 --yes; check "a letter goes to topics.prompts or where --to says, nowhere else (got $?)" \
@@ -152,7 +161,9 @@ dlq2 retry 0:5 0:6 --to small --yes; st=$?
 check "of a retry that fails in part each failed place is named: $(tr '\n' ' ' < "$RUN/err")" \
     quiet grep -Pzo '0:5 was not sent to small: .*\n.*1 sent back, 1 not' "$RUN/err"
 check "and the status says so (got $st)" [ $st -eq 1 ]
-dlq2 retry 0:6 0:6 0:99 --to small --yes; check "a place where nothing is: status 1 (got $?)" grep -q '1 of 2 are there' "$RUN/err"
+dlq2 list --json
+check "of those only what was sent is marked" [ "$(jq -sc '[.[] | select(.sent_back) | .at.offset]' "$RUN/out")" = '[6,7]' ]
+dlq2 retry 0:6 0:6 0:99 --to small --again --yes; check "a place where nothing is: status 1 (got $?)" grep -q '1 of 2 are there' "$RUN/err"
 dlq2 retry 0:6 --to not-there --yes; st=$?; check "to a topic that is not there: status 1 (got $st)" [ $st -eq 1 ]
 
 # A pattern names the topics that it matches; the group reads nothing of the others.
@@ -186,6 +197,31 @@ sleep 2; t=$(date +%s%N); kill -INT $S; wait $S; st=$?; t=$((($(date +%s%N) - t)
 kill -CONT "$(cat "$RUN/kafka/n1/pid")"
 check "Ctrl-C is heard at once ($t ms), with status 1 (got $st): $(cat "$RUN/status.log")" [ "$((t < 3000)) $st" = '1 1' ]
 
+# Whatever happens to a retry, each letter goes back once: SIGKILL in the midst of it, and another one.
+topic_create dead3 2; topic_create back 1
+"$PYTHON" - "$BOOTSTRAP" <<'P' || die "many letters are there"
+import sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(10000):
+    p.produce("dead3", b'{"id": "k-%d"}' % i, partition=i % 2, headers=[("kafka_dlt-original-topic", b"prompts")])
+    p.poll(0)
+assert not p.flush(20)
+P
+dlq3() { dlq "$@" --set topics.dead_letters=dead3; }
+back() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump back > "$RUN/back"; jq -s 'length' "$RUN/back"; }
+spawn "$RUN/killed" "$LORAMILL" dlq retry -c "$RUN/worker.properties" --set topics.dead_letters=dead3 --to back --yes
+wait_until 20 [ -s "$RUN/killed" ] || die "a retry sends letters"
+kill -KILL $!; wait $!
+dlq3 list --open; open=$(wc -l < "$RUN/out")
+dlq3 retry --to back --yes; st=$?; printed=$(grep -c '^[01]:.* -> back' "$RUN/killed"); now=$(back)
+check "a retry was killed after $printed letters; the next sends the rest, $open (got $st): $(tail -1 "$RUN/err")" \
+    [ "$st $(wc -l < "$RUN/out") $((open > 0 && printed <= 10000 - open))" = "0 $open 1" ]
+check "each is there once ($now)" [ "$now $(jq -r .value "$RUN/back" | sort -u | wc -l)" = '10000 10000' ]
+dlq3 list --open; check "none is open" [ "$(wc -l < "$RUN/out")" = 0 ]
+reset --to earliest --set group.id=tools-dlq-retry --topic dead3 --yes; dlq3 list --open
+check "reset of the retries' group opens them again" [ "$(wc -l < "$RUN/out")" = 10000 ]
+
 reset --to earliest --partition 99; check "a partition that is not there" grep -q 'no topic has a partition 99' "$RUN/err"
 reset --to earliest --yes
 check "a group with workers is not moved (got $?)" grep -q 'end its workers first' "$RUN/err"
@@ -199,11 +235,13 @@ check "it shows where from and where to" grep -qE '^prompts +0 +[0-9]+ +0 +-[0-9
 check "and lag is still 0" lag_is 0
 reset --to earliest --yes
 check "the group is moved (got $?)" [ $? -eq 0 ]
-check "all is lag again" lag_is 46
+status --json
+check "all is lag again" quiet jq -e 'all(.partitions[]; .committed == .low and .lag == .end - .low) and .lag >= 46' "$RUN/out"
+ALL=$(jq .lag "$RUN/out")       # with the ends of the retries' transactions
 reset --to latest --partition 1 --yes; reset --to 2 --partition 0 --yes
 status --json
 check "one partition to its end, one to an offset" quiet jq -e '[.partitions[] | [.lag == 0, .committed == 2]] | .[1][0] and .[0][1]' "$RUN/out"
-reset --to 1h --yes; check "by time" lag_is 46
+reset --to 1h --yes; check "by time" lag_is "$ALL"
 reset --to latest --yes
 start c
 "$LORAMILL" submit -c "$RUN/worker.properties" --input <(echo '{"id": "after", "prompt": "x", "params": {"max_tokens": 1}}') -q 2> /dev/null

@@ -13,9 +13,10 @@
 #include <string.h>
 
 #include "worker/cli_group.h"
+#include "worker/commands.h"
 #include "worker/dev_broker.h"
 
-enum { PARTS = 40 };
+enum { PARTS = 40, LETTERS = 600 };
 
 static dev_broker *broker;
 static struct config config;
@@ -38,6 +39,21 @@ static void produce(const char *topic, int64_t ms)
             RD_KAFKA_V_TIMESTAMP(ms + 1000 * (i % PARTS) + i / PARTS), RD_KAFKA_V_END), 0);
     assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);
     cli_kafka_close(&k);
+}
+
+static bool note_letter(void *user, const rd_kafka_message_t *m)
+{
+    bool *seen = user;
+    int i;
+    rd_kafka_headers_t *h;
+    assert_int_equal(m->len, sizeof i);
+    memcpy(&i, m->payload, sizeof i);
+    assert_in_range(i, 0, LETTERS - 1);
+    assert_false(seen[i]);
+    seen[i] = true;
+    assert_int_equal(rd_kafka_message_headers(m, &h), 0);
+    assert_int_equal(rd_kafka_header_cnt(h), 1);        /* without the one that says why */
+    return true;
 }
 
 static struct group_part part_at(const char *topic, int partition, int64_t committed, int64_t high)
@@ -95,6 +111,38 @@ static void test_move_refused_in_part(void **state)
     cli_kafka_close(&k);
 }
 
+/* More letters than a transaction holds go to where they came from, each once and as it was. */
+static void test_retry(void **state)
+{
+    (void)state;
+    struct cli_kafka k = { 0 };
+    char brokers[300];
+    char *argv[] = { (char *)(uintptr_t)"dlq", (char *)(uintptr_t)"retry",
+                     (char *)(uintptr_t)"--set", brokers, (char *)(uintptr_t)"--set",
+                     (char *)(uintptr_t)"topics.dead_letters=letters", (char *)(uintptr_t)"--to",
+                     (char *)(uintptr_t)"target", (char *)(uintptr_t)"--yes", NULL };
+    assert_int_equal(dev_broker_topic(broker, "letters", 2, NULL), LM_OK);
+    assert_int_equal(dev_broker_topic(broker, "target", 1, NULL), LM_OK);
+    open_kafka(&k, RD_KAFKA_PRODUCER);
+    for (int i = 0; i < LETTERS; i++)
+        assert_int_equal(rd_kafka_producev(k.rk, RD_KAFKA_V_TOPIC("letters"),
+            RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY), RD_KAFKA_V_PARTITION(i % 2),
+            RD_KAFKA_V_VALUE(&i, sizeof i), RD_KAFKA_V_KEY("", 0),
+            RD_KAFKA_V_HEADER("loramill-error-code", "invalid", 7),
+            RD_KAFKA_V_HEADER("x", NULL, 0), RD_KAFKA_V_END), 0);
+    assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);
+    cli_kafka_close(&k);
+    snprintf(brokers, sizeof brokers, "kafka.bootstrap.servers=%s", dev_broker_address(broker));
+    assert_int_equal(cmd_dlq(LM_COUNT(argv) - 1, argv), CLI_OK);
+    struct lm_err err;
+    bool seen[LETTERS] = { false };
+    open_kafka(&k, RD_KAFKA_CONSUMER);
+    assert_int_equal(cli_scan(&k, "target", -1, note_letter, seen, &err), LM_OK);
+    for (int i = 0; i < LETTERS; i++)
+        assert_true(seen[i]);
+    cli_kafka_close(&k);
+}
+
 int main(void)
 {
     struct lm_err err;
@@ -109,6 +157,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_oldest),
         cmocka_unit_test(test_move_refused_in_part),
+        cmocka_unit_test(test_retry),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     config_release(&config);
