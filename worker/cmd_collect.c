@@ -234,8 +234,7 @@ static lm_status read_job(struct collect *c, struct lm_err *err)
 static lm_status open_codec(struct collect *c, struct lm_err *err)
 {
     struct codec_config cc = {
-        .registry_url = c->config.registry_url, .registry_auth = c->config.registry_auth,
-        .registry_ca = c->config.registry_ca_file, .reply_topic = c->config.topics_replies,
+        .registry = registry_config_of(&c->config), .reply_topic = c->config.topics_replies,
     };
     return codec_new(&cc, &c->codec, err);
 }

@@ -366,8 +366,7 @@ static lm_status open_marks(struct dlq *q, struct lm_err *err)
 static lm_status open_all(struct dlq *q, struct lm_err *err)
 {
     struct codec_config cc = {
-        .registry_url = q->config.registry_url, .registry_auth = q->config.registry_auth,
-        .registry_ca = q->config.registry_ca_file, .reply_topic = q->config.topics_replies,
+        .registry = registry_config_of(&q->config), .reply_topic = q->config.topics_replies,
     };
     int n;
     lm_status st = codec_new(&cc, &q->codec, err);

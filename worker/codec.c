@@ -61,8 +61,7 @@ struct codec {
 
 static lm_status open_registry(codec *c, const struct codec_config *cfg, struct lm_err *err)
 {
-    struct registry_config rc = { .url = cfg->registry_url, .auth = cfg->registry_auth,
-                                  .ca_file = cfg->registry_ca };
+    const struct registry_config *rc = &cfg->registry;
     if (!cfg->reply_topic || !cfg->reply_topic[0])
         return lm_err_set(err, LM_INVALID, "Avro needs a reply topic, to name its subject by");
     if (asprintf(&c->subject, "%s-value", cfg->reply_topic) < 0) {
@@ -72,10 +71,10 @@ static lm_status open_registry(codec *c, const struct codec_config *cfg, struct 
     c->auto_register = cfg->auto_register;
     const struct reply_schema replies = { c->subject, schema_completion_text, c->auto_register };
     lm_status st = cfg->answered
-        ? schema_asker_new(&rc, &replies, cfg->answered, &c->asker, err)
-        : registry_new(&rc, &c->prompts, err);
+        ? schema_asker_new(rc, &replies, cfg->answered, &c->asker, err)
+        : registry_new(rc, &c->prompts, err);
     if (!st && !c->asker)
-        st = registry_new(&rc, &c->replies, err);
+        st = registry_new(rc, &c->replies, err);
     if (!st)
         st = avro_plan_new(schema_completion_text, strlen(schema_completion_text), &c->reply_plan,
                            err);
@@ -94,7 +93,7 @@ lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *
     c->max_message = cfg->max_message_bytes ? cfg->max_message_bytes : DEFAULT_MAX_MESSAGE;
     if (cfg->model_name && !(c->model_name = lm_strdup(cfg->model_name)))
         st = lm_err_set(err, LM_NOMEM, "out of memory");
-    if (!st && cfg->registry_url && cfg->registry_url[0])
+    if (!st && cfg->registry.url && cfg->registry.url[0])
         st = open_registry(c, cfg, err);
     if (st)
         codec_free(c);

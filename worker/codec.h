@@ -20,6 +20,7 @@
 #define LORAMILL_WORKER_CODEC_H
 
 #include "worker/message.h"
+#include "worker/registry.h"
 
 typedef struct codec codec;
 
@@ -27,9 +28,7 @@ typedef struct codec codec;
 struct header { const char *name; const void *value; size_t len; };
 
 struct codec_config {
-    const char *registry_url;   /* one or several, comma-separated; NULL or "": Avro is refused */
-    const char *registry_auth;  /* "user:password", NULL or "" */
-    const char *registry_ca;    /* PEM file, NULL or "" */
+    struct registry_config registry;    /* without a URL: Avro is refused */
     bool auto_register;         /* register the reply schema, else it must be there */
     const char *reply_topic;    /* subject <reply_topic>-value */
     size_t max_message_bytes;   /* 0: 16 MiB */

@@ -55,7 +55,8 @@ struct config {
     int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
     int64_t stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
-    char *registry_url, *registry_auth, *registry_ca_file;
+    char *registry_url, *registry_auth, *registry_auth_header;
+    char *registry_ca_file, *registry_cert_file, *registry_key_file;
     bool registry_auto_register;
     char *group_id, *worker_name;
     char *delivery_mode, *delivery_order, *transaction_id, *topics_priorities;

@@ -168,7 +168,13 @@ static const struct config_property registry_rows[] = {
     STR("registry.url", registry_url, "", CONFIG_URLS,
         "Schema registry, Confluent API. Empty: Avro is refused by name."),
     STR("registry.auth", registry_auth, "", CONFIG_SECRET, "`user:password` for basic auth."),
+    STR("registry.auth_header", registry_auth_header, "", CONFIG_SECRET,
+        "A whole header, such as `Authorization: Bearer ...`, sent with every request."),
     STR("registry.ca_file", registry_ca_file, "", 0, "PEM file of the registry's authority."),
+    STR("registry.cert_file", registry_cert_file, "", 0,
+        "PEM file of the worker's own certificate, for a registry that asks for one (mutual TLS)."),
+    STR("registry.key_file", registry_key_file, "", 0,
+        "PEM file of its private key, without a passphrase. Empty: in registry.cert_file, too."),
     BOOL("registry.auto_register", registry_auto_register, "true",
         "Register the reply schema at start; with false it must be there."),
 };

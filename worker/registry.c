@@ -5,13 +5,16 @@
 #include "worker/registry.h"
 
 #include <curl/curl.h>
+#include <errno.h>
 #include <jansson.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
+#include "worker/config.h"
 #include "worker/resolver.h"
 #include "worker/url.h"
 
@@ -27,7 +30,7 @@ struct registry {
     struct curl_slist *headers;
     char *urls[MAX_URLS];       /* without trailing slash */
     int n_urls, current;
-    char *auth, *ca_file;
+    char *auth, *ca_file, *cert_file, *key_file;
     int connect_ms, total_ms;
     const atomic_bool *stop;
     long status;                /* HTTP status of the last reply */
@@ -91,6 +94,47 @@ static bool copy_option(const char *s, char **out)
     return *out;
 }
 
+struct registry_config registry_config_of(const struct config *c)
+{
+    return (struct registry_config){
+        .url = c->registry_url, .auth = c->registry_auth, .auth_header = c->registry_auth_header,
+        .ca_file = c->registry_ca_file, .cert_file = c->registry_cert_file,
+        .key_file = c->registry_key_file,
+    };
+}
+
+static lm_status check_file(const char *key, const char *path, struct lm_err *err)
+{
+    if (!path || !*path || !access(path, R_OK))
+        return LM_OK;
+    return lm_err_set(err, LM_INVALID, "%s=%s: %s", key, path, strerror(errno));
+}
+
+static lm_status check_options(const struct registry_config *cfg, struct lm_err *err)
+{
+    const char *h = cfg->auth_header;
+    if (h && *h && (!strchr(h, ':') || strpbrk(h, "\r\n")))
+        return lm_err_set(err, LM_INVALID, "registry.auth_header: must be one line, "
+                          "\"Name: value\"");
+    lm_status st = check_file("registry.cert_file", cfg->cert_file, err);
+    return st ? st : check_file("registry.key_file", cfg->key_file, err);
+}
+
+static bool make_headers(registry *r, const char *auth_header)
+{
+    const char *const lines[] = { "Accept: " MEDIA_TYPE ", application/json",
+                                  "Content-Type: " MEDIA_TYPE, auth_header };
+    for (size_t i = 0; i < LM_COUNT(lines); i++) {
+        if (!lines[i] || !*lines[i])
+            continue;
+        struct curl_slist *more = curl_slist_append(r->headers, lines[i]);
+        if (!more)
+            return false;
+        r->headers = more;
+    }
+    return true;
+}
+
 lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err)
 {
     pthread_once(&curl_once, curl_start);
@@ -100,16 +144,15 @@ lm_status registry_new(const struct registry_config *cfg, registry **out, struct
     r->connect_ms = cfg->connect_ms ? cfg->connect_ms : 3000;
     r->total_ms = cfg->total_ms ? cfg->total_ms : 10000;
     r->stop = cfg->stop;
-    lm_status st = add_urls(r, cfg->url, err);
-    if (st) {
+    lm_status st = check_options(cfg, err);
+    if (st || (st = add_urls(r, cfg->url, err))) {
         registry_free(r);
         return st;
     }
     r->curl = curl_easy_init();
-    r->headers = curl_slist_append(NULL, "Accept: " MEDIA_TYPE ", application/json");
-    struct curl_slist *more = curl_slist_append(r->headers, "Content-Type: " MEDIA_TYPE);
-    if (!r->curl || !more || !copy_option(cfg->auth, &r->auth) ||
-        !copy_option(cfg->ca_file, &r->ca_file)) {
+    if (!r->curl || !make_headers(r, cfg->auth_header) || !copy_option(cfg->auth, &r->auth) ||
+        !copy_option(cfg->ca_file, &r->ca_file) || !copy_option(cfg->cert_file, &r->cert_file) ||
+        !copy_option(cfg->key_file, &r->key_file)) {
         registry_free(r);
         return lm_err_set(err, LM_NOMEM, "out of memory");
     }
@@ -127,6 +170,8 @@ void registry_free(registry *r)
         free(r->urls[i]);
     free(r->auth);
     free(r->ca_file);
+    free(r->cert_file);
+    free(r->key_file);
     free(r);
 }
 
@@ -193,6 +238,10 @@ static void set_options(registry *r, const char *url, const char *body, int64_t 
     }
     if (r->ca_file)
         curl_easy_setopt(c, CURLOPT_CAINFO, r->ca_file);
+    if (r->cert_file)
+        curl_easy_setopt(c, CURLOPT_SSLCERT, r->cert_file);
+    if (r->key_file)
+        curl_easy_setopt(c, CURLOPT_SSLKEY, r->key_file);
     if (body)
         curl_easy_setopt(c, CURLOPT_COPYPOSTFIELDS, body);
 }
@@ -242,7 +291,7 @@ static lm_status judge(const char *base, const char *path, const struct answer *
     else if (rep->status == 422)
         st = LM_INVALID, what = "refuses it:";
     else if (rep->status == 401 || rep->status == 403)
-        what = "refuses the credentials (registry.auth):";
+        what = "refuses the credentials (registry.auth, registry.auth_header):";
     else if (rep->status == 200 || rep->status == 404)
         what = "does not answer like a schema registry (check registry.url):";
     return lm_err_set(err, st, "schema registry %s %s HTTP %ld %.160s, to %s", shown, what,

@@ -27,13 +27,21 @@
 
 typedef struct registry registry;
 
-struct registry_config {
+struct config;
+
+struct registry_config {        /* what is not given: NULL or "" */
     const char *url;            /* "http://a:8081" or "http://a:8081,https://b/registry" */
-    const char *auth;           /* "user:password", NULL or "" */
-    const char *ca_file;        /* PEM, NULL or "" */
+    const char *auth;           /* "user:password" */
+    const char *auth_header;    /* "Authorization: Bearer ...", or any other */
+    const char *ca_file;        /* PEM */
+    const char *cert_file;      /* PEM, our own; with its key where key_file is not given */
+    const char *key_file;
     int connect_ms, total_ms;   /* 0: 3000, 10000 */
     const atomic_bool *stop;    /* true: gives up what it asks, within a second; NULL: never */
 };
+
+/* As the properties registry.* say. */
+struct registry_config registry_config_of(const struct config *c);
 
 lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err);
 void registry_free(registry *r);        /* NULL is allowed */

@@ -48,7 +48,7 @@ static void reply(codec *c, const struct prompt *p)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static codec *c;
-    static const struct codec_config cfg = { .registry_url = "http://127.0.0.1:9",
+    static const struct codec_config cfg = { .registry.url = "http://127.0.0.1:9",
                                              .reply_topic = "replies", .model_name = "m" };
     if (!c && codec_new(&cfg, &c, NULL) != LM_OK)
         abort();

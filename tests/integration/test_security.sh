@@ -86,6 +86,21 @@ refused no-certificate 'certificate.required|handshake failed|Disconnected|alert
 worker wrong-password 2 "${SCRAM[@]}" kafka.sasl.password=wrong-pass-word
 refused wrong-password 'authentication failed|invalid credentials'
 
+# A registry that asks for a certificate and a token. It refuses the schema of the replies, and tells what it saw.
+TOKEN=t0ken-$RANDOM$RANDOM R=$(free_ports 1)
+spawn "$RUN/registry.log" "$PYTHON" tests/infra/tls_registry.py "$R" "$RUN/broker.pem" "$RUN/ca.pem" "$TOKEN"
+wait_until 10 bash -c ": < /dev/tcp/127.0.0.1/$R" 2> /dev/null
+REGISTRY_TLS=(kafka.security.protocol=SSL replies.encoding=avro "registry.url=https://127.0.0.1:$R"
+              "registry.ca_file=$RUN/ca.pem" "registry.auth_header=Authorization: Bearer $TOKEN")
+worker registry 0 "${REGISTRY_TLS[@]}" "registry.cert_file=$RUN/worker.crt" "registry.key_file=$RUN/worker.key"
+wait "$W"
+check "the registry sees certificate and token" grep -q "worker's token is good" "$RUN/worker-registry.log"
+worker one-file 0 "${REGISTRY_TLS[@]}" "registry.cert_file=$RUN/worker.pem"
+wait "$W"
+check "also with the key in the certificate's file" grep -q "worker's token is good" "$RUN/worker-one-file.log"
+worker stranger 0 "${REGISTRY_TLS[@]}"
+refused stranger 'schema registry https://127.0.0.1:.*(certificate|alert|SSL)'
+
 # ---- while it runs ----
 # A password that is altered: connections are asked for it again every three seconds here, as after
 # any reconnection. The worker reads its files again by itself, finds the old password, says so and
@@ -167,5 +182,5 @@ for mode in at-least-once exactly-once; do
     fi
     end "$t"
 done
-no_secret() { ! grep -qE 's3cret-|n3xt-|th1rd-|wrong-pass-word|PRIVATE KEY|eyJ' "$RUN"/worker-*.log; }
+no_secret() { ! grep -qE 's3cret-|n3xt-|th1rd-|t0ken-|wrong-pass-word|PRIVATE KEY|eyJ' "$RUN"/worker-*.log; }
 check "no secret is in a log" no_secret

@@ -21,7 +21,7 @@ static codec *make_codec(bool auto_register)
 {
     codec *c = NULL;
     struct lm_err err = { 0 };
-    struct codec_config cfg = { .registry_url = server.url, .registry_auth = "", .registry_ca = "",
+    struct codec_config cfg = { .registry = { .url = server.url, .auth = "", .ca_file = "" },
                                 .auto_register = auto_register, .reply_topic = "replies",
                                 .model_name = "tiny" };
     if (codec_new(&cfg, &c, &err) != LM_OK)
@@ -186,15 +186,15 @@ static void without_a_registry_avro_is_refused(void **state)
     codec *c = NULL;
     struct lm_err err = { 0 };
     struct prompt *p;
-    assert_int_equal(codec_new(&(struct codec_config){ .registry_url = "" }, &c, &err), LM_OK);
+    assert_int_equal(codec_new(&(struct codec_config){ .registry.url = "" }, &c, &err), LM_OK);
     assert_int_equal(decode(c, "\0\0\0\0\7" BODY, 10, NULL, &p, &err), LM_UNSUPPORTED);
     assert_non_null(strstr(err.msg, "has no registry.url"));
     assert_int_equal(codec_prepare_replies(c, &err), LM_UNSUPPORTED);
     codec_free(c);
     c = NULL;
-    assert_int_equal(codec_new(&(struct codec_config){ .registry_url = "ldap://x", .reply_topic =
+    assert_int_equal(codec_new(&(struct codec_config){ .registry.url = "ldap://x", .reply_topic =
                      "r" }, &c, &err), LM_INVALID);
-    assert_int_equal(codec_new(&(struct codec_config){ .registry_url = server.url }, &c, &err),
+    assert_int_equal(codec_new(&(struct codec_config){ .registry.url = server.url }, &c, &err),
                      LM_INVALID);
     assert_null(c);
 }

@@ -82,7 +82,7 @@ static lm_status open_registry(struct fix *f)
 {
     struct worker *w = &f->x->w;
     char dir[96];
-    struct codec_config cfg = { .registry_url = f->url, .reply_topic = "replies",
+    struct codec_config cfg = { .registry.url = f->url, .reply_topic = "replies",
                                 .answered = intake_schema_answered };
     snprintf(dir, sizeof dir, "%s/journal", f->dir);
     f->x->cfg.poison_max_attempts = 3;

@@ -48,7 +48,7 @@ bad[] = {
     { 429, "", LM_NET, "answered HTTP 429" },
     { 408, "", LM_NET, "answered HTTP 408" },
     { 401, "{\"error_code\": 401, \"message\": \"Unauthorized\"}", LM_NET,
-      "refuses the credentials (registry.auth): HTTP 401 Unauthorized" },
+      "credentials (registry.auth, registry.auth_header): HTTP 401 Unauthorized" },
     { 403, "", LM_NET, "refuses the credentials" },
     { 302, "", LM_NET, "answered HTTP 302" },
     { 422, "{\"error_code\": 42201, \"message\": \"Invalid\"}", LM_INVALID, "it: HTTP 422" },
@@ -83,6 +83,43 @@ static void bad_answers_have_their_errors(void **state)
         assert_int_equal(err.code, st);
         assert_null(text);
         registry_free(r);
+    }
+}
+
+static void a_header_of_ones_own_is_sent(void **state)
+{
+    (void)state;
+    registry *r = NULL;
+    char *text = NULL;
+    struct lm_err err;
+    const struct registry_config cfg = { .url = server.url, .total_ms = 2000,
+                                         .auth_header = "Authorization: Bearer t0ken" };
+    assert_int_equal(registry_new(&cfg, &r, &err), LM_OK);
+    answer(200, "{\"schema\": \"\\\"string\\\"\"}");
+    assert_int_equal(registry_by_id(r, 1, &text, &err), LM_OK);
+    assert_string_equal(server_seen(&server)->authorization, "Bearer t0ken");
+    assert_non_null(strstr(server_seen(&server)->accept, "application/vnd.schemaregistry.v1+json"));
+    free(text);
+    registry_free(r);
+}
+
+static void bad_options_are_refused_by_name(void **state)
+{
+    (void)state;
+    static const struct { struct registry_config cfg; const char *says; } rows[] = {
+        { { .auth_header = "Bearer t0ken" }, "registry.auth_header: must be one line" },
+        { { .auth_header = "Authorization: a\r\nHost: b" }, "registry.auth_header: must be one" },
+        { { .cert_file = "/nonexistent.pem" }, "registry.cert_file=/nonexistent.pem: No such" },
+        { { .key_file = "/nonexistent.key" }, "registry.key_file=/nonexistent.key: No such" },
+    };
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        registry *r = NULL;
+        struct lm_err err = { 0 };
+        struct registry_config cfg = rows[i].cfg;
+        cfg.url = server.url;
+        assert_int_equal(registry_new(&cfg, &r, &err), LM_INVALID);
+        if (r || !strstr(err.msg, rows[i].says) || strstr(err.msg, "t0ken"))
+            fail_msg("%s", err.msg);
     }
 }
 
@@ -402,6 +439,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(bad_answers_have_their_errors),
         cmocka_unit_test(requests_are_what_a_registry_expects),
+        cmocka_unit_test(a_header_of_ones_own_is_sent),
+        cmocka_unit_test(bad_options_are_refused_by_name),
         cmocka_unit_test(registering_fails_by_name),
         cmocka_unit_test(registering_at_once_is_asked_again),
         cmocka_unit_test(a_registry_without_guids_is_told_from_a_wrong_url),

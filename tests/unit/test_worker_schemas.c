@@ -44,7 +44,7 @@ static codec *open_codec(const char *url)
 {
     codec *c = NULL;
     struct lm_err err = { 0 };
-    struct codec_config cfg = { .registry_url = url, .reply_topic = "replies",
+    struct codec_config cfg = { .registry.url = url, .reply_topic = "replies",
                                 .auto_register = true, .answered = answered };
     if (codec_new(&cfg, &c, &err) != LM_OK)
         fail_msg("%s", err.msg);
