@@ -163,6 +163,7 @@ bool isolation_wants(consumer *c, struct assigned *a);
 size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
                       char out[QUARANTINE_TEXT_MAX + 1]);
 void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted);
+void isolation_unsent(consumer *c, struct ledger_ref ref);      /* that commit is not made */
 /* Partitions are handed back in order: first when it begins, then before their last commit. */
 void isolation_before_leaving(consumer *c);
 void isolation_leave(consumer *c, const rd_kafka_topic_partition_list_t *only);

@@ -278,6 +278,15 @@ bool isolation_wants(consumer *c, struct assigned *a)
            window_fence(c, a) > quarantine_fence(q);
 }
 
+static void answer(consumer *c, struct ledger_ref ref, bool accepted)
+{
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        if (a->ref.slot == ref.slot && a->ref.epoch == ref.epoch)
+            quarantine_answer(&a->q, accepted);
+    }
+}
+
 size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
                       char out[QUARANTINE_TEXT_MAX + 1])
 {
@@ -291,13 +300,14 @@ size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commi
     return quarantine_text(&a->q.asked, due->offset, out);
 }
 
+void isolation_unsent(consumer *c, struct ledger_ref ref)
+{
+    answer(c, ref, false);
+}
+
 void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted)
 {
-    for (size_t i = 0; i < c->n_parts; i++) {
-        struct assigned *a = &c->parts[i];
-        if (a->ref.slot == ref.slot && a->ref.epoch == ref.epoch)
-            quarantine_answer(&a->q, accepted);
-    }
+    answer(c, ref, accepted);
     if (!accepted)
         c->iso.retry_us = lm_now_us() + RETRY_US;
 }

@@ -121,8 +121,17 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
     s->commits[s->n_commits++] = due;
 }
 
+/* What was computed before is not sent: other marks may be asked for. */
+static void withdraw(consumer *c, struct stage *s)
+{
+    for (size_t i = 0; i < s->n_commits; i++)
+        isolation_unsent(c, s->commits[i].ref);
+    stage_release(s);
+}
+
 static void serve_stage(consumer *c, struct stage *s)
 {
+    withdraw(c, s);
     unstage_refused(c, s);
     s->lost = !still_staged(c, s);
     if (s->more) {

@@ -398,7 +398,6 @@ static bool take_out_refused(struct tx *t)
 {
     if (!t->any_refused)
         return true;
-    stage_release(&t->stage);
     t->stage.from = t->stage.n;
     if (staging_stage(t->w->consumer, &t->stage))
         return false;

@@ -188,12 +188,45 @@ static void test_room_that_is_known(void **state)
     assert_string_equal(transact(x, "0", STAGING_COMMITTED, false), "0 ");
 }
 
+/* A record that was refused on the spot is taken out again: no offset passes it, and the mark that
+ * was asked for with the first offsets is asked for with the second ones, or its partition would
+ * wait for an answer for ever. */
+static void test_refused_on_the_spot(void **state)
+{
+    struct world *x = *state;
+    struct job *held[] = { jobs[0], jobs[1] };
+    enum stage_verdict verdicts[2];
+    struct stage s = { .jobs = held, .n = 2, .verdicts = verdicts };
+    x->cfg.poison_max_attempts = 3;
+    isolation_init(&x->c, x->c.map_limit);
+    quarantine_init(&x->part.q, 3, 1);
+    x->part.held.head = jobs[7];                    /* until the mark is there */
+    serve(x, &s, STAGING_STAGE);
+    assert_int_equal(s.n_commits, 1);
+    assert_int_equal(s.offsets->elems[0].offset, 2 * APART);
+    assert_true(x->part.q.asking);
+    verdicts[0] = verdicts[1] = STAGE_REFUSED;
+    s.from = s.n;
+    serve(x, &s, STAGING_STAGE);
+    assert_int_equal(s.n_commits, 1);
+    assert_int_equal(s.offsets->elems[0].offset, 0);
+    assert_true(x->part.q.asking);
+    assert_false(s.lost);
+    held[0] = held[1] = x->part.held.head = NULL;
+    serve(x, &s, STAGING_COMMITTED);
+    assert_false(x->part.q.asking);
+    assert_int_equal(watermark(x), 0);
+    stage_release(&s);
+    assert_string_equal(transact(x, "0 1", STAGING_COMMITTED, false), "0 1 ");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_committed), cmocka_unit_test(test_not_committed),
         cmocka_unit_test(test_old_mark), cmocka_unit_test(test_marks_alone),
         cmocka_unit_test_setup_teardown(test_no_room, open_world, close_world),
+        cmocka_unit_test_setup_teardown(test_refused_on_the_spot, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_no_map, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_room_that_is_lost, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_room_that_is_known, open_world, close_world),
