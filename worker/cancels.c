@@ -22,20 +22,21 @@ struct order {
 
 struct cancels {
     pthread_mutex_t lock;
-    int64_t retention_ms;
+    int64_t retention_ms, skew_ms;
     TAILQ_HEAD(, order) by_age;         /* oldest first */
     size_t n;
     struct order *orders[BUCKETS];
     struct job *jobs[BUCKETS];
 };
 
-cancels *cancels_new(int64_t retention_ms)
+cancels *cancels_new(int64_t retention_ms, int64_t skew_ms)
 {
     cancels *c = lm_calloc(1, sizeof *c);
     if (!c)
         return NULL;
     pthread_mutex_init(&c->lock, NULL);
     c->retention_ms = retention_ms;
+    c->skew_ms = skew_ms;
     TAILQ_INIT(&c->by_age);
     return c;
 }
@@ -76,9 +77,10 @@ static struct order *find(const cancels *c, const char *id)
     return o;
 }
 
-static bool concerns(int64_t when_ms, const struct job *j)
+static bool concerns(const cancels *c, int64_t when_ms, const struct job *j)
 {
-    return j->record.timestamp_ms < 0 || j->record.timestamp_ms <= when_ms;
+    int64_t stamp = j->record.timestamp_ms;
+    return stamp < 0 || stamp - c->skew_ms <= when_ms;
 }
 
 bool cancels_enter(cancels *c, struct job *j)
@@ -92,7 +94,7 @@ bool cancels_enter(cancels *c, struct job *j)
         c->jobs[b] = j;
     }
     const struct order *o = find(c, id);
-    if (o && concerns(o->when_ms, j))
+    if (o && concerns(c, o->when_ms, j))
         atomic_store(&j->cancelled, true);
     pthread_mutex_unlock(&c->lock);
     return atomic_load(&j->cancelled);
@@ -138,26 +140,31 @@ static void remember(cancels *c, const char *id, int64_t when_ms, int64_t now_ms
     TAILQ_INSERT_TAIL(&c->by_age, o, age);
 }
 
-int cancels_order(cancels *c, const char *id, int64_t when_ms, int64_t now_ms,
-                  void (*running)(void *ctx, uint64_t handle), void *ctx)
+struct cancels_met cancels_order(cancels *c, const char *id, int64_t when_ms, int64_t now_ms,
+                                 void (*running)(void *ctx, uint64_t handle), void *ctx)
 {
-    int n = 0;
+    struct cancels_met met = { 0 };
     pthread_mutex_lock(&c->lock);
     remember(c, id, when_ms, now_ms);
     for (const struct order *o; (o = TAILQ_FIRST(&c->by_age)) &&
                                 (o->until_ms <= now_ms || c->n > CANCELS_MAX);)
         forget_oldest(c);
     for (struct job *j = c->jobs[bucket(id)]; j; j = j->same_bucket) {
-        if (strcmp(j->prompt->id, id) || !concerns(when_ms, j) ||
-            atomic_exchange(&j->cancelled, true))
+        if (strcmp(j->prompt->id, id) || atomic_load(&j->cancelled))
             continue;
-        n++;
+        if (!concerns(c, when_ms, j)) {
+            met.later++;
+            continue;
+        }
+        if (atomic_exchange(&j->cancelled, true))
+            continue;
+        met.marked++;
         uint64_t handle = atomic_load(&j->handle);
         if (handle)
             running(ctx, handle);
     }
     pthread_mutex_unlock(&c->lock);
-    return n;
+    return met;
 }
 
 size_t cancels_count(cancels *c)

@@ -53,7 +53,7 @@ struct config {
     char *journal_dir;
     int64_t blocked_warn_ms, poison_max_attempts, hang_timeout_ms;
     int64_t claim_above, control_retention_ms, deadline_default_ms, retry_deadline_ms;
-    int64_t stream_interval_ms;
+    int64_t control_skew_ms, stream_interval_ms;
     char *headers_correlation_id, *headers_reply_topic, *headers_reply_partition;
     char *registry_url, *registry_auth, *registry_auth_header;
     char *registry_ca_file, *registry_cert_file, *registry_key_file;

@@ -128,6 +128,10 @@ static const struct config_property topic_rows[] = {
         "none."),
     INT("control.retention_ms", control_retention_ms, "3600000", 1000, 30LL * DAY_MS,
         "How long an order is remembered, for prompts that are read after it."),
+    INT("control.skew_ms", control_skew_ms, "60000", 0, DAY_MS,
+        "How far the clocks of those who send prompts and orders may be apart: an order also "
+        "means a prompt of its id that is stamped up to so much later. An id that is to be used "
+        "again has to wait for so long."),
     CHOICE("replies.encoding", replies_encoding, "same", "same|json|avro",
         "`same`: as the prompt came."),
     BOOL("errors.reply", errors_reply, "false",

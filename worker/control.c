@@ -35,7 +35,7 @@ struct control {
     atomic_bool end, caught_up;
     int n_parts, ends_seen;
     int64_t look_us;            /* when to look for the topic's partitions */
-    struct log_seldom ignored;  /* anyone may write to the topic */
+    struct log_seldom ignored, later;   /* anyone may write to the topic */
 };
 
 /* ---- orders ----------------------------------------------------------------------------- */
@@ -50,11 +50,16 @@ static void obey(control *c, const char *id, int64_t when_ms)
 {
     struct worker *w = c->w;
     int64_t now = lm_wall_ms();
-    int n = cancels_order(w->cancels, id, when_ms > 0 ? when_ms : now, now, cancel_running, w);
+    struct cancels_met met = cancels_order(w->cancels, id, when_ms > 0 ? when_ms : now, now,
+                                           cancel_running, w);
     metric_add(&w->metrics.cancel_orders, 1);
-    if (!n)
+    if (met.later)
+        log_seldom(&c->later, "control", "cancel '%s': not the prompt that is here, which is "
+                   "stamped more than control.skew_ms (%" PRId64 ") later than the order", id,
+                   w->cfg->control_skew_ms);
+    if (!met.marked)
         return;
-    lm_log(LM_DEBUG, "control", "cancel '%s': %d here", id, n);
+    lm_log(LM_DEBUG, "control", "cancel '%s': %d here", id, met.marked);
     atomic_store(&w->sweep_intake, true);
     job_queue_wake(&w->to_intake);
 }

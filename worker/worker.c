@@ -301,7 +301,7 @@ static lm_status open_control(struct worker *w, struct lm_err *err)
 {
     if (!*w->cfg->topics_control)
         return LM_OK;
-    if (!(w->cancels = cancels_new(w->cfg->control_retention_ms)))
+    if (!(w->cancels = cancels_new(w->cfg->control_retention_ms, w->cfg->control_skew_ms)))
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = control_new(w, &w->control, err);
     if (!st)

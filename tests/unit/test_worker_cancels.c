@@ -36,8 +36,8 @@ static void test_order_first(void **state)
     (void)state;
     uint64_t sum = 0;
     struct case_ before, after, untimed, other;
-    cancels *c = cancels_new(1000);
-    assert_int_equal(cancels_order(c, "a", 500, 500, count_handle, &sum), 0);
+    cancels *c = cancels_new(1000, 0);
+    assert_int_equal(cancels_order(c, "a", 500, 500, count_handle, &sum).marked, 0);
     make(&before, "a", 500, 0);
     make(&after, "a", 501, 0);
     make(&untimed, "a", -1, 0);
@@ -61,7 +61,7 @@ static void test_prompt_first(void **state)
     (void)state;
     uint64_t sum = 0;
     struct case_ runs, waits, gone;
-    cancels *c = cancels_new(1000);
+    cancels *c = cancels_new(1000, 0);
     make(&runs, "a", 10, 7);
     make(&waits, "a", 10, 0);
     make(&gone, "a", 10, 9);
@@ -69,9 +69,9 @@ static void test_prompt_first(void **state)
     assert_false(cancels_enter(c, &waits.job));
     assert_false(cancels_enter(c, &gone.job));
     cancels_leave(c, &gone.job);
-    assert_int_equal(cancels_order(c, "a", 9, 20, count_handle, &sum), 0);
-    assert_int_equal(cancels_order(c, "a", 20, 20, count_handle, &sum), 2);
-    assert_int_equal(cancels_order(c, "a", 21, 21, count_handle, &sum), 0);
+    assert_int_equal(cancels_order(c, "a", 9, 20, count_handle, &sum).marked, 0);
+    assert_int_equal(cancels_order(c, "a", 20, 20, count_handle, &sum).marked, 2);
+    assert_int_equal(cancels_order(c, "a", 21, 21, count_handle, &sum).marked, 0);
     assert_int_equal(sum, 7);
     assert_true(atomic_load(&waits.job.cancelled));
     assert_false(atomic_load(&gone.job.cancelled));
@@ -86,7 +86,7 @@ static void test_orders_are_forgotten(void **state)
     uint64_t sum = 0;
     char id[16];
     struct case_ j;
-    cancels *c = cancels_new(1000);
+    cancels *c = cancels_new(1000, 0);
     cancels_order(c, "old", 0, 0, count_handle, &sum);
     cancels_order(c, "young", 0, 900, count_handle, &sum);
     cancels_order(c, "x", 0, 1000, count_handle, &sum);
@@ -116,7 +116,7 @@ static void test_one_entry_an_id(void **state)
     (void)state;
     uint64_t sum = 0;
     struct case_ j;
-    cancels *c = cancels_new(1000);
+    cancels *c = cancels_new(1000, 0);
     cancels_order(c, "other", 5, 5, count_handle, &sum);
     for (int i = 0; i < CANCELS_MAX + 100; i++)
         cancels_order(c, "a", i % 50, 10, count_handle, &sum);
@@ -139,11 +139,42 @@ static void test_one_entry_an_id(void **state)
     cancels_free(c);
 }
 
+/* Two clients' clocks: an order also means what is stamped a little later, and says how many it did
+ * not mean. */
+static void test_clocks_apart(void **state)
+{
+    (void)state;
+    uint64_t sum = 0;
+    struct case_ soon, late, end;
+    cancels *c = cancels_new(1000, 60);
+    make(&soon, "a", 160, 1);
+    make(&late, "a", 161, 2);
+    make(&end, "a", INT64_MAX, 4);
+    assert_false(cancels_enter(c, &soon.job));
+    assert_false(cancels_enter(c, &late.job));
+    assert_false(cancels_enter(c, &end.job));
+    struct cancels_met met = cancels_order(c, "a", 100, 100, count_handle, &sum);
+    assert_int_equal(met.marked, 1);
+    assert_int_equal(met.later, 2);
+    assert_int_equal(sum, 1);
+    cancels_leave(c, &soon.job);
+    assert_true(cancels_enter(c, &soon.job));           /* and if the order was first */
+    assert_false(cancels_enter(c, &late.job));
+    met = cancels_order(c, "a", 101, 101, count_handle, &sum);
+    assert_int_equal(met.marked, 1);
+    assert_int_equal(met.later, 1);
+    cancels_leave(c, &soon.job);
+    cancels_leave(c, &late.job);
+    cancels_leave(c, &end.job);
+    cancels_free(c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_order_first), cmocka_unit_test(test_prompt_first),
         cmocka_unit_test(test_orders_are_forgotten), cmocka_unit_test(test_one_entry_an_id),
+        cmocka_unit_test(test_clocks_apart),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
