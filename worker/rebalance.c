@@ -226,8 +226,9 @@ static void on_assign(consumer *c, rd_kafka_topic_partition_list_t *parts)
 {
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_copy(parts);
     if (l->cnt && !fetch_committed(c, l) && c->exactly_once && !atomic_load(&c->w->stopping))
-        worker_fail(c->w, LM_NET, "the committed offsets can't be had; without them finished "
-                    "prompts would run again");
+        worker_fail(c->w, LM_NET, "the committed offsets can't be had: no answer, or a "
+                    "transaction with them does not end; without them finished prompts would run "
+                    "again");
     commit_start(c);            /* who has revoked something joins again after this */
     for (int i = 0; i < l->cnt; i++) {
         const rd_kafka_topic_partition_t *p = &l->elems[i];

@@ -118,7 +118,9 @@ check "long prompts run" d wait longreplies 4 60
 worker long2 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
     topics.prompts=long topics.replies=longreplies group.id=long http.port=0
 L2=$W
-revoked() { grep -q 'revoked long' "$RUN/worker-long1.log"; }
+# Below 2.10 librdkafka may lose them all instead (docs/matrix.md), and has given partitions up, too.
+revoked() { grep -q 'revoked long' "$RUN/worker-long1.log" ||
+            { [ "$REBALANCES" = 0 ] && grep -q 'lost long' "$RUN/worker-long1.log"; }; }
 check "the second worker makes the first give partitions up" wait_until 40 revoked
 check "all is answered" d wait longreplies 400 180
 # Without the offset map, what was finished behind a prompt that had not started runs again. And below 2.10
