@@ -52,14 +52,6 @@ static void complain(producer *p, const struct job *j, const char *what)
            j->record.offset, kind(j), j->out.topic, j->out.len, what);
 }
 
-static void try_later(producer *p, struct job *j, const char *what)
-{
-    const struct config *cfg = p->w->cfg;
-    complain(p, j, what);
-    job_list_add(&p->later, j, lm_now_us() + backoff_us(j->out.attempts++, cfg->retry_backoff_ms,
-                                                        cfg->retry_backoff_max_ms));
-}
-
 /* What a refusal is about. */
 enum refusal { SHARED, ROOM, SIZE, FORM, PARTITION, TOPIC };
 
@@ -88,6 +80,25 @@ static enum refusal refusal_of(int error)
 bool delivery_refused(const struct outgoing *o)
 {
     return o && refusal_of(o->error) != SHARED;
+}
+
+/* Exactly-once: does it wait with all that is for the same topic? */
+static bool set_aside(producer *p, struct job *j)
+{
+    const struct outgoing *o = j->out.error || !j->notice ? &j->out : j->notice;
+    enum refusal r = refusal_of(o->error);
+    return p->exactly_once && (r == PARTITION || r == TOPIC) &&
+           !aside_add(&p->aside, o->topic, j, lm_now_us());
+}
+
+static void try_later(producer *p, struct job *j, const char *what)
+{
+    const struct config *cfg = p->w->cfg;
+    complain(p, j, what);
+    if (!set_aside(p, j))
+        job_list_add(&p->later, j, lm_now_us() + backoff_us(j->out.attempts++,
+                                                            cfg->retry_backoff_ms,
+                                                            cfg->retry_backoff_max_ms));
 }
 
 /* Is the reply's own destination at fault, as the prompt named it? */

@@ -166,6 +166,16 @@ static lm_status set_transactional(rd_kafka_conf_t *conf, const struct config *c
     return set_one(conf, "transactional.id", *c->transaction_id ? c->transaction_id : id, err);
 }
 
+void kafka_conf_other_id(rd_kafka_conf_t *conf, int n)
+{
+    char id[1024], other[1040];
+    size_t len = sizeof id;
+    if (rd_kafka_conf_get(conf, "transactional.id", id, &len) != RD_KAFKA_CONF_OK)
+        return;
+    snprintf(other, sizeof other, "%s-%d", id, n + 1);
+    rd_kafka_conf_set(conf, "transactional.id", other, NULL, 0);
+}
+
 int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key)
 {
     char text[32];

@@ -35,6 +35,8 @@ struct kafka_said { int err; int64_t at_us; unsigned more; };
 void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason);
 
 /* A number that the client goes by, whoever has set it; 0: it has no such property. */
+/* The transactional.id gets a number: another one of the same worker's. */
+void kafka_conf_other_id(rd_kafka_conf_t *conf, int n);
 int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key);
 
 /* Is KIP-848 asked for, kafka.group.protocol=consumer? */

@@ -8,6 +8,7 @@
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/aside.h"
 #include "worker/batch_size.h"
 #include "worker/hold.h"
 #include "worker/kafka_conf.h"
@@ -44,6 +45,8 @@ struct producer {
 
     /* The producer thread's, in which reports and statistics are served, too. */
     struct job_list later;
+    struct aside aside;         /* exactly-once */
+    int other_id;               /* ... of transactions, made of the configured one; 0: that one */
     struct job_chain ended;     /* acknowledged; to the consumer thread, see delivery_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */
     long under_way;             /* exactly-once: records that have no report yet */

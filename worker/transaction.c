@@ -21,6 +21,9 @@
  * not entered the transaction, which goes on: the consumer thread takes such a job out of the stage
  * and computes the offsets anew, if it had, and then it is judged.
  *
+ * A topic that takes nothing in the time of a transaction, or that we may not write to, is set
+ * aside with all that is for it, and tried by itself (aside.h).
+ *
  * How a transaction may end:
  *
  *   committed    the jobs end
@@ -28,8 +31,9 @@
  *                too long for the broker (the consumer thread makes the next one shorter). Those
  *                refused are judged as in producer.c (who is sent again travels alone from then on,
  *                so that it holds up no others); the rest go into the next transaction as they are.
- *                When that was the cause the next one follows at once, as large, of them alone:
- *                who is new may be refused as well. After any other cause it waits, and is smaller
+ *                When that was the cause, or a topic that is set aside, the next one follows at
+ *                once, as large, of them alone: who is new may be refused as well. After any other
+ *                cause it waits, and is smaller
  *   unknown      a call failed in a way that leaves open what the broker did. librdkafka speaks the
  *                first version of the transaction protocol, where a delayed commit may even land on
  *                a later transaction. So the producer is destroyed and a new one made: its
@@ -40,6 +44,9 @@
  *                sent again: its first copy may come late, see unanswered.h. And when records were
  *                not taken in time: librdkafka (2.15.1) keeps to the leader of a topic that was
  *                deleted and made again, as the new one's leader epoch is lower
+ *                The new producer may find the old one's transaction decided and yet not over, for
+ *                a partition of it has no leader to take the marker of its end. No other begins
+ *                until it has one. Then we go on with another transactional.id
  *   fenced       another producer has our transactional.id: the worker ends. Unless our transaction
  *                had outlived transaction.timeout.ms while this process was awake: then it was the
  *                coordinator that fenced us, for a broker was away, and a new producer is made. A
@@ -62,6 +69,7 @@
 #include "worker/watchdog.h"
 
 enum {
+    STUCK_CALLS = 6,            /* such to begin, in vain, and another id begins */
     CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
                                  * heed it: send_offsets() may take several times as long */
     FLUSH_MS = 10,
@@ -73,6 +81,7 @@ enum {
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     FAILED_MS = 100,            /* for the other reports, once a record was not taken */
+    LOOK_MS = 500,              /* to ask the brokers for leaders */
     MAX_BYTES = 32 << 20,       /* of one transaction */
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
@@ -91,6 +100,10 @@ struct tx {
     int failures;               /* in a row */
     size_t again;               /* an abort has left so many, which go before all that is new */
     bool any_refused;           /* of the portion: STAGE_REFUSED, to be taken out */
+    struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
+    rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known */
+    bool tried;                 /* one, last time */
+    bool no_other_id;           /* the brokers don't allow one */
     bool stale;                 /* records were not taken in time, since the producer is this one */
     int64_t since_us;           /* the oldest in `ready` ... */
     int64_t open_since_us;      /* ... and in the open one */
@@ -105,6 +118,32 @@ static void make_ready(struct tx *t, struct job *j)
     if (!t->ready.head)
         t->since_us = lm_now_us();
     job_chain_add(&t->ready, j);
+}
+
+/* Not in this one. */
+static void keep(struct tx *t, struct job *j)
+{
+    if (t->trial)
+        job_chain_add(&t->trial->jobs, j);
+    else
+        make_ready(t, j);
+}
+
+static void enter(struct tx *t, struct job *j)
+{
+    t->bytes += j->out.len;
+    t->stage.verdicts[t->stage.n] = STAGE_GONE;
+    t->stage.jobs[t->stage.n++] = j;
+}
+
+static void take_aside(struct tx *t)
+{
+    size_t most = LM_MIN(t->trial->width, (size_t)t->w->cfg->transaction_max_messages);
+    t->stage.n = t->stage.from = t->bytes = 0;
+    for (struct job *j; t->stage.n < most && t->bytes < MAX_BYTES &&
+                        (j = job_chain_pop(&t->trial->jobs));)
+        enter(t, j);
+    t->full = false;
 }
 
 /* What is handed over at once should be one batch a partition: what is more waits behind it in the
@@ -135,29 +174,38 @@ static void take_ready(struct tx *t)
     /* One that was refused before goes alone. */
     bool alone = all.head && all.head->out.attempts > 0;
     for (struct job *j; (j = job_chain_pop(&all));) {
+        if (aside_keep(&t->p->aside, j))
+            continue;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
                                               t->stage.n < portion && t->bytes < most_bytes;
         if (!fits) {
             make_ready(t, j);
             continue;
         }
-        t->bytes += j->out.len;
-        t->stage.verdicts[t->stage.n] = STAGE_GONE;
-        t->stage.jobs[t->stage.n++] = j;
+        enter(t, j);
     }
     t->full = t->ready.head && t->stage.n < portion;
+}
+
+static void keep_all(struct tx *t)
+{
+    for (size_t i = 0; i < t->stage.n; i++)
+        if (t->stage.jobs[i]) {
+            keep(t, t->stage.jobs[i]);
+            t->stage.jobs[i] = NULL;
+        }
 }
 
 /* Back to the front, in order. */
 static void put_back(struct tx *t)
 {
     struct job_chain later = t->ready;
+    if (t->trial) {
+        keep_all(t);
+        return;
+    }
     t->ready = (struct job_chain){ 0 };
-    for (size_t i = 0; i < t->stage.n; i++)
-        if (t->stage.jobs[i]) {
-            make_ready(t, t->stage.jobs[i]);
-            t->stage.jobs[i] = NULL;
-        }
+    keep_all(t);
     t->again = t->ready.length;
     if (t->again)
         t->since_us = t->open_since_us;
@@ -172,7 +220,7 @@ static bool put_behind(struct tx *t)
     bool any = false;
     for (size_t i = 0; i < t->stage.n; i++)
         if (t->stage.jobs[i] && t->stage.verdicts[i] == STAGE_WAIT) {
-            make_ready(t, t->stage.jobs[i]);
+            keep(t, t->stage.jobs[i]);
             t->stage.jobs[i] = NULL;
             any = true;
         }
@@ -270,9 +318,49 @@ static rd_kafka_error_t *persist(struct tx *t, call *make)
 
 /* ---- a new producer --------------------------------------------------------------------- */
 
+/* The last transaction of this id has been about to end for longer than leaders are elected. It is
+ * decided, and nothing can be added to it, but a partition of it has no leader to take its marker,
+ * and no other begins until it has one. That may be never, so another id goes on. A broker whose
+ * ACLs don't allow it says so; then we wait. False: no client. */
+static bool take_other_id(struct tx *t)
+{
+    struct lm_err err;
+    t->p->other_id = t->no_other_id ? 0 : t->p->other_id + 1;
+    if (t->no_other_id)
+        lm_log(LM_WARN, "producer", "the brokers do not allow it: waiting for that partition");
+    else
+        lm_log(LM_WARN, "producer", "the last transaction can't end, as a partition of it has no "
+               "leader: going on with another transactional.id, this one and '-%d'",
+               t->p->other_id + 1);
+    producer_close(t->p);
+    if (!producer_open(t->p, &err))
+        return true;
+    worker_fail(t->w, LM_STATE, "%s", err.msg);
+    return false;
+}
+
+static rd_kafka_error_t *init_any(struct tx *t)
+{
+    for (int calls = 0;;) {
+        rd_kafka_error_t *e = init(t);
+        rd_kafka_resp_err_t code = e ? rd_kafka_error_code(e) : 0;
+        bool barred = code == RD_KAFKA_RESP_ERR_TRANSACTIONAL_ID_AUTHORIZATION_FAILED &&
+                      t->p->other_id;
+        bool stuck = code == RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS &&
+                     ++calls % STUCK_CALLS == 0 && !t->no_other_id;
+        if (!e || !(barred || rd_kafka_error_is_retriable(e)) || !call_ms(t))
+            return e;
+        t->no_other_id |= barred;
+        if ((barred || stuck) && !take_other_id(t))
+            return e;
+        rd_kafka_error_destroy(e);
+        ask_again_soon();
+    }
+}
+
 static bool initialise(struct tx *t)
 {
-    rd_kafka_error_t *e = persist(t, init);
+    rd_kafka_error_t *e = init_any(t);
     t->initialised = !e;
     if (e && !last_call(t))
         worker_fail(t->w, LM_STATE, "transactions can't be had: %s", rd_kafka_error_string(e));
@@ -345,6 +433,7 @@ static enum fate undo(struct tx *t, rd_kafka_error_t *e)
 {
     enum fate fate = UNKNOWN;
     const char *text = rd_kafka_error_string(e);
+    t->code = rd_kafka_error_code(e);
     t->stage.too_long |= rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE;
     if (rd_kafka_error_is_fatal(e)) {
         fate = fatal_fate(t, text);
@@ -424,6 +513,7 @@ static enum fate extend(struct tx *t)
     if (!t->open) {
         t->begun_us = lm_now_us();
         t->p->failed = t->any_refused = false;
+        t->code = RD_KAFKA_RESP_ERR_NO_ERROR;
         if ((e = rd_kafka_begin_transaction(t->p->rk)))
             return undo(t, e);
         t->open = true;
@@ -432,11 +522,23 @@ static enum fate extend(struct tx *t)
     return well ? OPEN : take_back(t);
 }
 
+/* A try has its time, and ends at once if a record is refused. */
+static bool arrive(struct tx *t)
+{
+    int64_t end = lm_now_us() + aside_limit_us(t->trial, t->p->transaction_timeout_ms * 1000);
+    while (t->p->under_way && !t->p->failed && call_ms(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, FLUSH_MS);
+    return !t->p->under_way && !t->p->failed;
+}
+
 static enum fate conclude(struct tx *t)
 {
     rd_kafka_error_t *e = NULL;
+    bool arrived = !t->trial || arrive(t);
     if (t->stage.offsets->cnt && (e = persist(t, send_offsets)))
         return undo(t, e);
+    if (!arrived)
+        return take_back(t);
     flush(t);
     e = persist(t, commit);
     return e ? undo(t, e) : COMMITTED;
@@ -548,12 +650,70 @@ static bool judge_refused(struct tx *t)
     return any;
 }
 
+/* The coordinator does not say which topic it is that we may not write to. */
+static bool topic_took(const struct tx *t, const char *topic)
+{
+    for (size_t i = 0; i < t->stage.n; i++) {
+        const struct job *j = t->stage.jobs[i];
+        if (j && ((j->out.acked && !strcmp(j->out.topic, topic)) ||
+                  (j->notice && j->notice->acked && !strcmp(j->notice->topic, topic))))
+            return true;
+    }
+    return false;
+}
+
+/* Would its topic hold up the next one as well? */
+static bool held_up(const struct tx *t, const struct outgoing *o)
+{
+    return o && (timed_out(o) || (t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED &&
+                                  !o->acked && !topic_took(t, o->topic)));
+}
+
+/* In a try it is clear which. */
+static void blame(struct tx *t, struct outgoing *o)
+{
+    if (o && !o->acked && t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED &&
+        !strcmp(o->topic, t->trial->name))
+        o->error = t->code;
+}
+
+/* False: it is not for such a topic. */
+static bool put_aside(struct tx *t, struct job *j)
+{
+    if (delivery_refused(&j->out) || delivery_refused(j->notice))
+        return false;
+    if (aside_keep(&t->p->aside, j))
+        return true;
+    const struct outgoing *o = held_up(t, &j->out) ? &j->out :
+                               held_up(t, j->notice) ? j->notice : NULL;
+    return o && !aside_add(&t->p->aside, o->topic, j, lm_now_us());
+}
+
+/* The jobs of topics that took nothing wait, so that the others need not. True: there are such. */
+static bool set_aside(struct tx *t)
+{
+    bool any = false;
+    for (size_t i = 0; i < t->stage.n; i++) {
+        struct job *j = t->stage.jobs[i];
+        if (j && t->trial) {
+            blame(t, &j->out);
+            blame(t, j->notice);
+        } else if (j && put_aside(t, j)) {
+            t->stage.jobs[i] = NULL;
+            forget_attempt(t, j);
+            any = true;
+        }
+    }
+    return any;
+}
+
 /* A producer that was made to find out has asked anew already. True: the cause is gone. */
 static bool after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
     t->stale |= t->rebuilt_us < t->begun_us && any_timed_out(&t->stage);
-    bool mended = going && judge_refused(t);
+    bool mended = going && set_aside(t);
+    mended |= going && judge_refused(t);
     delivery_give(t->p);
     put_back(t);
     return mended;
@@ -571,6 +731,8 @@ static void finish(struct tx *t, enum fate fate)
     else
         well = after_abort(t, fate != HOPELESS);
     t->open = t->full = false;
+    if (t->trial)
+        return;                 /* all else is its topic's */
     t->again = fate != COMMITTED && well ? t->again : 0;
     t->failures = fate == COMMITTED ? 0 : t->failures + !well;
     t->not_before_us = well ? 0 : lm_now_us() + backoff_us(LM_MIN(t->failures - 1, 20), 50,
@@ -634,10 +796,13 @@ static void give_up(struct tx *t)
 static bool transact(struct tx *t, bool last)
 {
     enum fate fate = ABORTED;
-    if (last)
+    if (last && !t->trial)
         atomic_store(&t->p->want_offsets, false);
     t->stage.more = !last;
-    take_ready(t);
+    if (t->trial)
+        take_aside(t);
+    else
+        take_ready(t);
     lm_status st = staging_stage(t->w->consumer, &t->stage);
     if (st == LM_OK)
         fate = run_staged(t);
@@ -651,6 +816,42 @@ static bool transact(struct tx *t, bool last)
     }
     stage_release(&t->stage);
     return fate != HOPELESS && st != LM_NOMEM;
+}
+
+/* ---- topics that are set aside ---------------------------------------------------------- */
+
+/* Their offsets are others' to commit. */
+static void drop_revoked(struct tx *t, struct aside_topic *a)
+{
+    struct job_chain all = a->jobs;
+    a->jobs = (struct job_chain){ 0 };
+    for (struct job *j; (j = job_chain_pop(&all));)
+        if (lease_revoked(j->lease))
+            worker_end_job(t->w, j, OUTCOME_DROPPED);
+        else
+            job_chain_add(&a->jobs, j);
+}
+
+/* As transact(). */
+static bool try_topic(struct tx *t, struct aside_topic *a)
+{
+    const struct config *cfg = t->w->cfg;
+    bool going = true;
+    drop_revoked(t, a);
+    int64_t began = lm_now_us();
+    size_t before = a->jobs.length;
+    if (before && !aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, call_ms(t)))) {
+        aside_looked(a, lm_now_us(), cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
+        return true;
+    }
+    if (before) {
+        t->trial = a;
+        going = transact(t, true);
+        t->trial = NULL;
+    }
+    aside_tried(&t->p->aside, a, a->jobs.length < before, began, lm_now_us(),
+                cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
+    return going;
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -704,6 +905,8 @@ static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
     if (t->ready.head && pause > 0)
         nanosleep(&(struct timespec){ .tv_nsec = pause * 1000 }, NULL);
     int most = job_list_wait_ms(&t->p->later, now, t->open ? FLUSH_MS : IDLE_MS);
+    if (!t->open && !last_call(t) && now >= t->not_before_us)
+        most = aside_wait_ms(&t->p->aside, now, most);
     gather(t, (int)LM_MAX(0, LM_MIN((due_us + 999) / 1000, most)));
 }
 
@@ -717,6 +920,7 @@ static void end(struct tx *t)
     }
     worker_drop_all(t->w, t->ready.head);
     worker_drop_all(t->w, job_list_take_all(&t->p->later));
+    worker_drop_all(t->w, aside_take_all(&t->p->aside));
     free(t->stage.jobs);
     free(t->stage.verdicts);
 }
@@ -730,6 +934,15 @@ static bool begin(struct tx *t)
         return true;
     worker_fail(t->w, LM_NOMEM, "out of memory for transactions of %zu messages", most);
     return false;
+}
+
+/* A topic to be tried now. Where others are due, too, they have every second turn. */
+static struct aside_topic *to_try(struct tx *t, int64_t now, bool others)
+{
+    bool may = !t->open && !last_call(t) && now >= t->not_before_us && !(others && t->tried);
+    struct aside_topic *a = may ? aside_due(&t->p->aside, now) : NULL;
+    t->tried = a;
+    return a;
 }
 
 void *transaction_main(void *arg)
@@ -746,10 +959,15 @@ void *transaction_main(void *arg)
         bool last = last_call(&t) || until_due(&t, now) <= 0;
         if ((!working || last_call(&t)) && !t.open)
             continue;
-        if (!last && !worth_sending(&t, now))
+        struct aside_topic *a = to_try(&t, now, last || worth_sending(&t, now));
+        if (!a && !last && !worth_sending(&t, now))
             continue;
         if (!t.open && !(t.initialised ? fence(&t) : initialise(&t)))
             break;
+        if (a) {
+            going = try_topic(&t, a);
+            continue;
+        }
         if (last) {
             t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
             let_earlier_arrive(&t);

@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# What brokers do to a worker, one thing after the other, three nodes, a worker of each delivery mode: the
-# group's and the transactions' coordinator is killed, a partition's leader is moved, the network hangs,
+# What brokers do to a worker, one thing after the other, three nodes, a worker of each delivery mode: a
+# reply topic has no leader, the group's and the transactions' coordinator is killed, a partition's leader is moved, the network hangs,
 # a reply topic is made again, all brokers are away. Every time all prompts that were sent before and during it are answered, nothing
 # is a dead letter, /livez stays 200, and the workers of the start are those of the end.
 #
@@ -18,12 +18,12 @@ spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXI
 admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
 MODES="at-least-once exactly-once"
 topic_create dead 1
-# The topic side-MODE: broker $2 leads its first partition, and so on.
-side() {                # MODE LEADER...
+# A topic: broker $2 leads its first partition, and so on.
+led_by() {              # NAME LEADER...
     "$PYTHON" - "$BOOTSTRAP" "$@" <<'P'
 import sys
 from confluent_kafka.admin import AdminClient, NewTopic
-name, leaders = f"side-{sys.argv[2]}", list(map(int, sys.argv[3:]))
+name, leaders = sys.argv[2], list(map(int, sys.argv[3:]))
 replicas = [[b] + [o for o in leaders if o != b] for b in leaders]
 a = AdminClient({"bootstrap.servers": sys.argv[1]})
 a.create_topics([NewTopic(name, len(leaders), replica_assignment=replicas)])[name].result(20)
@@ -32,9 +32,9 @@ P
 declare -A W PORT
 read -r "PORT[at-least-once]" "PORT[exactly-once]" <<< "$(free_ports 2)"
 for mode in $MODES; do
-    topic_create "$mode" 3; topic_create "$mode-replies" 3; side "$mode" 1 2 3
+    topic_create "$mode" 3; topic_create "$mode-replies" 3; led_by "side-$mode" 1 2 3; led_by "down-$mode" 3
     printf '%s\n' engine.mode=echo "topics.prompts=$mode" "topics.replies=$mode-replies" \
-        topics.dead_letters=dead "topics.replies_allowed=side-$mode" "group.id=$mode" "worker.name=$mode" "delivery.mode=$mode" \
+        topics.dead_letters=dead "topics.replies_allowed=side-$mode,down-$mode" "group.id=$mode" "worker.name=$mode" "delivery.mode=$mode" \
         "http.port=${PORT[$mode]}" "journal.dir=$RUN/journal" commit.interval_ms=300 \
         retry.backoff_max_ms=1000 "kafka.bootstrap.servers=$PROXY_BOOTSTRAP" \
         kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500 \
@@ -44,6 +44,19 @@ done
 N=0 MORE=500
 # Prompts for both workers.
 send() { local m; for m in $MODES; do d produce "$m" $N $MORE || FAILED=1; done; N=$((N + MORE)); }
+# Prompts for both, with replies to PREFIX-MODE.
+to() {                  # PREFIX FIRST COUNT
+    "$PYTHON" - "$BOOTSTRAP" "$@" $MODES <<'P'
+import json, sys
+from confluent_kafka import Producer
+p, (prefix, first, count) = Producer({"bootstrap.servers": sys.argv[1]}), sys.argv[2:5]
+for mode in sys.argv[5:]:
+    for i in range(int(first), int(first) + int(count)):
+        p.produce(mode, json.dumps({"id": f"p-{i}", "prompt": "x", "reply_topic": f"{prefix}-{mode}"}),
+                  key=str(i))
+assert not p.flush(20)
+P
+}
 livez() { curl -sf -o /dev/null "http://127.0.0.1:${PORT[$1]}/livez"; }
 alive() { local m; for m in $MODES; do check "$m: /livez is 200 while $1" livez "$m"; done; }
 answered() {
@@ -56,6 +69,18 @@ again() { kafka_node "$1" "$LIBS"; check "broker $1 is back" wait_until 60 all_b
 kill_broker() { kill -9 -- "-$(broker_pid "$1")"; }
 
 send; answered "nothing has happened yet"
+# The only replica of a reply topic goes away: what is for it waits, and nothing else. Exactly-once: one
+# transaction finds out, 10 s, and can't end, so another id goes on.
+to down 0 5
+for mode in $MODES; do check "$mode: replies to a topic of one replica" d wait "down-$mode" 5 60; done
+kill_broker 3
+to down 5 5; send; answered "a reply topic has no leader"
+send; answered "it still has none"
+again 3
+for mode in $MODES; do
+    check "$mode: what waited for it is answered" d wait "down-$mode" 10 60
+    d verify "down-$mode" 0 10 $([ $mode = exactly-once ] && echo 0 || echo -1) || FAILED=1
+done
 for mode in $MODES; do
     read -r c t <<< "$(admin coordinators "$mode" exactly-once-exactly-once)"
     [ $mode = exactly-once ] && c=$t
@@ -74,26 +99,14 @@ send; answered "leaders were moved"
 # A reply topic is deleted and made again with other leaders, and the producer sees only the new one. The
 # leader epochs of the old one were higher, for its leaders had changed: librdkafka (2.15.1) keeps to them.
 # Exactly-once: a transaction may time out, 10 s. At-least-once: the statistics of 20 s tell.
-to_side() {             # FIRST COUNT
-    "$PYTHON" - "$BOOTSTRAP" "$1" "$2" $MODES <<'P'
-import json, sys
-from confluent_kafka import Producer
-p = Producer({"bootstrap.servers": sys.argv[1]})
-for mode in sys.argv[4:]:
-    for i in range(int(sys.argv[2]), int(sys.argv[2]) + int(sys.argv[3])):
-        p.produce(mode, json.dumps({"id": f"p-{i}", "prompt": "x", "reply_topic": f"side-{mode}"}),
-                  key=str(i))
-assert not p.flush(20)
-P
-}
-to_side 0 30
+to side 0 30
 for mode in $MODES; do check "$mode: replies to a topic of their own" d wait "side-$mode" 30 60; done
 for mode in $MODES; do kill -STOP -- "-${W[$mode]}"; done
 for mode in $MODES; do admin delete "side-$mode"; done
 sleep 2
-for mode in $MODES; do side "$mode" 2 3 1; done
+for mode in $MODES; do led_by "side-$mode" 2 3 1; done
 for mode in $MODES; do kill -CONT -- "-${W[$mode]}"; done
-to_side 30 30; send
+to side 30 30; send
 for mode in $MODES; do check "$mode: the same when it was made again" d wait "side-$mode" 30 90; done
 answered "a reply topic was made again"
 for mode in $MODES; do

@@ -30,6 +30,10 @@ static bool fate_unknown;       /* of the transaction that fails next */
 static struct outgoing *late;   /* a record that the transaction that fails next did not get in, */
 static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
+static const char *forbidden;   /* ... and all to that topic */
+static const char *silent;      /* nothing comes back of what is sent to that topic */
+static int stuck;               /* ids whose last transaction does not end */
+static atomic_bool led;         /* partitions have leaders */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
 static char wanted[256];        /* of each part of a stream: the partition that it was sent to */
 
@@ -53,7 +57,15 @@ rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
-    return NULL;
+    if (!stuck)
+        return NULL;
+    stuck--;
+    return rd_kafka_error_new(RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS, "as the test says");
+}
+
+int rd_kafka_error_is_retriable(const rd_kafka_error_t *e)
+{
+    return rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS;
 }
 
 rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
@@ -71,7 +83,7 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     va_list ap;
     va_start(ap, rk);
     for (int type; (type = va_arg(ap, int)) != RD_KAFKA_VTYPE_END;)
-        if (type == RD_KAFKA_VTYPE_TOPIC) {
+        if (type == RD_KAFKA_VTYPE_TOPIC || type == RD_KAFKA_VTYPE_RKT) {
             (void)va_arg(ap, const char *);
         } else if (type == RD_KAFKA_VTYPE_PARTITION) {
             partition = va_arg(ap, int32_t);
@@ -86,6 +98,8 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
             abort();
         }
     va_end(ap);
+    if (forbidden && !strcmp(o->topic, forbidden))
+        return RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
     if (refuse_tenth && o->asked && o->job->record.offset % 10 == 0)
         return (rd_kafka_resp_err_t)refuse_tenth;
     if (headers)
@@ -93,6 +107,8 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     records++;
     atomic_fetch_add(&sent, 1);
     p.under_way--;              /* acknowledged at once */
+    if (silent && !strcmp(o->topic, silent))
+        atomic_fetch_add(&others, 1);
     say(said, sizeof said, o->job->record.offset, "");
     if (o->job->parent) {               /* its report says where it went */
         say(wanted, sizeof wanted, partition, partition == RD_KAFKA_PARTITION_UA ? "any" : "");
@@ -131,6 +147,7 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
     (void)rk;
     (void)timeout_ms;
     atomic_fetch_add(&aborts, 1);
+    atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
 }
 
@@ -150,6 +167,39 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     (void)l;
     (void)timeout_ms;
     return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+rd_kafka_topic_t *rd_kafka_topic_new(rd_kafka_t *rk, const char *name, rd_kafka_topic_conf_t *c)
+{
+    (void)rk;
+    (void)name;
+    (void)c;
+    return (rd_kafka_topic_t *)&p;
+}
+
+void rd_kafka_topic_destroy(rd_kafka_topic_t *t)
+{
+    (void)t;
+}
+
+rd_kafka_resp_err_t rd_kafka_metadata(rd_kafka_t *rk, int all, rd_kafka_topic_t *only,
+                                      const struct rd_kafka_metadata **out, int timeout_ms)
+{
+    (void)rk;
+    (void)all;
+    (void)only;
+    (void)timeout_ms;
+    static rd_kafka_metadata_partition_t part;
+    static rd_kafka_metadata_topic_t topic = { .partition_cnt = 1, .partitions = &part };
+    static rd_kafka_metadata_t md = { .topic_cnt = 1, .topics = &topic };
+    part.leader = atomic_load(&led) ? 1 : -1;
+    *out = &md;
+    return RD_KAFKA_RESP_ERR_NO_ERROR;
+}
+
+void rd_kafka_metadata_destroy(const struct rd_kafka_metadata *md)
+{
+    (void)md;
 }
 
 rd_kafka_resp_err_t rd_kafka_fatal_error(rd_kafka_t *rk, char *why, size_t size)
@@ -201,7 +251,9 @@ static int open_world(void **state)
     p = (struct producer){ .w = &x->w, .exactly_once = true };
     job_queue_init(&p.again);
     said[0] = sizes[0] = wanted[0] = '\0';
-    asked = fail_next = refuse_tenth = 0;
+    asked = fail_next = refuse_tenth = stuck = 0;
+    forbidden = silent = NULL;
+    atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
     atomic_store(&others, 0);
@@ -523,6 +575,8 @@ static void an_open_transaction_is_aborted_at_the_end(void **state)
 
 /* ---- records that are not taken -------------------------------------------------------------- */
 
+static char gone[] = "gone", dead[] = "dead", group[] = "g";
+
 static void begin_with_clients(void)
 {
     static char mode[] = "at-least-once";   /* theirs; they are not to be told of transactions */
@@ -541,12 +595,30 @@ static void end_with_clients(void)
     credentials_free(x->w.credentials);
 }
 
+static void ask_for(struct outgoing *o)
+{
+    o->topic = gone;
+    o->partition = 7;
+    o->asked = true;
+}
+
+/* Each prompt has chosen a partition. */
+static void choose(struct job **jobs, int first, int n)
+{
+    x->cfg.topics_dead_letters = dead;
+    x->cfg.group_id = group;
+    for (int i = first; i < first + n; i++)
+        ask_for(&jobs[i]->out);
+}
+
 /* The client may keep to brokers of before: one transaction's time is enough to find out. */
 static void what_is_not_taken_in_time_brings_a_new_producer(void **state)
 {
     (void)state;
     struct job *jobs[2];
+    x->cfg.transaction_max_messages = 1;
     read_prompts(jobs, 0, 2);
+    choose(jobs, 0, 2);
     fail_next = 1;
     finish(jobs, 0, 1);
     begin_with_clients();
@@ -567,7 +639,9 @@ static void one_new_producer_is_enough(void **state)
 {
     (void)state;
     struct job *jobs[1];
+    x->cfg.transaction_max_messages = 1;
     read_prompts(jobs, 0, 1);
+    choose(jobs, 0, 1);
     fail_next = 1;
     fate_unknown = true;
     late = &jobs[0]->out;
@@ -580,27 +654,9 @@ static void one_new_producer_is_enough(void **state)
     end_with_clients();
 }
 
-static char gone[] = "gone", dead[] = "dead", group[] = "g";
-
-static void ask_for(struct outgoing *o)
-{
-    o->topic = gone;
-    o->partition = 7;
-    o->asked = true;
-}
-
 static long long dead_letters(void)
 {
     return (long long)atomic_load(&x->w.metrics.dead_letters[LM_NOT_FOUND]);
-}
-
-/* Each prompt has chosen a partition. */
-static void choose(struct job **jobs, int first, int n)
-{
-    x->cfg.topics_dead_letters = dead;
-    x->cfg.group_id = group;
-    for (int i = first; i < first + n; i++)
-        ask_for(&jobs[i]->out);
 }
 
 /* What the client refuses on the spot never enters the transaction, which passes it by: neither is
@@ -714,6 +770,100 @@ static void a_notice_that_is_refused_on_the_spot_is_left_out(void **state)
     assert_int_equal(atomic_load(&aborts), 0);
 }
 
+/* ---- topics that take nothing -------------------------------------------------------------- */
+
+enum { SOME = 20, OF_TOPIC = 5 };
+
+/* The first five are to a topic whose leader is away: one transaction finds out. */
+static void lose_a_leader(struct job **jobs)
+{
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    read_prompts(jobs, 0, SOME);
+    choose(jobs, 0, OF_TOPIC);
+    for (int i = OF_TOPIC; i < SOME; i++)
+        jobs[i]->out.topic = dead;
+    atomic_store(&led, false);
+    fail_next = 1;
+    late = &jobs[0]->out;
+    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    finish(jobs, 0, SOME - 1);
+    begin_with_clients();
+    until_in_flight(OF_TOPIC + 1);
+}
+
+/* All that is for it waits, and nothing else. Then they go one by one at first. */
+static void a_topic_that_takes_nothing_holds_up_no_other(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lose_a_leader(jobs);
+    assert_string_equal(sizes, "19 14 ");
+    ask_for(&jobs[SOME - 1]->out);                  /* one more for it */
+    finish(jobs, SOME - 1, 1);
+    turn_for_ms(200);
+    assert_string_equal(sizes, "19 14 ");
+    assert_int_equal(ledger_in_flight(x->c.ledger), OF_TOPIC + 1);
+    atomic_store(&led, true);
+    until_in_flight(0);
+    assert_string_equal(sizes, "19 14 1 2 3 ");
+    end_with_clients();
+}
+
+/* It has a leader, which takes nothing. */
+static void a_try_in_vain_holds_up_no_other(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    silent = gone;
+    lose_a_leader(jobs);
+    atomic_store(&led, true);
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&aborts) < 2; turn())
+        assert_true(lm_now_us() < end);
+    finish(jobs, SOME - 1, 1);
+    until_in_flight(OF_TOPIC);
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), 0);
+    end_with_clients();
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), OF_TOPIC);
+}
+
+/* The usual one, so these are no dead letters: they wait, and nothing is aborted for them. */
+static void a_forbidden_topic_holds_up_no_other(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    read_prompts(jobs, 0, SOME);
+    for (int i = 0; i < SOME; i++)
+        jobs[i]->out.topic = i < OF_TOPIC ? gone : dead;
+    forbidden = gone;
+    finish(jobs, 0, SOME);
+    begin();
+    until_in_flight(OF_TOPIC);
+    turn_for_ms(50);
+    assert_int_equal(ledger_in_flight(x->c.ledger), OF_TOPIC);
+    assert_int_equal(atomic_load(&sent), SOME - OF_TOPIC);
+    assert_int_equal(atomic_load(&aborts), 0);
+    forbidden = NULL;
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&sent), SOME);
+}
+
+/* Neither does a transaction that can't end, for a partition of it has no leader. */
+static void another_id_goes_on(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    read_prompts(jobs, 0, 1);
+    stuck = 12;                         /* six times 5 s each */
+    finish(jobs, 0, 1);
+    begin_with_clients();
+    until_in_flight(0);
+    assert_int_equal(p.other_id, 2);
+    end_with_clients();
+}
+
 /* ---- parts of a stream ------------------------------------------------------------------- */
 
 /* A transaction with one part is aborted and made again. */
@@ -778,6 +928,8 @@ int main(void)
         TEST(who_is_refused_later_goes_and_the_others_commit),
         TEST(a_notice_that_is_refused_later_is_left_out),
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
+        TEST(a_topic_that_takes_nothing_holds_up_no_other), TEST(a_try_in_vain_holds_up_no_other),
+        TEST(a_forbidden_topic_holds_up_no_other), TEST(another_id_goes_on),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
     };

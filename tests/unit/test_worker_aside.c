@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* test_worker_aside.c - how often a topic that took nothing is tried, and with how much. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#include "worker/aside.h"
+
+enum { SECOND = 1000000, BASE_MS = 50, MOST_MS = 15000 };
+
+static struct aside a;
+
+static struct job *job_for(const char *topic, const char *notice)
+{
+    struct job *j = lm_calloc(1, sizeof *j);
+    j->out.topic = topic;
+    if (notice) {
+        j->notice = lm_calloc(1, sizeof *j->notice);
+        j->notice->topic = notice;
+    }
+    return j;
+}
+
+static void free_job(struct job *j)
+{
+    free(j->notice);
+    free(j);
+}
+
+static int drop_all(void **state)
+{
+    (void)state;
+    for (struct job *j = aside_take_all(&a), *next; j; j = next) {
+        next = j->next;
+        free_job(j);
+    }
+    return 0;
+}
+
+static struct aside_topic *add(const char *topic, int n)
+{
+    while (n--)
+        assert_int_equal(aside_add(&a, topic, job_for(topic, NULL), 0), LM_OK);
+    struct aside_topic *t = aside_due(&a, 0);
+    assert_non_null(t);
+    return t;
+}
+
+static void a_job_is_kept_if_one_of_its_records_is_for_the_topic(void **state)
+{
+    (void)state;
+    struct job *other = job_for("t", "u");
+    assert_false(aside_keep(&a, other));
+    struct aside_topic *t = add("x", 1);
+    assert_false(aside_keep(&a, other));
+    free_job(other);
+    assert_true(aside_keep(&a, job_for("x", NULL)));
+    assert_true(aside_keep(&a, job_for("dead", "x")));
+    assert_int_equal(t->jobs.length, 3);
+}
+
+/* One, two, four ... as long as they are taken; between two tries the others have a turn. */
+static void tries_grow(void **state)
+{
+    (void)state;
+    struct aside_topic *t = add("x", 9);
+    size_t n = 1;
+    for (int64_t now = 0; n < 8; n *= 2, now += 1000) {
+        assert_int_equal(t->width, n);
+        for (size_t i = 0; i < n; i++)
+            free_job(job_chain_pop(&t->jobs));
+        aside_tried(&a, t, true, now, now + 400, BASE_MS, MOST_MS);
+        assert_int_equal(t->due_us, now + 800);
+    }
+    free_job(job_chain_pop(&t->jobs));
+    free_job(job_chain_pop(&t->jobs));
+    aside_tried(&a, t, true, 0, 1, BASE_MS, MOST_MS);
+    assert_null(a.topics);              /* nobody waits: it is as any other */
+}
+
+/* A failed one is followed by a rest of four times its length, and its backoff; and by a longer one
+ * with one job. */
+static void a_failed_try_is_followed_by_a_rest(void **state)
+{
+    (void)state;
+    const int64_t most = 10 * SECOND;
+    struct aside_topic *t = add("x", 9);
+    t->width = 8;
+    assert_int_equal(aside_limit_us(t, most), SECOND);
+    aside_tried(&a, t, false, 0, 3 * SECOND, BASE_MS, MOST_MS);
+    assert_int_equal(t->width, 1);
+    assert_int_equal(t->due_us, 15 * SECOND);
+    for (int i = 1; i < 5; i++) {
+        assert_int_equal(aside_limit_us(t, most), LM_MIN(most, (int64_t)SECOND << i));
+        aside_tried(&a, t, false, 0, 0, BASE_MS, MOST_MS);
+        assert_in_range(t->due_us, BASE_MS * 500 << i, BASE_MS * 1000 << i);
+    }
+    for (int i = 0; i < 100; i++)
+        aside_tried(&a, t, false, 0, 0, BASE_MS, MOST_MS);
+    assert_in_range(t->due_us, MOST_MS * 500, MOST_MS * 1000);
+    assert_int_equal(aside_limit_us(t, most), most);
+    aside_tried(&a, t, true, 0, 0, BASE_MS, MOST_MS);
+    assert_int_equal(aside_limit_us(t, most), SECOND);
+}
+
+/* Leaders are asked for each second at most, and at least. */
+static void looks_are_cheap_and_go_on(void **state)
+{
+    (void)state;
+    struct aside_topic *t = add("x", 1);
+    for (int i = 0; i < 100; i++) {
+        aside_looked(t, SECOND, BASE_MS, MOST_MS);
+        assert_in_range(t->due_us, SECOND + BASE_MS * 500, 2 * SECOND);
+    }
+    assert_in_range(t->due_us, SECOND + SECOND / 2, 2 * SECOND);
+    assert_null(aside_due(&a, SECOND));
+    assert_in_range(aside_wait_ms(&a, SECOND, 5000), 500, 1000);
+    assert_int_equal(aside_wait_ms(&a, SECOND, 100), 100);
+    assert_int_equal(aside_wait_ms(&a, 3 * SECOND, 100), 0);
+    assert_ptr_equal(aside_due(&a, 2 * SECOND), t);
+}
+
+/* No topic's turn comes before that of one that waits for longer. */
+static void who_is_due_longest_is_tried_first(void **state)
+{
+    (void)state;
+    struct aside_topic *x = add("x", 1);
+    aside_looked(x, 0, BASE_MS, MOST_MS);
+    struct aside_topic *y = add("y", 1);
+    aside_looked(y, 5 * SECOND, BASE_MS, MOST_MS);
+    assert_ptr_equal(aside_due(&a, 9 * SECOND), x);
+    aside_looked(x, 9 * SECOND, BASE_MS, MOST_MS);
+    assert_ptr_equal(aside_due(&a, 20 * SECOND), y);
+}
+
+#define TEST(f) cmocka_unit_test_teardown(f, drop_all)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(a_job_is_kept_if_one_of_its_records_is_for_the_topic), TEST(tries_grow),
+        TEST(a_failed_try_is_followed_by_a_rest), TEST(looks_are_cheap_and_go_on),
+        TEST(who_is_due_longest_is_tried_first),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

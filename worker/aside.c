@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* aside.c - topics that take no records for now; see aside.h. */
+#include "worker/aside.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "worker/log.h"
+
+enum { LOOK_MOST_MS = 1000, BACKOFF_COUNTED = 20 };
+
+static struct aside_topic *find(const struct aside *a, const char *name)
+{
+    struct aside_topic *t = name ? a->topics : NULL;
+    while (t && strcmp(t->name, name) != 0)
+        t = t->next;
+    return t;
+}
+
+lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t now_us)
+{
+    struct aside_topic *t = find(a, topic);
+    if (!t) {
+        if (!(t = lm_calloc(1, sizeof *t)))
+            return LM_NOMEM;
+        t->width = 1;
+        t->due_us = now_us;
+        t->next = a->topics;
+        snprintf(t->name, sizeof t->name, "%s", topic);
+        a->topics = t;
+        lm_log(LM_WARN, "producer", "topic '%s' takes no records for now: what is for it waits, "
+               "and nothing else", topic);
+    }
+    job_chain_add(&t->jobs, j);
+    return LM_OK;
+}
+
+bool aside_keep(struct aside *a, struct job *j)
+{
+    if (!a->topics)
+        return false;
+    struct aside_topic *t = find(a, j->out.topic);
+    if (!t && j->notice)
+        t = find(a, j->notice->topic);
+    if (t)
+        job_chain_add(&t->jobs, j);
+    return t;
+}
+
+struct aside_topic *aside_due(struct aside *a, int64_t now_us)
+{
+    struct aside_topic *due = NULL;
+    for (struct aside_topic *t = a->topics; t; t = t->next)
+        if (t->due_us <= now_us && (!due || t->due_us < due->due_us))
+            due = t;
+    return due;
+}
+
+int aside_wait_ms(const struct aside *a, int64_t now_us, int cap)
+{
+    int64_t ms = cap;
+    for (const struct aside_topic *t = a->topics; t; t = t->next)
+        ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
+    return (int)LM_MAX(ms, 0);
+}
+
+static bool all_led(const rd_kafka_metadata_t *md)
+{
+    for (int i = 0; i < md->topic_cnt; i++) {
+        const rd_kafka_metadata_topic_t *topic = &md->topics[i];
+        if (topic->err == RD_KAFKA_RESP_ERR_LEADER_NOT_AVAILABLE)
+            return false;
+        for (int k = 0; k < topic->partition_cnt; k++)
+            if (topic->partitions[k].leader < 0)
+                return false;
+    }
+    return true;
+}
+
+bool aside_may_take(rd_kafka_t *rk, const char *topic, int wait_ms)
+{
+    const rd_kafka_metadata_t *md;
+    rd_kafka_topic_t *handle = rd_kafka_topic_new(rk, topic, NULL);
+    if (!handle)
+        return true;
+    bool may = !rd_kafka_metadata(rk, 0, handle, &md, wait_ms);
+    if (may) {
+        may = all_led(md);
+        rd_kafka_metadata_destroy(md);
+    }
+    rd_kafka_topic_destroy(handle);
+    return may;
+}
+
+int64_t aside_limit_us(const struct aside_topic *t, int64_t most_us)
+{
+    int64_t us = ASIDE_FIRST_US;
+    for (int i = 0; i < t->failures && us < most_us; i++)
+        us *= 2;
+    return LM_MIN(us, most_us);
+}
+
+void aside_looked(struct aside_topic *t, int64_t now_us, int64_t base_ms, int64_t max_ms)
+{
+    t->width = 1;
+    t->due_us = now_us + backoff_us(LM_MIN(t->looks, BACKOFF_COUNTED), base_ms,
+                                    LM_MIN(max_ms, LOOK_MOST_MS));
+    t->looks++;
+}
+
+static void forget(struct aside *a, struct aside_topic *t)
+{
+    struct aside_topic **at = &a->topics;
+    while (*at != t)
+        at = &(*at)->next;
+    *at = t->next;
+    lm_log(LM_INFO, "producer", "topic '%s': nothing waits for it any more", t->name);
+    free(t);
+}
+
+void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t began_us,
+                 int64_t now_us, int64_t base_ms, int64_t max_ms)
+{
+    int64_t took = now_us - began_us;
+    t->looks = 0;
+    if (!t->jobs.head) {
+        forget(a, t);
+    } else if (progress) {      /* others have their turn between two tries */
+        t->failures = 0;
+        t->width *= 2;
+        t->due_us = now_us + took;
+    } else {
+        int64_t rest = backoff_us(LM_MIN(t->failures, BACKOFF_COUNTED), base_ms, max_ms);
+        t->failures++;
+        t->width = 1;
+        t->due_us = now_us + LM_MAX(rest, ASIDE_REST * took);
+    }
+}
+
+struct job *aside_take_all(struct aside *a)
+{
+    struct job_chain all = { 0 };
+    for (struct aside_topic *t = a->topics, *next; t; t = next) {
+        next = t->next;
+        for (struct job *j; (j = job_chain_pop(&t->jobs));)
+            job_chain_add(&all, j);
+        free(t);
+    }
+    a->topics = NULL;
+    return all.head;
+}

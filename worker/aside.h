@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * aside.h - exactly-once: topics that take no records for now, and the jobs that wait for them.
+ *
+ * A transaction commits when all of its records are taken, so one to a topic whose only replica is
+ * away, or that the worker may not write to, would hold up all others. The jobs of such a topic are
+ * set aside, and so are those that come for it meanwhile. What they finish waits, as their offsets
+ * do; they count as in flight, which bounds them. The others commit.
+ *
+ *   a record is not taken --> its topic rests --> due: do all of its partitions have a leader?
+ *                               ^    ^   no, a look again soon  |  yes
+ *                               |    +--------------------------+
+ *                               |                               v
+ *                               +--- no ---  a try: some of its jobs in a transaction of their own
+ *                                               | yes: at once twice as many, until none is left;
+ *                                               v      then the topic is as any other
+ *
+ * A try begins with one job. It has ASIDE_FIRST_US, after each failure twice as long, a
+ * transaction's time at most, and then its topic rests for four times as long as the try took, and
+ * for its backoff at least: so the others have four fifths of the time, however many tries fail. A
+ * job that the brokers' answer makes a dead letter is progress like one that is taken.
+ *
+ * Threads: the producer thread's.
+ */
+#ifndef LORAMILL_WORKER_ASIDE_H
+#define LORAMILL_WORKER_ASIDE_H
+
+#include <librdkafka/rdkafka.h>
+
+#include "worker/job.h"
+
+enum { ASIDE_FIRST_US = 1000000, ASIDE_REST = 4 };
+
+struct aside_topic {
+    struct aside_topic *next;
+    struct job_chain jobs;
+    size_t width;               /* jobs of the next try */
+    int failures, looks;        /* tries, and looks, in vain; in a row */
+    int64_t due_us;
+    char name[256];
+};
+
+/* Begins as zeros. */
+struct aside { struct aside_topic *topics; };
+
+/* Sets the job aside; a topic that is new here is due at once. LM_NOMEM. */
+lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t now_us);
+/* Of a job that comes: true if one of its records is for such a topic, and it is set aside. */
+bool aside_keep(struct aside *a, struct job *j);
+/* One that is due, longest first; NULL: none. */
+struct aside_topic *aside_due(struct aside *a, int64_t now_us);
+/* Milliseconds until one is, at most `cap`. */
+int aside_wait_ms(const struct aside *a, int64_t now_us, int cap);
+/* Do all partitions of the topic have a leader? True also if the topic itself is refused, for then
+ * a try is to tell; false if the brokers do not answer. Blocks for `wait_ms` at most. */
+bool aside_may_take(rd_kafka_t *rk, const char *topic, int wait_ms);
+/* What a try of it may take, with `most_us` in all. */
+int64_t aside_limit_us(const struct aside_topic *t, int64_t most_us);
+/* They have none. */
+void aside_looked(struct aside_topic *t, int64_t now_us, int64_t base_ms, int64_t max_ms);
+/* After a try that began at `began_us`. A topic that nobody waits for is forgotten, and freed. */
+void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t began_us,
+                 int64_t now_us, int64_t base_ms, int64_t max_ms);
+/* All jobs, in a chain; the topics are forgotten. */
+struct job *aside_take_all(struct aside *a);
+
+#endif
