@@ -54,8 +54,14 @@ d verify replies,dead 0 $((N + 8000)) 0 || FAILED=1
 
 # The broker goes away in the middle of transactions, for longer than one may last.
 d produce prompts $((N + 8000)) 4000
+# The workers hold still first, so that none is between the decision to commit and its markers:
+# Kafka 4.3.1, killed there, forgets the markers when it is back, and the transaction hangs
+# (docs/matrix.md). What is open stays open.
 broker=$(cat "$RUN/kafka/n1/pid")
+kill -STOP "$A" "$B"
+sleep 0.5
 kill -9 -- "-$broker"
+kill -CONT "$A" "$B"
 sleep 12
 kafka_node 1
 wait_until 60 kafka_ready 1
