@@ -16,10 +16,12 @@ enum { ASK_MS = 15000, ONE_RECORD_MS = 10000, SCAN_IDLE_MS = 15000,
 
 /* ---- admin calls ------------------------------------------------------------------------ */
 
-/* A group's coordinator that has just come to be, or moves, says so for a moment. */
+/* A group's coordinator that has just come to be, or moves, says so for a moment; so does one that
+ * has offsets in a transaction that is not over. */
 static lm_status kind_of(rd_kafka_resp_err_t e)
 {
-    return e == RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS ||
+    return e == RD_KAFKA_RESP_ERR_UNSTABLE_OFFSET_COMMIT ||
+           e == RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS ||
            e == RD_KAFKA_RESP_ERR_COORDINATOR_NOT_AVAILABLE ||
            e == RD_KAFKA_RESP_ERR_NOT_COORDINATOR ? LM_BUSY : LM_NET;
 }
@@ -144,24 +146,33 @@ static lm_status take_commits(const rd_kafka_event_t *ev, const char *group,
                           rd_kafka_error_string(e));
     const rd_kafka_topic_partition_list_t *got = n && !e ? rd_kafka_group_result_partitions(res[0])
                                                          : NULL;
+    for (int i = 0; got && i < got->cnt; i++)
+        if (got->elems[i].err && kind_of(got->elems[i].err) == LM_BUSY)
+            return lm_err_set(err, LM_BUSY, "group '%s': %s", group,
+                              rd_kafka_err2str(got->elems[i].err));
     *out = got ? rd_kafka_topic_partition_list_copy(got) : rd_kafka_topic_partition_list_new(0);
     return LM_OK;
 }
 
-/* What the group has committed for the partitions of `l`, once. */
-static lm_status ask_commits(struct cli_kafka *k, const char *group,
+/* What the group has committed for the partitions of `l`, once. `stable`: LM_BUSY while a
+ * transaction is about to change it. */
+static lm_status ask_commits(struct cli_kafka *k, const char *group, bool stable,
                              const rd_kafka_topic_partition_list_t *l,
                              rd_kafka_topic_partition_list_t **out, struct lm_err *err)
 {
+    rd_kafka_AdminOptions_t *o =
+        rd_kafka_AdminOptions_new(k->rk, RD_KAFKA_ADMIN_OP_LISTCONSUMERGROUPOFFSETS);
+    rd_kafka_error_destroy(rd_kafka_AdminOptions_set_require_stable_offsets(o, stable));
     rd_kafka_ListConsumerGroupOffsets_t *ask = rd_kafka_ListConsumerGroupOffsets_new(group, l);
     rd_kafka_queue_t *q = rd_kafka_queue_new(k->rk);
-    rd_kafka_ListConsumerGroupOffsets(k->rk, &ask, 1, NULL, q);
+    rd_kafka_ListConsumerGroupOffsets(k->rk, &ask, 1, o, q);
     rd_kafka_event_t *ev = answer(q, "the group's offsets", err);
     lm_status st = ev ? take_commits(ev, group, out, err) : err->code;
     if (ev)
         rd_kafka_event_destroy(ev);
     rd_kafka_queue_destroy(q);
     rd_kafka_ListConsumerGroupOffsets_destroy(ask);
+    rd_kafka_AdminOptions_destroy(o);
     return st;
 }
 
@@ -177,10 +188,10 @@ lm_status cli_group_commits(struct cli_kafka *k, const char *group, const char *
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(n);
     rd_kafka_topic_partition_list_add_range(l, topic, 0, n - 1);
     *out = NULL;
-    lm_status st = ask_commits(k, group, l, out, err);
+    lm_status st = ask_commits(k, group, true, l, out, err);
     for (int i = 1; st == LM_BUSY && i < COORDINATOR_TRIES; i++)
         if (!(st = wait_again(err)))
-            st = ask_commits(k, group, l, out, err);
+            st = ask_commits(k, group, true, l, out, err);
     rd_kafka_topic_partition_list_destroy(l);
     for (int i = 0; !st && i < (*out)->cnt; i++)
         if ((*out)->elems[i].err)
@@ -197,7 +208,7 @@ static lm_status read_committed(struct cli_kafka *k, const char *group, struct g
                                 struct lm_err *err)
 {
     rd_kafka_topic_partition_list_t *l = parts_of(g, NULL, RD_KAFKA_OFFSET_INVALID), *got = NULL;
-    lm_status st = ask_commits(k, group, l, &got, err);
+    lm_status st = ask_commits(k, group, false, l, &got, err);
     for (size_t i = 0; !st && i < g->n_parts; i++) {
         const rd_kafka_topic_partition_t *t = rd_kafka_topic_partition_list_find(
             got, g->parts[i].topic, g->parts[i].partition);
@@ -502,10 +513,7 @@ lm_status cli_group_offsets_at(struct cli_kafka *k, const struct group *g, int64
         const struct group_part *p = &g->parts[i];
         const rd_kafka_topic_partition_t *t = rd_kafka_topic_partition_list_find(l, p->topic,
                                                                                  p->partition);
-        offsets[i] = t && t->offset >= 0 ? t->offset : p->high;
-        if (t && t->err)
-            st = lm_err_set(err, LM_NET, "looking up offsets by time: %s [%d]: %s", p->topic,
-                            (int)p->partition, rd_kafka_err2str(t->err));
+        offsets[i] = t && t->err ? -1 : t && t->offset >= 0 ? t->offset : p->high;
     }
     rd_kafka_topic_partition_list_destroy(l);
     return st;
@@ -667,12 +675,13 @@ lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
         }
         if (!m)
             continue;
-        heard = m->err && m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF ? heard : lm_now_us();
         bool here = !m->err && end[m->partition] >= 0 && m->offset < end[m->partition];
         if (here && !each(user, m))
             left = 0;
         else if ((!m->err || m->err == RD_KAFKA_RESP_ERR__PARTITION_EOF) && at_end(end, m))
             left--;
+        /* Behind each(), which may take long. */
+        heard = m->err && m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF ? heard : lm_now_us();
         rd_kafka_message_destroy(m);
     }
     free(end);

@@ -52,8 +52,8 @@ void cli_group_oldest(struct cli_kafka *k, struct group *g);
 lm_status cli_group_move(struct cli_kafka *k, const char *group, const struct group *g,
                          const int64_t *target, const char **refused, struct lm_err *err);
 
-/* The offset of the first record at or after `ms` for each partition, its end where there is none;
- * into offsets[n_parts]. */
+/* The offset of the first record at or after `ms` for each partition, its end where there is none,
+ * -1 where its leader does not answer; into offsets[n_parts]. */
 lm_status cli_group_offsets_at(struct cli_kafka *k, const struct group *g, int64_t ms,
                                int64_t *offsets, struct lm_err *err);
 

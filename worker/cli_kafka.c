@@ -85,13 +85,17 @@ static lm_status set_passthrough(rd_kafka_conf_t *conf, const struct config *c,
 }
 
 /* Over what the file sets, which is for workers. A transaction that its process leaves open holds
- * up readers for this long; a record in it has no longer. */
+ * up readers for this long; a record in it, and a request, have no longer. */
 static lm_status set_transactional(rd_kafka_conf_t *conf, const char *id, struct lm_err *err)
 {
+    static const char *const over[][2] = {
+        { "transaction.timeout.ms", "15000" }, { "message.timeout.ms", "15000" },
+        { "socket.timeout.ms", "10000" }, { "enable.idempotence", "true" }, { "acks", "all" },
+    };
     lm_status st = set(conf, "transactional.id", id, err);
-    if (st == LM_OK)
-        st = set(conf, "transaction.timeout.ms", "15000", err);
-    return st == LM_OK ? set(conf, "message.timeout.ms", "15000", err) : st;
+    for (size_t i = 0; st == LM_OK && i < LM_COUNT(over); i++)
+        st = set(conf, over[i][0], over[i][1], err);
+    return st;
 }
 
 static void on_log(const rd_kafka_t *rk, int level, const char *fac, const char *buf)

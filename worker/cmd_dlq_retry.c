@@ -20,7 +20,8 @@
 #include "worker/cli_group.h"
 
 enum { BATCH = 256, BATCH_BYTES = 4 << 20, BROKER_MS = 15000, GIVE_UP_MS = 60000,
-       PATIENCE_MS = 5000, CALL_MS = 500, TRIES = 3, MARKS_FROM = 0x02020000 };
+       PATIENCE_MS = 5000, CALL_MS = 500, TRIES = 3, PAUSE_MS = 200, MARKS_FROM = 0x02020000,
+       OFFSETS_MS = 5000 };     /* it asks for the coordinator and connects; it is tried but once */
 
 struct back {
     int partition;
@@ -33,6 +34,10 @@ struct back {
     bool done;                          /* said what became of it */
 };
 
+/* What aborted the last transaction: something about its letters, perhaps; what passes; or what no
+ * letter of this retry gets by. */
+enum cause { LETTERS, PASSES, STAYS };
+
 struct dlq_retry {
     struct cli_kafka kafka;
     const struct config *config;
@@ -40,6 +45,8 @@ struct dlq_retry {
     bool keeps_marks, anyway, dead;
     rd_kafka_consumer_group_metadata_t *group;
     rd_kafka_topic_partition_list_t *offsets;   /* of the call under way */
+    rd_kafka_resp_err_t code;           /* of the last call that failed */
+    enum cause cause;
     struct back batch[BATCH];
     int n;
     size_t bytes;
@@ -65,7 +72,7 @@ lm_status dlq_retry_marks(struct cli_kafka *k, const struct config *c, dlq_marks
     lm_status st = cli_kafka_partitions(k, topic, BROKER_MS, &n, err);
     if (!st)
         st = cli_group_commits(k, group, topic, n, &l, err);
-    if (!st && !(*out = dlq_marks_new(n)))
+    if (!st && !(*out = dlq_marks_new(n, (size_t)c->commit_map_max_bytes)))
         st = lm_err_set(err, LM_NOMEM, "no memory");
     for (int i = 0; !st && i < l->cnt; i++) {
         const rd_kafka_topic_partition_t *t = &l->elems[i];
@@ -104,7 +111,8 @@ static rd_kafka_error_t *begin(struct dlq_retry *r)
 
 static rd_kafka_error_t *send_offsets(struct dlq_retry *r)
 {
-    return rd_kafka_send_offsets_to_transaction(r->kafka.rk, r->offsets, r->group, CALL_MS);
+    return rd_kafka_send_offsets_to_transaction(r->kafka.rk, r->offsets, r->group,
+                                                OFFSETS_MS);
 }
 
 static rd_kafka_error_t *commit(struct dlq_retry *r)
@@ -127,7 +135,8 @@ static enum fate ask(struct dlq_retry *r, call_fn *call, int patience_ms, struct
             return DONE;
         bool again = rd_kafka_error_is_retriable(e);
         enum fate fate = rd_kafka_error_txn_requires_abort(e) ? ABORT : DEAD;
-        lm_err_set(err, LM_NET, "%s%s%s%s", rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR__FENCED ?
+        r->code = rd_kafka_error_code(e);
+        lm_err_set(err, LM_NET, "%s%s%s%s", r->code == RD_KAFKA_RESP_ERR__FENCED ?
                    "another retry has begun: " : "", rd_kafka_error_string(e),
                    again && r->kafka.why[0] ? "; " : "", again ? r->kafka.why : "");
         rd_kafka_error_destroy(e);
@@ -141,11 +150,14 @@ static enum fate ask(struct dlq_retry *r, call_fn *call, int patience_ms, struct
 
 /* ---- a transaction ---------------------------------------------------------------------- */
 
+/* A queue that is full without anything in it never takes this letter. */
 static rd_kafka_resp_err_t hand_over(struct dlq_retry *r, struct back *b)
 {
     rd_kafka_resp_err_t e;
+    bool empty;
     b->refused = RD_KAFKA_RESP_ERR_NO_ERROR;
     do {
+        empty = !rd_kafka_outq_len(r->kafka.rk);
         rd_kafka_headers_t *h = rd_kafka_headers_copy(b->headers);
         e = rd_kafka_producev(r->kafka.rk, RD_KAFKA_V_TOPIC(b->topic),
                               RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
@@ -155,7 +167,7 @@ static rd_kafka_resp_err_t hand_over(struct dlq_retry *r, struct back *b)
         if (e)
             rd_kafka_headers_destroy(h);
         rd_kafka_poll(r->kafka.rk, e == RD_KAFKA_RESP_ERR__QUEUE_FULL ? 100 : 0);
-    } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !cli_interrupted());
+    } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !empty && !cli_interrupted());
     return e;
 }
 
@@ -176,6 +188,30 @@ static enum fate await_reports(struct dlq_retry *r, const struct back *b, int n,
     return DONE;
 }
 
+static enum cause cause_of(rd_kafka_resp_err_t e)
+{
+    switch (e) {
+    case RD_KAFKA_RESP_ERR_GROUP_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
+        return STAYS;
+    case RD_KAFKA_RESP_ERR__TRANSPORT:
+    case RD_KAFKA_RESP_ERR__ALL_BROKERS_DOWN:
+    case RD_KAFKA_RESP_ERR__TIMED_OUT:
+    case RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE:
+    case RD_KAFKA_RESP_ERR__WAIT_COORD:
+    case RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT:
+    case RD_KAFKA_RESP_ERR_NETWORK_EXCEPTION:
+    case RD_KAFKA_RESP_ERR_COORDINATOR_LOAD_IN_PROGRESS:
+    case RD_KAFKA_RESP_ERR_COORDINATOR_NOT_AVAILABLE:
+    case RD_KAFKA_RESP_ERR_NOT_COORDINATOR:
+    case RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS:
+        return PASSES;
+    default:
+        return LETTERS;
+    }
+}
+
 static enum fate send_marks(struct dlq_retry *r, const dlq_marks *marks, struct lm_err *err)
 {
     char map[OFFSET_MAP_MAX + 1];
@@ -194,8 +230,8 @@ static enum fate send_marks(struct dlq_retry *r, const dlq_marks *marks, struct 
         }
     if (fate == ABORT)
         lm_err_set(err, LM_NOMEM, "no memory");
-    else if (r->offsets->cnt)
-        fate = ask(r, send_offsets, PATIENCE_MS, err);
+    else if (r->offsets->cnt && (fate = ask(r, send_offsets, PATIENCE_MS, err)) == ABORT)
+        r->cause = cause_of(r->code);
     rd_kafka_topic_partition_list_destroy(r->offsets);
     r->offsets = NULL;
     return fate;
@@ -205,6 +241,7 @@ static enum fate transact(struct dlq_retry *r, struct back *b, int n, const dlq_
                           struct lm_err *err)
 {
     enum fate fate = ask(r, begin, 0, err);
+    r->cause = LETTERS;
     if (fate != DONE)
         return DEAD;
     for (int i = 0; i < n && fate == DONE; i++)
@@ -268,7 +305,7 @@ static dlq_marks *mark_all(struct dlq_retry *r, struct back *b, int n, int *left
     return next;
 }
 
-static enum fate send_batch(struct dlq_retry *r, struct back *b, int n, struct lm_err *err)
+static enum fate send_once(struct dlq_retry *r, struct back *b, int n, struct lm_err *err)
 {
     int left;
     dlq_marks *next = mark_all(r, b, n, &left);
@@ -294,6 +331,24 @@ static enum fate send_batch(struct dlq_retry *r, struct back *b, int n, struct l
     return DONE;
 }
 
+static void pause_ms(int ms)
+{
+    nanosleep(&(struct timespec){ .tv_nsec = ms * 1000000L }, NULL);
+}
+
+/* The same again while only the marks' coordinator is away. What it refuses to all of this retry,
+ * or for GIVE_UP_MS, ends it: nothing of this was sent. */
+static enum fate send_batch(struct dlq_retry *r, struct back *b, int n, struct lm_err *err)
+{
+    int64_t end = lm_now_us() + GIVE_UP_MS * (int64_t)1000;
+    enum fate fate = send_once(r, b, n, err);
+    while (fate == ABORT && r->cause == PASSES && !cli_interrupted() && lm_now_us() < end) {
+        pause_ms(PAUSE_MS);
+        fate = send_once(r, b, n, err);
+    }
+    return fate == ABORT && r->cause != LETTERS && !cli_interrupted() ? DEAD : fate;
+}
+
 static bool says_nothing(rd_kafka_resp_err_t e)
 {
     return !e || e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT;
@@ -304,7 +359,7 @@ static enum fate send_alone(struct dlq_retry *r, struct back *b, struct lm_err *
 {
     enum fate fate = send_batch(r, b, 1, err);
     for (int i = 1; fate == ABORT && says_nothing(b->refused) && i < TRIES; i++) {
-        nanosleep(&(struct timespec){ .tv_nsec = 200000000 }, NULL);
+        pause_ms(PAUSE_MS);
         fate = send_batch(r, b, 1, err);
     }
     if (fate == ABORT)

@@ -66,7 +66,7 @@ static lm_status find_targets(struct reset *r, const struct group *g, int64_t *t
             continue;
         }
         chosen++;
-        if (p->high < 0)
+        if (p->high < 0 || (by_time && target[i] < 0))
             return lm_err_set(err, LM_NET, "%s [%d]: its leader does not answer, so its offsets "
                               "are not known", p->topic, (int)p->partition);
         if (!strcmp(r->to, "earliest"))

@@ -18,19 +18,21 @@ struct part {
     bool changed;
 };
 
-struct dlq_marks { int n; struct part part[]; };
+struct dlq_marks { int n; size_t most; struct part part[]; };
 
-dlq_marks *dlq_marks_new(int n_partitions)
+dlq_marks *dlq_marks_new(int n_partitions, size_t most)
 {
     dlq_marks *m = lm_calloc(1, sizeof *m + (size_t)n_partitions * sizeof *m->part);
-    if (m)
+    if (m) {
         m->n = n_partitions;
+        m->most = LM_MIN(most, OFFSET_MAP_MAX);
+    }
     return m;
 }
 
 dlq_marks *dlq_marks_copy(const dlq_marks *m)
 {
-    dlq_marks *copy = dlq_marks_new(m->n);
+    dlq_marks *copy = dlq_marks_new(m->n, m->most);
     for (int i = 0; copy && i < m->n; i++) {
         struct part *to = &copy->part[i];
         *to = m->part[i];
@@ -177,7 +179,7 @@ lm_status dlq_marks_add(dlq_marks *m, int partition, int64_t from, int64_t to)
     next.cap = p->n + 1;
     next.changed = true;
     bool good = with_range(&next, (struct offset_range){ from, to }) &&
-                offset_map_size(next.base, next.r, next.n) <= OFFSET_MAP_MAX - SPARE;
+                (!next.n || offset_map_size(next.base, next.r, next.n) + SPARE <= m->most);
     free(good ? p->r : next.r);
     if (good)
         *p = next;

@@ -18,7 +18,8 @@
 
 typedef struct dlq_marks dlq_marks;
 
-dlq_marks *dlq_marks_new(int n_partitions);     /* NULL: no memory */
+/* No mark is added that makes a map longer than `most` bytes. NULL: no memory. */
+dlq_marks *dlq_marks_new(int n_partitions, size_t most);
 dlq_marks *dlq_marks_copy(const dlq_marks *m);
 void dlq_marks_free(dlq_marks *m);              /* NULL is fine */
 int dlq_marks_partitions(const dlq_marks *m);

@@ -22,7 +22,7 @@ struct kept { int64_t offset; char map[OFFSET_MAP_MAX + 1]; };
 
 static dlq_marks *reload(const struct kept *k)
 {
-    dlq_marks *m = dlq_marks_new(1);
+    dlq_marks *m = dlq_marks_new(1, OFFSET_MAP_MAX);
     dlq_marks_load(m, 0, k->offset, k->map, strlen(k->map));
     return m;
 }
@@ -85,7 +85,7 @@ static void test_not_ours(void **state)
     (void)state;
     static const char *const maps[] = { "", "hello", "lm1:", "lm1:AAAA", "lm2:AAAAAAAA" };
     for (size_t i = 0; i < LM_COUNT(maps); i++) {
-        dlq_marks *m = dlq_marks_new(2);
+        dlq_marks *m = dlq_marks_new(2, OFFSET_MAP_MAX);
         dlq_marks_load(m, 1, 5, maps[i], strlen(maps[i]));
         assert_true(dlq_marks_has(m, 1, 4));
         assert_false(dlq_marks_has(m, 1, 5));
@@ -123,13 +123,36 @@ static void test_full(void **state)
     dlq_marks_free(m);
 }
 
+/* commit.map_max_bytes holds, also 0: then only what follows the base is marked. */
+static void test_limit(void **state)
+{
+    (void)state;
+    int64_t offset;
+    char map[OFFSET_MAP_MAX + 1];
+    dlq_marks *m = dlq_marks_new(1, 100);
+    int n = 0;
+    while (!dlq_marks_add(m, 0, 1000 + 1000 * (int64_t)n, 1001 + 1000 * (int64_t)n))
+        n++;
+    assert_true(dlq_marks_commit(m, 0, &offset, map));
+    assert_in_range(strlen(map), 100 - 40, 100);
+    dlq_marks_free(m);
+    m = dlq_marks_new(1, 0);
+    assert_int_equal(dlq_marks_add(m, 0, 5, 6), LM_TOO_LARGE);
+    assert_int_equal(dlq_marks_add(m, 0, 0, 5), LM_OK);
+    assert_int_equal(dlq_marks_add(m, 0, 5, 6), LM_OK);
+    assert_true(dlq_marks_commit(m, 0, &offset, map));
+    assert_int_equal(offset, 6);
+    assert_string_equal(map, "");
+    dlq_marks_free(m);
+}
+
 /* What was read is committed once more with the next marks, and not again. */
 static void test_renewal(void **state)
 {
     (void)state;
     int64_t offset;
     char map[OFFSET_MAP_MAX + 1];
-    dlq_marks *m = dlq_marks_new(2);
+    dlq_marks *m = dlq_marks_new(2, OFFSET_MAP_MAX);
     dlq_marks_load(m, 0, 9, "", 0);
     dlq_marks_load(m, 1, -1, NULL, 0);
     assert_true(dlq_marks_commit(m, 0, &offset, map));
@@ -145,6 +168,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_against_flags), cmocka_unit_test(test_not_ours),
         cmocka_unit_test(test_full), cmocka_unit_test(test_renewal),
+        cmocka_unit_test(test_limit),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
