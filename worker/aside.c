@@ -8,7 +8,7 @@
 
 #include "worker/log.h"
 
-enum { LOOK_MOST_MS = 1000, BACKOFF_COUNTED = 20 };
+enum { LOOK_MOST_MS = 1000, WAIT_US = 100000, BACKOFF_COUNTED = 20, REMEMBERED = 64 };
 
 static struct aside_topic *find(const struct aside *a, const char *name)
 {
@@ -16,6 +16,14 @@ static struct aside_topic *find(const struct aside *a, const char *name)
     while (t && strcmp(t->name, name) != 0)
         t = t->next;
     return t;
+}
+
+static void join(struct aside_topic *t, struct job *j, int64_t now_us)
+{
+    if (t->remembered)
+        t->due_us = now_us;
+    t->remembered = false;
+    job_chain_add(&t->jobs, j);
 }
 
 lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t now_us)
@@ -32,28 +40,56 @@ lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t n
         lm_log(LM_WARN, "producer", "topic '%s' takes no records for now: what is for it waits, "
                "and nothing else", topic);
     }
-    job_chain_add(&t->jobs, j);
+    join(t, j, now_us);
     return LM_OK;
 }
 
-bool aside_keep(struct aside *a, struct job *j)
+bool aside_keep(struct aside *a, struct job *j, int64_t now_us)
 {
     if (!a->topics)
         return false;
     struct aside_topic *t = find(a, j->out.topic);
     if (!t && j->notice)
         t = find(a, j->notice->topic);
-    if (t)
-        job_chain_add(&t->jobs, j);
-    return t;
+    if (!t)
+        return false;
+    join(t, j, now_us);
+    return true;
+}
+
+bool aside_spares(const struct aside *a, const struct job *j)
+{
+    const struct aside_topic *t = a->topics && j->notice ? find(a, j->notice->topic) : NULL;
+    return t && (t->failures || t->looks || t->forbidden);
+}
+
+bool aside_is_for(const struct aside_topic *t, const struct job *j)
+{
+    return !strcmp(j->out.topic, t->name) || (j->notice && !strcmp(j->notice->topic, t->name));
+}
+
+static void forget(struct aside *a, struct aside_topic *t)
+{
+    struct aside_topic **at = &a->topics;
+    while (*at != t)
+        at = &(*at)->next;
+    *at = t->next;
+    lm_log(LM_INFO, "producer", "topic '%s': nothing waits for it any more", t->name);
+    free(t);
 }
 
 struct aside_topic *aside_due(struct aside *a, int64_t now_us)
 {
     struct aside_topic *due = NULL;
-    for (struct aside_topic *t = a->topics; t; t = t->next)
-        if (t->due_us <= now_us && (!due || t->due_us < due->due_us))
+    for (struct aside_topic *t = a->topics, *next; t; t = next) {
+        next = t->next;
+        if (t->due_us > now_us)
+            continue;
+        if (!t->jobs.head)
+            forget(a, t);
+        else if (!due || t->due_us < due->due_us)
             due = t;
+    }
     return due;
 }
 
@@ -61,7 +97,8 @@ int aside_wait_ms(const struct aside *a, int64_t now_us, int cap)
 {
     int64_t ms = cap;
     for (const struct aside_topic *t = a->topics; t; t = t->next)
-        ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
+        if (t->jobs.head)
+            ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
     return (int)LM_MAX(ms, 0);
 }
 
@@ -109,25 +146,49 @@ void aside_looked(struct aside_topic *t, int64_t now_us, int64_t base_ms, int64_
     t->looks++;
 }
 
-static void forget(struct aside *a, struct aside_topic *t)
+static void remember(struct aside_topic *t, int64_t now_us)
 {
-    struct aside_topic **at = &a->topics;
-    while (*at != t)
-        at = &(*at)->next;
-    *at = t->next;
-    lm_log(LM_INFO, "producer", "topic '%s': nothing waits for it any more", t->name);
-    free(t);
+    t->due_us = now_us + ASIDE_REMEMBER_US;
+    t->remembered = true;
+}
+
+/* Prompts may name many a topic: not all are remembered. */
+static void nobody_waits(struct aside *a, struct aside_topic *t, int64_t now_us)
+{
+    int idle = 0;
+    for (const struct aside_topic *x = a->topics; x; x = x->next)
+        idle += !x->jobs.head;
+    if (!t->forbidden || idle > REMEMBERED)
+        forget(a, t);
+    else
+        remember(t, now_us);
+}
+
+void aside_waits(struct aside *a, struct aside_topic *t, int64_t now_us)
+{
+    t->due_us = now_us + WAIT_US;
+    t->whole = true;
+    if (!t->jobs.head)
+        nobody_waits(a, t, now_us);
+}
+
+void aside_all_due(struct aside *a, int64_t now_us)
+{
+    for (struct aside_topic *t = a->topics; t; t = t->next)
+        if (t->jobs.head)
+            t->due_us = LM_MIN(t->due_us, now_us);
 }
 
 void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t began_us,
-                 int64_t now_us, int64_t base_ms, int64_t max_ms)
+                 int64_t limit_us, int64_t now_us, int64_t base_ms, int64_t max_ms)
 {
-    int64_t took = now_us - began_us;
+    int64_t took = LM_MIN(now_us - began_us, limit_us);
     t->looks = 0;
+    t->whole = false;
+    t->failures = progress ? 0 : t->failures;
     if (!t->jobs.head) {
-        forget(a, t);
+        nobody_waits(a, t, now_us);
     } else if (progress) {      /* others have their turn between two tries */
-        t->failures = 0;
         t->width *= 2;
         t->due_us = now_us + took;
     } else {
@@ -136,6 +197,15 @@ void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t 
         t->width = 1;
         t->due_us = now_us + LM_MAX(rest, ASIDE_REST * took);
     }
+}
+
+struct job *aside_take_revoked(struct aside_topic *t)
+{
+    struct job_chain all = t->jobs, revoked = { 0 };
+    t->jobs = (struct job_chain){ 0 };
+    for (struct job *j; (j = job_chain_pop(&all));)
+        job_chain_add(lease_revoked(j->lease) ? &revoked : &t->jobs, j);
+    return revoked.head;
 }
 
 struct job *aside_take_all(struct aside *a)

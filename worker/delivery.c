@@ -14,7 +14,8 @@
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write
  *   any other reply                       tried again for ever, with backoff
- *   a notice that can never be delivered  left out and logged: the dead letter is the outcome
+ *   a notice that can never be delivered  left out and logged: the dead letter is the outcome.
+ *                                         Exactly-once: also one whose topic takes none for now
  *   a part that can never be delivered    goes back to the outbox, which sends no more of them
  *   a fatal client error                  the worker ends; nothing was committed for these jobs
  *
@@ -82,13 +83,17 @@ bool delivery_refused(const struct outgoing *o)
     return o && refusal_of(o->error) != SHARED;
 }
 
+static bool topic_refused(const struct outgoing *o)
+{
+    enum refusal r = refusal_of(o->error);
+    return r == PARTITION || r == TOPIC;
+}
+
 /* Exactly-once: does it wait with all that is for the same topic? */
 static bool set_aside(producer *p, struct job *j)
 {
-    const struct outgoing *o = j->out.error || !j->notice ? &j->out : j->notice;
-    enum refusal r = refusal_of(o->error);
-    return p->exactly_once && (r == PARTITION || r == TOPIC) &&
-           !aside_add(&p->aside, o->topic, j, lm_now_us());
+    return p->exactly_once && topic_refused(&j->out) &&
+           !aside_add(&p->aside, j->out.topic, j, lm_now_us());
 }
 
 static void try_later(producer *p, struct job *j, const char *what)
@@ -182,10 +187,23 @@ bool delivery_spare_notice(producer *p, struct job *j)
 {
     struct lm_err why;
     int e = j->notice ? j->notice->error : 0;
-    if (!e || purged(e) || !final_reason(p, j, j->notice, &why))
+    if (!e || purged(e))
         return false;
+    if (!final_reason(p, j, j->notice, &why)) {
+        if (!p->exactly_once || !topic_refused(j->notice))
+            return false;
+        lm_err_set(&why, LM_NOT_FOUND, "reply topic '%s': %s", j->notice->topic,
+                   rd_kafka_err2str((rd_kafka_resp_err_t)e));
+    }
     drop_notice(p, j, &why);
     return true;
+}
+
+void delivery_leave_notice(producer *p, struct job *j)
+{
+    struct lm_err why;
+    lm_err_set(&why, LM_NET, "topic '%s' takes no records for now", j->notice->topic);
+    drop_notice(p, j, &why);
 }
 
 static void acknowledged(producer *p, struct job *j)

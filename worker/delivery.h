@@ -16,6 +16,8 @@ void delivery_give(producer *p);
 
 /* Its notice has failed: true if it never can be delivered. The job goes on without it. */
 bool delivery_spare_notice(producer *p, struct job *j);
+/* Its notice is for a topic that takes no records for now: the job goes on without it. */
+void delivery_leave_notice(producer *p, struct job *j);
 
 /* Was this very record refused? Else it only shared the fate of its transaction, or of a broker.
  * NULL: no. */

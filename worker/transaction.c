@@ -63,6 +63,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/blame.h"
 #include "worker/delivery.h"
 #include "worker/producer_int.h"
 #include "worker/staging.h"
@@ -102,6 +103,8 @@ struct tx {
     bool any_refused;           /* of the portion: STAGE_REFUSED, to be taken out */
     struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
     rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known */
+    size_t gone;                /* of its jobs: they are not ours any more */
+    bool begun;                 /* it had any to send */
     bool tried;                 /* one, last time */
     bool no_other_id;           /* the brokers don't allow one */
     bool stale;                 /* records were not taken in time, since the producer is this one */
@@ -123,10 +126,19 @@ static void make_ready(struct tx *t, struct job *j)
 /* Not in this one. */
 static void keep(struct tx *t, struct job *j)
 {
-    if (t->trial)
+    if (t->trial && aside_is_for(t->trial, j))
         job_chain_add(&t->trial->jobs, j);
     else
         make_ready(t, j);
+}
+
+/* Does it wait for a topic that is set aside? Not for its notice's, once that is known to take
+ * none: then it goes without. */
+static bool waits_aside(struct tx *t, struct job *j)
+{
+    if (aside_spares(&t->p->aside, j))
+        delivery_leave_notice(t->p, j);
+    return aside_keep(&t->p->aside, j, lm_now_us());
 }
 
 static void enter(struct tx *t, struct job *j)
@@ -138,7 +150,8 @@ static void enter(struct tx *t, struct job *j)
 
 static void take_aside(struct tx *t)
 {
-    size_t most = LM_MIN(t->trial->width, (size_t)t->w->cfg->transaction_max_messages);
+    size_t most = (size_t)t->w->cfg->transaction_max_messages;
+    most = t->trial->whole ? most : LM_MIN(t->trial->width, most);
     t->stage.n = t->stage.from = t->bytes = 0;
     for (struct job *j; t->stage.n < most && t->bytes < MAX_BYTES &&
                         (j = job_chain_pop(&t->trial->jobs));)
@@ -174,7 +187,7 @@ static void take_ready(struct tx *t)
     /* One that was refused before goes alone. */
     bool alone = all.head && all.head->out.attempts > 0;
     for (struct job *j; (j = job_chain_pop(&all));) {
-        if (aside_keep(&t->p->aside, j))
+        if (waits_aside(t, j))
             continue;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
                                               t->stage.n < portion && t->bytes < most_bytes;
@@ -498,9 +511,22 @@ static bool take_out_refused(struct tx *t)
     return !t->stage.lost;
 }
 
+/* The client has ended the transaction: why? No call has told, if none was made since. In
+ * librdkafka (2.15.1) one that does not fit the transaction's state fails: with the cause, if that
+ * state is that it must be aborted, else with __STATE; and nothing has changed. */
+static void learn_cause(struct tx *t)
+{
+    rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
+    if (e && rd_kafka_error_txn_requires_abort(e))
+        t->code = rd_kafka_error_code(e);
+    if (e)
+        rd_kafka_error_destroy(e);
+}
+
 /* Its end without a commit: nobody has asked for one, so its fate is known. */
 static enum fate take_back(struct tx *t)
 {
+    learn_cause(t);
     rd_kafka_error_t *e = persist(t, abort_it);
     t->stage.more = true;
     return e ? undo(t, e) : ABORTED;
@@ -512,6 +538,7 @@ static enum fate extend(struct tx *t)
     rd_kafka_error_t *e = NULL;
     if (!t->open) {
         t->begun_us = lm_now_us();
+        t->begun = true;
         t->p->failed = t->any_refused = false;
         t->code = RD_KAFKA_RESP_ERR_NO_ERROR;
         if ((e = rd_kafka_begin_transaction(t->p->rk)))
@@ -534,11 +561,10 @@ static bool arrive(struct tx *t)
 static enum fate conclude(struct tx *t)
 {
     rd_kafka_error_t *e = NULL;
-    bool arrived = !t->trial || arrive(t);
+    if (t->trial && !arrive(t))
+        return take_back(t);
     if (t->stage.offsets->cnt && (e = persist(t, send_offsets)))
         return undo(t, e);
-    if (!arrived)
-        return take_back(t);
     flush(t);
     e = persist(t, commit);
     return e ? undo(t, e) : COMMITTED;
@@ -555,6 +581,7 @@ static enum fate find_out(struct tx *t)
         lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers");
         return HOPELESS;
     }
+    aside_all_due(&t->p->aside, lm_now_us());
     if (t->stage.more)
         return ABORTED;
     while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !last_call(t))
@@ -611,19 +638,6 @@ static void after_commit(struct tx *t)
     delivery_give(t->p);
 }
 
-static bool timed_out(const struct outgoing *o)
-{
-    return o && o->error == RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
-}
-
-static bool any_timed_out(const struct stage *s)
-{
-    for (size_t i = 0; i < s->n; i++)
-        if (s->jobs[i] && (timed_out(&s->jobs[i]->out) || timed_out(s->jobs[i]->notice)))
-            return true;
-    return false;
-}
-
 /* Each dead letter has a line of its own. */
 static void say_refused(struct tx *t, const struct outgoing *o)
 {
@@ -650,42 +664,14 @@ static bool judge_refused(struct tx *t)
     return any;
 }
 
-/* The coordinator does not say which topic it is that we may not write to. */
-static bool topic_took(const struct tx *t, const char *topic)
-{
-    for (size_t i = 0; i < t->stage.n; i++) {
-        const struct job *j = t->stage.jobs[i];
-        if (j && ((j->out.acked && !strcmp(j->out.topic, topic)) ||
-                  (j->notice && j->notice->acked && !strcmp(j->notice->topic, topic))))
-            return true;
-    }
-    return false;
-}
-
-/* Would its topic hold up the next one as well? */
-static bool held_up(const struct tx *t, const struct outgoing *o)
-{
-    return o && (timed_out(o) || (t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED &&
-                                  !o->acked && !topic_took(t, o->topic)));
-}
-
-/* In a try it is clear which. */
-static void blame(struct tx *t, struct outgoing *o)
-{
-    if (o && !o->acked && t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED &&
-        !strcmp(o->topic, t->trial->name))
-        o->error = t->code;
-}
-
 /* False: it is not for such a topic. */
 static bool put_aside(struct tx *t, struct job *j)
 {
     if (delivery_refused(&j->out) || delivery_refused(j->notice))
         return false;
-    if (aside_keep(&t->p->aside, j))
+    if (waits_aside(t, j))
         return true;
-    const struct outgoing *o = held_up(t, &j->out) ? &j->out :
-                               held_up(t, j->notice) ? j->notice : NULL;
+    const struct outgoing *o = blame_held_up(&t->stage, t->code, j);
     return o && !aside_add(&t->p->aside, o->topic, j, lm_now_us());
 }
 
@@ -696,8 +682,7 @@ static bool set_aside(struct tx *t)
     for (size_t i = 0; i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (j && t->trial) {
-            blame(t, &j->out);
-            blame(t, j->notice);
+            blame_of_try(t->p, t->trial->name, t->code, j);
         } else if (j && put_aside(t, j)) {
             t->stage.jobs[i] = NULL;
             forget_attempt(t, j);
@@ -711,7 +696,7 @@ static bool set_aside(struct tx *t)
 static bool after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
-    t->stale |= t->rebuilt_us < t->begun_us && any_timed_out(&t->stage);
+    t->stale |= t->rebuilt_us < t->begun_us && blame_timed_out(&t->stage);
     bool mended = going && set_aside(t);
     mended |= going && judge_refused(t);
     delivery_give(t->p);
@@ -745,6 +730,7 @@ static void drop_gone(struct tx *t)
         if (t->stage.verdicts[i] == STAGE_GONE) {
             worker_end_job(t->w, t->stage.jobs[i], OUTCOME_DROPPED);
             t->stage.jobs[i] = NULL;
+            t->gone++;
         }
 }
 
@@ -820,37 +806,58 @@ static bool transact(struct tx *t, bool last)
 
 /* ---- topics that are set aside ---------------------------------------------------------- */
 
-/* Their offsets are others' to commit. */
-static void drop_revoked(struct tx *t, struct aside_topic *a)
+/* Of dead letters only the notices are for it: they go without, or wait for their own topic. */
+static void spare_notices(struct tx *t, struct aside_topic *a)
 {
     struct job_chain all = a->jobs;
     a->jobs = (struct job_chain){ 0 };
     for (struct job *j; (j = job_chain_pop(&all));)
-        if (lease_revoked(j->lease))
-            worker_end_job(t->w, j, OUTCOME_DROPPED);
-        else
-            job_chain_add(&a->jobs, j);
+        if (!waits_aside(t, j))
+            make_ready(t, j);
+}
+
+/* Nor need those of partitions that leave us be waited for. Else staging tells which can be
+ * committed still. */
+static void takes_nothing(struct tx *t, struct aside_topic *a)
+{
+    worker_drop_all(t->w, aside_take_revoked(a));
+    spare_notices(t, a);
+}
+
+/* As transact(). */
+static bool make_try(struct tx *t, struct aside_topic *a)
+{
+    t->gone = 0;
+    t->begun = false;
+    t->trial = a;
+    bool going = transact(t, true);
+    t->trial = NULL;
+    if (t->begun)
+        a->forbidden = t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    return going;
 }
 
 /* As transact(). */
 static bool try_topic(struct tx *t, struct aside_topic *a)
 {
     const struct config *cfg = t->w->cfg;
-    bool going = true;
-    drop_revoked(t, a);
     int64_t began = lm_now_us();
+    int64_t limit = aside_limit_us(a, t->p->transaction_timeout_ms * 1000);
     size_t before = a->jobs.length;
-    if (before && !aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, call_ms(t)))) {
+    if (!aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, call_ms(t)))) {
         aside_looked(a, lm_now_us(), cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
+        takes_nothing(t, a);
         return true;
     }
-    if (before) {
-        t->trial = a;
-        going = transact(t, true);
-        t->trial = NULL;
-    }
-    aside_tried(&t->p->aside, a, a->jobs.length < before, began, lm_now_us(),
-                cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
+    bool going = make_try(t, a);
+    bool progress = a->jobs.length + t->gone < before, any = a->jobs.head;
+    if (!t->begun)
+        aside_waits(&t->p->aside, a, lm_now_us());
+    else
+        aside_tried(&t->p->aside, a, progress, began, limit, lm_now_us(), cfg->retry_backoff_ms,
+                    cfg->retry_backoff_max_ms);
+    if (t->begun && any && !progress)
+        takes_nothing(t, a);
     return going;
 }
 

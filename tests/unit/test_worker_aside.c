@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include <cmocka.h>
@@ -54,12 +55,12 @@ static void a_job_is_kept_if_one_of_its_records_is_for_the_topic(void **state)
 {
     (void)state;
     struct job *other = job_for("t", "u");
-    assert_false(aside_keep(&a, other));
+    assert_false(aside_keep(&a, other, 0));
     struct aside_topic *t = add("x", 1);
-    assert_false(aside_keep(&a, other));
+    assert_false(aside_keep(&a, other, 0));
     free_job(other);
-    assert_true(aside_keep(&a, job_for("x", NULL)));
-    assert_true(aside_keep(&a, job_for("dead", "x")));
+    assert_true(aside_keep(&a, job_for("x", NULL), 0));
+    assert_true(aside_keep(&a, job_for("dead", "x"), 0));
     assert_int_equal(t->jobs.length, 3);
 }
 
@@ -73,12 +74,12 @@ static void tries_grow(void **state)
         assert_int_equal(t->width, n);
         for (size_t i = 0; i < n; i++)
             free_job(job_chain_pop(&t->jobs));
-        aside_tried(&a, t, true, now, now + 400, BASE_MS, MOST_MS);
+        aside_tried(&a, t, true, now, SECOND, now + 400, BASE_MS, MOST_MS);
         assert_int_equal(t->due_us, now + 800);
     }
     free_job(job_chain_pop(&t->jobs));
     free_job(job_chain_pop(&t->jobs));
-    aside_tried(&a, t, true, 0, 1, BASE_MS, MOST_MS);
+    aside_tried(&a, t, true, 0, SECOND, 1, BASE_MS, MOST_MS);
     assert_null(a.topics);              /* nobody waits: it is as any other */
 }
 
@@ -91,20 +92,111 @@ static void a_failed_try_is_followed_by_a_rest(void **state)
     struct aside_topic *t = add("x", 9);
     t->width = 8;
     assert_int_equal(aside_limit_us(t, most), SECOND);
-    aside_tried(&a, t, false, 0, 3 * SECOND, BASE_MS, MOST_MS);
+    aside_tried(&a, t, false, 0, most, 3 * SECOND, BASE_MS, MOST_MS);
     assert_int_equal(t->width, 1);
     assert_int_equal(t->due_us, 15 * SECOND);
     for (int i = 1; i < 5; i++) {
         assert_int_equal(aside_limit_us(t, most), LM_MIN(most, (int64_t)SECOND << i));
-        aside_tried(&a, t, false, 0, 0, BASE_MS, MOST_MS);
+        aside_tried(&a, t, false, 0, SECOND, 0, BASE_MS, MOST_MS);
         assert_in_range(t->due_us, BASE_MS * 500 << i, BASE_MS * 1000 << i);
     }
     for (int i = 0; i < 100; i++)
-        aside_tried(&a, t, false, 0, 0, BASE_MS, MOST_MS);
+        aside_tried(&a, t, false, 0, SECOND, 0, BASE_MS, MOST_MS);
     assert_in_range(t->due_us, MOST_MS * 500, MOST_MS * 1000);
     assert_int_equal(aside_limit_us(t, most), most);
-    aside_tried(&a, t, true, 0, 0, BASE_MS, MOST_MS);
+    aside_tried(&a, t, true, 0, SECOND, 0, BASE_MS, MOST_MS);
     assert_int_equal(aside_limit_us(t, most), SECOND);
+}
+
+/* The brokers were gone for ten minutes, in the middle of a try: that is not the topic's fault.
+ * With a new client all are due. */
+static void an_outage_is_followed_by_no_longer_rest(void **state)
+{
+    (void)state;
+    struct aside_topic *t = add("x", 1);
+    aside_tried(&a, t, false, 0, SECOND, 600 * SECOND, BASE_MS, MOST_MS);
+    assert_int_equal(t->due_us, 604 * SECOND);
+    aside_all_due(&a, 601 * SECOND);
+    assert_ptr_equal(aside_due(&a, 601 * SECOND), t);
+}
+
+/* None of its jobs could be sent, for want of room in a map: no failure, and then all of them go,
+ * for one of them may be what moves the map on. */
+static void a_try_of_nothing_tells_nothing(void **state)
+{
+    (void)state;
+    struct aside_topic *t = add("x", 9);
+    t->width = 4;
+    aside_waits(&a, t, SECOND);
+    assert_true(t->whole);
+    assert_int_equal(t->width, 4);
+    assert_int_equal(t->failures, 0);
+    assert_in_range(t->due_us, SECOND, 2 * SECOND);
+    aside_tried(&a, t, false, 0, SECOND, 0, BASE_MS, MOST_MS);
+    assert_false(t->whole);
+}
+
+static void refuse(const char *topic, int64_t now_us)
+{
+    struct job *j = job_for(topic, NULL);
+    assert_int_equal(aside_add(&a, topic, j, now_us), LM_OK);
+    struct aside_topic *t = aside_due(&a, now_us);
+    assert_non_null(t);
+    t->forbidden = true;
+    free_job(job_chain_pop(&t->jobs));
+    aside_tried(&a, t, true, now_us, SECOND, now_us, BASE_MS, MOST_MS);
+}
+
+/* One that we may not write to is remembered for a minute, and what comes for it is tried alone. */
+static void a_forbidden_topic_is_remembered(void **state)
+{
+    (void)state;
+    refuse("x", 0);
+    assert_non_null(a.topics);
+    assert_int_equal(aside_wait_ms(&a, 59 * SECOND, 5000), 5000);
+    assert_null(aside_due(&a, 59 * SECOND));
+    assert_true(aside_keep(&a, job_for("x", NULL), 59 * SECOND));
+    struct aside_topic *t = aside_due(&a, 59 * SECOND);
+    assert_non_null(t);
+    free_job(job_chain_pop(&t->jobs));
+    aside_tried(&a, t, true, 59 * SECOND, SECOND, 59 * SECOND, BASE_MS, MOST_MS);
+    assert_null(aside_due(&a, 118 * SECOND));
+    assert_non_null(a.topics);
+    assert_null(aside_due(&a, 119 * SECOND));
+    assert_null(a.topics);
+}
+
+/* ... but prompts may name any number of them. */
+static void only_so_many_are_remembered(void **state)
+{
+    (void)state;
+    char names[1000][16];
+    for (int i = 0; i < 1000; i++) {
+        snprintf(names[i], sizeof names[i], "x%d", i);
+        refuse(names[i], i);
+    }
+    int n = 0;
+    for (const struct aside_topic *t = a.topics; t; t = t->next)
+        n++;
+    assert_in_range(n, 10, 100);
+}
+
+/* A dead letter waits with its notice for a topic that is still to be tried, and for no other. */
+static void a_notice_waits_for_the_first_look_only(void **state)
+{
+    (void)state;
+    struct job *j = job_for("dead", "x");
+    assert_false(aside_spares(&a, j));
+    struct aside_topic *t = add("x", 1);
+    assert_false(aside_spares(&a, j));
+    aside_looked(t, 0, BASE_MS, MOST_MS);
+    assert_true(aside_spares(&a, j));
+    assert_true(aside_is_for(t, j));
+    free_job(j);
+    j = job_for("x", NULL);
+    assert_false(aside_spares(&a, j));
+    assert_true(aside_is_for(t, j));
+    free_job(j);
 }
 
 /* Leaders are asked for each second at most, and at least. */
@@ -144,7 +236,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(a_job_is_kept_if_one_of_its_records_is_for_the_topic), TEST(tries_grow),
         TEST(a_failed_try_is_followed_by_a_rest), TEST(looks_are_cheap_and_go_on),
-        TEST(who_is_due_longest_is_tried_first),
+        TEST(who_is_due_longest_is_tried_first), TEST(an_outage_is_followed_by_no_longer_rest),
+        TEST(a_try_of_nothing_tells_nothing), TEST(a_forbidden_topic_is_remembered),
+        TEST(only_so_many_are_remembered), TEST(a_notice_waits_for_the_first_look_only),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -32,6 +32,9 @@ static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
 static const char *forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
+static const char *barred;      /* the coordinator says that we may not write to that topic */
+static bool acks;               /* others are acknowledged before it says so */
+static bool open_now, spoilt;   /* a transaction, and for such a record */
 static int stuck;               /* ids whose last transaction does not end */
 static atomic_bool led;         /* partitions have leaders */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
@@ -68,9 +71,17 @@ int rd_kafka_error_is_retriable(const rd_kafka_error_t *e)
     return rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS;
 }
 
+static rd_kafka_error_t *forbid(void)
+{
+    return rd_kafka_error_new(RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED, "as the test says");
+}
+
 rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
 {
     (void)rk;
+    if (open_now)
+        return spoilt ? forbid() : rd_kafka_error_new(RD_KAFKA_RESP_ERR__STATE, "in another");
+    open_now = true;
     records = 0;
     return NULL;
 }
@@ -109,6 +120,10 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     p.under_way--;              /* acknowledged at once */
     if (silent && !strcmp(o->topic, silent))
         atomic_fetch_add(&others, 1);
+    if (barred && !strcmp(o->topic, barred))
+        spoilt = p.failed = true;       /* as all of it is purged */
+    else if (!spoilt)
+        o->acked = acks;
     say(said, sizeof said, o->job->record.offset, "");
     if (o->job->parent) {               /* its report says where it went */
         say(wanted, sizeof wanted, partition, partition == RD_KAFKA_PARTITION_UA ? "any" : "");
@@ -125,13 +140,16 @@ rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
     (void)offsets;
     (void)group;
     (void)timeout_ms;
-    return NULL;
+    return spoilt ? forbid() : NULL;
 }
 
 rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
+    if (spoilt)
+        return forbid();
+    open_now = false;
     bool fails = fail_next > 0;
     fail_next -= fails;
     if (fails && late)                  /* the report of a record of it */
@@ -146,6 +164,7 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
+    open_now = spoilt = false;
     atomic_fetch_add(&aborts, 1);
     atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
@@ -153,7 +172,8 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
 
 int rd_kafka_error_txn_requires_abort(const rd_kafka_error_t *e)
 {
-    (void)e;
+    if (rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR__STATE)
+        return false;
     bool known = !fate_unknown;
     fate_unknown = false;
     return known;
@@ -252,7 +272,8 @@ static int open_world(void **state)
     job_queue_init(&p.again);
     said[0] = sizes[0] = wanted[0] = '\0';
     asked = fail_next = refuse_tenth = stuck = 0;
-    forbidden = silent = NULL;
+    forbidden = silent = barred = NULL;
+    open_now = spoilt = acks = false;
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
@@ -850,6 +871,119 @@ static void a_forbidden_topic_holds_up_no_other(void **state)
     assert_int_equal(atomic_load(&sent), SOME);
 }
 
+/* A dead letter with a notice, among replies to another topic. */
+static void lead_with_notice(struct job **jobs)
+{
+    with_notice(jobs);
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    read_prompts(jobs, 1, SOME - 1);
+    for (int i = 1; i < SOME; i++)
+        jobs[i]->out.topic = group;
+}
+
+/* The coordinator does not say which topic it is: the notice is left out first, and that was it. */
+static void a_notice_to_a_forbidden_topic_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lead_with_notice(jobs);
+    barred = gone;
+    finish(jobs, 0, SOME);
+    begin();
+    until_in_flight(0);
+    assert_true(said[0] && strstr(sizes, "1 "));
+    assert_int_equal(atomic_load(&x->w.metrics.dead_letters[LM_INTERNAL]), 1);
+}
+
+/* Where its topic is the usual one, too, which waits if it is a reply's. */
+static void a_notice_to_the_usual_topic_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lead_with_notice(jobs);
+    jobs[0]->notice->asked = false;
+    jobs[0]->notice->partition = -1;
+    barred = gone;
+    finish(jobs, 0, SOME);
+    begin();
+    until_in_flight(0);
+}
+
+/* Nor does a dead letter wait for a leader of its notice's topic. */
+static void a_notice_without_a_leader_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lead_with_notice(jobs);
+    atomic_store(&led, false);
+    fail_next = 1;
+    late = jobs[0]->notice;
+    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    finish(jobs, 0, SOME);
+    begin_with_clients();
+    until_in_flight(0);
+    end_with_clients();
+}
+
+/* ... also when its own topic was tried, and has a leader again. */
+static void a_notice_that_does_not_arrive_is_left_out(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lead_with_notice(jobs);
+    acks = true;
+    silent = gone;
+    fail_next = 1;
+    late = &jobs[0]->out;
+    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    finish(jobs, 0, SOME);
+    begin_with_clients();
+    until_in_flight(0);
+    end_with_clients();
+}
+
+/* One prompt has found out that its topic is forbidden: the next ones cost nobody an abort. */
+static void a_forbidden_topic_is_found_out_once(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    read_prompts(jobs, 0, SOME);
+    choose(jobs, 0, OF_TOPIC);
+    for (int i = OF_TOPIC; i < SOME; i++)
+        jobs[i]->out.topic = group;
+    barred = gone;
+    finish(jobs, 0, 1);
+    finish(jobs, OF_TOPIC, 5);
+    begin();
+    until_in_flight(SOME - 6);
+    assert_int_equal(dead_letters(), 1);
+    assert_in_range(atomic_load(&aborts), 2, 3);        /* all; its own; */
+    int before = atomic_load(&aborts);
+    finish(jobs, 1, OF_TOPIC - 1);
+    finish(jobs, OF_TOPIC + 5, SOME - OF_TOPIC - 5);
+    until_in_flight(0);
+    assert_int_equal(dead_letters(), OF_TOPIC);
+    assert_in_range(atomic_load(&aborts) - before, 1, OF_TOPIC - 1);   /* tries of it */
+}
+
+/* While a partition leaves us, what can be committed is; what is another's by then is dropped. */
+static void what_was_set_aside_is_committed_while_its_partition_leaves(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    lose_a_leader(jobs);
+    finish(jobs, SOME - 1, 1);
+    until_in_flight(OF_TOPIC);
+    atomic_store(&led, true);
+    atomic_store(&x->part.lease->revoked, true);
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), 0);
+    end_with_clients();
+}
+
 /* Neither does a transaction that can't end, for a partition of it has no leader. */
 static void another_id_goes_on(void **state)
 {
@@ -885,6 +1019,32 @@ static void send_part_twice(int32_t partition, bool follows)
     assert_ptr_equal(back, part);
     assert_int_equal(part->out.error, 0);
     assert_string_equal(sizes, "1 1 ");
+    job_unref(part);
+    job_unref(parent);
+    job_queue_release(&x->w.parts);
+    engine_close(x->w.engine);
+}
+
+/* A part has no offset, so no call for offsets tells why its transaction is spoilt. */
+static void a_part_for_a_forbidden_topic_is_the_last(void **state)
+{
+    (void)state;
+    struct engine_config cfg = { .echo = true };
+    assert_int_equal(engine_open(&cfg, &x->w.engine, NULL), LM_OK);
+    job_queue_init(&x->w.parts);
+    struct job *parent = world_deliver(x, 0, NULL);
+    struct job *part = job_child(parent);
+    x->cfg.transaction_max_messages = 1;
+    ask_for(&part->out);
+    part->out.partition = -1;
+    barred = gone;
+    producer_send(&p, part);
+    begin();
+    struct job *back = NULL;
+    for (int64_t end = lm_now_us() + MOST_US; !back && lm_now_us() < end; turn())
+        back = job_queue_take(&x->w.parts, 0);
+    assert_ptr_equal(back, part);
+    assert_int_equal(part->out.error, RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
     job_unref(part);
     job_unref(parent);
     job_queue_release(&x->w.parts);
@@ -929,7 +1089,11 @@ int main(void)
         TEST(a_notice_that_is_refused_later_is_left_out),
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
         TEST(a_topic_that_takes_nothing_holds_up_no_other), TEST(a_try_in_vain_holds_up_no_other),
-        TEST(a_forbidden_topic_holds_up_no_other), TEST(another_id_goes_on),
+        TEST(a_forbidden_topic_holds_up_no_other), TEST(a_notice_to_a_forbidden_topic_is_left_out),
+        TEST(a_notice_to_the_usual_topic_is_left_out), TEST(a_notice_without_a_leader_is_left_out),
+        TEST(a_notice_that_does_not_arrive_is_left_out), TEST(a_forbidden_topic_is_found_out_once),
+        TEST(what_was_set_aside_is_committed_while_its_partition_leaves),
+        TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
     };

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* blame.c - who spoils a transaction; see blame.h. */
+#include "worker/blame.h"
+
+#include <string.h>
+
+#include "worker/delivery.h"
+
+static bool timed_out(const struct outgoing *o)
+{
+    return o && o->error == RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+}
+
+bool blame_timed_out(const struct stage *s)
+{
+    for (size_t i = 0; i < s->n; i++)
+        if (s->jobs[i] && (timed_out(&s->jobs[i]->out) || timed_out(s->jobs[i]->notice)))
+            return true;
+    return false;
+}
+
+static bool took(const struct outgoing *o, const char *topic)
+{
+    return o && o->acked && !strcmp(o->topic, topic);
+}
+
+static bool topic_took(const struct stage *s, const char *topic)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        const struct job *j = s->jobs[i];
+        if (j && (took(&j->out, topic) || took(j->notice, topic)))
+            return true;
+    }
+    return false;
+}
+
+static bool may_be_barred(const struct stage *s, const struct outgoing *o)
+{
+    return o && !o->acked && !topic_took(s, o->topic);
+}
+
+/* A notice before its dead letter, for its try finds out more: see blame_of_try(). */
+const struct outgoing *blame_held_up(const struct stage *s, rd_kafka_resp_err_t code,
+                                     const struct job *j)
+{
+    bool barred = code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    if (timed_out(&j->out))
+        return &j->out;
+    if (timed_out(j->notice) || (barred && may_be_barred(s, j->notice)))
+        return j->notice;
+    return barred && may_be_barred(s, &j->out) ? &j->out : NULL;
+}
+
+/* Where there is a notice it may be that, and that can be spared. */
+void blame_of_try(producer *p, const char *topic, rd_kafka_resp_err_t code, struct job *j)
+{
+    struct outgoing *o = j->notice && !j->notice->acked ? j->notice : &j->out;
+    if (code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED) {
+        if (!o->acked && (o == j->notice || !strcmp(o->topic, topic)))
+            o->error = code;
+    } else if (!code && o == j->notice && j->out.acked) {
+        delivery_leave_notice(p, j);
+    }
+}
