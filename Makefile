@@ -379,8 +379,9 @@ install: $(BIN)
 	install -m 644 schemas/*.avsc $(DESTDIR)$(PREFIX)/share/loramill/schemas/
 	install -m 644 ops/loramill.properties $(DESTDIR)$(PREFIX)/share/loramill/
 
+# Of BUILD only what a build of ours has made: BUILD=worker is a mistake.
 clean:
-	$(Q)rm -rf build $(filter-out . .. /,$(BUILD))
+	$(Q)rm -rf build $(if $(wildcard $(BUILD)/flags),$(filter-out . .. /,$(BUILD)))
 
 help:
 	@echo 'make            build $(BIN)'
