@@ -179,10 +179,12 @@ static bool heals_by_name(const char *code)
 static bool may_heal(long status, const char *code)
 {
     switch (status) {
-    case 401: case 403: case 408: case 409: case 425: case 429:
+    case 401: case 403: case 407: case 408: case 409: case 425: case 429:
         return true;
     case 400:
         return heals_by_name(code);
+    case 404:
+        return !*code;          /* not S3's: a proxy's, perhaps, whose store starts anew */
     default:
         return status < 300 || status > 499;
     }

@@ -11,7 +11,7 @@
 
 #include "worker/offset_map.h"
 
-enum { ASK_MS = 15000, ONE_RECORD_MS = 10000, SCAN_IDLE_MS = 15000,
+enum { ASK_MS = 15000, SLICE_MS = 1000, ONE_RECORD_MS = 10000, SCAN_IDLE_MS = 15000,
        COORDINATOR_TRIES = 30 };
 
 /* ---- admin calls ------------------------------------------------------------------------ */
@@ -359,7 +359,14 @@ static lm_status add_matching(struct cli_kafka *k, const struct config *c, struc
                               struct lm_err *err)
 {
     const struct rd_kafka_metadata *md;
-    rd_kafka_resp_err_t e = rd_kafka_metadata(k->rk, 1, NULL, &md, ASK_MS);
+    int64_t end = lm_now_us() + (int64_t)ASK_MS * 1000;
+    rd_kafka_resp_err_t e;
+    do {                        /* in slices, for nothing hears a Ctrl-C meanwhile */
+        e = rd_kafka_metadata(k->rk, 1, NULL, &md, SLICE_MS);
+    } while ((e == RD_KAFKA_RESP_ERR__TRANSPORT || e == RD_KAFKA_RESP_ERR__TIMED_OUT) &&
+             lm_now_us() < end && !cli_interrupted());
+    if (e && cli_interrupted())
+        return lm_err_set(err, LM_CANCELLED, "interrupted");
     if (e)
         return lm_err_set(err, LM_NET, "the list of topics: %s%s%s", rd_kafka_err2str(e),
                           k->why[0] ? "; " : "", k->why);

@@ -6,7 +6,7 @@
  * SIGTERM and SIGINT end it with status 0 from the first line on: by a handler until worker_run()
  * takes them in turn (signals.h). Without one they would kill the process, or be lost where it is
  * the first of its container, which no signal without a handler reaches. SIGHUP has nothing to do
- * before.
+ * before. What only checks or prints is killed by them, as any tool.
  */
 #include <getopt.h>
 #include <signal.h>
@@ -15,7 +15,9 @@
 
 #include "worker/cli.h"
 #include "worker/commands.h"
+#include "worker/fetch.h"
 #include "worker/kafka_conf.h"
+#include "worker/registry.h"
 #include "worker/worker.h"
 
 static const char usage_text[] =
@@ -93,6 +95,18 @@ static int fail(const struct lm_err *err)
     return CLI_USAGE;
 }
 
+/* What is wrong with it is said before anything begins, by --check as well. */
+static lm_status check(const struct config *c, struct lm_err *err)
+{
+    const struct registry_config registry = registry_config_of(c);
+    lm_status st = config_check(c, err);
+    if (!st)
+        st = kafka_conf_check(c, err);
+    if (!st && *c->registry_url)
+        st = registry_check(&registry, err);
+    return st || !*c->adapters_auth_header ? st : fetcher_check_auth(c->adapters_auth_header, err);
+}
+
 static int run(const struct options *o)
 {
     struct config c;
@@ -100,7 +114,7 @@ static int run(const struct options *o)
     int status = CLI_OK;
     if (cli_settings_load(&o->settings, &c, &err))
         return fail(&err);
-    if (config_check(&c, &err) || kafka_conf_check(&c, &err))
+    if (check(&c, &err))
         status = fail(&err);
     else if (o->action == RUN)
         status = worker_run(&c);
@@ -124,7 +138,12 @@ int cmd_worker(int argc, char **argv)
     signal(SIGTERM, on_early_signal);
     signal(SIGINT, on_early_signal);
     signal(SIGHUP, SIG_IGN);
-    if (parse(&o, argc, argv, &err))
+    lm_status st = parse(&o, argc, argv, &err);
+    if (st || o.action != RUN) {        /* a check that was broken off has checked nothing */
+        signal(SIGTERM, SIG_DFL);
+        signal(SIGINT, SIG_DFL);
+    }
+    if (st)
         return fail(&err);
     return o.action == RUN || o.action == CHECK ? run(&o) : print_help(o.action);
 }

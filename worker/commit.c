@@ -62,7 +62,8 @@ static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
 {
     metric_add(&c->w->metrics.commit_failures, 1);
     bool heals = is_stale_member(e) || e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE;
-    lm_log(heals ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
+    bool known = meets_rebalance(e) && c->refused++;
+    lm_log(known ? LM_DEBUG : heals ? LM_INFO : LM_WARN, "consumer", "offset commit refused: %s",
            rd_kafka_err2str(e));
     if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE)
         commit_too_long(c);
@@ -132,7 +133,11 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
     if (worst) {
         commit_refused(c, worst);
     } else {
+        if (c->refused > 1)
+            lm_log(LM_INFO, "consumer", "offsets are committed again, after %" PRIu64 " refusals",
+                   c->refused);
         c->again_ms = 0;
+        c->refused = 0;
         commit_taken(c);
         metric_add(&c->w->metrics.commits, 1);
     }
@@ -234,6 +239,7 @@ void commit_start(consumer *c)
     }
     if (!c->n_pending) {
         c->again_ms = 0;
+        c->refused = 0;
     } else {
         c->commit_start_us = lm_now_us();
         lm_log(LM_DEBUG, "consumer", "offset commit of %zu partitions", c->n_pending);

@@ -94,6 +94,7 @@ struct consumer {
     bool committing;
     int64_t commit_start_us;
     int64_t again_ms;           /* a rebalance has refused the last one: its pause; 0: none has */
+    uint64_t refused;           /* for a rebalance, since one was taken: only the first is logged */
     int64_t next_commit_us, next_snapshot_us, complained_us;
     long long held, held_bytes;
     int64_t now_us, wall_ms;    /* when the records at hand were read; 0: to be stamped */

@@ -470,7 +470,7 @@ static void init_curl(void)
 
 /* curl keeps an Authorization header from other hosts when it follows a redirect; it would not
  * keep others. */
-static lm_status check_auth(const char *h, struct lm_err *err)
+lm_status fetcher_check_auth(const char *h, struct lm_err *err)
 {
     static const char name[] = "Authorization:";
     if (h && (strncasecmp(h, name, sizeof name - 1) != 0 || strpbrk(h, "\r\n")))
@@ -482,7 +482,7 @@ static lm_status check_auth(const char *h, struct lm_err *err)
 lm_status fetcher_new(const struct fetcher_config *cfg, fetcher **out, struct lm_err *err)
 {
     *out = NULL;
-    if (check_auth(cfg->auth_header, err) != LM_OK)
+    if (fetcher_check_auth(cfg->auth_header, err) != LM_OK)
         return LM_INVALID;
     if (cfg->ca_file && access(cfg->ca_file, R_OK) != 0)
         return lm_err_set(err, LM_INVALID, "adapters.ca_file %s: %s", cfg->ca_file,

@@ -33,7 +33,9 @@ struct fetcher_config {
     int connect_timeout_ms, stall_timeout_ms;
 };
 
-/* The strings are copied. LM_INVALID for a header that is not one Authorization line. */
+/* LM_INVALID for a header that is not one Authorization line; NULL is none. */
+lm_status fetcher_check_auth(const char *header, struct lm_err *err);
+/* The strings are copied. LM_INVALID as above. */
 lm_status fetcher_new(const struct fetcher_config *cfg, fetcher **out, struct lm_err *err);
 void fetcher_free(fetcher *f);          /* ends running attempts without a word */
 

@@ -110,7 +110,7 @@ static lm_status check_file(const char *key, const char *path, struct lm_err *er
     return lm_err_set(err, LM_INVALID, "%s=%s: %s", key, path, strerror(errno));
 }
 
-static lm_status check_options(const struct registry_config *cfg, struct lm_err *err)
+lm_status registry_check(const struct registry_config *cfg, struct lm_err *err)
 {
     const char *h = cfg->auth_header;
     if (h && *h && (!strchr(h, ':') || strpbrk(h, "\r\n")))
@@ -144,7 +144,7 @@ lm_status registry_new(const struct registry_config *cfg, registry **out, struct
     r->connect_ms = cfg->connect_ms ? cfg->connect_ms : 3000;
     r->total_ms = cfg->total_ms ? cfg->total_ms : 10000;
     r->stop = cfg->stop;
-    lm_status st = check_options(cfg, err);
+    lm_status st = registry_check(cfg, err);
     if (st || (st = add_urls(r, cfg->url, err))) {
         registry_free(r);
         return st;

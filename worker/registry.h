@@ -43,6 +43,8 @@ struct registry_config {        /* what is not given: NULL or "" */
 /* As the properties registry.* say. */
 struct registry_config registry_config_of(const struct config *c);
 
+/* Whether the options are such as registry_new() takes; LM_INVALID with the property's name. */
+lm_status registry_check(const struct registry_config *cfg, struct lm_err *err);
 lm_status registry_new(const struct registry_config *cfg, registry **out, struct lm_err *err);
 void registry_free(registry *r);        /* NULL is allowed */
 

@@ -76,7 +76,8 @@ rows[] = {
     { "405.-", DEAD, LM_INVALID, "405" }, { "411.MissingContentLength", DEAD, LM_INVALID, "411" },
     { "499.-", DEAD, LM_INVALID, "HTTP 499" },
     { "400.RequestTimeout", NONE, 0, "" }, { "400.ExpiredToken", NONE, 0, "" },
-    { "401.-", NONE, 0, "" }, { "403.AccessDenied", NONE, 0, "" }, { "408.-", NONE, 0, "" },
+    { "401.-", NONE, 0, "" }, { "403.AccessDenied", NONE, 0, "" }, { "404.-", NONE, 0, "" },
+    { "407.-", NONE, 0, "" }, { "408.-", NONE, 0, "" },
     { "409.OperationAborted", NONE, 0, "" }, { "425.-", NONE, 0, "" }, { "429.-", NONE, 0, "" },
     { "500.InternalError", NONE, 0, "" }, { "503.SlowDown", NONE, 0, "" }, { "599.-", NONE, 0, "" },
 };

@@ -117,6 +117,8 @@ static void bad_options_are_refused_by_name(void **state)
         struct lm_err err = { 0 };
         struct registry_config cfg = rows[i].cfg;
         cfg.url = server.url;
+        assert_int_equal(registry_check(&cfg, &err), LM_INVALID);
+        assert_non_null(strstr(err.msg, rows[i].says));
         assert_int_equal(registry_new(&cfg, &r, &err), LM_INVALID);
         if (r || !strstr(err.msg, rows[i].says) || strstr(err.msg, "t0ken"))
             fail_msg("%s", err.msg);
