@@ -37,8 +37,8 @@ lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t n
         t->next = a->topics;
         snprintf(t->name, sizeof t->name, "%s", topic);
         a->topics = t;
-        lm_log(LM_WARN, "producer", "topic '%s' takes no records for now: what is for it waits, "
-               "and nothing else", topic);
+        lm_log(LM_WARN, "producer", "topic '%s' takes no records for now: what is for it waits; "
+               "nothing else does, unless all that may be in flight is for it", topic);
     }
     join(t, j, now_us);
     return LM_OK;
@@ -100,6 +100,14 @@ int aside_wait_ms(const struct aside *a, int64_t now_us, int cap)
         if (t->jobs.head)
             ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
     return (int)LM_MAX(ms, 0);
+}
+
+size_t aside_jobs(const struct aside *a)
+{
+    size_t n = 0;
+    for (const struct aside_topic *t = a->topics; t; t = t->next)
+        n += t->jobs.length;
+    return n;
 }
 
 static bool all_led(const rd_kafka_metadata_t *md)

@@ -69,6 +69,8 @@ int aside_wait_ms(const struct aside *a, int64_t now_us, int cap);
 /* Do all partitions of the topic have a leader? True also if the topic itself is refused, for then
  * a try is to tell; false if the brokers do not answer. Blocks for `wait_ms` at most. */
 bool aside_may_take(rd_kafka_t *rk, const char *topic, int wait_ms);
+/* How many wait. */
+size_t aside_jobs(const struct aside *a);
 /* What a try of it may take, with `most_us` in all. */
 int64_t aside_limit_us(const struct aside_topic *t, int64_t most_us);
 /* They have none. */

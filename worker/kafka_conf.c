@@ -22,7 +22,7 @@ enum {
     VERSION_KIP_848 = 0x020c0000,
 };
 
-enum { SAY_AGAIN_US = 10 * 1000000 };
+enum { SAY_AGAIN_US = 10 * 1000000, OTHER_ID_DIGITS = 16 };
 
 struct setting { const char *key, *value; };
 
@@ -166,14 +166,22 @@ static lm_status set_transactional(rd_kafka_conf_t *conf, const struct config *c
     return set_one(conf, "transactional.id", *c->transaction_id ? c->transaction_id : id, err);
 }
 
-void kafka_conf_other_id(rd_kafka_conf_t *conf, int n)
+lm_status kafka_conf_other_id(rd_kafka_conf_t *conf, int n, struct lm_err *err)
 {
-    char id[1024], other[1040];
-    size_t len = sizeof id;
-    if (rd_kafka_conf_get(conf, "transactional.id", id, &len) != RD_KAFKA_CONF_OK)
-        return;
-    snprintf(other, sizeof other, "%s-%d", id, n + 1);
-    rd_kafka_conf_set(conf, "transactional.id", other, NULL, 0);
+    size_t len = 0;
+    if (rd_kafka_conf_get(conf, "transactional.id", NULL, &len) != RD_KAFKA_CONF_OK)
+        return LM_OK;
+    size_t size = len + OTHER_ID_DIGITS;
+    char *id = lm_calloc(1, size);
+    if (!id || rd_kafka_conf_get(conf, "transactional.id", id, &len) != RD_KAFKA_CONF_OK) {
+        free(id);
+        return lm_err_set(err, LM_NOMEM, "out of memory for a transactional.id");
+    }
+    size_t end = strlen(id);
+    snprintf(id + end, size - end, "~%d", n + 1);
+    lm_status st = set_one(conf, "transactional.id", id, err);
+    free(id);
+    return st;
 }
 
 int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key)

@@ -34,9 +34,11 @@ struct kafka_said { int err; int64_t at_us; unsigned more; };
  * only, for a broker that is away is reported many times a second. */
 void kafka_log_error(struct kafka_said *said, const char *component, int err, const char *reason);
 
+/* Another transactional.id of the same worker's, the n-th: the one that is set, and "~2" for the
+ * first. A hyphen would make that of the worker "gpu" the one of the worker "gpu-2". LM_NOMEM. */
+lm_status kafka_conf_other_id(rd_kafka_conf_t *conf, int n, struct lm_err *err);
+
 /* A number that the client goes by, whoever has set it; 0: it has no such property. */
-/* The transactional.id gets a number: another one of the same worker's. */
-void kafka_conf_other_id(rd_kafka_conf_t *conf, int n);
 int64_t kafka_conf_int(const rd_kafka_conf_t *conf, const char *key);
 
 /* Is KIP-848 asked for, kafka.group.protocol=consumer? */

@@ -187,6 +187,8 @@ static void write_flow(struct metrics *m, FILE *f)
     gauge(f, P "intake_backlog_records", "Read and not yet in the engine.",
           atomic_load(&m->backlog));
     gauge(f, P "in_flight_records", "Read and not yet ended.", atomic_load(&m->held));
+    gauge(f, P "set_aside_records", "Of those: finished, but their topic takes none for now "
+          "(exactly-once).", atomic_load(&m->aside));
     gauge(f, P "in_flight_bytes", "Bytes of those and of their replies.",
           atomic_load(&m->held_bytes) + atomic_load(&m->reply_bytes_held));
     gauge(f, P "in_flight_tokens", "Estimated tokens of those that are not generated yet: "

@@ -52,7 +52,7 @@ struct metrics {
     atomic_ullong prompt_tokens, cached_tokens, completion_tokens;
     char apart3[CACHE_LINE];
     /* several */
-    atomic_llong backlog;
+    atomic_llong backlog, aside;
     char apart4[CACHE_LINE];
     atomic_llong held_tokens, reply_bytes_held;
     char apart5[CACHE_LINE];

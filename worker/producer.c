@@ -236,8 +236,10 @@ static lm_status open_client(producer *p, rd_kafka_t **out, struct lm_err *err)
     snprintf(most, sizeof most, "%" PRId64, p->batch.most);
     if (p->batch.most)
         rd_kafka_conf_set(conf, "batch.size", most, NULL, 0);
-    if (p->other_id)
-        kafka_conf_other_id(conf, p->other_id);
+    if (p->other_id && (st = kafka_conf_other_id(conf, p->other_id, err))) {
+        rd_kafka_conf_destroy(conf);
+        return st;
+    }
     int64_t batch_bytes = kafka_conf_int(conf, "batch.size");
     p->transaction_timeout_ms = kafka_conf_int(conf, "transaction.timeout.ms");
     rd_kafka_conf_set_opaque(conf, p);

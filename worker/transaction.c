@@ -343,7 +343,7 @@ static bool take_other_id(struct tx *t)
         lm_log(LM_WARN, "producer", "the brokers do not allow it: waiting for that partition");
     else
         lm_log(LM_WARN, "producer", "the last transaction can't end, as a partition of it has no "
-               "leader: going on with another transactional.id, this one and '-%d'",
+               "leader: going on with another transactional.id, this one and '~%d'",
                t->p->other_id + 1);
     producer_close(t->p);
     if (!producer_open(t->p, &err))
@@ -501,7 +501,8 @@ static bool take_out_refused(struct tx *t)
     if (!t->any_refused)
         return true;
     t->stage.from = t->stage.n;
-    if (staging_stage(t->w->consumer, &t->stage))
+    if (staging_stage(t->w->consumer, &t->stage) ||
+        rd_kafka_fatal_error(t->p->rk, NULL, 0))        /* that is not theirs to be judged by */
         return false;
     for (size_t i = 0; i < t->stage.n; i++)
         if (t->stage.verdicts[i] == STAGE_REFUSED && t->stage.jobs[i])
@@ -961,6 +962,7 @@ void *transaction_main(void *arg)
         bool working = atomic_load(&t.w->started) && !last_call(&t);
         int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
         serve(&t);
+        atomic_store(&t.w->metrics.aside, (long long)aside_jobs(&p->aside));
         wait_and_gather(&t, now, due);
         now = lm_now_us();
         bool last = last_call(&t) || until_due(&t, now) <= 0;

@@ -321,6 +321,26 @@ static void test_workers_do_not_fence_each_other(void **state)
     assert_string_equal(transactional_id(), "b");
 }
 
+/* Nor does one that goes on with another id: its name is nobody else's, however long. */
+static void test_another_id(void **state)
+{
+    (void)state;
+    static char set[3000] = "transaction.id=", id[3000];
+    rd_kafka_conf_t *conf;
+    minimal();
+    good("delivery.mode=exactly-once");
+    memset(set + strlen(set), 'x', 2000);
+    good(set);
+    assert_int_equal(kafka_conf_new(&cfg, CONFIG_PRODUCER, "w", &conf, &err), LM_OK);
+    assert_int_equal(kafka_conf_other_id(conf, 1, &err), LM_OK);
+    size_t n = sizeof id;
+    assert_int_equal(rd_kafka_conf_get(conf, "transactional.id", id, &n), RD_KAFKA_CONF_OK);
+    assert_int_equal(strlen(id), 2002);
+    assert_memory_equal(id, strchr(set, '=') + 1, 2000);
+    assert_string_equal(id + 2000, "~2");
+    rd_kafka_conf_destroy(conf);
+}
+
 /* What the user sets makes no default of ours wrong. */
 static void test_defaults_give_way(void **state)
 {
@@ -566,7 +586,7 @@ int main(void)
         TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
-        TEST(test_workers_do_not_fence_each_other),
+        TEST(test_workers_do_not_fence_each_other), TEST(test_another_id),
         TEST(test_librdkafka_refusals), TEST(test_secrets),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid),

@@ -34,6 +34,7 @@ static const char *forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
 static const char *barred;      /* the coordinator says that we may not write to that topic */
 static bool acks;               /* others are acknowledged before it says so */
+static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
 static int stuck;               /* ids whose last transaction does not end */
 static atomic_bool led;         /* partitions have leaders */
@@ -60,6 +61,7 @@ rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
+    open_now = spoilt = at_its_end = false;
     if (!stuck)
         return NULL;
     stuck--;
@@ -74,6 +76,11 @@ int rd_kafka_error_is_retriable(const rd_kafka_error_t *e)
 static rd_kafka_error_t *forbid(void)
 {
     return rd_kafka_error_new(RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED, "as the test says");
+}
+
+int rd_kafka_error_is_fatal(const rd_kafka_error_t *e)
+{
+    return rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR__FATAL;
 }
 
 rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
@@ -111,8 +118,11 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     va_end(ap);
     if (forbidden && !strcmp(o->topic, forbidden))
         return RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    if (refuse_tenth && o->asked && o->job->record.offset % 10 == 0)
+    if (refuse_tenth && o->asked && o->job->record.offset % 10 == 0) {
+        at_its_end = dies;
+        dies = false;
         return (rd_kafka_resp_err_t)refuse_tenth;
+    }
     if (headers)
         rd_kafka_headers_destroy(headers);
     records++;
@@ -164,8 +174,10 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
-    open_now = spoilt = false;
     atomic_fetch_add(&aborts, 1);
+    if (at_its_end)
+        return rd_kafka_error_new(RD_KAFKA_RESP_ERR__FATAL, "as the test says");
+    open_now = spoilt = false;
     atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
 }
@@ -225,9 +237,9 @@ void rd_kafka_metadata_destroy(const struct rd_kafka_metadata *md)
 rd_kafka_resp_err_t rd_kafka_fatal_error(rd_kafka_t *rk, char *why, size_t size)
 {
     (void)rk;
-    (void)why;
-    (void)size;
-    return RD_KAFKA_RESP_ERR_NO_ERROR;
+    if (why && size)
+        *why = '\0';
+    return at_its_end ? RD_KAFKA_RESP_ERR__FATAL : RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
 int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
@@ -273,7 +285,7 @@ static int open_world(void **state)
     said[0] = sizes[0] = wanted[0] = '\0';
     asked = fail_next = refuse_tenth = stuck = 0;
     forbidden = silent = barred = NULL;
-    open_now = spoilt = acks = false;
+    open_now = spoilt = acks = dies = at_its_end = false;
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
@@ -726,6 +738,27 @@ static void what_is_refused_early_is_a_dead_letter_at_once(void **state)
     until_in_flight(0);
 }
 
+/* The client comes to its end meanwhile: they are judged when there is a new one. */
+static void what_is_refused_by_a_client_at_its_end_is_judged_by_the_next(void **state)
+{
+    (void)state;
+    struct job *jobs[10];
+    x->cfg.transaction_max_messages = 10;
+    x->cfg.transaction_interval_ms = 3600000;
+    read_prompts(jobs, 0, 10);
+    choose(jobs, 0, 10);
+    refuse_tenth = RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC;
+    dies = true;
+    finish(jobs, 0, 10);
+    begin_with_clients();
+    for (int64_t end = lm_now_us() + MOST_US; lm_now_us() < end && !dead_letters(); turn())
+        producer_want_offsets(&p);
+    assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), 0);
+    until_in_flight(0);
+    end_with_clients();
+}
+
 /* A report costs an abort, and nobody else a smaller transaction; the next one is of them alone,
  * for who comes new may be refused again. */
 static void who_is_refused_later_goes_and_the_others_commit(void **state)
@@ -825,6 +858,7 @@ static void a_topic_that_takes_nothing_holds_up_no_other(void **state)
     turn_for_ms(200);
     assert_string_equal(sizes, "19 14 ");
     assert_int_equal(ledger_in_flight(x->c.ledger), OF_TOPIC + 1);
+    assert_int_equal(atomic_load(&x->w.metrics.aside), OF_TOPIC + 1);
     atomic_store(&led, true);
     until_in_flight(0);
     assert_string_equal(sizes, "19 14 1 2 3 ");
@@ -1085,6 +1119,7 @@ int main(void)
         TEST(what_is_not_taken_in_time_brings_a_new_producer), TEST(one_new_producer_is_enough),
         TEST(what_is_refused_on_the_spot_costs_the_others_nothing),
         TEST(what_is_refused_early_is_a_dead_letter_at_once),
+        TEST(what_is_refused_by_a_client_at_its_end_is_judged_by_the_next),
         TEST(who_is_refused_later_goes_and_the_others_commit),
         TEST(a_notice_that_is_refused_later_is_left_out),
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
