@@ -12,8 +12,8 @@
  *
  * A store that is away, or refuses our credentials, is waited for without a limit, with backoff:
  * the offset waits, as for any reply. One that finds the object too large (413), or gives another
- * answer that no waiting changes (a redirect to the bucket's region, a bucket that is not there),
- * makes a dead letter with the status and S3's word for it.
+ * answer that no waiting changes (a redirect to the bucket's region, S3's word that there is no
+ * such bucket), makes a dead letter with the status and S3's word for it.
  *
  * The object is there before its reply is produced, and a transaction that is aborted sends the
  * same reply again without another upload. What can be left over is an object that no reply names:

@@ -15,9 +15,9 @@
  *   CLOSING   intake starts nothing any more (w->closed); what is in the engine finishes
  *   MARKING   one commit: this suspect is alone, every other partition's owner is idle, so that
  *             the next death is about nobody else
- *   RUNNING   the suspect goes to intake. The turn ends with it, or when it has to wait for
- *             something that can't be had now (its adapter, the registry): it comes back when it
- *             can run
+ *   RUNNING   the suspect goes to intake. The turn ends once the engine has ended it, though its
+ *             reply may wait long for its topic, or when it has to wait for something that can't
+ *             be had now (its adapter, the registry): it comes back when it can run
  *   OPENING   a commit says that the other partitions are at work again; then the engine is open
  *             for at least as long as it was closed
  *
@@ -402,7 +402,9 @@ static bool turn_over(consumer *c, int64_t now)
     enum job_stage s = atomic_load(&j->stage);
     if (s == JOB_ENDED || s == JOB_DROPPED)
         return true;
-    if (s == JOB_RUNNING || s == JOB_ANSWERING)
+    if (s == JOB_ANSWERING)     /* the engine has survived it, and a death is not its any more */
+        return !atomic_load(&c->w->in_engine);
+    if (s == JOB_RUNNING)
         return false;
     if (!atomic_load(&j->alone_now))
         return !atomic_load(&c->w->in_engine);

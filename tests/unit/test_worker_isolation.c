@@ -16,6 +16,7 @@
 
 enum { MAX_ATTEMPTS = 3, TURNS = 1000 };
 
+static struct job *unsent;      /* its reply waits for its topic */
 static char order[64];          /* the prompts as they ran, by their first letter and offset */
 
 /* Two workers went in a row while offsets below `until` were unfinished: those run one by one. */
@@ -70,7 +71,12 @@ static void run_what_came(struct world *x)
         size_t n = strlen(order);
         snprintf(order + n, sizeof order - n, "%s%.*s%d", n ? " " : "", (int)j->record.key_len,
                  (const char *)j->record.key, (int)j->record.offset);
-        worker_end_job(&x->w, j, OUTCOME_REPLY);
+        if (j != unsent) {
+            worker_end_job(&x->w, j, OUTCOME_REPLY);
+            continue;
+        }
+        atomic_store(&x->w.in_engine, 1);
+        job_set_stage(j, JOB_ANSWERING);
     }
     atomic_store(&x->w.intake_rests, atomic_load(&x->w.closed));
 }
@@ -142,6 +148,41 @@ static void test_no_order(void **state)
     finish(x);
 }
 
+static void find_first(void *ctx, int64_t offset, void *user)
+{
+    (void)ctx;
+    if (offset == 0)
+        unsent = user;
+}
+
+/* A suspect has left the engine, but the topic of its reply is away: the others need not wait for
+ * that, and a death is no more a death alone. It does not run again. */
+static void test_reply_waits(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(2, false);
+    read_some(x);
+    ledger_each(x->c.ledger, x->part.ref, find_first, NULL);
+    for (int i = 0; i < TURNS && atomic_load(&unsent->stage) != JOB_ANSWERING; i++)
+        turn(x);
+    for (int i = 0; i < 10; i++)
+        turn(x);
+    assert_int_equal(x->c.iso.turn, TURN_RUNNING);      /* it is about to leave it */
+    assert_true(x->part.q.acked.solo);
+    atomic_store(&x->w.in_engine, 0);
+    for (int i = 0; i < TURNS && ledger_in_flight(x->c.ledger) > 1; i++)
+        turn(x);
+    assert_int_equal(ledger_in_flight(x->c.ledger), 1);
+    assert_int_equal(strlen(order), 8 * 3 - 1);
+    assert_false(x->part.q.acked.solo);
+    assert_true(x->part.q.acked.fence > 0);     /* it is unfinished, and was touched */
+    struct job *j = unsent;
+    unsent = NULL;
+    worker_end_job(&x->w, j, OUTCOME_REPLY);
+    run_all(x);
+    finish(x);
+}
+
 /* The partition is taken away while suspects wait behind one another: none runs, none is left. */
 static void test_taken_away(void **state)
 {
@@ -188,6 +229,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_keys_in_order), cmocka_unit_test(test_no_order),
+        cmocka_unit_test(test_reply_waits),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
