@@ -123,7 +123,7 @@ static void test_coordinator_away(void **state)
     (void)state;
     struct rig r;
     start(&r);
-    refuse(&r, TXN_OFFSET_COMMIT, RD_KAFKA_RESP_ERR_COORDINATOR_NOT_AVAILABLE, 4);
+    refuse(&r, TXN_OFFSET_COMMIT, RD_KAFKA_RESP_ERR_COORDINATOR_NOT_AVAILABLE, 9);
     struct dlq_retry_counts n = send_all(&r);
     assert_int_equal(r.st, LM_OK);
     assert_int_equal(n.sent, LETTERS);
