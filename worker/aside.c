@@ -87,7 +87,7 @@ struct aside_topic *aside_due(struct aside *a, int64_t now_us)
             continue;
         if (!t->jobs.head)
             forget(a, t);
-        else if (!due || t->due_us < due->due_us)
+        else if (now_us >= a->rest_us && (!due || t->due_us < due->due_us))
             due = t;
     }
     return due;
@@ -98,7 +98,7 @@ int aside_wait_ms(const struct aside *a, int64_t now_us, int cap)
     int64_t ms = cap;
     for (const struct aside_topic *t = a->topics; t; t = t->next)
         if (t->jobs.head)
-            ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
+            ms = LM_MIN(ms, (LM_MAX(t->due_us, a->rest_us) - now_us + 999) / 1000);
     return (int)LM_MAX(ms, 0);
 }
 
@@ -140,10 +140,12 @@ bool aside_may_take(rd_kafka_t *rk, const char *topic, int wait_ms)
 
 int64_t aside_limit_us(const struct aside_topic *t, int64_t most_us)
 {
-    int64_t us = ASIDE_FIRST_US;
-    for (int i = 0; i < t->failures && us < most_us; i++)
-        us *= 2;
-    return LM_MIN(us, most_us);
+    return LM_MIN(t->limit_us ? t->limit_us : ASIDE_FIRST_US, most_us);
+}
+
+bool aside_stuck(const struct aside_topic *t)
+{
+    return t->failures >= 2 && !(t->failures & (t->failures - 1));
 }
 
 void aside_looked(struct aside_topic *t, int64_t now_us, int64_t base_ms, int64_t max_ms)
@@ -182,9 +184,20 @@ void aside_waits(struct aside *a, struct aside_topic *t, int64_t now_us)
 
 void aside_all_due(struct aside *a, int64_t now_us)
 {
+    a->rest_us = 0;
     for (struct aside_topic *t = a->topics; t; t = t->next)
         if (t->jobs.head)
             t->due_us = LM_MIN(t->due_us, now_us);
+}
+
+static void after_failure(struct aside_topic *t, int64_t limit_us)
+{
+    if (t->width > 1)
+        t->width /= 2;
+    else if (t->failures % ASIDE_LONG == ASIDE_LONG - 1)
+        t->limit_us = INT64_MAX;
+    else
+        t->limit_us = LM_MIN(2 * limit_us, ASIDE_SHORT_US);
 }
 
 void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t began_us,
@@ -200,10 +213,10 @@ void aside_tried(struct aside *a, struct aside_topic *t, bool progress, int64_t 
         t->width *= 2;
         t->due_us = now_us + took;
     } else {
-        int64_t rest = backoff_us(LM_MIN(t->failures, BACKOFF_COUNTED), base_ms, max_ms);
+        t->due_us = now_us + backoff_us(LM_MIN(t->failures, BACKOFF_COUNTED), base_ms, max_ms);
+        a->rest_us = now_us + ASIDE_REST * took;
         t->failures++;
-        t->width = 1;
-        t->due_us = now_us + LM_MAX(rest, ASIDE_REST * took);
+        after_failure(t, limit_us);
     }
 }
 

@@ -15,12 +15,15 @@
  *                                               | yes: at once twice as many, until none is left;
  *                                               v      then the topic is as any other
  *
- * A try begins with one job. It has ASIDE_FIRST_US, after each failure twice as long, a
- * transaction's time at most, and then its topic rests for four times as long as the try took, and
- * for its backoff at least: so the others have four fifths of the time, however many tries fail.
- * What the brokers take to come back from an outage in its middle counts for no more than the
- * try's own time. A job that the brokers' answer makes a dead letter is progress like one that is
- * taken; one that is another worker's by now is neither.
+ * A try begins with one job. It has ASIDE_FIRST_US, after failures up to ASIDE_SHORT_US, and each
+ * ASIDE_LONG-th time a transaction's time, for a record may need that on a slow way; what was
+ * enough is kept. One of more jobs that fails is followed by one of half as many. After a failure
+ * its topic rests for its backoff at least, and all topics that are set aside for four times as
+ * long as the try took: so the others have four fifths of the time, however many fail. Once
+ * ASIDE_TRUSTED are taken together, all that wait go with the others. What the brokers take to come
+ * back from an outage in its middle counts for no more than the try's own time. A job that the
+ * brokers' answer makes a dead letter is progress like one that is taken; one that is another
+ * worker's by now is neither.
  *
  * The notice of a dead letter is best effort: its dead letter waits for its topic only until that
  * is known to take nothing, and then goes without it.
@@ -37,13 +40,19 @@
 
 #include "worker/job.h"
 
-enum { ASIDE_FIRST_US = 1000000, ASIDE_REST = 4, ASIDE_REMEMBER_US = 60 * 1000000 };
+enum {
+    ASIDE_FIRST_US = 1000000, ASIDE_SHORT_US = 2000000, ASIDE_LONG = 8,
+    ASIDE_REST = 4,
+    ASIDE_TRUSTED = 64,
+    ASIDE_REMEMBER_US = 60 * 1000000,
+};
 
 struct aside_topic {
     struct aside_topic *next;
     struct job_chain jobs;
     size_t width;               /* jobs of the next try */
     int failures, looks;        /* tries, and looks, in vain; in a row */
+    int64_t limit_us;           /* of the next try; 0: ASIDE_FIRST_US */
     bool forbidden;             /* by the last try */
     bool remembered;            /* without jobs, until it is due */
     bool whole;                 /* the next try is of all that a transaction holds */
@@ -52,7 +61,10 @@ struct aside_topic {
 };
 
 /* Begins as zeros. */
-struct aside { struct aside_topic *topics; };
+struct aside {
+    struct aside_topic *topics;
+    int64_t rest_us;            /* no try until then */
+};
 
 /* Sets the job aside; a topic that is new here is due at once. LM_NOMEM. */
 lm_status aside_add(struct aside *a, const char *topic, struct job *j, int64_t now_us);
@@ -73,6 +85,9 @@ bool aside_may_take(rd_kafka_t *rk, const char *topic, int wait_ms);
 size_t aside_jobs(const struct aside *a);
 /* What a try of it may take, with `most_us` in all. */
 int64_t aside_limit_us(const struct aside_topic *t, int64_t most_us);
+/* The second failure, the fourth, and so on: leaders are there, but perhaps the client keeps to
+ * others. */
+bool aside_stuck(const struct aside_topic *t);
 /* They have none. */
 void aside_looked(struct aside_topic *t, int64_t now_us, int64_t base_ms, int64_t max_ms);
 /* After a try that had `limit_us`. A topic that nobody waits for is forgotten, and freed. */

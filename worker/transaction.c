@@ -104,7 +104,7 @@ struct tx {
     struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
     rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known */
     size_t gone;                /* of its jobs: they are not ours any more */
-    bool begun;                 /* it had any to send */
+    bool begun, overran;        /* it had any to send; its time was not enough */
     bool tried;                 /* one, last time */
     bool no_other_id;           /* the brokers don't allow one */
     bool stale;                 /* records were not taken in time, since the producer is this one */
@@ -556,6 +556,7 @@ static bool arrive(struct tx *t)
     int64_t end = lm_now_us() + aside_limit_us(t->trial, t->p->transaction_timeout_ms * 1000);
     while (t->p->under_way && !t->p->failed && call_ms(t) && lm_now_us() < end)
         rd_kafka_flush(t->p->rk, FLUSH_MS);
+    t->overran = t->p->under_way && !t->p->failed && call_ms(t);
     return !t->p->under_way && !t->p->failed;
 }
 
@@ -810,11 +811,11 @@ static bool transact(struct tx *t, bool last)
 /* Of dead letters only the notices are for it: they go without, or wait for their own topic. */
 static void spare_notices(struct tx *t, struct aside_topic *a)
 {
-    struct job_chain all = a->jobs;
-    a->jobs = (struct job_chain){ 0 };
-    for (struct job *j; (j = job_chain_pop(&all));)
+    for (size_t n = a->jobs.length; n; n--) {
+        struct job *j = job_chain_pop(&a->jobs);
         if (!waits_aside(t, j))
             make_ready(t, j);
+    }
 }
 
 /* Nor need those of partitions that leave us be waited for. Else staging tells which can be
@@ -825,11 +826,10 @@ static void takes_nothing(struct tx *t, struct aside_topic *a)
     spare_notices(t, a);
 }
 
-/* As transact(). */
 static bool make_try(struct tx *t, struct aside_topic *a)
 {
     t->gone = 0;
-    t->begun = false;
+    t->begun = t->overran = false;
     t->trial = a;
     bool going = transact(t, true);
     t->trial = NULL;
@@ -851,14 +851,20 @@ static bool try_topic(struct tx *t, struct aside_topic *a)
         return true;
     }
     bool going = make_try(t, a);
-    bool progress = a->jobs.length + t->gone < before, any = a->jobs.head;
+    size_t left = a->jobs.length + t->gone, taken = before - LM_MIN(before, left);
+    bool any = a->jobs.head;
+    if (taken >= ASIDE_TRUSTED && !a->forbidden)
+        for (struct job *j; (j = job_chain_pop(&a->jobs));)
+            make_ready(t, j);
     if (!t->begun)
         aside_waits(&t->p->aside, a, lm_now_us());
     else
-        aside_tried(&t->p->aside, a, progress, began, limit, lm_now_us(), cfg->retry_backoff_ms,
+        aside_tried(&t->p->aside, a, taken, began, limit, lm_now_us(), cfg->retry_backoff_ms,
                     cfg->retry_backoff_max_ms);
-    if (t->begun && any && !progress)
+    if (t->begun && any && !taken) {
         takes_nothing(t, a);
+        t->stale |= t->overran && aside_stuck(a);
+    }
     return going;
 }
 

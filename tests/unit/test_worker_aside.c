@@ -35,6 +35,7 @@ static void free_job(struct job *j)
 static int drop_all(void **state)
 {
     (void)state;
+    a.rest_us = 0;
     for (struct job *j = aside_take_all(&a), *next; j; j = next) {
         next = j->next;
         free_job(j);
@@ -83,29 +84,46 @@ static void tries_grow(void **state)
     assert_null(a.topics);              /* nobody waits: it is as any other */
 }
 
-/* A failed one is followed by a rest of four times its length, and its backoff; and by a longer one
- * with one job. */
+/* A failed one is followed by a rest of four times its length, of all topics, and its backoff. */
 static void a_failed_try_is_followed_by_a_rest(void **state)
 {
     (void)state;
     const int64_t most = 10 * SECOND;
     struct aside_topic *t = add("x", 9);
-    t->width = 8;
-    assert_int_equal(aside_limit_us(t, most), SECOND);
+    assert_int_equal(aside_add(&a, "y", job_for("y", NULL), 0), LM_OK);
     aside_tried(&a, t, false, 0, most, 3 * SECOND, BASE_MS, MOST_MS);
-    assert_int_equal(t->width, 1);
-    assert_int_equal(t->due_us, 15 * SECOND);
+    assert_null(aside_due(&a, 15 * SECOND - 1));
+    assert_in_range(aside_wait_ms(&a, 3 * SECOND, 20000), 12000, 12000);
+    assert_non_null(aside_due(&a, 15 * SECOND));
     for (int i = 1; i < 5; i++) {
-        assert_int_equal(aside_limit_us(t, most), LM_MIN(most, (int64_t)SECOND << i));
         aside_tried(&a, t, false, 0, SECOND, 0, BASE_MS, MOST_MS);
         assert_in_range(t->due_us, BASE_MS * 500 << i, BASE_MS * 1000 << i);
     }
     for (int i = 0; i < 100; i++)
         aside_tried(&a, t, false, 0, SECOND, 0, BASE_MS, MOST_MS);
     assert_in_range(t->due_us, MOST_MS * 500, MOST_MS * 1000);
-    assert_int_equal(aside_limit_us(t, most), most);
-    aside_tried(&a, t, true, 0, SECOND, 0, BASE_MS, MOST_MS);
+}
+
+/* A second, then two, and now and then all that a transaction has; what was enough is kept. */
+static void a_try_has_its_time(void **state)
+{
+    (void)state;
+    const int64_t most = 10 * SECOND;
+    struct aside_topic *t = add("x", 99);
     assert_int_equal(aside_limit_us(t, most), SECOND);
+    for (int i = 1; i < 40; i++) {
+        aside_tried(&a, t, false, 0, aside_limit_us(t, most), 0, BASE_MS, MOST_MS);
+        assert_int_equal(aside_limit_us(t, most), i % 8 == 7 ? most : 2 * SECOND);
+    }
+    assert_int_equal(aside_limit_us(t, most), most);
+    aside_tried(&a, t, true, 0, most, 0, BASE_MS, MOST_MS);
+    assert_int_equal(aside_limit_us(t, most), most);
+    assert_int_equal(t->width, 2);
+    aside_tried(&a, t, true, 0, most, 0, BASE_MS, MOST_MS);
+    aside_tried(&a, t, false, 0, most, 0, BASE_MS, MOST_MS);    /* too many for its time: */
+    assert_int_equal(t->width, 2);                              /* half as many */
+    assert_int_equal(aside_limit_us(t, most), most);
+    assert_int_equal(aside_limit_us(t, SECOND / 2), SECOND / 2);
 }
 
 /* The brokers were gone for ten minutes, in the middle of a try: that is not the topic's fault.
@@ -115,7 +133,8 @@ static void an_outage_is_followed_by_no_longer_rest(void **state)
     (void)state;
     struct aside_topic *t = add("x", 1);
     aside_tried(&a, t, false, 0, SECOND, 600 * SECOND, BASE_MS, MOST_MS);
-    assert_int_equal(t->due_us, 604 * SECOND);
+    assert_null(aside_due(&a, 604 * SECOND - 1));
+    assert_ptr_equal(aside_due(&a, 604 * SECOND), t);
     aside_all_due(&a, 601 * SECOND);
     assert_ptr_equal(aside_due(&a, 601 * SECOND), t);
 }
@@ -235,7 +254,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(a_job_is_kept_if_one_of_its_records_is_for_the_topic), TEST(tries_grow),
-        TEST(a_failed_try_is_followed_by_a_rest), TEST(looks_are_cheap_and_go_on),
+        TEST(a_failed_try_is_followed_by_a_rest), TEST(a_try_has_its_time),
+        TEST(looks_are_cheap_and_go_on),
         TEST(who_is_due_longest_is_tried_first), TEST(an_outage_is_followed_by_no_longer_rest),
         TEST(a_try_of_nothing_tells_nothing), TEST(a_forbidden_topic_is_remembered),
         TEST(only_so_many_are_remembered), TEST(a_notice_waits_for_the_first_look_only),

@@ -831,7 +831,8 @@ enum { SOME = 20, OF_TOPIC = 5 };
 /* The first five are to a topic whose leader is away: one transaction finds out. */
 static void lose_a_leader(struct job **jobs)
 {
-    x->cfg.transaction_max_messages = 64;
+    if (!x->cfg.transaction_max_messages)
+        x->cfg.transaction_max_messages = 64;
     x->cfg.retry_backoff_ms = 1;
     read_prompts(jobs, 0, SOME);
     choose(jobs, 0, OF_TOPIC);
@@ -862,6 +863,26 @@ static void a_topic_that_takes_nothing_holds_up_no_other(void **state)
     atomic_store(&led, true);
     until_in_flight(0);
     assert_string_equal(sizes, "19 14 1 2 3 ");
+    end_with_clients();
+}
+
+/* ... and all at once when many have been taken. */
+static void a_topic_that_has_taken_many_is_as_any_other(void **state)
+{
+    (void)state;
+    struct job *jobs[600];
+    x->cfg.transaction_max_messages = 1000;
+    lose_a_leader(jobs);
+    finish(jobs, SOME - 1, 1);
+    until_in_flight(OF_TOPIC);
+    read_prompts(jobs, SOME, 600 - SOME);
+    choose(jobs, SOME, 600 - SOME);
+    finish(jobs, SOME, 600 - SOME);
+    turn_for_ms(100);
+    sizes[0] = '\0';
+    atomic_store(&led, true);
+    until_in_flight(0);
+    assert_string_equal(sizes, "1 2 4 8 16 32 64 458 ");
     end_with_clients();
 }
 
@@ -1123,7 +1144,8 @@ int main(void)
         TEST(who_is_refused_later_goes_and_the_others_commit),
         TEST(a_notice_that_is_refused_later_is_left_out),
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
-        TEST(a_topic_that_takes_nothing_holds_up_no_other), TEST(a_try_in_vain_holds_up_no_other),
+        TEST(a_topic_that_takes_nothing_holds_up_no_other),
+        TEST(a_topic_that_has_taken_many_is_as_any_other), TEST(a_try_in_vain_holds_up_no_other),
         TEST(a_forbidden_topic_holds_up_no_other), TEST(a_notice_to_a_forbidden_topic_is_left_out),
         TEST(a_notice_to_the_usual_topic_is_left_out), TEST(a_notice_without_a_leader_is_left_out),
         TEST(a_notice_that_does_not_arrive_is_left_out), TEST(a_forbidden_topic_is_found_out_once),
