@@ -78,9 +78,12 @@ static void draining_long(watchdog *d, struct worker *w)
     watchdog_draining(d, 20000);
 }
 
+static atomic_bool waits;
+
 static void *stranger(void *arg)
 {
     pthread_sigmask(SIG_UNBLOCK, arg, NULL);
+    atomic_store(&waits, true);
     while (pause())
         ;
     return NULL;
@@ -94,6 +97,9 @@ static void give_to_a_stranger(void)
     signals_begin(&ends);
     if (pthread_create(&t, NULL, stranger, &ends))
         _exit(92);
+    while (!atomic_load(&waits))
+        usleep(1000);
+    usleep(50000);      /* ThreadSanitizer loses one that comes as it is unblocked; let it pause */
     pthread_kill(t, SIGTERM);
     pause();
 }
