@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction.c - exactly-once: the producer thread's half; see staging.h.
+ * transaction.c - exactly-once: the producer thread's half; see staging.h. How librdkafka is
+ * called, and what follows from a call that fails, is in transaction_client.c.
  *
  * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
  * transaction.max_messages are there, one transaction takes them:
@@ -65,53 +66,18 @@
 
 #include "worker/blame.h"
 #include "worker/delivery.h"
-#include "worker/producer_int.h"
-#include "worker/staging.h"
-#include "worker/watchdog.h"
+#include "worker/transaction_int.h"
 
 enum {
-    STUCK_CALLS = 6,            /* such to begin, in vain, and another id begins */
-    CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
-                                 * heed it: send_offsets() may take several times as long */
-    FLUSH_MS = 10,
     IDLE_MS = 100,
     GATHER_US = 2000,           /* between two looks at what has finished */
     CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
     CHUNK_LEAST = 500,
     PORTIONS = 4,               /* at least, of a full transaction */
-    REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
-    FAILED_MS = 100,            /* for the other reports, once a record was not taken */
     LOOK_MS = 500,              /* to ask the brokers for leaders */
     MAX_BYTES = 32 << 20,       /* of one transaction */
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
-};
-
-enum fate { OPEN, COMMITTED, ABORTED, UNKNOWN, HOPELESS };
-
-struct tx {
-    producer *p;
-    struct worker *w;
-    struct job_chain ready;
-    struct stage stage;
-    bool open;                  /* begun, with all of the stage that is before its `from` */
-    bool full;                  /* what is ready has no room in the open one */
-    size_t bytes;               /* of the stage */
-    bool initialised;
-    int failures;               /* in a row */
-    size_t again;               /* an abort has left so many, which go before all that is new */
-    bool any_refused;           /* of the portion: STAGE_REFUSED, to be taken out */
-    struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
-    rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known */
-    size_t gone;                /* of its jobs: they are not ours any more */
-    bool begun, overran;        /* it had any to send; its time was not enough */
-    bool tried;                 /* one, last time */
-    bool no_other_id;           /* the brokers don't allow one */
-    bool stale;                 /* records were not taken in time, since the producer is this one */
-    int64_t since_us;           /* the oldest in `ready` ... */
-    int64_t open_since_us;      /* ... and in the open one */
-    int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
-    struct log_seldom refused;
 };
 
 /* ---- ready ------------------------------------------------------------------------------ */
@@ -240,23 +206,7 @@ static bool put_behind(struct tx *t)
     return any;
 }
 
-/* ---- calls that may take long ----------------------------------------------------------- */
-
-/* The drain is over: no transaction begins any more, the one under way may end. */
-static bool last_call(const struct tx *t)
-{
-    return atomic_load(&t->w->cancelling);
-}
-
-/* What a call may take: when the worker ends, all of them together have TRANSACTION_LAST_MS. */
-static int call_ms(const struct tx *t)
-{
-    if (!last_call(t))
-        return CALL_MS;
-    int64_t left = atomic_load(&t->w->drain_end_us) / 1000 + TRANSACTION_LAST_MS -
-                   lm_now_us() / 1000;
-    return (int)LM_MAX(0, LM_MIN(left, CALL_MS));
-}
+/* ---- one transaction -------------------------------------------------------------------- */
 
 /* librdkafka (2.15.1) wakes its threads when records are queued, and not again when the coordinator
  * has taken their partition into the transaction, before which they may not go: they would lie for
@@ -271,199 +221,13 @@ static void serve(struct tx *t)
         rd_kafka_poll(t->p->rk, 0);
 }
 
-static void flush(struct tx *t)
-{
-    int64_t end = lm_now_us() + CALL_MS * (int64_t)1000;
-    while (call_ms(t) && rd_kafka_flush(t->p->rk, FLUSH_MS) && lm_now_us() < end)
-        if (t->p->failed)       /* what is queued in the library stays there */
-            end = LM_MIN(end, lm_now_us() + FAILED_MS * 1000);
-}
-
 /* The last portion, too, goes in behind nothing, if that takes no longer than at-least-once would
  * hold it back. */
 static void let_earlier_arrive(struct tx *t)
 {
     int64_t end = lm_now_us() + HOLD_US;
-    while (t->open && t->p->under_way && !last_call(t) && lm_now_us() < end)
-        rd_kafka_flush(t->p->rk, FLUSH_MS);
-}
-
-typedef rd_kafka_error_t *call(struct tx *t);
-
-static rd_kafka_error_t *init(struct tx *t)
-{
-    return rd_kafka_init_transactions(t->p->rk, call_ms(t));
-}
-
-static rd_kafka_error_t *send_offsets(struct tx *t)
-{
-    return rd_kafka_send_offsets_to_transaction(t->p->rk, t->stage.offsets, t->stage.group,
-                                                call_ms(t));
-}
-
-static rd_kafka_error_t *commit(struct tx *t)
-{
-    return rd_kafka_commit_transaction(t->p->rk, call_ms(t));
-}
-
-static rd_kafka_error_t *abort_it(struct tx *t)
-{
-    return rd_kafka_abort_transaction(t->p->rk, call_ms(t));
-}
-
-static void ask_again_soon(void)
-{
-    nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);
-}
-
-/* Until there is an answer, or the worker's end leaves no time for one. */
-static rd_kafka_error_t *persist(struct tx *t, call *make)
-{
-    for (;;) {
-        rd_kafka_error_t *e = make(t);
-        if (!e || !rd_kafka_error_is_retriable(e) || !call_ms(t))
-            return e;
-        lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
-        rd_kafka_error_destroy(e);
-        ask_again_soon();
-    }
-}
-
-/* ---- a new producer --------------------------------------------------------------------- */
-
-/* The last transaction of this id has been about to end for longer than leaders are elected. It is
- * decided, and nothing can be added to it, but a partition of it has no leader to take its marker,
- * and no other begins until it has one. That may be never, so another id goes on. A broker whose
- * ACLs don't allow it says so; then we wait. False: no client. */
-static bool take_other_id(struct tx *t)
-{
-    struct lm_err err;
-    t->p->other_id = t->no_other_id ? 0 : t->p->other_id + 1;
-    if (t->no_other_id)
-        lm_log(LM_WARN, "producer", "the brokers do not allow it: waiting for that partition");
-    else
-        lm_log(LM_WARN, "producer", "the last transaction can't end, as a partition of it has no "
-               "leader: going on with another transactional.id, this one and '~%d'",
-               t->p->other_id + 1);
-    producer_close(t->p);
-    if (!producer_open(t->p, &err))
-        return true;
-    worker_fail(t->w, LM_STATE, "%s", err.msg);
-    return false;
-}
-
-static rd_kafka_error_t *init_any(struct tx *t)
-{
-    for (int calls = 0;;) {
-        rd_kafka_error_t *e = init(t);
-        rd_kafka_resp_err_t code = e ? rd_kafka_error_code(e) : 0;
-        bool barred = code == RD_KAFKA_RESP_ERR_TRANSACTIONAL_ID_AUTHORIZATION_FAILED &&
-                      t->p->other_id;
-        bool stuck = code == RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS &&
-                     ++calls % STUCK_CALLS == 0 && !t->no_other_id;
-        if (!e || !(barred || rd_kafka_error_is_retriable(e)) || !call_ms(t))
-            return e;
-        t->no_other_id |= barred;
-        if ((barred || stuck) && !take_other_id(t))
-            return e;
-        rd_kafka_error_destroy(e);
-        ask_again_soon();
-    }
-}
-
-static bool initialise(struct tx *t)
-{
-    rd_kafka_error_t *e = init_any(t);
-    t->initialised = !e;
-    if (e && !last_call(t))
-        worker_fail(t->w, LM_STATE, "transactions can't be had: %s", rd_kafka_error_string(e));
-    if (e)
-        rd_kafka_error_destroy(e);
-    return t->initialised;
-}
-
-/* Whatever the old one had open is over when this returns true. */
-static bool rebuild(struct tx *t)
-{
-    struct lm_err err;
-    int64_t wait = t->rebuilt_us + REBUILD_MIN_MS * 1000 - lm_now_us();
-    if (t->rebuilt_us && wait > 0)
-        nanosleep(&(struct timespec){ .tv_nsec = LM_MIN(wait, 999999) * 1000 }, NULL);
-    t->rebuilt_us = lm_now_us();
-    t->stale = false;
-    metric_add(&t->w->metrics.producer_rebuilds, 1);
-    rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
-    producer_close(t->p);
-    t->p->under_way = 0;        /* no report comes any more */
-    t->initialised = false;
-    if (producer_open(t->p, &err)) {
-        worker_fail(t->w, LM_STATE, "%s", err.msg);
-        return false;
-    }
-    return initialise(t);
-}
-
-/* Between transactions: what the last one has left on its way must not end the next one. */
-static bool fence(struct tx *t)
-{
-    if (producer_resize(t->p))
-        return rebuild(t);
-    if (!t->stale && !atomic_load(&t->p->unanswered.any))
-        return true;
-    lm_log(LM_INFO, "producer", "%s", t->stale ?
-           "records are not taken in time: a new producer asks anew who leads their topics" :
-           "a request was not answered: a new producer fences what may come late");
-    return rebuild(t);
-}
-
-/* ---- one transaction -------------------------------------------------------------------- */
-
-static bool is_fenced(rd_kafka_resp_err_t e)
-{
-    return e == RD_KAFKA_RESP_ERR__FENCED || e == RD_KAFKA_RESP_ERR_PRODUCER_FENCED ||
-           e == RD_KAFKA_RESP_ERR_INVALID_PRODUCER_EPOCH;
-}
-
-/* The client is at its end: may a new one go on? */
-static enum fate fatal_fate(struct tx *t, const char *text)
-{
-    char why[512];
-    rd_kafka_resp_err_t e = rd_kafka_fatal_error(t->p->rk, why, sizeof why);
-    int64_t now = lm_now_us();
-    bool overdue = now - t->begun_us >= t->p->transaction_timeout_ms * 1000;
-    bool slept = watchdog_slept(t->w);
-    if (!is_fenced(e) || (overdue && !slept)) {
-        lm_log(LM_WARN, "producer", "transaction: %s; a new producer finds out", text);
-        return UNKNOWN;
-    }
-    worker_fail(t->w, LM_STATE, "another worker has this one's transactional.id%s: %s",
-                slept ? ", or this process was stopped for too long" : "", why);
-    return HOPELESS;
-}
-
-/* A call has failed: aborts if that is enough. Consumes the error. */
-static enum fate undo(struct tx *t, rd_kafka_error_t *e)
-{
-    enum fate fate = UNKNOWN;
-    const char *text = rd_kafka_error_string(e);
-    t->code = rd_kafka_error_code(e);
-    t->stage.too_long |= rd_kafka_error_code(e) == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE;
-    if (rd_kafka_error_is_fatal(e)) {
-        fate = fatal_fate(t, text);
-    } else if (rd_kafka_error_txn_requires_abort(e)) {
-        rd_kafka_error_t *e2 = persist(t, abort_it);
-        lm_log(LM_INFO, "producer", "transaction aborted: %s", text);
-        if (!e2)
-            fate = ABORTED;
-        else if (rd_kafka_error_is_fatal(e2))
-            fate = fatal_fate(t, rd_kafka_error_string(e2));
-        if (e2)
-            rd_kafka_error_destroy(e2);
-    } else {
-        lm_log(LM_WARN, "producer", "transaction: %s; a new producer finds out", text);
-    }
-    rd_kafka_error_destroy(e);
-    return fate;
+    while (t->open && t->p->under_way && !transaction_last_call(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
 }
 
 /* Hands the portion's records to the client. What it refuses on the spot, as a partition is not
@@ -528,9 +292,9 @@ static void learn_cause(struct tx *t)
 static enum fate take_back(struct tx *t)
 {
     learn_cause(t);
-    rd_kafka_error_t *e = persist(t, abort_it);
+    rd_kafka_error_t *e = transaction_persist(t, transaction_abort);
     t->stage.more = true;
-    return e ? undo(t, e) : ABORTED;
+    return e ? transaction_undo(t, e) : ABORTED;
 }
 
 /* A portion goes into the transaction, which begins with the first one. */
@@ -543,7 +307,7 @@ static enum fate extend(struct tx *t)
         t->p->failed = t->any_refused = false;
         t->code = RD_KAFKA_RESP_ERR_NO_ERROR;
         if ((e = rd_kafka_begin_transaction(t->p->rk)))
-            return undo(t, e);
+            return transaction_undo(t, e);
         t->open = true;
     }
     bool well = !t->stage.lost && !t->p->failed && produce(t) && take_out_refused(t);
@@ -554,9 +318,9 @@ static enum fate extend(struct tx *t)
 static bool arrive(struct tx *t)
 {
     int64_t end = lm_now_us() + aside_limit_us(t->trial, t->p->transaction_timeout_ms * 1000);
-    while (t->p->under_way && !t->p->failed && call_ms(t) && lm_now_us() < end)
-        rd_kafka_flush(t->p->rk, FLUSH_MS);
-    t->overran = t->p->under_way && !t->p->failed && call_ms(t);
+    while (t->p->under_way && !t->p->failed && transaction_call_ms(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
+    t->overran = t->p->under_way && !t->p->failed && transaction_call_ms(t);
     return !t->p->under_way && !t->p->failed;
 }
 
@@ -565,11 +329,11 @@ static enum fate conclude(struct tx *t)
     rd_kafka_error_t *e = NULL;
     if (t->trial && !arrive(t))
         return take_back(t);
-    if (t->stage.offsets->cnt && (e = persist(t, send_offsets)))
-        return undo(t, e);
-    flush(t);
-    e = persist(t, commit);
-    return e ? undo(t, e) : COMMITTED;
+    if (t->stage.offsets->cnt && (e = transaction_persist(t, transaction_send_offsets)))
+        return transaction_undo(t, e);
+    transaction_flush(t);
+    e = transaction_persist(t, transaction_commit);
+    return e ? transaction_undo(t, e) : COMMITTED;
 }
 
 /* After a rebuild: what became of it? When the worker ends, that is the next one's to find out: the
@@ -579,15 +343,15 @@ static enum fate find_out(struct tx *t)
 {
     bool holds = false;
     lm_status st;
-    if (last_call(t) || !rebuild(t)) {
+    if (transaction_last_call(t) || !transaction_rebuild(t)) {
         lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers");
         return HOPELESS;
     }
     aside_all_due(&t->p->aside, lm_now_us());
     if (t->stage.more)
         return ABORTED;
-    while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !last_call(t))
-        ask_again_soon();
+    while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !transaction_last_call(t))
+        transaction_ask_again_soon();
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
     return st ? HOPELESS : holds ? COMMITTED : ABORTED;
@@ -770,7 +534,7 @@ static enum fate run_staged(struct tx *t)
  * hold its records yet: the jobs are for end() to drop. */
 static void give_up(struct tx *t)
 {
-    rd_kafka_error_t *e = persist(t, abort_it);
+    rd_kafka_error_t *e = transaction_persist(t, transaction_abort);
     if (e) {
         lm_log(LM_WARN, "producer", "the end of a transaction is left to the brokers: %s",
                rd_kafka_error_string(e));
@@ -845,7 +609,7 @@ static bool try_topic(struct tx *t, struct aside_topic *a)
     int64_t began = lm_now_us();
     int64_t limit = aside_limit_us(a, t->p->transaction_timeout_ms * 1000);
     size_t before = a->jobs.length;
-    if (!aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, call_ms(t)))) {
+    if (!aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, transaction_call_ms(t)))) {
         aside_looked(a, lm_now_us(), cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
         takes_nothing(t, a);
         return true;
@@ -918,8 +682,8 @@ static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
     int64_t pause = LM_MIN(due_us, GATHER_US);
     if (t->ready.head && pause > 0)
         nanosleep(&(struct timespec){ .tv_nsec = pause * 1000 }, NULL);
-    int most = job_list_wait_ms(&t->p->later, now, t->open ? FLUSH_MS : IDLE_MS);
-    if (!t->open && !last_call(t) && now >= t->not_before_us)
+    int most = job_list_wait_ms(&t->p->later, now, t->open ? TRANSACTION_FLUSH_MS : IDLE_MS);
+    if (!t->open && !transaction_last_call(t) && now >= t->not_before_us)
         most = aside_wait_ms(&t->p->aside, now, most);
     gather(t, (int)LM_MAX(0, LM_MIN((due_us + 999) / 1000, most)));
 }
@@ -953,7 +717,8 @@ static bool begin(struct tx *t)
 /* A topic to be tried now. Where others are due, too, they have every second turn. */
 static struct aside_topic *to_try(struct tx *t, int64_t now, bool others)
 {
-    bool may = !t->open && !last_call(t) && now >= t->not_before_us && !(others && t->tried);
+    bool may = !t->open && !transaction_last_call(t) && now >= t->not_before_us &&
+               !(others && t->tried);
     struct aside_topic *a = may ? aside_due(&t->p->aside, now) : NULL;
     t->tried = a;
     return a;
@@ -965,19 +730,19 @@ void *transaction_main(void *arg)
     struct tx t = { .p = p, .w = p->w };
     bool going = begin(&t);
     while (going && !atomic_load(&p->end)) {
-        bool working = atomic_load(&t.w->started) && !last_call(&t);
+        bool working = atomic_load(&t.w->started) && !transaction_last_call(&t);
         int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
         serve(&t);
         atomic_store(&t.w->metrics.aside, (long long)aside_jobs(&p->aside));
         wait_and_gather(&t, now, due);
         now = lm_now_us();
-        bool last = last_call(&t) || until_due(&t, now) <= 0;
-        if ((!working || last_call(&t)) && !t.open)
+        bool last = transaction_last_call(&t) || until_due(&t, now) <= 0;
+        if ((!working || transaction_last_call(&t)) && !t.open)
             continue;
         struct aside_topic *a = to_try(&t, now, last || worth_sending(&t, now));
         if (!a && !last && !worth_sending(&t, now))
             continue;
-        if (!t.open && !(t.initialised ? fence(&t) : initialise(&t)))
+        if (!t.open && !(t.initialised ? transaction_fence(&t) : transaction_initialise(&t)))
             break;
         if (a) {
             going = try_topic(&t, a);
@@ -987,7 +752,7 @@ void *transaction_main(void *arg)
             t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
             let_earlier_arrive(&t);
             gather(&t, 0);
-            last = last_call(&t) || t.ready.length <= portion_most(&t) ||
+            last = transaction_last_call(&t) || t.ready.length <= portion_most(&t) ||
                    !worth_sending(&t, lm_now_us());
         }
         going = transact(&t, last);
