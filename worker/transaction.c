@@ -59,7 +59,6 @@
  */
 #include "worker/transaction.h"
 
-#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>

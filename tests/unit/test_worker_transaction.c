@@ -338,6 +338,14 @@ static void turn(void)
     consumer_take_finished(&x->c, 1);
 }
 
+/* The next transaction fails, for this record did not get in. */
+static void fail_with(struct outgoing *o, int error)
+{
+    fail_next = 1;
+    late = o;
+    late_error = error;
+}
+
 static void until_in_flight(int n)
 {
     for (int64_t end = lm_now_us() + MOST_US; (int)ledger_in_flight(x->c.ledger) > n; turn())
@@ -657,9 +665,7 @@ static void what_is_not_taken_in_time_brings_a_new_producer(void **state)
     begin_with_clients();
     until_in_flight(1);                 /* aborted as the group went on, for example: no reason */
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 0);
-    fail_next = 1;
-    late = &jobs[1]->out;
-    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    fail_with(&jobs[1]->out, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
     finish(jobs, 1, 1);
     until_in_flight(0);
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
@@ -675,10 +681,8 @@ static void one_new_producer_is_enough(void **state)
     x->cfg.transaction_max_messages = 1;
     read_prompts(jobs, 0, 1);
     choose(jobs, 0, 1);
-    fail_next = 1;
     fate_unknown = true;
-    late = &jobs[0]->out;
-    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    fail_with(&jobs[0]->out, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
     finish(jobs, 0, 1);
     begin_with_clients();
     until_in_flight(0);
@@ -770,9 +774,7 @@ static void who_is_refused_later_goes_and_the_others_commit(void **state)
     x->cfg.retry_backoff_max_ms = 3600000;          /* of which there is none */
     read_prompts(jobs, 0, 64);
     choose(jobs, 0, 64);
-    fail_next = 1;
-    late = &jobs[5]->out;
-    late_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    fail_with(&jobs[5]->out, RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
     finish(jobs, 0, 64);
     begin();
     producer_want_offsets(&p);
@@ -802,9 +804,7 @@ static void a_notice_that_is_refused_later_is_left_out(void **state)
 {
     (void)state;
     struct job *jobs[1];
-    late = with_notice(jobs)->notice;
-    late_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
-    fail_next = 1;
+    fail_with(with_notice(jobs)->notice, RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
     finish(jobs, 0, 1);
     begin();
     until_in_flight(0);
@@ -839,9 +839,7 @@ static void lose_a_leader(struct job **jobs)
     for (int i = OF_TOPIC; i < SOME; i++)
         jobs[i]->out.topic = dead;
     atomic_store(&led, false);
-    fail_next = 1;
-    late = &jobs[0]->out;
-    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    fail_with(&jobs[0]->out, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
     finish(jobs, 0, SOME - 1);
     begin_with_clients();
     until_in_flight(OF_TOPIC + 1);
@@ -972,9 +970,7 @@ static void a_notice_without_a_leader_is_left_out(void **state)
     struct job *jobs[SOME];
     lead_with_notice(jobs);
     atomic_store(&led, false);
-    fail_next = 1;
-    late = jobs[0]->notice;
-    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    fail_with(jobs[0]->notice, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
     finish(jobs, 0, SOME);
     begin_with_clients();
     until_in_flight(0);
@@ -989,9 +985,7 @@ static void a_notice_that_does_not_arrive_is_left_out(void **state)
     lead_with_notice(jobs);
     acks = true;
     silent = gone;
-    fail_next = 1;
-    late = &jobs[0]->out;
-    late_error = RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
+    fail_with(&jobs[0]->out, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
     finish(jobs, 0, SOME);
     begin_with_clients();
     until_in_flight(0);
