@@ -24,9 +24,6 @@
 
 typedef struct codec codec;
 
-/* Headers as the codec needs them; value may hold any bytes. */
-struct header { const char *name; const void *value; size_t len; };
-
 struct codec_config {
     struct registry_config registry;    /* without a URL: Avro is refused */
     bool auto_register;         /* register the reply schema, else it must be there */

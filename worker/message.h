@@ -14,6 +14,9 @@
 
 enum encoding { ENCODING_JSON, ENCODING_AVRO };
 
+/* Of a record; value may hold any bytes. */
+struct header { const char *name; const void *value; size_t len; };
+
 struct metadata_entry { const char *key, *value; };
 
 struct prompt {

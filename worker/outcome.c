@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/codec.h"
 #include "worker/json_tree.h"
 #include "worker/stream.h"
 

@@ -48,6 +48,7 @@ typedef struct http http;
 typedef struct control control;
 typedef struct claims claims;
 struct cancels;
+struct codec;
 struct journal;
 struct spans;
 
@@ -65,7 +66,7 @@ struct worker {
 
     engine *engine;
     store *store;               /* NULL: no adapters.url */
-    codec *codec;
+    struct codec *codec;
     struct engine_info info;
 
     consumer *consumer;

@@ -20,6 +20,7 @@
 
 #include "consumer_world.h"
 #include "silent_server.h"
+#include "worker/codec.h"
 #include "worker/journal.h"
 #include "worker/store_int.h"
 #include "worker/worker.h"
