@@ -234,7 +234,7 @@ static lm_status read_job(struct collect *c, struct lm_err *err)
 static lm_status open_codec(struct collect *c, struct lm_err *err)
 {
     struct codec_config cc = {
-        .registry = registry_config_of(&c->config), .reply_topic = c->config.topics_replies,
+        .registry = config_registry(&c->config), .reply_topic = c->config.topics_replies,
     };
     return codec_new(&cc, &c->codec, err);
 }

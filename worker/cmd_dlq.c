@@ -366,7 +366,7 @@ static lm_status open_marks(struct dlq *q, struct lm_err *err)
 static lm_status open_all(struct dlq *q, struct lm_err *err)
 {
     struct codec_config cc = {
-        .registry = registry_config_of(&q->config), .reply_topic = q->config.topics_replies,
+        .registry = config_registry(&q->config), .reply_topic = q->config.topics_replies,
     };
     int n;
     lm_status st = codec_new(&cc, &q->codec, err);

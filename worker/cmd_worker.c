@@ -98,7 +98,7 @@ static int fail(const struct lm_err *err)
 /* What is wrong with it is said before anything begins, by --check as well. */
 static lm_status check(const struct config *c, struct lm_err *err)
 {
-    const struct registry_config registry = registry_config_of(c);
+    const struct registry_config registry = config_registry(c);
     lm_status st = config_check(c, err);
     if (!st)
         st = kafka_conf_check(c, err);

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "worker/registry.h"
 #include "worker/url.h"
 #include "worker/url_template.h"
 
@@ -706,6 +707,17 @@ char *config_cache_dir(const struct config *c)
     else
         snprintf(path, sizeof path, "%s/.cache/loramill/adapters", home && *home ? home : "/tmp");
     return lm_strdup(path);
+}
+
+/* ---- for the registry's client ----------------------------------------------------------- */
+
+struct registry_config config_registry(const struct config *c)
+{
+    return (struct registry_config){
+        .url = c->registry_url, .auth = c->registry_auth, .auth_header = c->registry_auth_header,
+        .ca_file = c->registry_ca_file, .cert_file = c->registry_cert_file,
+        .key_file = c->registry_key_file,
+    };
 }
 
 /* ---- secrets ---------------------------------------------------------------------------- */

@@ -97,6 +97,10 @@ int config_topic_priority(const struct config *c, const char *topic);
 /* The last value given for a passthrough property in that scope, or NULL. */
 const char *config_kafka(const struct config *c, enum config_scope scope, const char *key);
 
+/* As the properties registry.* say; borrowed. For who includes registry.h. */
+struct registry_config;
+struct registry_config config_registry(const struct config *c);
+
 /* adapters.cache_dir or the user's default; malloc'ed, NULL when memory is exhausted. */
 char *config_cache_dir(const struct config *c);
 /* journal.dir or the user's default; likewise. */

@@ -14,7 +14,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "worker/config.h"
 #include "worker/resolver.h"
 #include "worker/url.h"
 
@@ -92,15 +91,6 @@ static bool copy_option(const char *s, char **out)
         return true;
     *out = lm_strdup(s);
     return *out;
-}
-
-struct registry_config registry_config_of(const struct config *c)
-{
-    return (struct registry_config){
-        .url = c->registry_url, .auth = c->registry_auth, .auth_header = c->registry_auth_header,
-        .ca_file = c->registry_ca_file, .cert_file = c->registry_cert_file,
-        .key_file = c->registry_key_file,
-    };
 }
 
 static lm_status check_file(const char *key, const char *path, struct lm_err *err)

@@ -27,8 +27,6 @@
 
 typedef struct registry registry;
 
-struct config;
-
 struct registry_config {        /* what is not given: NULL or "" */
     const char *url;            /* "http://a:8081" or "http://a:8081,https://b/registry" */
     const char *auth;           /* "user:password" */
@@ -39,9 +37,6 @@ struct registry_config {        /* what is not given: NULL or "" */
     int connect_ms, total_ms;   /* 0: 3000, 10000 */
     const atomic_bool *stop;    /* true: gives up what it asks, within a second; NULL: never */
 };
-
-/* As the properties registry.* say. */
-struct registry_config registry_config_of(const struct config *c);
 
 /* Whether the options are such as registry_new() takes; LM_INVALID with the property's name. */
 lm_status registry_check(const struct registry_config *cfg, struct lm_err *err);

@@ -209,7 +209,7 @@ static lm_status open_codec(struct worker *w, struct lm_err *err)
 {
     const struct config *c = w->cfg;
     struct codec_config cc = {
-        .registry = registry_config_of(c), .auto_register = c->registry_auto_register,
+        .registry = config_registry(c), .auto_register = c->registry_auto_register,
         .reply_topic = c->topics_replies, .max_message_bytes = (size_t)c->message_max_bytes,
         .model_name = w->info.model_name, .answered = intake_schema_answered,
     };
