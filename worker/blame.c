@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "worker/delivery.h"
+#include "worker/producer_int.h"
 
 static bool timed_out(const struct outgoing *o)
 {

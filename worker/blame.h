@@ -11,7 +11,6 @@
 #ifndef LORAMILL_WORKER_BLAME_H
 #define LORAMILL_WORKER_BLAME_H
 
-#include "worker/producer_int.h"
 #include "worker/staging.h"
 
 /* Was any record not taken in time? */

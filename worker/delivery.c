@@ -28,6 +28,7 @@
 #include <stdlib.h>
 
 #include "worker/outcome.h"
+#include "worker/producer_int.h"
 
 enum { COMPLAIN_EVERY_US = 10 * 1000000 };
 

@@ -7,7 +7,7 @@
 #ifndef LORAMILL_WORKER_DELIVERY_H
 #define LORAMILL_WORKER_DELIVERY_H
 
-#include "worker/producer_int.h"
+#include "worker/worker.h"
 
 /* All that was sent has its report: is the job done? Then delivery_give(), behind all at hand. */
 void delivery_judge(producer *p, struct job *j);
