@@ -126,7 +126,8 @@ endif
 KERNEL_SRC := $(wildcard kernels/*.c kernels/cpu/*.c kernels/sim/*.c)
 CUDA_SRC   := $(if $(filter 1,$(CUDA)),$(CUDA_SOURCES) $(wildcard kernels/cuda/*.c))
 ENGINE_SRC := $(wildcard engine/*.c)
-WORKER_SRC := $(if $(filter 1,$(WORKER)),$(filter-out worker/main.c,$(wildcard worker/*.c)))
+WORKER_SRC := $(if $(filter 1,$(WORKER)),\
+              $(filter-out worker/main.c,$(wildcard worker/*.c worker/*/*.c)))
 LIB_SRC    := $(KERNEL_SRC) $(CUDA_SRC) $(ENGINE_SRC) $(WORKER_SRC)
 UNIT_SRC   := $(wildcard tests/unit/test_*.c)
 ifneq ($(WORKER),1)
@@ -279,7 +280,7 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/rep
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 # One file that a GPU machine needs: all but cuBLASLt is inside (see tests/gpu/gpu-check.sh).
-GPU_SRC   := $(wildcard tests/gpu/*.c worker/cmd_bench*.c) worker/adapter_dirs.c
+GPU_SRC   := $(wildcard tests/gpu/*.c worker/tools/cmd_bench*.c) worker/store/adapter_dirs.c
 GPU_CHECK := build/gpu/gpu-check
 
 $(BUILD)/tests/gpu/%.o: CPPFLAGS += -isystem $(CUDA_HOME)/include

@@ -50,6 +50,11 @@ code engine | grep -E '#include "kernels/' | grep -vE 'kernels/(kernels|base)\.h
     rule "the engine sees kernels/kernels.h only"
 code worker | grep -E '#include "(engine|kernels)/' |
     grep -vE '"(engine/engine|kernels/base)\.h"' | rule "the worker sees engine/engine.h only"
+code kernels engine worker | grep -vE '^worker/(main\.c:|tools/)' | grep '#include "worker/tools/' |
+    rule "only main.c includes worker/tools"
+code worker/codec worker/store | grep -E '#include ("worker/|<librdkafka)' |
+    grep -vE '^worker/(codec|store)/[^:]*:.*"worker/(\1/|(log|resolver|url|url_template)\.h")' |
+    rule "codec and store know neither each other nor jobs, Kafka, configuration, tools"
 code engine kernels | grep -E '#include <(librdkafka|avro|curl|microhttpd)' |
     rule "no Kafka, Avro or HTTP below the worker"
 code engine worker | grep -E '#include [<"](cuda|cublas|nccl)' | rule "no CUDA above the kernels"

@@ -18,7 +18,7 @@
 #include <string.h>
 #include <strings.h>
 
-#include "worker/registry.h"
+#include "worker/codec/registry.h"
 #include "worker/url.h"
 #include "worker/url_template.h"
 

@@ -9,7 +9,7 @@
 #ifndef LORAMILL_WORKER_HEADERS_H
 #define LORAMILL_WORKER_HEADERS_H
 
-#include "worker/message.h"
+#include "worker/codec/message.h"
 
 /* The last header of that name, or NULL. */
 const struct header *header_find(const struct header *h, int n, const char *name);

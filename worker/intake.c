@@ -38,7 +38,7 @@
 #include <string.h>
 
 #include "worker/cancels.h"
-#include "worker/codec.h"
+#include "worker/codec/codec.h"
 #include "worker/journal.h"
 #include "worker/log.h"
 #include "worker/outcome.h"

@@ -9,7 +9,7 @@
 #include <mimalloc.h>
 #endif
 
-#include "worker/commands.h"
+#include "worker/tools/commands.h"
 
 static const struct command {
     const char *name;

@@ -22,8 +22,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/codec.h"
-#include "worker/json_tree.h"
+#include "worker/codec/codec.h"
+#include "worker/codec/json_tree.h"
 #include "worker/stream.h"
 
 enum { LOG_DEAD_LETTERS = 10 };

@@ -31,7 +31,7 @@
 #include <unistd.h>
 
 #include "worker/cancels.h"
-#include "worker/codec.h"
+#include "worker/codec/codec.h"
 #include "worker/journal.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"

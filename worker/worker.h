@@ -38,7 +38,7 @@
 #include "worker/job.h"
 #include "worker/log.h"
 #include "worker/metrics.h"
-#include "worker/store.h"
+#include "worker/store/store.h"
 
 typedef struct consumer consumer;
 typedef struct intake intake;

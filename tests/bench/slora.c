@@ -30,7 +30,7 @@
 
 #include "engine/forward.h"
 #include "kernels/sim/sim.h"
-#include "worker/cmd_bench.h"
+#include "worker/tools/cmd_bench.h"
 
 #define MAX_BATCH 1000
 #define DECODES 10              /* between two admissions */

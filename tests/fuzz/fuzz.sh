@@ -31,7 +31,8 @@ export PKG_CONFIG_PATH
 # The CPU's kernels are built plainly: no hostile byte reaches them, and clang takes minutes to
 # instrument them.
 in_folder() { sed "s,^\(.*\)\.c$,$1/\1.o,"; }
-objects=$(ls kernels/base.c engine/*.c worker/*.c | grep -v '^worker/main\.c$' | in_folder "$out")
+objects=$(ls kernels/base.c engine/*.c worker/*.c worker/*/*.c | grep -v '^worker/main\.c$' |
+    in_folder "$out")
 kernels=$(ls kernels/*.c kernels/cpu/*.c kernels/sim/*.c | grep -v '^kernels/base\.c$' |
     in_folder "$out/plain")
 # shellcheck disable=SC2086

@@ -10,9 +10,9 @@
 #include <string.h>
 
 #include "tests/unit/avro_encode.h"
-#include "worker/avro_codec.h"
-#include "worker/json_prompt.h"
-#include "worker/schema_text.h"
+#include "worker/codec/avro_codec.h"
+#include "worker/codec/json_prompt.h"
+#include "worker/codec/schema_text.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -19,7 +19,7 @@
 #include "check.h"
 
 #include "tests/twin/twin.h"
-#include "worker/commands.h"
+#include "worker/tools/commands.h"
 
 static lm_status open_both(struct gpu_check *c, struct lm_err *err)
 {

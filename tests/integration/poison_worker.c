@@ -19,8 +19,8 @@
 #include <unistd.h>
 
 #include "engine/engine.h"
-#include "worker/commands.h"
 #include "worker/job.h"
+#include "worker/tools/commands.h"
 
 lm_status __real_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err);

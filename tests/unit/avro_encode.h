@@ -9,9 +9,9 @@
 
 #include <string.h>
 
-#include "worker/avro_plan.h"
-#include "worker/json_tree.h"
-#include "worker/message_out.h"
+#include "worker/codec/avro_plan.h"
+#include "worker/codec/json_tree.h"
+#include "worker/codec/message_out.h"
 
 static void put_tree(struct message_out *o, const struct avro_node *n, const json_t *j);
 

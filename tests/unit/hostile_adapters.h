@@ -7,7 +7,7 @@
 #define LORAMILL_TESTS_HOSTILE_ADAPTERS_H
 
 #include "hostile_http.h"
-#include "worker/cache.h"
+#include "worker/store/cache.h"
 
 #define DATA_BYTES 300000
 

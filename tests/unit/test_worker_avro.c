@@ -18,9 +18,9 @@
 #include <sys/resource.h>
 
 #include "tests/unit/avro_encode.h"
-#include "worker/avro_codec.h"
-#include "worker/json_prompt.h"
-#include "worker/schema_text.h"
+#include "worker/codec/avro_codec.h"
+#include "worker/codec/json_prompt.h"
+#include "worker/codec/schema_text.h"
 
 #define FIXTURES "tests/fixtures/messages/avro_cases.json"
 
@@ -765,7 +765,7 @@ static void check_text(const char *path, const char *text)
     fclose(f);
     buf[n] = '\0';
     if (strcmp(buf, text) != 0)
-        fail_msg("%s differs from worker/schema_text.c: run schemas/embed", path);
+        fail_msg("%s differs from worker/codec/schema_text.c: run schemas/embed", path);
 }
 
 static void embedded_text_is_the_files(void **state)

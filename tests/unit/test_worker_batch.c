@@ -17,9 +17,9 @@
 #include <unistd.h>
 
 #include "folder.h"
-#include "worker/adapter_dirs.h"
-#include "worker/batch_output.h"
-#include "worker/openai.h"
+#include "worker/store/adapter_dirs.h"
+#include "worker/tools/batch_output.h"
+#include "worker/tools/openai.h"
 
 
 static char *path_of(const char *name)

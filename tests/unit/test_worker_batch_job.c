@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <sys/stat.h>
 
-#include "worker/batch_job.h"
+#include "worker/tools/batch_job.h"
 
 #define ADAPTERS "tests/models/spm-tiny-adapters"
 #define LINE(id, model)                                                                        \

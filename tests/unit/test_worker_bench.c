@@ -15,8 +15,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "worker/cmd_bench.h"
-#include "worker/commands.h"
+#include "worker/tools/cmd_bench.h"
+#include "worker/tools/commands.h"
 
 #define HEADER "id,arrival,adapter,rank,prompt_len,output_len\n"
 

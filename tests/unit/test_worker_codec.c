@@ -12,10 +12,10 @@
 #include <math.h>
 
 #include "tests/unit/worker_registry_server.h"
-#include "worker/avro_codec.h"
-#include "worker/codec.h"
-#include "worker/json_completion.h"
-#include "worker/schema_text.h"
+#include "worker/codec/avro_codec.h"
+#include "worker/codec/codec.h"
+#include "worker/codec/json_completion.h"
+#include "worker/codec/schema_text.h"
 
 static codec *make_codec(bool auto_register)
 {

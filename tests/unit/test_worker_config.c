@@ -15,7 +15,7 @@
 
 #include "folder.h"
 #include "engine/engine.h"
-#include "worker/cli.h"
+#include "worker/tools/cli.h"
 #include "worker/config.h"
 #include "worker/kafka_conf.h"
 #include "worker/worker.h"

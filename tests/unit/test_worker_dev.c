@@ -25,10 +25,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "worker/commands.h"
 #include "worker/config.h"
-#include "worker/dev_broker.h"
-#include "worker/dev_store.h"
+#include "worker/tools/commands.h"
+#include "worker/tools/dev_broker.h"
+#include "worker/tools/dev_store.h"
 
 static char dir[] = "/tmp/loramill-dev-XXXXXX";
 static dev_store *store;

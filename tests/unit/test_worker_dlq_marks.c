@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "rnd.h"
-#include "worker/dlq_marks.h"
+#include "worker/tools/dlq_marks.h"
 
 enum { SPAN = 300 };
 

@@ -10,8 +10,8 @@
 #include <cmocka.h>
 #include <string.h>
 
-#include "worker/cli_group.h"
-#include "worker/cmd_dlq_retry.h"
+#include "worker/tools/cli_group.h"
+#include "worker/tools/cmd_dlq_retry.h"
 
 #include <librdkafka/rdkafka_mock.h>
 

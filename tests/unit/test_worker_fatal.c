@@ -34,7 +34,7 @@
 
 #include <librdkafka/rdkafka.h>
 
-#include "worker/commands.h"
+#include "worker/tools/commands.h"
 #include "worker/worker.h"
 
 static rd_kafka_t *_Atomic handles[2];          /* by rd_kafka_type_t: producer, consumer */

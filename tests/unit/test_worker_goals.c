@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/cmd_bench.h"
+#include "worker/tools/cmd_bench.h"
 
 #define TABLE3 "tests/fixtures/traces/table3-s2-n2000.csv"
 #define OVERLOAD "tests/fixtures/traces/a100-80-s4-cv1.csv"

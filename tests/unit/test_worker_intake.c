@@ -20,9 +20,9 @@
 
 #include "consumer_world.h"
 #include "silent_server.h"
-#include "worker/codec.h"
+#include "worker/codec/codec.h"
 #include "worker/journal.h"
-#include "worker/store_int.h"
+#include "worker/store/store_int.h"
 #include "worker/worker.h"
 
 enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000 };

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/codec.h"
+#include "worker/codec/codec.h"
 
 struct refusal { const char *json; lm_status code; const char *says; };
 

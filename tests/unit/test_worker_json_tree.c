@@ -15,7 +15,7 @@
 #include <string.h>
 
 #include "rnd.h"
-#include "worker/json_tree.h"
+#include "worker/codec/json_tree.h"
 
 static json_t *random_string(void)
 {

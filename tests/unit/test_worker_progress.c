@@ -10,7 +10,7 @@
 #include <string.h>
 #include <cmocka.h>
 
-#include "worker/progress.h"
+#include "worker/tools/progress.h"
 
 static int64_t clock_us;
 

@@ -13,8 +13,8 @@
 
 #include "tests/unit/silent_server.h"
 #include "tests/unit/worker_registry_server.h"
-#include "worker/registry.h"
-#include "worker/schema_cache.h"
+#include "worker/codec/registry.h"
+#include "worker/codec/schema_cache.h"
 
 static registry *open_url(const char *url, const char *auth, int total_ms)
 {

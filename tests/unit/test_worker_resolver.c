@@ -16,9 +16,9 @@
 
 #include <cmocka.h>
 
-#include "worker/fetch.h"
-#include "worker/registry.h"
+#include "worker/codec/registry.h"
 #include "worker/spans.h"
+#include "worker/store/fetch.h"
 #include "worker/worker.h"
 
 enum { TRIES_S = 20 };          /* for so long the resolver tries; the others need 4 s at most */

@@ -12,7 +12,7 @@
 
 #include "tests/unit/silent_server.h"
 #include "tests/unit/worker_registry_server.h"
-#include "worker/codec.h"
+#include "worker/codec/codec.h"
 
 enum { PATIENCE_MS = 20000 };
 

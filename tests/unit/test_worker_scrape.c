@@ -19,9 +19,9 @@
 
 #include <cmocka.h>
 
-#include "worker/cli.h"
-#include "worker/cli_scrape.h"
 #include "worker/config.h"
+#include "worker/tools/cli.h"
+#include "worker/tools/cli_scrape.h"
 
 enum { HOSTS = 8, NEAR = 5, FAR = 60, FIRST_PORT = 21000, LAST_PORT = 31000 };
 

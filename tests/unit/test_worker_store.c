@@ -18,7 +18,7 @@
 #include <cmocka.h>
 
 #include "hostile_adapters.h"
-#include "worker/store_int.h"
+#include "worker/store/store_int.h"
 
 #define WAIT_S 20
 

@@ -22,9 +22,9 @@
 
 #include "folder.h"
 #include "hostile_http.h"
-#include "worker/cmd_collect_outcomes.h"
-#include "worker/commands.h"
-#include "worker/dev_broker.h"
+#include "worker/tools/cmd_collect_outcomes.h"
+#include "worker/tools/commands.h"
+#include "worker/tools/dev_broker.h"
 
 #define WAIT_MS 15000
 

@@ -12,9 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "worker/cli_group.h"
-#include "worker/commands.h"
-#include "worker/dev_broker.h"
+#include "worker/tools/cli_group.h"
+#include "worker/tools/commands.h"
+#include "worker/tools/dev_broker.h"
 
 enum { PARTS = 40, LETTERS = 600 };
 
