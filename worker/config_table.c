@@ -203,7 +203,7 @@ static const struct config_property flow_rows[] = {
         "kafka.producer.transaction.timeout.ms (10 s)."),
     INT("transaction.interval_ms", transaction_interval_ms, "100", 1, 60000,
         "exactly-once: how long finished replies may wait for the next transaction."),
-    INT("transaction.max_messages", transaction_max_messages, "8000", 1, 100000,
+    INT("transaction.max_messages", transaction_max_messages, "10000", 1, 100000,
         "exactly-once: a transaction ends early when it has so many, and holds no more."),
     INT("intake.max_messages", intake_max_messages, "1000", 1, 10000000,
         "Prompts read but not yet in the engine; above it partitions pause, below half of it they "

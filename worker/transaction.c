@@ -14,9 +14,12 @@
  *
  * Where many finish, it begins before it is due and takes them in portions: so their records travel
  * while others are generated, and its end waits only for the last of them. It begins once a chunk
- * is ready (CHUNK_SHARE); the next portions are what has gathered meanwhile, a quarter of it at
- * most (PORTIONS). Each portion is staged before it is sent, so that there is room for it in the
- * map, and the last one's staging computes the offsets of all. Where few finish, there is one.
+ * is ready (CHUNK_SHARE); the next portion is what has gathered when the last one has its reports,
+ * half of a transaction at most (portion_most()). Once it is due, or has all that it may hold, the
+ * next portion is staged while the last one is on its way still, but sent behind nothing: so it
+ * takes what is ready and not what comes meanwhile. Each portion is staged before it is sent, so
+ * that there is room for it in the map, and the last one's staging computes the offsets of all.
+ * Where few finish, there is one.
  *
  * What the client refuses on the spot (a partition or a topic that it knows not to be there) has
  * not entered the transaction, which goes on: the consumer thread takes such a job out of the stage
@@ -72,7 +75,7 @@ enum {
     GATHER_US = 2000,           /* between two looks at what has finished */
     CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
     CHUNK_LEAST = 500,
-    PORTIONS = 4,               /* at least, of a full transaction */
+    PORTIONS = 2,               /* at least, of a full transaction */
     PURGE_MS = 1000,
     LOOK_MS = 500,              /* to ask the brokers for leaders */
     MAX_BYTES = 32 << 20,       /* of one transaction */
@@ -220,12 +223,12 @@ static void serve(struct tx *t)
         rd_kafka_poll(t->p->rk, 0);
 }
 
-/* The last portion, too, goes in behind nothing, if that takes no longer than at-least-once would
- * hold it back. */
+/* No portion goes in behind another, if that takes no longer than at-least-once would hold it
+ * back. */
 static void let_earlier_arrive(struct tx *t)
 {
     int64_t end = lm_now_us() + HOLD_US;
-    while (t->open && t->p->under_way && !transaction_last_call(t) && lm_now_us() < end)
+    while (t->p->under_way && !transaction_last_call(t) && lm_now_us() < end)
         rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
 }
 
@@ -309,6 +312,7 @@ static enum fate extend(struct tx *t)
             return transaction_undo(t, e);
         t->open = true;
     }
+    let_earlier_arrive(t);
     bool well = !t->stage.lost && !t->p->failed && produce(t) && take_out_refused(t);
     return well ? OPEN : take_back(t);
 }
@@ -663,15 +667,20 @@ static int64_t until_due(const struct tx *t, int64_t now)
     return LM_MAX(at, t->not_before_us) - now;
 }
 
-/* Are so many ready that they may travel before their transaction is due? Not behind others, see
- * hold.h; nor after a failure, nor where it would be open for much of the time that it has. */
-static bool worth_sending(const struct tx *t, int64_t now)
+/* Are so many ready that they may travel before their transaction is due? Not after a failure, nor
+ * where it would be open for much of the time that it has. */
+static bool enough(const struct tx *t, int64_t now)
 {
     size_t chunk = LM_MAX((size_t)t->w->cfg->transaction_max_messages / CHUNK_SHARE, CHUNK_LEAST);
     return t->ready.length >= chunk && !t->failures && !t->full &&
-           !t->ready.head->out.attempts &&
-           !t->p->under_way && now >= t->not_before_us &&
+           !t->ready.head->out.attempts && now >= t->not_before_us &&
            interval_us(t) / 1000 * 4 <= t->p->transaction_timeout_ms;
+}
+
+/* Now? Not behind others, see hold.h: more gather meanwhile. */
+static bool worth_sending(const struct tx *t, int64_t now)
+{
+    return !t->p->under_way && enough(t, now);
 }
 
 /* Where jobs finish all the time, a look at each would cost two threads more than the job: they
@@ -749,10 +758,8 @@ void *transaction_main(void *arg)
         }
         if (last) {
             t.next_idle_us = now + t.w->cfg->commit_interval_ms * 1000;
-            let_earlier_arrive(&t);
-            gather(&t, 0);
             last = transaction_last_call(&t) || t.ready.length <= portion_most(&t) ||
-                   !worth_sending(&t, lm_now_us());
+                   !enough(&t, now);
         }
         going = transact(&t, last);
     }

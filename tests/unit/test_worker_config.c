@@ -352,7 +352,7 @@ static void test_defaults_give_way(void **state)
     good("intake.max_messages=10");
     assert_int_equal(config_in_flight(&cfg), 8000);
     good("delivery.mode=exactly-once");
-    assert_int_equal(config_in_flight(&cfg), 12000);
+    assert_int_equal(config_in_flight(&cfg), 15000);
     good("transaction.max_messages=30000");
     assert_int_equal(config_in_flight(&cfg), 45000);
     good("transaction.max_messages=1");

@@ -55,6 +55,9 @@ static void say(char *text, size_t size, long long n, const char *words)
 
 static struct producer p;
 static atomic_long others;      /* records under way, beside those that are acknowledged at once */
+static atomic_int asked;        /* how often the producer thread wanted to stage */
+static int arrive_once_asked;   /* so often, and the others are acknowledged; 0: they are not */
+static bool behind_others;      /* one was sent while others were under way */
 
 /* These win over the shared library's. */
 rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
@@ -125,6 +128,7 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     }
     if (headers)
         rd_kafka_headers_destroy(headers);
+    behind_others |= atomic_load(&others) > 0;
     records++;
     atomic_fetch_add(&sent, 1);
     p.under_way--;              /* acknowledged at once */
@@ -254,6 +258,8 @@ rd_kafka_resp_err_t rd_kafka_flush(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
+    if (arrive_once_asked && atomic_load(&asked) >= arrive_once_asked)
+        atomic_store(&others, 0);
     p.under_way = atomic_load(&others);
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
@@ -268,7 +274,6 @@ rd_kafka_resp_err_t rd_kafka_purge(rd_kafka_t *rk, int flags)
 /* ---- the worker ------------------------------------------------------------------------- */
 
 static struct world *x;
-static int asked;               /* how often the producer thread wanted to stage */
 
 static int open_world(void **state)
 {
@@ -283,7 +288,9 @@ static int open_world(void **state)
     p = (struct producer){ .w = &x->w, .exactly_once = true };
     job_queue_init(&p.again);
     said[0] = sizes[0] = wanted[0] = '\0';
-    asked = fail_next = refuse_tenth = stuck = 0;
+    atomic_store(&asked, 0);
+    arrive_once_asked = fail_next = refuse_tenth = stuck = 0;
+    behind_others = false;
     forbidden = silent = barred = NULL;
     open_now = spoilt = acks = dies = at_its_end = false;
     atomic_store(&led, true);
@@ -505,7 +512,21 @@ static void a_portion_waits_for_what_is_under_way(void **state)
     assert_string_equal(sizes, "2000 ");
 }
 
-/* However many are ready, what is handed over at once is a quarter of a transaction. */
+/* Once it is full, the next portion is staged while the one before is on its way. */
+static void a_portion_is_staged_behind_what_is_under_way(void **state)
+{
+    (void)state;
+    struct job *jobs[MANY];
+    send_a_portion(jobs);
+    arrive_once_asked = 2;
+    atomic_store(&others, 1);
+    finish(jobs, PORTION, MANY - PORTION);
+    until_in_flight(0);
+    assert_false(behind_others);
+    assert_string_equal(sizes, "2000 ");
+}
+
+/* However many are ready, what is handed over at once is half of a transaction. */
 static void a_portion_has_a_limit(void **state)
 {
     (void)state;
@@ -514,7 +535,7 @@ static void a_portion_has_a_limit(void **state)
     finish(jobs, 0, MANY);
     begin();
     until_in_flight(0);
-    assert_int_equal(asked, 4);
+    assert_int_equal(asked, 2);
     assert_string_equal(sizes, "2000 ");
 }
 
@@ -1126,7 +1147,8 @@ int main(void)
         TEST(a_transaction_that_failed_is_followed_by_a_shorter_one),
         TEST(what_finishes_early_is_sent_early),
         TEST(nothing_is_sent_early_into_a_long_transaction),
-        TEST(a_portion_waits_for_what_is_under_way), TEST(a_portion_has_a_limit),
+        TEST(a_portion_waits_for_what_is_under_way),
+        TEST(a_portion_is_staged_behind_what_is_under_way), TEST(a_portion_has_a_limit),
         TEST(a_failure_takes_all_portions_back),
         TEST(what_was_sent_of_a_lost_partition_is_taken_back),
         TEST(a_portion_without_room_ends_the_transaction),
