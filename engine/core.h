@@ -42,10 +42,6 @@ size_t core_weight_bytes(const struct core *c);
 /* Joins the core to its mailbox and registry, once, before its first turn. */
 void core_begin(struct core *c, mailbox *mail, adapters *reg);
 
-/* One turn: news, plan, step, results. With `wait_ms` other than 0 first sleeps until there is news
- * (-1: for ever). *idle: nothing can be done until there is; *stop: the mailbox says so. After a
- * failure, its status. */
-lm_status core_turn(struct core *c, int wait_ms, bool *idle, bool *stop, struct lm_err *err);
 /* The engine thread's life: turns until the mailbox says stop, then core_drop(). */
 void core_run(struct core *c);
 /* Turns until one is idle, or the clock has reached `until_us`. */

@@ -91,10 +91,6 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason);
 /* Ends what is left of a request before its time, and frees it. */
 void finish_request(struct core *c, struct request *r, enum engine_reason reason,
                     lm_status status, const char *why);
-/* Posts the result of a request whose sequences are all DONE, and frees it. */
-void finish_result(struct core *c, struct request *r);
-/* What the result will tell; the first failure counts. */
-void finish_note(struct request *r, lm_status st, const char *why);
 /* A step was launched: prompt blocks that it fills are offered to the prefix cache. */
 void finish_launch(struct core *c, const struct plan *p);
 /* A step has passed: tokens to text, ends, results. */

@@ -266,7 +266,8 @@ void evict_measured_copy(struct evict *e, double us_one, double us_n, int n)
 
 /* ---- choosing -------------------------------------------------------------------------- */
 
-struct evict_queue *evict_next(const struct evict *e)
+/* The next of either kind to leave. */
+static struct evict_queue *next_of_all(const struct evict *e)
 {
     struct evict_queue *p = evict_least(e, EVICT_PREFIX), *a = evict_least(e, EVICT_ADAPTER);
     return !a || (p && !before(a, p)) ? p : a;
@@ -304,7 +305,7 @@ bool evict_kind(struct prefix *p, struct residency_tier *t, enum evict_kind kind
 lm_status evict_until(struct prefix *p, struct residency_tier *t, int n)
 {
     while (p->pool->n_free < n)
-        if (!evict_head(p, t, evict_next(p->evict)))
+        if (!evict_head(p, t, next_of_all(p->evict)))
             return LM_BUSY;
     return LM_OK;
 }

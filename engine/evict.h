@@ -109,9 +109,6 @@ static inline struct evict_queue *evict_least(const struct evict *e, enum evict_
     return e->heap[kind].n > 0 ? e->heap[kind].at[1] : NULL;
 }
 
-/* The next of either kind. */
-struct evict_queue *evict_next(const struct evict *e);
-
 struct evict_version *evict_version_of(struct evict_queue *q);
 
 /* Blocks that could be free at once: free ones and idle content. */

@@ -61,7 +61,8 @@ static void post_stream(struct core *c, struct seq *s, bool final)
         s->text_sent -= len;    /* no memory: it comes with the next piece, or with the result */
 }
 
-void finish_result(struct core *c, struct request *r)
+/* Of a request whose sequences are all DONE; frees it. */
+static void post_result(struct core *c, struct request *r)
 {
     output_numbers(r, core_now_us(c));
     COUNT(c, finished, r->result->status == LM_OK);
@@ -71,7 +72,7 @@ void finish_result(struct core *c, struct request *r)
 }
 
 /* The first failure is what the result tells. */
-void finish_note(struct request *r, lm_status st, const char *why)
+static void note_failure(struct request *r, lm_status st, const char *why)
 {
     if (st == LM_OK || r->result->status != LM_OK)
         return;
@@ -98,7 +99,7 @@ void finish_seq(struct core *c, struct seq *s, enum engine_reason reason)
     s->reason = reason;
     post_stream(c, s, true);
     if (--r->n_live == 0)
-        finish_result(c, r);
+        post_result(c, r);
 }
 
 /* Ends what is left of a request before its time. */
@@ -106,7 +107,7 @@ void finish_request(struct core *c, struct request *r, enum engine_reason reason
                     lm_status status, const char *why)
 {
     int n = r->n_seqs;
-    finish_note(r, status, why);
+    note_failure(r, status, why);
     for (int i = 0; i < n; i++) {
         struct seq *s = &r->seqs[i];
         if (s->state == SEQ_DONE)
@@ -194,7 +195,7 @@ static bool take_row(struct core *c, const struct step_row *row)
             post_stream(c, s, false);
     }
     if (st != LM_OK)
-        finish_note(r, st, "no memory for the output");
+        note_failure(r, st, "no memory for the output");
     if (st != LM_OK || done)
         finish_seq(c, s, st == LM_OK ? s->reason : ENGINE_ERROR);
     return st != LM_OK || done;

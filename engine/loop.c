@@ -25,7 +25,7 @@
  * Between two steps nothing is locked unless there is news, and nothing is allocated unless a
  * request ends, an adapter is uploaded for the first time, or a buffer meets a new record.
  *
- * One turn is core_turn(). Either a thread of its own makes turns until the mailbox says stop
+ * One turn is make_turn(). Either a thread of its own makes turns until the mailbox says stop
  * (core_run), or the caller does (core_pump): the same engine, without a thread, for tests and for
  * simulated time. Then waiting for the device is what moves the clock.
  *
@@ -352,7 +352,9 @@ static void take_news(struct core *c, int wait_ms, bool *stop)
     adapters_reap(c->reg, drop_adapter, c);
 }
 
-lm_status core_turn(struct core *c, int wait_ms, bool *idle, bool *stop, struct lm_err *err)
+/* With `wait_ms` other than 0 first sleeps until there is news (-1: for ever). *idle: nothing can be
+ * done until there is; *stop: the mailbox says so. After a failure, its status. */
+static lm_status make_turn(struct core *c, int wait_ms, bool *idle, bool *stop, struct lm_err *err)
 {
     *idle = true;
     take_news(c, wait_ms, stop);
@@ -385,7 +387,7 @@ void core_run(struct core *c)
     bool stop = false, idle = false;
     struct lm_err err;
     while (!stop)
-        core_turn(c, idle ? -1 : 0, &idle, &stop, &err);
+        make_turn(c, idle ? -1 : 0, &idle, &stop, &err);
     core_drop(c);
 }
 
@@ -395,7 +397,7 @@ lm_status core_pump(struct core *c, int64_t until_us, bool *idle, struct lm_err 
     lm_status st = LM_OK;
     *idle = false;
     while (st == LM_OK && !*idle && !stop && core_now_us(c) < until_us)
-        st = core_turn(c, 0, idle, &stop, err);
+        st = make_turn(c, 0, idle, &stop, err);
     return st;
 }
 

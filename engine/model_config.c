@@ -253,7 +253,8 @@ static lm_status add_eos(const struct ju *j, const json_t *v, struct model_confi
     return LM_OK;
 }
 
-lm_status model_config_eos(const struct ju *j, struct model_config *c)
+/* eos_token_id (an id or a list), appended to c->eos_ids without duplicates. */
+static lm_status read_eos(const struct ju *j, struct model_config *c)
 {
     const json_t *v = json_object_get(j->obj, "eos_token_id");
     if (!ju_has(j, "eos_token_id"))
@@ -278,7 +279,7 @@ static lm_status read_config(const struct ju *j, struct model_config *c)
     if ((s = read_family(j, &f)) || (s = model_config_check_fields(j)) ||
         (s = read_sizes(j, f, c)) || (s = read_act(j)) || (s = read_dtype(j, c)) ||
         (s = read_windows(j, f, c)) || (s = model_config_rope(j, c)) ||
-        (s = ju_int32(j, "bos_token_id", 0, INT32_MAX, &bos)) || (s = model_config_eos(j, c)))
+        (s = ju_int32(j, "bos_token_id", 0, INT32_MAX, &bos)) || (s = read_eos(j, c)))
         return s;
     snprintf(c->architecture, sizeof c->architecture, "%s", f->architecture);
     snprintf(c->model_type, sizeof c->model_type, "%s", f->model_type);
@@ -321,7 +322,7 @@ static lm_status read_generation(const struct ju *j, struct model_config *c)
         return s;
     c->gen_do_sample_false = !sample;
     c->bos_id = bos;
-    return model_config_eos(j, c);
+    return read_eos(j, c);
 }
 
 static lm_status parse_one(const char *text, size_t n, const char *file,

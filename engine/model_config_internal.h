@@ -16,7 +16,4 @@ lm_status model_config_check_fields(const struct ju *j);
  * Needs head_dim and max_position. */
 lm_status model_config_rope(const struct ju *j, struct model_config *c);
 
-/* eos_token_id (an id or a list), appended to c->eos_ids without duplicates. */
-lm_status model_config_eos(const struct ju *j, struct model_config *c);
-
 #endif

@@ -43,7 +43,7 @@ lm_status score_list_reserve(struct score_list *l, int n)
     return LM_OK;
 }
 
-void score_list_release(struct score_list *l)
+static void release_scores(struct score_list *l)
 {
     free(l->logprob);
     free(l->text_offset);
@@ -209,7 +209,7 @@ static void seq_release(struct seq *s)
     free(s->blocks);
     if (s->dec)
         detok_free(s->dec);
-    score_list_release(&s->out_scores);
+    release_scores(&s->out_scores);
 }
 
 void request_free(struct request *r)
@@ -222,7 +222,7 @@ void request_free(struct request *r)
     for (int i = 0; i < r->params.n_stop; i++)
         free((char *)r->params.stop[i]);
     free((int32_t *)r->params.stop_token_ids);
-    score_list_release(&r->prompt_scores);
+    release_scores(&r->prompt_scores);
     token_ids_release(&r->prompt);
     free(r->prompt_text);
     engine_adapter_unref(r->adapter);

@@ -206,6 +206,5 @@ static inline int seq_n_output(const struct seq *s)
 
 /* Makes room for one more entry. Grows by doubling, so appending is rarely an allocation. */
 lm_status score_list_reserve(struct score_list *l, int n);
-void score_list_release(struct score_list *l);
 
 #endif

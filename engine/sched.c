@@ -89,7 +89,7 @@ static bool known_init(struct known_table *t, size_t n)
 }
 
 /* A stamp of 0 is nobody's; when they run out, the table is emptied by hand. */
-void known_clear(struct known_table *t)
+static void known_clear(struct known_table *t)
 {
     if (++t->stamp == 0) {
         memset(t->at, 0, ((size_t)t->mask + 1) * sizeof *t->at);

@@ -52,7 +52,6 @@ struct sched_scratch {
     struct queue_cursor cursor;
 };
 
-void known_clear(struct known_table *t);
 /* NULL: not there. */
 struct known *known_find(const struct known_table *t, const void *key);
 /* There afterwards; the caller bounds how many. */

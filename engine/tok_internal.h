@@ -154,8 +154,6 @@ lm_status tok_pattern_replace(const struct tok_pattern *p, const char *by, size_
 
 /* ---- JSON helpers (tok_util.c) ----------------------------------------------------------- */
 
-/* The "type" of a component, or NULL after filling err. */
-const char *tok_json_type(json_t *j, const char *where, struct lm_err *err);
 /* A boolean member; `def` when absent or null; def < 0: required. */
 lm_status tok_json_bool(json_t *j, const char *key, int def, const char *where, bool *out,
                         struct lm_err *err);

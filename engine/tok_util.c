@@ -204,7 +204,8 @@ int tok_char_to_byte(int32_t cp)
 
 /* ---- JSON -------------------------------------------------------------------------------- */
 
-const char *tok_json_type(json_t *j, const char *where, struct lm_err *err)
+/* The "type" of a component, or NULL after filling err. */
+static const char *type_of(json_t *j, const char *where, struct lm_err *err)
 {
     const char *type = json_string_value(json_object_get(j, "type"));
     if (!type)
@@ -243,7 +244,7 @@ struct parts {
 
 static lm_status each_part(const struct parts *p, json_t *j, int depth, struct lm_err *err)
 {
-    const char *type = tok_json_type(j, p->where, err);
+    const char *type = type_of(j, p->where, err);
     json_t *list, *v;
     size_t i;
     if (!type)

@@ -78,7 +78,8 @@ static char *list_room(struct header_list *l, size_t n)
     return b->bytes;
 }
 
-void header_lend(struct header_list *l, const char *name, const void *value, size_t len)
+/* Without a copy: name and value outlive the list. */
+static void lend(struct header_list *l, const char *name, const void *value, size_t len)
 {
     if (l->n == l->cap && !list_grow(l)) {
         l->failed = true;
@@ -96,7 +97,7 @@ static void add_value(struct header_list *l, const char *name, const void *value
         return;
     }
     memcpy(copy, value, len);
-    header_lend(l, name, copy, len);
+    lend(l, name, copy, len);
 }
 
 void header_add(struct header_list *l, const char *name, const void *value, size_t len)
@@ -111,7 +112,7 @@ void header_add(struct header_list *l, const char *name, const void *value, size
     memcpy(copy, name, name_size);
     if (len)
         memcpy(copy + name_size, value, len);
-    header_lend(l, copy, value ? copy + name_size : NULL, len);
+    lend(l, copy, value ? copy + name_size : NULL, len);
 }
 
 void header_add_text(struct header_list *l, const char *name, const char *text)
@@ -231,7 +232,7 @@ static bool repeat_header(struct header_list *out, const struct header *h, int n
 {
     const struct header *found = n ? header_find(h, n, name) : NULL;
     if (found)
-        header_lend(out, name, found->value, found->len);
+        lend(out, name, found->value, found->len);
     return found;
 }
 
@@ -255,7 +256,7 @@ void reply_headers(struct header_list *out, const struct header *h, int n,
 {
     static const char json[] = "application/json", avro[] = "application/avro";
     _Static_assert(sizeof json == sizeof avro, "one length for both");
-    header_lend(out, "content-type", enc == ENCODING_AVRO ? avro : json, sizeof json - 1);
+    lend(out, "content-type", enc == ENCODING_AVRO ? avro : json, sizeof json - 1);
     add_correlation(out, h, n, names, p);
     for (size_t i = 0; i < LM_COUNT(trace_names); i++)
         repeat_header(out, h, n, trace_names[i]);

@@ -31,8 +31,6 @@ struct header_list {
 };
 void header_list_release(struct header_list *l);        /* it may be used again */
 void header_add(struct header_list *l, const char *name, const void *value, size_t len);
-/* Without a copy: name and value outlive the list. */
-void header_lend(struct header_list *l, const char *name, const void *value, size_t len);
 void header_add_text(struct header_list *l, const char *name, const char *text);
 void header_add_be32(struct header_list *l, const char *name, int32_t v);
 void header_add_be64(struct header_list *l, const char *name, int64_t v);

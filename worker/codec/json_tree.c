@@ -26,7 +26,7 @@ enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24, INT_BYTES = 20 };
 
 /* ---- scratch ----------------------------------------------------------------------------- */
 
-bool json_scratch_has(const struct json_scratch *s, const void *p)
+static bool scratch_has(const struct json_scratch *s, const void *p)
 {
     return (const char *)p >= s->bytes && (const char *)p < s->bytes + sizeof s->bytes;
 }
@@ -43,13 +43,13 @@ static void *scratch_malloc(void *ctx, size_t size)
 
 static void scratch_free(void *ctx, void *p)
 {
-    if (!json_scratch_has(ctx, p))
+    if (!scratch_has(ctx, p))
         free(p);
 }
 
 static void *scratch_realloc(void *ctx, void *p, size_t old, size_t size)
 {
-    if (!json_scratch_has(ctx, p))
+    if (!scratch_has(ctx, p))
         return realloc(p, size);
     void *to = size > old ? scratch_malloc(ctx, size) : p;
     if (to && to != p)

@@ -24,7 +24,6 @@ struct json_scratch {
     _Alignas(16) char bytes[32 * 1024];
 };
 void json_scratch_init(struct json_scratch *s);
-bool json_scratch_has(const struct json_scratch *s, const void *p);
 
 /* RFC 8259, and stricter: at most 32 deep and 524,288 values, no key twice, no U+0000 in a key,
  * integers within int64, finite numbers, nothing behind the end, an object on top. U+0000 in a

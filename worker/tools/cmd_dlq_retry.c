@@ -55,7 +55,8 @@ struct dlq_retry {
 
 /* ---- marks ------------------------------------------------------------------------------ */
 
-void dlq_retry_group(const struct config *c, char out[300])
+/* The group whose commits are the marks; also the transactional id. */
+static void group_of_marks(const struct config *c, char out[300])
 {
     snprintf(out, 300, "%s-dlq-retry", c->group_id);
 }
@@ -67,7 +68,7 @@ lm_status dlq_retry_marks(struct cli_kafka *k, const struct config *c, dlq_marks
     char group[300];
     rd_kafka_topic_partition_list_t *l = NULL;
     const char *topic = c->topics_dead_letters;
-    dlq_retry_group(c, group);
+    group_of_marks(c, group);
     *out = NULL;
     lm_status st = cli_kafka_partitions(k, topic, BROKER_MS, &n, err);
     if (!st)
@@ -464,7 +465,7 @@ lm_status dlq_retry_new(const struct config *c, struct cli_kafka *reader, bool a
     struct dlq_retry *r = *out = lm_calloc(1, sizeof *r);
     if (!r)
         return lm_err_set(err, LM_NOMEM, "no memory");
-    dlq_retry_group(c, group);
+    group_of_marks(c, group);
     r->config = c;
     r->anyway = anyway;
     r->keeps_marks = rd_kafka_version() >= MARKS_FROM;

@@ -21,8 +21,6 @@ struct dlq_retry;
 /* sent: committed. failed: refused, and named. unknown: no answer came to their commit. */
 struct dlq_retry_counts { uint64_t sent, failed, unknown; };
 
-/* The group whose commits are the marks, <group.id>-dlq-retry; also the transactional id. */
-void dlq_retry_group(const struct config *c, char out[300]);
 /* The marks of topics.dead_letters, by a consumer or producer. The caller frees them. */
 lm_status dlq_retry_marks(struct cli_kafka *k, const struct config *c, dlq_marks **out,
                           struct lm_err *err);
