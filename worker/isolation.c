@@ -183,23 +183,24 @@ static void end_held(void *ctx, int64_t offset, void *user)
         worker_end_job(c->w, j, OUTCOME_DROPPED);
 }
 
+/* Is the turn a suspect's of this partition? */
+static bool has_turn(const consumer *c, const struct assigned *a)
+{
+    return c->iso.job && ledger_same(c->iso.ref, a->ref);
+}
+
 void isolation_drop(consumer *c, struct assigned *a)
 {
     ledger_each(c->ledger, a->ref, end_held, c);
     worker_drop_all(c->w, a->held.head);
     a->held = (struct job_chain){ 0 };
-    if (c->iso.job && c->iso.ref.slot == a->ref.slot && c->iso.ref.epoch == a->ref.epoch)
+    if (has_turn(c, a))
         c->iso.turn = TURN_OPENING;
     quarantine_init(&a->q, c->iso.max, c->iso.self);
     a->uncapped = false;
 }
 
 /* ---- marks ------------------------------------------------------------------------------ */
-
-static bool has_turn(const consumer *c, const struct assigned *a)
-{
-    return c->iso.job && c->iso.ref.slot == a->ref.slot && c->iso.ref.epoch == a->ref.epoch;
-}
 
 static bool turn_marked(const consumer *c)
 {
@@ -282,7 +283,7 @@ static void answer(consumer *c, struct ledger_ref ref, bool accepted)
 {
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        if (a->ref.slot == ref.slot && a->ref.epoch == ref.epoch)
+        if (ledger_same(a->ref, ref))
             quarantine_answer(&a->q, accepted);
     }
 }

@@ -64,6 +64,12 @@ struct ledger_ref {
     uint64_t epoch;             /* never 0 */
 };
 
+/* The same assignment? */
+static inline bool ledger_same(struct ledger_ref a, struct ledger_ref b)
+{
+    return a.slot == b.slot && a.epoch == b.epoch;
+}
+
 enum { LEDGER_NONE = -1 };      /* an offset that is not known */
 
 /* Called for entries that leave the ledger unfinished. */

@@ -60,7 +60,7 @@ static void stage_jobs(consumer *c, struct stage *s)
 
 static bool of_part(const struct job *j, const struct assigned *a)
 {
-    return !j->parent && j->lease->ref.slot == a->ref.slot && j->lease->ref.epoch == a->ref.epoch;
+    return !j->parent && ledger_same(j->lease->ref, a->ref);
 }
 
 /* Of what the portion holds of the partition beyond the watermark the farther half, by offset, is
