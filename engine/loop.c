@@ -22,8 +22,9 @@
  * hands without waiting: whatever writes them next is ordered behind by streams and events. Where
  * operations complete inside the call there is nothing to overlap, and the depth is 1.
  *
- * Between two steps nothing is locked unless there is news, and nothing is allocated unless a
- * request ends, an adapter is uploaded for the first time, or a buffer meets a new record.
+ * Between two steps nothing is locked unless there is news, a request ends, or a streamed one has
+ * new text (the mailbox's lock, for each); and nothing is allocated unless a request ends, text is
+ * wanted as it goes, an adapter is uploaded for the first time, or a buffer meets a new record.
  *
  * One turn is make_turn(). Either a thread of its own makes turns until the mailbox says stop
  * (core_run), or the caller does (core_pump): the same engine, without a thread, for tests and for

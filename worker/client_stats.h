@@ -7,7 +7,8 @@
  * that tell a slow or failing broker from a slow worker. Sums and maxima over all brokers and
  * partitions: no label names one of them, for there may be thousands.
  *
- * Threads: client_stats_take() runs on the client's own thread, client_stats_write() on any.
+ * Threads: client_stats_take() and client_stats_read() run on the thread that polls the client, in
+ * its callback; client_stats_write() on any.
  */
 #ifndef LORAMILL_WORKER_CLIENT_STATS_H
 #define LORAMILL_WORKER_CLIENT_STATS_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * credentials.c - see credentials.h. What was read last is kept per scope, so that a producer that
- * is rebuilt later (transaction.c) does not go back to the password of the start.
+ * is made later (producer_open()) does not go back to the password of the start.
  */
 #include "worker/credentials.h"
 

@@ -11,8 +11,8 @@
  *
  * When brokers refuse batches, a new client makes smaller ones (batch_size.h).
  *
- * In exactly-once mode transaction.c drives the sending, and a job is finished when its transaction
- * has committed; failed deliveries are judged there, too.
+ * In exactly-once mode transaction.c drives the sending. A job is finished when its transaction has
+ * committed; what was refused goes to delivery.c when the transaction has ended without it.
  *
  * At-least-once: a client that keeps to a leader which a partition has no more (leaders.h) is
  * replaced, see renew().
@@ -20,9 +20,11 @@
  * At-least-once: while records are on their way to a topic, the next ones to it are held back for a
  * moment and leave together, see hold.h.
  *
- * Threads: producer_send() may be called from any thread, it only queues. Delivery reports, retries
- * and everything else happen on the producer thread. The value is not copied by the library: it
- * belongs to the job, which nobody frees before its report.
+ * Threads: producer_send() may be called from any thread. At-least-once that thread itself hands the
+ * record to the client library, under `swap`, for the client may be replaced meanwhile; or it is
+ * held back. Exactly-once it only queues. Either way it waits for no broker. Delivery reports,
+ * retries and everything else happen on the producer thread. The value is not copied by the library:
+ * it belongs to the job, which nobody frees before its report.
  */
 #include "worker/producer_int.h"
 
@@ -195,7 +197,7 @@ static void on_error(rd_kafka_t *rk, int err, const char *reason, void *opaque)
         return;                 /* it is being replaced */
     credentials_error(p->w->credentials, err);
     if (err == RD_KAFKA_RESP_ERR__FATAL && p->exactly_once) {
-        lm_log(LM_WARN, "producer", "%s", reason);      /* transaction.c decides */
+        lm_log(LM_WARN, "producer", "%s", reason);      /* transaction_client.c decides */
     } else if (err == RD_KAFKA_RESP_ERR__FATAL) {
         rd_kafka_fatal_error(rk, text, sizeof text);
         worker_fail(p->w, LM_STATE, "the producer can't go on: %s", text);

@@ -11,7 +11,7 @@
  * epoch, which is to say a new producer.
  *
  * So an interceptor notes when a request of a transaction gets no answer. One is enough: the next
- * transaction begins with a new producer (transaction.c).
+ * transaction begins with a new producer (transaction_client.c).
  *
  * Threads: noted on librdkafka's, asked on the producer thread.
  */

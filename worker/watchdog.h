@@ -16,10 +16,10 @@
  *               as above
  *
  * At work, the main thread sees to two that can't come back by themselves: an engine or an intake
- * that hangs (below), and a librdkafka producer that doesn't let itself be destroyed (transaction.c
- * makes a new one after an error of unknown outcome, producer.c when it keeps to a leader of
- * before). Without a producer nothing can be committed; after WATCHDOG_CLOSE_PRODUCER_MS the worker
- * fails, and ends as on any other failure.
+ * that hangs (below), and a librdkafka producer that doesn't let itself be destroyed
+ * (transaction_client.c makes a new one after an error of unknown outcome, producer.c when it keeps
+ * to a leader of before; both for another batch.size). Without a producer nothing can be committed;
+ * after WATCHDOG_CLOSE_PRODUCER_MS the worker fails, and ends as on any other failure.
  *
  * A second signal ends the process with status 1; so does a DRAINING that outlasts its time.
  *

@@ -6,8 +6,9 @@
  *   consumer   consumer, admission, rebalance, commit, isolation, blocking, staging (of which the
  *              producer thread calls half, see staging.h)
  *   intake     intake
- *   outbox     outbox; outcome, which is whoever's that has the job
- *   producer   producer, transaction
+ *   outbox     outbox, stream; outcome, which is whoever's that has the job
+ *   producer   producer, delivery, hold, leaders, batch_size; exactly-once transaction with its
+ *              files, aside, blame, unanswered
  *   others     control, claim, spans, http, watchdog; cmd_worker, which starts it all
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
@@ -157,7 +158,7 @@ lm_status outbox_new(struct worker *w, outbox **out, struct lm_err *err);
 void outbox_free(outbox *o);
 
 lm_status producer_new(struct worker *w, producer **out, struct lm_err *err);
-/* Takes the job with its `out` filled. Any thread; never blocks. */
+/* Takes the job with its `out` filled. Any thread; waits for no broker. */
 void producer_send(producer *p, struct job *j);
 void producer_want_offsets(producer *p);        /* exactly-once: a transaction soon */
 /* Drops what is unacknowledged, ends its thread. False: it is inside a call to silent brokers, and
