@@ -211,19 +211,6 @@ static bool engine_open_to(const struct worker *w, enum journal_verdict v)
            (v != JOURNAL_ALONE || !atomic_load(&w->in_engine));
 }
 
-static void enter_engine(intake *in, struct job *j, enum journal_verdict v)
-{
-    struct worker *w = in->w;
-    atomic_fetch_add(&w->in_engine, 1);
-    if (v == JOURNAL_ALONE) {
-        atomic_store(&w->alone, true);
-        lm_log(LM_INFO, "intake", "%s [%d] @%" PRId64 " runs alone: workers died while it ran",
-               j->lease->topic, (int)j->lease->partition, j->record.offset);
-    }
-    if (w->journal)
-        j->journaled = journal_enter(w->journal, j->journal_key, v == JOURNAL_ALONE) + 1;
-}
-
 /* LM_BUSY: the caller keeps the job. Everything else has been dealt with. */
 static lm_status submit(intake *in, struct job *j)
 {
@@ -264,7 +251,7 @@ static lm_status submit(intake *in, struct job *j)
     fill_request(j, &r);
     j->submitted_us = lm_now_us();
     job_ref(j);                 /* its end may overtake this thread */
-    enter_engine(in, j, v);
+    worker_enter_engine(w, j, v == JOURNAL_ALONE);
     lm_status st = engine_submit(w->engine, &r, &h, &err);
     if (st == LM_OK) {
         leave(in);

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.c - life and death of a worker. How prompts end is outcome.c's.
+ * worker.c - life and death of a worker. How each job begins and ends is worker_job.c's, and what is
+ * sent for it outcome.c's.
  *
- * Start: log, HTTP (so that probes answer while weights load), engine, codec, store, producer,
- * outbox, intake, and the consumer last, so that nothing is read before it can be served.
+ * Start, against the arrows of worker.h: log; the consumer's handle and the producer, so that a bad
+ * property is known before weights load; HTTP, so that probes answer meanwhile; engine, codec and
+ * store; outbox, then intake; and the consumer's thread last, so that nothing is read before it can
+ * be served.
  *
  * End, on SIGTERM or SIGINT:  stopping -> the consumer pauses; intake drops what has not started;
  *   what runs may finish for drain.timeout_ms; then it is cancelled and handed back; the watermark
- *   is committed, the group is left -> ending -> the other threads end, against the arrows -> 0.
+ *   is committed, the group is left -> ending -> the other threads end, along the arrows -> 0.
  * On a failure the same without the drain, and the status is 1. A second signal ends the process at
  * once. A watchdog (watchdog.h) ends a shutdown that hangs.
  *
@@ -42,7 +45,7 @@
 
 enum { SUPERVISE_MS = 100 };
 
-/* ---- outcomes --------------------------------------------------------------------------- */
+/* ---- failure ---------------------------------------------------------------------------- */
 
 void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
 {
@@ -54,101 +57,6 @@ void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
     va_end(ap);
     if (atomic_compare_exchange_strong(&w->failed, &well, (int)(status ? status : LM_INTERNAL)))
         lm_log(LM_ERROR, "worker", "%s", text);
-}
-
-static void end_part(struct worker *w, struct job *j, enum job_outcome outcome)
-{
-    if (outcome == OUTCOME_DROPPED)
-        j->out.error = j->out.error ? j->out.error : -1;
-    job_queue_push(&w->parts, j);
-    engine_wake(w->engine);
-}
-
-void worker_end_among(struct worker *w, struct job *j, enum job_outcome outcome,
-                      struct job_chain *ended)
-{
-    if (j->parent) {            /* a part: no outcome of its own */
-        end_part(w, j, outcome);
-        return;
-    }
-    if (w->cancels)
-        cancels_leave(w->cancels, j);
-    spans_end(w->spans, j, outcome);
-    j->outcome = outcome;
-    job_set_stage(j, outcome == OUTCOME_DROPPED ? JOB_DROPPED : JOB_ENDED);
-    job_chain_add(ended, j);
-}
-
-void worker_give_ended(struct worker *w, struct job_chain *ended)
-{
-    job_queue_push_all(&w->done, ended);
-}
-
-void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome)
-{
-    struct job_chain one = { 0 };
-    worker_end_among(w, j, outcome, &one);
-    worker_give_ended(w, &one);
-}
-
-void worker_drop_all(struct worker *w, struct job *chain)
-{
-    struct job_chain ended = { 0 };
-    for (struct job *next; chain; chain = next) {
-        next = chain->next;
-        worker_end_among(w, chain, OUTCOME_DROPPED, &ended);
-    }
-    worker_give_ended(w, &ended);
-}
-
-void worker_left_engine(struct worker *w, struct job *j)
-{
-    if (j->journaled)
-        journal_leave(w->journal, j->journaled - 1);
-    j->journaled = 0;
-    if (atomic_fetch_sub(&w->in_engine, 1) == 1)
-        atomic_store(&w->alone, false);
-}
-
-static void count(struct worker *w, struct job *j, size_t reply_bytes)
-{
-    struct metrics *m = &w->metrics;
-    if (j->tokens)
-        atomic_fetch_sub(&m->held_tokens, j->tokens);
-    if (reply_bytes != j->reply_bytes)
-        atomic_fetch_add(&m->reply_bytes_held,
-                         (long long)reply_bytes - (long long)j->reply_bytes);
-    j->tokens = 0;
-    j->reply_bytes = reply_bytes;
-}
-
-static size_t bytes_of(const struct outgoing *o)
-{
-    size_t n = o->value_owned ? o->len : 0;
-    for (int i = 0; i < o->headers.n; i++)
-        n += sizeof o->headers.items[i] + o->headers.items[i].len;
-    return n;
-}
-
-void worker_generated(struct worker *w, struct job *j)
-{
-    count(w, j, bytes_of(&j->out) + (j->notice ? bytes_of(j->notice) : 0));
-}
-
-void worker_discount(struct worker *w, struct job *j)
-{
-    count(w, j, 0);
-}
-
-bool worker_may_retry(struct worker *w, struct job *j)
-{
-    return ++j->attempts < w->cfg->retry_max_attempts &&
-           lm_now_us() - j->received_us < w->cfg->retry_deadline_ms * 1000;
-}
-
-bool worker_gives_up(struct worker *w, struct job *j)
-{
-    return atomic_load(&w->stopping) || lease_revoked(j->lease);
 }
 
 /* ---- start ------------------------------------------------------------------------------ */

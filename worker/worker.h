@@ -118,6 +118,8 @@ void worker_fail(struct worker *w, lm_status status, const char *fmt, ...) LM_PR
 /* The drain is over, now if not before: unfinished work is handed back. Any thread. */
 void worker_cancel(struct worker *w);
 
+/* ---- of one job: worker_job.c ----------------------------------------------------------- */
+
 /* The terminal outcome of a job is durable, or it was dropped: gives it to the consumer thread. */
 void worker_end_job(struct worker *w, struct job *j, enum job_outcome outcome);
 /* The same of many: they gather in `ended`, and are given together. */
@@ -130,6 +132,8 @@ void worker_drop_all(struct worker *w, struct job *chain);
 /* Should unfinished work of this job be given up? */
 bool worker_gives_up(struct worker *w, struct job *j);
 
+/* The engine is about to have it, alone if workers died while it ran: notes it in the journal. */
+void worker_enter_engine(struct worker *w, struct job *j, bool alone);
 /* The engine has it no more: strikes it out of the journal. */
 void worker_left_engine(struct worker *w, struct job *j);
 
