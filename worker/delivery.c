@@ -2,8 +2,9 @@
 /*
  * delivery.c - what the reports of a job's records mean; see delivery.h.
  *
- * A job is finished when its delivery reports say NO_ERROR, and not before. What happens to a
- * failed delivery:
+ * A job is finished when its records are durable, and not before: at-least-once when their reports
+ * say NO_ERROR, exactly-once when their transaction has committed, which counts more than reports.
+ * What happens to a failed delivery:
  *
  *   a dead letter that is too large       trimmed, see dead_letter.h
  *   any other dead letter                 tried again for ever, with backoff: its offset is
@@ -207,9 +208,10 @@ void delivery_leave_notice(producer *p, struct job *j)
     drop_notice(p, j, &why);
 }
 
-static void acknowledged(producer *p, struct job *j)
+void delivery_done(producer *p, struct job *j)
 {
     struct metrics *m = &p->w->metrics;
+    j->out.error = 0;           /* a part's is looked at in outbox.c */
     if (!p->reported_us)
         p->reported_us = lm_now_us();
     histogram_observe(&m->reply_produce, p->reported_us - j->out.handed_us);
@@ -234,7 +236,7 @@ void delivery_judge(producer *p, struct job *j)
     delivery_spare_notice(p, j);
     int worst = j->out.error || !j->notice ? j->out.error : j->notice->error;
     if (!worst) {
-        acknowledged(p, j);
+        delivery_done(p, j);
     } else if (purged(worst) && p->renewing) {
         job_list_add(&p->taken_back, j, 0);
     } else if (purged(worst) || atomic_load(&p->end)) {

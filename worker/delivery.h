@@ -11,6 +11,9 @@
 
 /* All that was sent has its report: is the job done? Then delivery_give(), behind all at hand. */
 void delivery_judge(producer *p, struct job *j);
+/* Its transaction has committed, so it is, whatever its reports say: they may have died with an old
+ * producer. Then delivery_give() likewise. */
+void delivery_done(producer *p, struct job *j);
 /* Those of one poll, or of one transaction, together: a lock and a look at the clock for all. */
 void delivery_give(producer *p);
 

@@ -162,13 +162,13 @@ void producer_send(producer *p, struct job *j)
 {
     j->out.handed_us = lm_now_us();
     if (p->exactly_once || send_or_hold(p, j))
-        job_queue_push(&p->again, j);   /* judged on the producer thread */
+        job_queue_push(&p->inbox, j);   /* sent, or judged, on its thread */
 }
 
 void producer_want_offsets(producer *p)
 {
     if (!atomic_exchange(&p->want_offsets, true))
-        job_queue_wake(&p->again);
+        job_queue_wake(&p->inbox);
 }
 
 /* ---- reports ----------------------------------------------------------------------------- */
@@ -288,9 +288,9 @@ void producer_close(producer *p)
 
 /* ---- thread ----------------------------------------------------------------------------- */
 
-static void judge_again(producer *p)
+static void judge_inbox(producer *p)
 {
-    for (struct job *j = job_queue_take(&p->again, 0), *next; j; j = next) {
+    for (struct job *j = job_queue_take(&p->inbox, 0), *next; j; j = next) {
         next = j->next;
         delivery_judge(p, j);
     }
@@ -306,7 +306,7 @@ static void poll_client(producer *p, rd_kafka_t *rk, int timeout_ms)
 
 static void serve_again(producer *p)
 {
-    judge_again(p);
+    judge_inbox(p);
     int64_t now = lm_now_us();
     for (struct job *j = job_list_take_due(&p->later, now), *next; j; j = next) {
         next = j->next;
@@ -431,7 +431,7 @@ static void *producer_main(void *arg)
     /* Everything that is not acknowledged by now is dropped; its offsets stay uncommitted. */
     rd_kafka_purge(p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     rd_kafka_flush(p->rk, STOP_WAIT_MS);
-    judge_again(p);
+    judge_inbox(p);
     worker_drop_all(p->w, job_list_take_all(&p->later));
     worker_drop_all(p->w, hold_take(&p->hold, 0, true));
     atomic_store(&p->over, true);
@@ -447,7 +447,7 @@ lm_status producer_new(struct worker *w, producer **out, struct lm_err *err)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     p->w = w;
     p->exactly_once = config_exactly_once(w->cfg);
-    job_queue_init(&p->again);
+    job_queue_init(&p->inbox);
     pthread_mutex_init(&p->swap, NULL);
     hold_init(&p->hold, w->cfg->topics_replies);
     lm_status st = producer_open(p, err);
@@ -472,7 +472,7 @@ bool producer_stop(producer *p)
                          atomic_load(&p->w->drain_end_us) + (TRANSACTION_LAST_MS + STOP_SPARE_MS) *
                          INT64_C(1000));
     atomic_store(&p->end, true);
-    job_queue_wake(&p->again);
+    job_queue_wake(&p->inbox);
     while (!atomic_load(&p->over) && lm_now_us() < end)
         nanosleep(&tick, NULL);
     if (!atomic_load(&p->over))
@@ -487,7 +487,7 @@ void producer_free(producer *p)
     if (!p)
         return;
     producer_close(p);
-    job_queue_release(&p->again);
+    job_queue_release(&p->inbox);
     leaders_release(&p->leaders);
     pthread_mutex_destroy(&p->swap);
     hold_release(&p->hold);

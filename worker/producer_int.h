@@ -32,7 +32,8 @@ struct producer {
     atomic_bool over;           /* set by the producer thread, at its end */
 
     /* Any thread's. */
-    struct job_queue again;     /* at-least-once: could not be queued; exactly-once: all to send */
+    struct job_queue inbox;     /* exactly-once: all to send; at-least-once: to be judged, as no
+                                 * report will come */
     struct hold hold;           /* at-least-once: what waits behind others */
     atomic_bool want_offsets;   /* a transaction now, if only for these; the consumer thread asks */
     struct unanswered unanswered;       /* exactly-once; written by the library's threads */

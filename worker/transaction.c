@@ -33,8 +33,8 @@
  *   committed    the jobs end
  *   aborted      confirmed by the broker: a record was refused, the group has moved on, or a map is
  *                too long for the broker (the consumer thread makes the next one shorter). Those
- *                refused are judged as in producer.c (who is sent again travels alone from then on,
- *                so that it holds up no others); the rest go into the next transaction as they are.
+ *                refused are judged, see delivery.c (who is sent again travels alone from then on, so
+ *                that it holds up no others); the rest go into the next transaction as they are.
  *                When that was the cause, or a topic that is set aside, the next one follows at
  *                once, as large, of them alone: who is new may be refused as well. After any other
  *                cause it waits, and is smaller
@@ -57,8 +57,8 @@
  *                process that has slept through that (SIGSTOP, a frozen machine) can't tell, may be
  *                replaced by now, and ends
  *
- * Threads: the producer thread's. The client is replaced here, for these causes or for another
- * batch.size (producer.c), and nobody else uses it.
+ * Threads: the producer thread's. transaction_client.c replaces the client, for these causes or for
+ * another batch.size (producer_resize()), and nobody else uses it.
  */
 #include "worker/transaction.h"
 
@@ -398,11 +398,8 @@ static void after_commit(struct tx *t)
         struct job *j = t->stage.jobs[i];
         if (!j || t->stage.verdicts[i] != STAGE_IN)
             continue;
-        j->out.error = 0;       /* its report may have died with an old producer */
-        if (j->notice)
-            j->notice->error = 0;
         t->stage.jobs[i] = NULL;
-        delivery_judge(t->p, j);
+        delivery_done(t->p, j);
     }
     delivery_give(t->p);
 }
@@ -639,7 +636,7 @@ static bool try_topic(struct tx *t, struct aside_topic *a)
 
 static void gather(struct tx *t, int wait_ms)
 {
-    for (struct job *j = job_queue_take(&t->p->again, wait_ms), *next; j; j = next) {
+    for (struct job *j = job_queue_take(&t->p->inbox, wait_ms), *next; j; j = next) {
         next = j->next;
         make_ready(t, j);
     }

@@ -286,7 +286,7 @@ static int open_world(void **state)
     x->w.consumer = &x->c;
     atomic_store(&x->w.started, true);
     p = (struct producer){ .w = &x->w, .exactly_once = true };
-    job_queue_init(&p.again);
+    job_queue_init(&p.inbox);
     said[0] = sizes[0] = wanted[0] = '\0';
     atomic_store(&asked, 0);
     arrive_once_asked = fail_next = refuse_tenth = stuck = 0;
@@ -314,7 +314,7 @@ static int close_world(void **state)
         staging_serve(&x->c);
     pthread_join(p.thread, NULL);
     consumer_take_finished(&x->c, 0);
-    job_queue_release(&p.again);
+    job_queue_release(&p.inbox);
     world_close(x);
     return 0;
 }
