@@ -150,7 +150,7 @@ struct job {
     struct lm_err *err;         /* NULL: none */
     enum job_outcome outcome;
     struct outgoing *notice;    /* error reply that goes with a dead letter; NULL: none */
-    struct stream *stream;      /* of a prompt that asked for parts; the outbox's */
+    struct stream *stream;      /* of a prompt that asked for parts; stream.h */
     uint64_t journal_key;       /* 0: not known yet */
     int journaled;              /* its slot in the journal, plus 1; 0: none */
     bool claimed;               /* its reply is in the object store */

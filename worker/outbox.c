@@ -205,25 +205,28 @@ static void take_text(outbox *o, struct job *j, int choice, char *text, size_t l
     send_part(o, j, lm_now_us());
 }
 
-/* A part has its report. Its parent is still ours, unless it was given up meanwhile. */
-static void part_reported(outbox *o, struct job *part)
+static void take_report(outbox *o, struct job *j, const struct outgoing *part)
 {
-    struct job *j = part->parent;
     struct stream *s = j->stream;
     s->sending = false;
-    if (part->out.error) {
+    if (part->error) {
         s->broken = true;
         s->seq--;
-    }
-    /* Without a key the rest follows the first; should its partition be gone, a later one. */
-    if (s->listed && !part->out.error && (j->route.partition < 0 || j->route.follows)) {
-        j->route.partition = part->out.partition;
+    } else if (j->route.partition < 0 || j->route.follows) {
+        /* Without a key the rest follows the first; should its partition be gone, a later one. */
+        j->route.partition = part->partition;
         j->route.follows = j->route.partition >= 0;
     }
-    if (s->listed) {
-        send_part(o, j, lm_now_us());
-        maybe_conclude(o, j);
-    }
+    send_part(o, j, lm_now_us());
+    maybe_conclude(o, j);
+}
+
+/* A part has its report. Its parent is still ours, unless it did not wait for it (its partition
+ * leaves, or the worker ends): then it is another thread's by now, and its stream with it. */
+static void part_reported(outbox *o, struct job *part)
+{
+    if (part->parent->stream->listed)
+        take_report(o, part->parent, &part->out);
     job_unref(part);
 }
 

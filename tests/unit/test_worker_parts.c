@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_worker_parts.c - a part of a streamed reply that fails: what becomes of the final record.
+ * The outbox and its thread are real; the engine's events, and what is encoded and sent, are the
+ * test's.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include <cmocka.h>
+
+#include "consumer_world.h"
+#include "worker/outcome.h"
+#include "worker/stream.h"
+
+/* Under the lock. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static struct engine_event event;       /* the next one, if there is one */
+static bool there, woken;
+static int polls;                       /* begun */
+static struct job *part;                /* the last one sent */
+static int final_seq;                   /* of the final record; -1: there is none yet */
+
+/* ---- the engine, and what is sent ------------------------------------------------------------ */
+
+int __wrap_engine_poll(engine *e, struct engine_event *out, int max, int ms, lm_status *state);
+int __wrap_engine_poll(engine *e, struct engine_event *out, int max, int ms, lm_status *state)
+{
+    (void)e, (void)max, (void)ms, (void)state;
+    pthread_mutex_lock(&lock);
+    polls++;
+    pthread_cond_broadcast(&changed);
+    while (!there && !woken)
+        pthread_cond_wait(&changed, &lock);
+    int n = there;
+    *out = event;
+    there = woken = false;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+void __wrap_engine_wake(engine *e);
+void __wrap_engine_wake(engine *e)
+{
+    (void)e;
+    pthread_mutex_lock(&lock);
+    woken = true;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
+lm_status __wrap_outcome_part(struct worker *w, struct job *j, const struct engine_result *text);
+lm_status __wrap_outcome_part(struct worker *w, struct job *j, const struct engine_result *text)
+{
+    (void)w, (void)text;
+    pthread_mutex_lock(&lock);
+    part = job_child(j);
+    pthread_mutex_unlock(&lock);
+    return LM_OK;
+}
+
+lm_status __wrap_outcome_reply(struct worker *w, struct job *j);
+lm_status __wrap_outcome_reply(struct worker *w, struct job *j)
+{
+    (void)w;
+    pthread_mutex_lock(&lock);
+    final_seq = j->stream->seq;
+    pthread_mutex_unlock(&lock);
+    return LM_OK;
+}
+
+/* ---- the world ------------------------------------------------------------------------------- */
+
+/* Until the outbox has dealt with what it was told last, and waits again. */
+static void until_done(int before)
+{
+    pthread_mutex_lock(&lock);
+    while (polls < before + 1)
+        pthread_cond_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+}
+
+/* The outbox waits for it; returns when it has dealt with it. */
+static void happens(struct engine_event e)
+{
+    pthread_mutex_lock(&lock);
+    while (polls == 0)
+        pthread_cond_wait(&changed, &lock);
+    int before = polls;
+    event = e;
+    there = true;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+    until_done(before);
+}
+
+static void says(struct job *j, const char *text)
+{
+    happens((struct engine_event){ .kind = ENGINE_TOKENS, .user = j, .text = lm_strdup(text),
+                                   .text_len = strlen(text) });
+}
+
+static void finishes(struct job *j)
+{
+    struct engine_result *r = engine_result_new(1);
+    r->n_choices = 1;
+    r->choices[0].reason = ENGINE_STOP;
+    happens((struct engine_event){ .kind = ENGINE_FINISHED, .user = j, .result = r });
+}
+
+static void part_fails(struct worker *w)
+{
+    pthread_mutex_lock(&lock);
+    int before = polls;
+    pthread_mutex_unlock(&lock);
+    worker_end_job(w, part, OUTCOME_DROPPED);
+    until_done(before);
+}
+
+struct scene { struct world *x; outbox *o; struct job *j; };
+
+/* A prompt of which one part is on its way. */
+static void begin(struct scene *s)
+{
+    s->x = world_open();
+    job_queue_init(&s->x->w.parts);
+    polls = 0;
+    there = woken = false;
+    final_seq = -1;
+    s->j = world_deliver(s->x, 0, NULL);
+    s->j->stream = stream_new(1);
+    atomic_store(&s->x->w.in_engine, 1);
+    assert_int_equal(outbox_new(&s->x->w, &s->o, NULL), LM_OK);
+    says(s->j, "once upon");
+    assert_int_equal(s->j->stream->seq, 1);
+}
+
+static void end(struct scene *s)
+{
+    atomic_store(&s->x->w.ending, true);
+    outbox_free(s->o);
+    job_unref(s->j);
+    job_queue_release(&s->x->w.parts);
+    world_close(s->x);
+}
+
+/* ---- tests ----------------------------------------------------------------------------------- */
+
+static void the_final_record_counts_the_parts_that_arrived(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin(&s);
+    finishes(s.j);
+    assert_int_equal(final_seq, -1);    /* it waits for the part */
+    part_fails(&s.x->w);
+    assert_int_equal(final_seq, 0);
+    end(&s);
+}
+
+/* Its partition leaves, so nobody waits for the part any more: the final record is on its way, and
+ * the claim thread may encode it anew at any time (claim.c). */
+static void a_part_that_fails_late_changes_nothing(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin(&s);
+    atomic_store(&s.j->lease->revoked, true);
+    finishes(s.j);
+    assert_int_equal(final_seq, 1);
+    part_fails(&s.x->w);
+    assert_int_equal(s.j->stream->seq, 1);
+    assert_false(s.j->stream->broken);
+    end(&s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_final_record_counts_the_parts_that_arrived),
+        cmocka_unit_test(a_part_that_fails_late_changes_nothing),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
