@@ -55,6 +55,7 @@ static void say(char *text, size_t size, long long n, const char *words)
 
 static struct producer p;
 static atomic_long others;      /* records under way, beside those that are acknowledged at once */
+static atomic_int looks;        /* at what is under way */
 static atomic_int asked;        /* how often the producer thread wanted to stage */
 static int arrive_once_asked;   /* so often, and the others are acknowledged; 0: they are not */
 static bool behind_others;      /* one was sent while others were under way */
@@ -251,6 +252,7 @@ int rd_kafka_poll(rd_kafka_t *rk, int timeout_ms)
     (void)rk;
     (void)timeout_ms;
     p.under_way = atomic_load(&others);
+    atomic_fetch_add(&looks, 1);
     return 0;
 }
 
@@ -261,6 +263,7 @@ rd_kafka_resp_err_t rd_kafka_flush(rd_kafka_t *rk, int timeout_ms)
     if (arrive_once_asked && atomic_load(&asked) >= arrive_once_asked)
         atomic_store(&others, 0);
     p.under_way = atomic_load(&others);
+    atomic_fetch_add(&looks, 1);
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
@@ -512,6 +515,16 @@ static void a_portion_waits_for_what_is_under_way(void **state)
     assert_string_equal(sizes, "2000 ");
 }
 
+/* From now on, and the producer thread knows: the look that has begun may not, the next one does. */
+static void others_are_under_way(void)
+{
+    atomic_store(&others, 1);
+    int before = atomic_load(&looks);
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&looks) < before + 2; turn())
+        if (lm_now_us() > end)
+            fail_msg("the producer thread does not look at what is under way");
+}
+
 /* Once it is full, the next portion is staged while the one before is on its way. */
 static void a_portion_is_staged_behind_what_is_under_way(void **state)
 {
@@ -519,7 +532,7 @@ static void a_portion_is_staged_behind_what_is_under_way(void **state)
     struct job *jobs[MANY];
     send_a_portion(jobs);
     arrive_once_asked = 2;
-    atomic_store(&others, 1);
+    others_are_under_way();
     finish(jobs, PORTION, MANY - PORTION);
     until_in_flight(0);
     assert_false(behind_others);
