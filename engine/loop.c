@@ -353,8 +353,8 @@ static void take_news(struct core *c, int wait_ms, bool *stop)
     adapters_reap(c->reg, drop_adapter, c);
 }
 
-/* With `wait_ms` other than 0 first sleeps until there is news (-1: for ever). *idle: nothing can be
- * done until there is; *stop: the mailbox says so. After a failure, its status. */
+/* With `wait_ms` other than 0 first sleeps until there is news (-1: for ever). *idle: nothing can
+ * be done until there is; *stop: the mailbox says so. After a failure, its status. */
 static lm_status make_turn(struct core *c, int wait_ms, bool *idle, bool *stop, struct lm_err *err)
 {
     *idle = true;

@@ -10,8 +10,8 @@
  * without a table that grows.
  *
  * Threads: one mutex, never held while anything is computed. The engine thread takes it once when
- * there is news (an atomic tells), for each request that was cancelled or ends, and for each new text
- * of a streamed one; never while a step is planned or launched.
+ * there is news (an atomic tells), for each request that was cancelled or ends, and for each new
+ * text of a streamed one; never while a step is planned or launched.
  */
 #ifndef LORAMILL_ENGINE_MAILBOX_H
 #define LORAMILL_ENGINE_MAILBOX_H

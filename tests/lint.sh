@@ -4,6 +4,7 @@
 # tests/lint.sh - the rules of the house that a compiler does not check. One TAP line a rule;
 # exit 1 when one is broken. Sizes are budgets from measurement in well-kept C projects.
 set -u
+shopt -s lastpipe                       # rule() is the end of a pipe, and its status counts
 cd "$(dirname "$0")/.."
 status=0
 

@@ -20,11 +20,11 @@
  * At-least-once: while records are on their way to a topic, the next ones to it are held back for a
  * moment and leave together, see hold.h.
  *
- * Threads: producer_send() may be called from any thread. At-least-once that thread itself hands the
- * record to the client library, under `swap`, for the client may be replaced meanwhile; or it is
- * held back. Exactly-once it only queues. Either way it waits for no broker. Delivery reports,
- * retries and everything else happen on the producer thread. The value is not copied by the library:
- * it belongs to the job, which nobody frees before its report.
+ * Threads: producer_send() may be called from any thread. At-least-once that thread itself hands
+ * the record to the client library, under `swap`, for the client may be replaced meanwhile; or it
+ * is held back. Exactly-once it only queues. Either way it waits for no broker. Delivery reports,
+ * retries and everything else happen on the producer thread. The value is not copied by the
+ * library: it belongs to the job, which nobody frees before its report.
  */
 #include "worker/producer_int.h"
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * producer_int.h - what the files of the producer thread share: producer.c, delivery.c, blame.c, and
- * those of transaction_int.h. Members of struct producer are grouped by whose they are: most are the
- * producer thread's alone.
+ * producer_int.h - what the files of the producer thread share: producer.c, delivery.c, blame.c,
+ * and those of transaction_int.h. Members of struct producer are grouped by whose they are: most
+ * are the producer thread's alone.
  */
 #ifndef LORAMILL_WORKER_PRODUCER_INT_H
 #define LORAMILL_WORKER_PRODUCER_INT_H

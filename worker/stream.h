@@ -17,9 +17,9 @@
  *
  * Threads: whoever has the job. Intake makes it. The outbox has it while the engine runs the prompt
  * and until its final record is made, which waits for the part on its way unless the partition
- * leaves. From then on it is only read: generation and number of parts, by whoever encodes the final
- * record, which may be the outbox, intake (a prompt that ends before it has run again) or the claim
- * thread. `listed` is the outbox's own: does it have the job?
+ * leaves. From then on it is only read: generation and number of parts, by whoever encodes the
+ * final record, which may be the outbox, intake (a prompt that ends before it has run again) or the
+ * claim thread. `listed` is the outbox's own: does it have the job?
  */
 #ifndef LORAMILL_WORKER_STREAM_H
 #define LORAMILL_WORKER_STREAM_H

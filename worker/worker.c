@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * worker.c - life and death of a worker. How each job begins and ends is worker_job.c's, and what is
- * sent for it outcome.c's.
+ * worker.c - life and death of a worker. How each job begins and ends is worker_job.c's, and what
+ * is sent for it outcome.c's.
  *
  * Start, against the arrows of worker.h: log; the consumer's handle and the producer, so that a bad
  * property is known before weights load; HTTP, so that probes answer meanwhile; engine, codec and

@@ -3,8 +3,8 @@
  * worker_job.c - what the worker as a whole keeps of each job: whether the engine has it, what it
  * counts for in the budgets, how often it was tried, and that it has ended.
  *
- * A job ends once, with its outcome durable or dropped, and goes to the consumer thread, which alone
- * touches the ledger. A part of a streamed reply goes back to the outbox instead.
+ * A job ends once, with its outcome durable or dropped, and goes to the consumer thread, which
+ * alone touches the ledger. A part of a streamed reply goes back to the outbox instead.
  *
  * Threads: whoever has the job.
  */

@@ -515,7 +515,7 @@ static void a_portion_waits_for_what_is_under_way(void **state)
     assert_string_equal(sizes, "2000 ");
 }
 
-/* From now on, and the producer thread knows: the look that has begun may not, the next one does. */
+/* The producer thread knows: a look that has begun may not have seen them, the next one has. */
 static void others_are_under_way(void)
 {
     atomic_store(&others, 1);
