@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * transaction.c - exactly-once: the producer thread's half; see staging.h. How librdkafka is
- * called, and what follows from a call that fails, is in transaction_client.c.
+ * called, and what follows from a call that fails, is in transaction_client.c; what becomes of
+ * topics that take nothing in transaction_aside.c.
  *
  * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
  * transaction.max_messages are there, one transaction takes them:
@@ -33,8 +34,8 @@
  *   committed    the jobs end
  *   aborted      confirmed by the broker: a record was refused, the group has moved on, or a map is
  *                too long for the broker (the consumer thread makes the next one shorter). Those
- *                refused are judged, see delivery.c (who is sent again travels alone from then on, so
- *                that it holds up no others); the rest go into the next transaction as they are.
+ *                refused are judged, see delivery.c (who is sent again travels alone from then on,
+ *                so that it holds up no others); the rest go into the next transaction as they are.
  *                When that was the cause, or a topic that is set aside, the next one follows at
  *                once, as large, of them alone: who is new may be refused as well. After any other
  *                cause it waits, and is smaller
@@ -76,15 +77,12 @@ enum {
     CHUNK_SHARE = 8,            /* of a transaction, ready: worth to be sent before it is due */
     CHUNK_LEAST = 500,
     PORTIONS = 2,               /* at least, of a full transaction */
-    PURGE_MS = 1000,
-    LOOK_MS = 500,              /* to ask the brokers for leaders */
-    MAX_BYTES = 32 << 20,       /* of one transaction */
     FAILURES_COUNTED = 6,       /* by which a transaction becomes smaller */
 };
 
 /* ---- ready ------------------------------------------------------------------------------ */
 
-static void make_ready(struct tx *t, struct job *j)
+void transaction_make_ready(struct tx *t, struct job *j)
 {
     if (!t->ready.head)
         t->since_us = lm_now_us();
@@ -97,34 +95,14 @@ static void keep(struct tx *t, struct job *j)
     if (t->trial && aside_is_for(t->trial, j))
         job_chain_add(&t->trial->jobs, j);
     else
-        make_ready(t, j);
+        transaction_make_ready(t, j);
 }
 
-/* Does it wait for a topic that is set aside? Not for its notice's, once that is known to take
- * none: then it goes without. */
-static bool waits_aside(struct tx *t, struct job *j)
-{
-    if (aside_spares(&t->p->aside, j))
-        delivery_leave_notice(t->p, j);
-    return aside_keep(&t->p->aside, j, lm_now_us());
-}
-
-static void enter(struct tx *t, struct job *j)
+void transaction_enter(struct tx *t, struct job *j)
 {
     t->bytes += j->out.len;
     t->stage.verdicts[t->stage.n] = STAGE_GONE;
     t->stage.jobs[t->stage.n++] = j;
-}
-
-static void take_aside(struct tx *t)
-{
-    size_t most = (size_t)t->w->cfg->transaction_max_messages;
-    most = t->trial->whole ? most : LM_MIN(t->trial->width, most);
-    t->stage.n = t->stage.from = t->bytes = 0;
-    for (struct job *j; t->stage.n < most && t->bytes < MAX_BYTES &&
-                        (j = job_chain_pop(&t->trial->jobs));)
-        enter(t, j);
-    t->full = false;
 }
 
 /* What is handed over at once should be one batch a partition: what is more waits behind it in the
@@ -147,7 +125,7 @@ static void take_ready(struct tx *t)
     /* After each failure half as many: a full one may need more time than a transaction has, on a
      * slow way to the brokers, and would need it again. */
     int less = LM_MIN(t->failures, FAILURES_COUNTED);
-    size_t most_bytes = MAX_BYTES >> less;
+    size_t most_bytes = TRANSACTION_MAX_BYTES >> less;
     size_t most = LM_MAX((size_t)t->w->cfg->transaction_max_messages >> less, 1);
     if (t->again)
         most = LM_MIN(most, t->again);
@@ -155,15 +133,15 @@ static void take_ready(struct tx *t)
     /* One that was refused before goes alone. */
     bool alone = all.head && all.head->out.attempts > 0;
     for (struct job *j; (j = job_chain_pop(&all));) {
-        if (waits_aside(t, j))
+        if (transaction_waits_aside(t, j))
             continue;
         bool fits = alone ? t->stage.n == 0 : j->out.attempts == 0 && t->stage.n < most &&
                                               t->stage.n < portion && t->bytes < most_bytes;
         if (!fits) {
-            make_ready(t, j);
+            transaction_make_ready(t, j);
             continue;
         }
-        enter(t, j);
+        transaction_enter(t, j);
     }
     t->full = t->ready.head && t->stage.n < portion;
 }
@@ -191,7 +169,7 @@ static void put_back(struct tx *t)
     if (t->again)
         t->since_us = t->open_since_us;
     for (struct job *j; (j = job_chain_pop(&later));)
-        make_ready(t, j);
+        transaction_make_ready(t, j);
 }
 
 /* What the map has no room for goes behind the others: the prompt that it waits for may be one of
@@ -209,28 +187,6 @@ static bool put_behind(struct tx *t)
 }
 
 /* ---- one transaction -------------------------------------------------------------------- */
-
-/* librdkafka (2.15.1) wakes its threads when records are queued, and not again when the coordinator
- * has taken their partition into the transaction, before which they may not go: they would lie for
- * up to a second. A flush wakes them, once. So while a transaction fills it is called again and
- * again, without time to wait for anything, and at the end in slices. Whether all records were
- * taken is the commit's to find out. */
-static void serve(struct tx *t)
-{
-    if (t->open)
-        rd_kafka_flush(t->p->rk, 0);
-    else
-        rd_kafka_poll(t->p->rk, 0);
-}
-
-/* No portion goes in behind another, if that takes no longer than at-least-once would hold it
- * back. */
-static void let_earlier_arrive(struct tx *t)
-{
-    int64_t end = lm_now_us() + HOLD_US;
-    while (t->p->under_way && !transaction_last_call(t) && lm_now_us() < end)
-        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
-}
 
 /* Hands the portion's records to the client. What it refuses on the spot, as a partition is not
  * there for example, never enters the transaction. False: that can't end well any more. */
@@ -268,7 +224,7 @@ static bool take_out_refused(struct tx *t)
         return true;
     t->stage.from = t->stage.n;
     if (staging_stage(t->w->consumer, &t->stage) ||
-        rd_kafka_fatal_error(t->p->rk, NULL, 0))        /* that is not theirs to be judged by */
+        transaction_client_is_dead(t))  /* that is not theirs to be judged by */
         return false;
     for (size_t i = 0; i < t->stage.n; i++)
         if (t->stage.verdicts[i] == STAGE_REFUSED && t->stage.jobs[i])
@@ -278,22 +234,10 @@ static bool take_out_refused(struct tx *t)
     return !t->stage.lost;
 }
 
-/* The client has ended the transaction: why? No call has told, if none was made since. In
- * librdkafka (2.15.1) one that does not fit the transaction's state fails: with the cause, if that
- * state is that it must be aborted, else with __STATE; and nothing has changed. */
-static void learn_cause(struct tx *t)
-{
-    rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
-    if (e && rd_kafka_error_txn_requires_abort(e))
-        t->code = rd_kafka_error_code(e);
-    if (e)
-        rd_kafka_error_destroy(e);
-}
-
 /* Its end without a commit: nobody has asked for one, so its fate is known. */
 static enum fate take_back(struct tx *t)
 {
-    learn_cause(t);
+    transaction_learn_cause(t);
     rd_kafka_error_t *e = transaction_persist(t, transaction_abort);
     t->stage.more = true;
     return e ? transaction_undo(t, e) : ABORTED;
@@ -308,29 +252,19 @@ static enum fate extend(struct tx *t)
         t->begun = true;
         t->p->failed = t->any_refused = false;
         t->code = RD_KAFKA_RESP_ERR_NO_ERROR;
-        if ((e = rd_kafka_begin_transaction(t->p->rk)))
+        if ((e = transaction_begin(t)))
             return transaction_undo(t, e);
         t->open = true;
     }
-    let_earlier_arrive(t);
+    transaction_let_arrive(t);
     bool well = !t->stage.lost && !t->p->failed && produce(t) && take_out_refused(t);
     return well ? OPEN : take_back(t);
-}
-
-/* A try has its time, and ends at once if a record is refused. */
-static bool arrive(struct tx *t)
-{
-    int64_t end = lm_now_us() + aside_limit_us(t->trial, t->p->transaction_timeout_ms * 1000);
-    while (t->p->under_way && !t->p->failed && transaction_call_ms(t) && lm_now_us() < end)
-        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
-    t->overran = t->p->under_way && !t->p->failed && transaction_call_ms(t);
-    return !t->p->under_way && !t->p->failed;
 }
 
 static enum fate conclude(struct tx *t)
 {
     rd_kafka_error_t *e = NULL;
-    if (t->trial && !arrive(t))
+    if (t->trial && !transaction_arrived(t))
         return take_back(t);
     if (t->stage.offsets->cnt && (e = transaction_persist(t, transaction_send_offsets)))
         return transaction_undo(t, e);
@@ -362,9 +296,7 @@ static enum fate find_out(struct tx *t)
 
 /* ---- before and after ------------------------------------------------------------------- */
 
-/* What an abort has left behind in a job; true: a record of its own was refused, which is to be
- * judged. Its outcome, that is: without a notice it goes on. */
-static bool forget_attempt(struct tx *t, struct job *j)
+bool transaction_forget_attempt(struct tx *t, struct job *j)
 {
     if (j->parent && j->route.partition < 0)
         j->out.partition = -1;          /* where it went is where nobody sees it */
@@ -424,36 +356,8 @@ static bool judge_refused(struct tx *t)
         if (delivery_refused(o) && !any)
             say_refused(t, o);
         any |= delivery_refused(o);
-        if (forget_attempt(t, j))
+        if (transaction_forget_attempt(t, j))
             judge(t, i);
-    }
-    return any;
-}
-
-/* False: it is not for such a topic. */
-static bool put_aside(struct tx *t, struct job *j)
-{
-    if (delivery_refused(&j->out) || delivery_refused(j->notice))
-        return false;
-    if (waits_aside(t, j))
-        return true;
-    const struct outgoing *o = blame_held_up(&t->stage, t->code, j);
-    return o && !aside_add(&t->p->aside, o->topic, j, lm_now_us());
-}
-
-/* The jobs of topics that took nothing wait, so that the others need not. True: there are such. */
-static bool set_aside(struct tx *t)
-{
-    bool any = false;
-    for (size_t i = 0; i < t->stage.n; i++) {
-        struct job *j = t->stage.jobs[i];
-        if (j && t->trial) {
-            blame_of_try(t->p, t->trial->name, t->code, j);
-        } else if (j && put_aside(t, j)) {
-            t->stage.jobs[i] = NULL;
-            forget_attempt(t, j);
-            any = true;
-        }
     }
     return any;
 }
@@ -463,7 +367,7 @@ static bool after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
     t->stale |= t->rebuilt_us < t->begun_us && blame_timed_out(&t->stage);
-    bool mended = going && set_aside(t);
+    bool mended = going && transaction_set_aside(t);
     mended |= going && judge_refused(t);
     delivery_give(t->p);
     put_back(t);
@@ -543,16 +447,14 @@ static void give_up(struct tx *t)
     put_back(t);
 }
 
-/* The next portion, and with the last one the end of the transaction. False: the worker ends, and
- * of what was sent nothing may be sent again. */
-static bool transact(struct tx *t, bool last)
+bool transaction_run(struct tx *t, bool last)
 {
     enum fate fate = ABORTED;
     if (last && !t->trial)
         atomic_store(&t->p->want_offsets, false);
     t->stage.more = !last;
     if (t->trial)
-        take_aside(t);
+        transaction_take_aside(t);
     else
         take_ready(t);
     lm_status st = staging_stage(t->w->consumer, &t->stage);
@@ -570,79 +472,17 @@ static bool transact(struct tx *t, bool last)
     return fate != HOPELESS && st != LM_NOMEM;
 }
 
-/* ---- topics that are set aside ---------------------------------------------------------- */
-
-/* Of dead letters only the notices are for it: they go without, or wait for their own topic. */
-static void spare_notices(struct tx *t, struct aside_topic *a)
-{
-    for (size_t n = a->jobs.length; n; n--) {
-        struct job *j = job_chain_pop(&a->jobs);
-        if (!waits_aside(t, j))
-            make_ready(t, j);
-    }
-}
-
-/* Nor need those of partitions that leave us be waited for. Else staging tells which can be
- * committed still. */
-static void takes_nothing(struct tx *t, struct aside_topic *a)
-{
-    worker_drop_all(t->w, aside_take_revoked(a));
-    spare_notices(t, a);
-}
-
-static bool make_try(struct tx *t, struct aside_topic *a)
-{
-    t->gone = 0;
-    t->begun = t->overran = false;
-    t->trial = a;
-    bool going = transact(t, true);
-    t->trial = NULL;
-    if (t->begun)
-        a->forbidden = t->code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    return going;
-}
-
-/* As transact(). */
-static bool try_topic(struct tx *t, struct aside_topic *a)
-{
-    const struct config *cfg = t->w->cfg;
-    int64_t began = lm_now_us();
-    int64_t limit = aside_limit_us(a, t->p->transaction_timeout_ms * 1000);
-    size_t before = a->jobs.length;
-    if (!aside_may_take(t->p->rk, a->name, LM_MIN(LOOK_MS, transaction_call_ms(t)))) {
-        aside_looked(a, lm_now_us(), cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
-        takes_nothing(t, a);
-        return true;
-    }
-    bool going = make_try(t, a);
-    size_t left = a->jobs.length + t->gone, taken = before - LM_MIN(before, left);
-    bool any = a->jobs.head;
-    if (taken >= ASIDE_TRUSTED && !a->forbidden)
-        for (struct job *j; (j = job_chain_pop(&a->jobs));)
-            make_ready(t, j);
-    if (!t->begun)
-        aside_waits(&t->p->aside, a, lm_now_us());
-    else
-        aside_tried(&t->p->aside, a, taken, began, limit, lm_now_us(), cfg->retry_backoff_ms,
-                    cfg->retry_backoff_max_ms);
-    if (t->begun && any && !taken) {
-        takes_nothing(t, a);
-        t->stale |= t->overran && aside_stuck(a);
-    }
-    return going;
-}
-
 /* ---- thread ----------------------------------------------------------------------------- */
 
 static void gather(struct tx *t, int wait_ms)
 {
     for (struct job *j = job_queue_take(&t->p->inbox, wait_ms), *next; j; j = next) {
         next = j->next;
-        make_ready(t, j);
+        transaction_make_ready(t, j);
     }
     for (struct job *j = job_list_take_due(&t->p->later, lm_now_us()), *next; j; j = next) {
         next = j->next;
-        make_ready(t, j);
+        transaction_make_ready(t, j);
     }
 }
 
@@ -697,10 +537,7 @@ static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
 static void end(struct tx *t)
 {
     gather(t, 0);
-    if (t->p->rk) {
-        rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
-        rd_kafka_flush(t->p->rk, PURGE_MS);
-    }
+    transaction_purge(t);
     worker_drop_all(t->w, t->ready.head);
     worker_drop_all(t->w, job_list_take_all(&t->p->later));
     worker_drop_all(t->w, aside_take_all(&t->p->aside));
@@ -719,16 +556,6 @@ static bool begin(struct tx *t)
     return false;
 }
 
-/* A topic to be tried now. Where others are due, too, they have every second turn. */
-static struct aside_topic *to_try(struct tx *t, int64_t now, bool others)
-{
-    bool may = !t->open && !transaction_last_call(t) && now >= t->not_before_us &&
-               !(others && t->tried);
-    struct aside_topic *a = may ? aside_due(&t->p->aside, now) : NULL;
-    t->tried = a;
-    return a;
-}
-
 void *transaction_main(void *arg)
 {
     producer *p = arg;
@@ -737,20 +564,20 @@ void *transaction_main(void *arg)
     while (going && !atomic_load(&p->end)) {
         bool working = atomic_load(&t.w->started) && !transaction_last_call(&t);
         int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
-        serve(&t);
+        transaction_serve(&t);
         atomic_store(&t.w->metrics.aside, (long long)aside_jobs(&p->aside));
         wait_and_gather(&t, now, due);
         now = lm_now_us();
         bool last = transaction_last_call(&t) || until_due(&t, now) <= 0;
         if ((!working || transaction_last_call(&t)) && !t.open)
             continue;
-        struct aside_topic *a = to_try(&t, now, last || worth_sending(&t, now));
+        struct aside_topic *a = transaction_to_try(&t, now, last || worth_sending(&t, now));
         if (!a && !last && !worth_sending(&t, now))
             continue;
         if (!t.open && !(t.initialised ? transaction_fence(&t) : transaction_initialise(&t)))
             break;
         if (a) {
-            going = try_topic(&t, a);
+            going = transaction_try(&t, a);
             continue;
         }
         if (last) {
@@ -758,7 +585,7 @@ void *transaction_main(void *arg)
             last = transaction_last_call(&t) || t.ready.length <= portion_most(&t) ||
                    !enough(&t, now);
         }
-        going = transact(&t, last);
+        going = transaction_run(&t, last);
     }
     while (!atomic_load(&p->end))
         gather(&t, IDLE_MS);

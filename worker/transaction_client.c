@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction_client.c - exactly-once: librdkafka's transactional calls, and the client behind
- * them.
+ * transaction_client.c - exactly-once: what is called of librdkafka about a transaction, and the
+ * client behind it.
  *
  * Calls are made again until the broker has answered. One that fails tells what may follow: an
  * abort, or a new producer that finds out what the old one has left ("unknown"), or the end
@@ -21,9 +21,10 @@ enum {
                                  * heed it: send_offsets() may take several times as long */
     FAILED_MS = 100,            /* for the other reports, once a record was not taken */
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
+    PURGE_MS = 1000,
 };
 
-/* ---- calls that may take long ----------------------------------------------------------- */
+/* ---- what is under way ------------------------------------------------------------------ */
 
 bool transaction_last_call(const struct tx *t)
 {
@@ -48,9 +49,55 @@ void transaction_flush(struct tx *t)
             end = LM_MIN(end, lm_now_us() + FAILED_MS * 1000);
 }
 
+/* librdkafka (2.15.1) wakes its threads when records are queued, and not again when the coordinator
+ * has taken their partition into the transaction, before which they may not go: they would lie for
+ * up to a second. A flush wakes them, once. So while a transaction fills it is called again and
+ * again, without time to wait for anything, and at the end in slices. Whether all records were
+ * taken is the commit's to find out. */
+void transaction_serve(struct tx *t)
+{
+    if (t->open)
+        rd_kafka_flush(t->p->rk, 0);
+    else
+        rd_kafka_poll(t->p->rk, 0);
+}
+
+/* No portion goes in behind another, if that takes no longer than at-least-once would hold it
+ * back. */
+void transaction_let_arrive(struct tx *t)
+{
+    int64_t end = lm_now_us() + HOLD_US;
+    while (t->p->under_way && !transaction_last_call(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
+}
+
+bool transaction_arrived(struct tx *t)
+{
+    int64_t end = lm_now_us() + aside_limit_us(t->trial, t->p->transaction_timeout_ms * 1000);
+    while (t->p->under_way && !t->p->failed && transaction_call_ms(t) && lm_now_us() < end)
+        rd_kafka_flush(t->p->rk, TRANSACTION_FLUSH_MS);
+    t->overran = t->p->under_way && !t->p->failed && transaction_call_ms(t);
+    return !t->p->under_way && !t->p->failed;
+}
+
+void transaction_purge(struct tx *t)
+{
+    if (!t->p->rk)
+        return;
+    rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    rd_kafka_flush(t->p->rk, PURGE_MS);
+}
+
+/* ---- calls that may take long ----------------------------------------------------------- */
+
 static rd_kafka_error_t *init(struct tx *t)
 {
     return rd_kafka_init_transactions(t->p->rk, transaction_call_ms(t));
+}
+
+rd_kafka_error_t *transaction_begin(struct tx *t)
+{
+    return rd_kafka_begin_transaction(t->p->rk);
 }
 
 rd_kafka_error_t *transaction_send_offsets(struct tx *t)
@@ -172,6 +219,23 @@ bool transaction_fence(struct tx *t)
 }
 
 /* ---- what became of it ------------------------------------------------------------------- */
+
+/* The client has ended the transaction: why? No call has told, if none was made since. In
+ * librdkafka (2.15.1) one that does not fit the transaction's state fails: with the cause, if that
+ * state is that it must be aborted, else with __STATE; and nothing has changed. */
+void transaction_learn_cause(struct tx *t)
+{
+    rd_kafka_error_t *e = rd_kafka_begin_transaction(t->p->rk);
+    if (e && rd_kafka_error_txn_requires_abort(e))
+        t->code = rd_kafka_error_code(e);
+    if (e)
+        rd_kafka_error_destroy(e);
+}
+
+bool transaction_client_is_dead(const struct tx *t)
+{
+    return rd_kafka_fatal_error(t->p->rk, NULL, 0);
+}
 
 static bool is_fenced(rd_kafka_resp_err_t e)
 {

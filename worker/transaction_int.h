@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction_int.h - what transaction.c and transaction_client.c share; the producer thread's
- * alone. The one knows what a transaction holds, the other how to call librdkafka about it.
+ * transaction_int.h - what the three files about transactions share; the producer thread's alone.
+ * transaction.c knows what a transaction holds, and when it begins and ends; transaction_client.c
+ * how librdkafka is called about it; transaction_aside.c what becomes of topics that take nothing.
  */
 #ifndef LORAMILL_WORKER_TRANSACTION_INT_H
 #define LORAMILL_WORKER_TRANSACTION_INT_H
@@ -11,6 +12,7 @@
 
 enum {
     TRANSACTION_FLUSH_MS = 10,          /* of one look at what is under way */
+    TRANSACTION_MAX_BYTES = 32 << 20,
 };
 
 enum fate { OPEN, COMMITTED, ABORTED, UNKNOWN, HOPELESS };
@@ -40,6 +42,36 @@ struct tx {
     struct log_seldom refused;
 };
 
+/* ---- transaction.c ---------------------------------------------------------------------- */
+
+/* To be sent with the next portion. */
+void transaction_make_ready(struct tx *t, struct job *j);
+/* Into the portion that is being put together; the caller sees to the room for it. */
+void transaction_enter(struct tx *t, struct job *j);
+/* The next portion, and with the last one the end of the transaction. False: the worker ends, and
+ * of what was sent nothing may be sent again. */
+bool transaction_run(struct tx *t, bool last);
+/* What an abort has left behind in a job; true: a record of its own was refused, which is to be
+ * judged. Its outcome, that is: without a notice it goes on. */
+bool transaction_forget_attempt(struct tx *t, struct job *j);
+
+/* ---- transaction_aside.c ---------------------------------------------------------------- */
+
+/* Does it wait for a topic that is set aside? Not for its notice's, once that is known to take
+ * none: then it goes without. */
+bool transaction_waits_aside(struct tx *t, struct job *j);
+/* After an abort: the jobs of topics that took nothing wait, so that the others need not. True:
+ * there are such. Of a try: who is at fault is noted. */
+bool transaction_set_aside(struct tx *t);
+/* A topic to be tried now, NULL: none. Where others are due, too, they have every second turn. */
+struct aside_topic *transaction_to_try(struct tx *t, int64_t now, bool others);
+/* Tries it. As transaction_run(). */
+bool transaction_try(struct tx *t, struct aside_topic *a);
+/* The portion of a try. */
+void transaction_take_aside(struct tx *t);
+
+/* ---- transaction_client.c --------------------------------------------------------------- */
+
 /* The drain is over: no transaction begins any more, the one under way may end. */
 bool transaction_last_call(const struct tx *t);
 /* What a call may take: when the worker ends, all of them together have TRANSACTION_LAST_MS. */
@@ -47,13 +79,22 @@ int transaction_call_ms(const struct tx *t);
 
 /* A call about the open transaction. Its error, or NULL; the caller frees it. */
 typedef rd_kafka_error_t *transaction_call(struct tx *t);
-transaction_call transaction_send_offsets, transaction_commit, transaction_abort;
+transaction_call transaction_begin, transaction_send_offsets, transaction_commit, transaction_abort;
 /* The call, again until there is an answer, or the worker's end leaves no time for one. */
 rd_kafka_error_t *transaction_persist(struct tx *t, transaction_call *make);
 void transaction_ask_again_soon(void);
 
+/* Reports and whatever else the library has for us; waits for nothing. */
+void transaction_serve(struct tx *t);
 /* Waits until what is under way has its reports, for as long as a call may take. */
 void transaction_flush(struct tx *t);
+/* The same before a portion, for no longer than at-least-once would hold it back (hold.h). */
+void transaction_let_arrive(struct tx *t);
+/* The same of a try, which has its time, and ends at once if a record is refused. True: all that it
+ * has sent is taken. */
+bool transaction_arrived(struct tx *t);
+/* What was sent and has no report yet is the library's until then. */
+void transaction_purge(struct tx *t);
 
 /* Once, before the first transaction. False: the worker ends. */
 bool transaction_initialise(struct tx *t);
@@ -62,6 +103,11 @@ bool transaction_rebuild(struct tx *t);
 /* Between transactions: what the last one has left on its way must not end the next one. */
 bool transaction_fence(struct tx *t);
 
+/* The client has ended the transaction before any call could tell: why? Sets the code, if it can be
+ * had. */
+void transaction_learn_cause(struct tx *t);
+/* Has the client failed for good? */
+bool transaction_client_is_dead(const struct tx *t);
 /* A call has failed: aborts if that is enough. Consumes the error. */
 enum fate transaction_undo(struct tx *t, rd_kafka_error_t *e);
 
