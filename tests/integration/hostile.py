@@ -155,10 +155,10 @@ def poison(pid):
     check("the worker lives", [body(m)["id"] for m in r.until(lambda s: s)] == ["after"])
 
 
-def private(marker):
+def private_records(marker):
     """Good prompts and every way that text may stand in a bad one."""
-    r = Reader("replies", "dead")
-    records = [
+    chat = lambda message: {"id": "private-chat", "messages": [message]}
+    return [
         {"id": "private-1", "prompt": marker, "metadata": {"note": marker}},
         {"id": "private-2", "prompt": marker, "params": {"temperature": "hot"}},
         {"id": "private-3", "prompt": marker, "adapter": "nobody"},
@@ -170,7 +170,26 @@ def private(marker):
         ('{"id": "private-9", "prompt": "' + marker + '"').encode(),
         ('{"id": "private-10", "prompt": "' + marker).encode(),
         marker.encode(),
+        {"id": "private-11", "prompt": "x", "context": marker},
+        {"id": "private-12", "prompt": "x", "context": [[marker], 7]},
+        {"id": "private-13", "messages": marker},
+        chat(marker), chat([marker]),
+        chat({"role": marker, "content": "user"}),
+        chat({"role": "user", "content": {"text": marker}}),
+        chat({"role": "user", "content": [{"type": "text", "text": marker}]}),
+        {"id": "private-14", "prompt_token_ids": marker},
+        {"id": "private-15", "prompt_token_ids": [1, marker]},
+        {"id": "private-16", "prompt": "x", "params": marker},
+        {"id": "private-17", "prompt": "x", "params": {"stop_token_ids": [marker]}},
+        {"id": "private-18", "prompt": "x", "params": {"stop": {marker: 1}}},
+        {"id": "private-19", "prompt": "x", "metadata": marker},
+        {"id": "private-20", "prompt": "x", "priority": marker * 3},
     ]
+
+
+def private(marker):
+    r = Reader("replies", "dead")
+    records = private_records(marker)
     trace = [("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
              ("tracestate", b"vendor=1"), ("kafka_correlationId", b"c")]
     send([(v, trace) for v in records])
@@ -197,7 +216,7 @@ SPANS = {       # by the first word of a name: kind, attributes
 def spans(path):
     """What the collector got of the prompts of private(), the only ones with a traceparent: of each
     what was done with it, by names and attributes that are an interface, in the trace of its sender."""
-    n_prompts = 11
+    n_prompts = len(private_records("x"))
     end, got = time.time() + 20, []
     while time.time() < end and len(got) < 2 * n_prompts + 1:
         time.sleep(0.1)

@@ -107,7 +107,7 @@ static const struct bad_line {
     { "{\"custom_id\":\"c\",\"method\":\"GET\",\"url\":\"/v1/completions\",\"body\":{}}",
       "method must be POST", LM_INVALID },
     { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/embeddings\",\"body\":{}}",
-      "/v1/embeddings", LM_INVALID },
+      "not \"/v1/embeddings\"", LM_INVALID },
     { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/completions\"}", "body", LM_INVALID },
     { "{\"custom_id\":\"c\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{},"
       "\"bodi\":1}",

@@ -41,33 +41,51 @@ lm_status json_refuse(const struct json_reader *r, lm_status code, const char *k
                       msg);
 }
 
+/* What it is, without what it says. */
 static void describe(yyjson_val *v, char *buf, size_t size)
 {
-    if (yyjson_is_str(v)) {
-        const char *text = yyjson_get_str(v);
-        size_t len = yyjson_get_len(v);
-        snprintf(buf, size, "\"%.*s%s\"", utf8_cut(text, len, SHOWN_BYTES), text,
-                 len > SHOWN_BYTES ? "..." : "");
-    } else if (yyjson_is_arr(v)) {
+    if (yyjson_is_str(v))
+        snprintf(buf, size, "a string of %zu bytes", yyjson_get_len(v));
+    else if (yyjson_is_arr(v))
         snprintf(buf, size, "an array of %zu", yyjson_arr_size(v));
-    } else if (yyjson_is_int(v)) {
+    else
+        snprintf(buf, size, "%s", yyjson_is_num(v) ? "a number" : yyjson_is_obj(v) ? "an object" :
+                 yyjson_is_null(v) ? "null" : yyjson_is_true(v) ? "true" : "false");
+}
+
+/* No parameter's value is longer than that: what is is text in the wrong place. */
+static void quote(yyjson_val *v, char *buf, size_t size)
+{
+    if (yyjson_is_str(v) && yyjson_get_len(v) <= SHOWN_BYTES)
+        snprintf(buf, size, "\"%s\"", yyjson_get_str(v));
+    else if (yyjson_is_int(v))
         snprintf(buf, size, "%" PRId64, yyjson_get_sint(v));
-    } else if (yyjson_is_real(v)) {
+    else if (yyjson_is_real(v))
         snprintf(buf, size, "%g", yyjson_get_real(v));
-    } else {
-        snprintf(buf, size, "%s", yyjson_is_obj(v) ? "an object" : yyjson_is_null(v) ? "null" :
-                 yyjson_is_true(v) ? "true" : "false");
-    }
+    else
+        describe(v, buf, size);
+}
+
+static lm_status wrong(const struct json_reader *r, const char *key, const char *what,
+                       yyjson_val *value, void (*show)(yyjson_val *, char *, size_t))
+{
+    if (!value)
+        return json_refuse(r, LM_INVALID, key, "is missing");
+    char shown[SHOWN_BYTES + 16];
+    show(value, shown, sizeof shown);
+    return json_refuse(r, LM_INVALID, key, "must be %s, not %s", what, shown);
 }
 
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
                      yyjson_val *value)
 {
-    if (!value)
-        return json_refuse(r, LM_INVALID, key, "is missing");
-    char shown[SHOWN_BYTES + 16];
-    describe(value, shown, sizeof shown);
-    return json_refuse(r, LM_INVALID, key, "must be %s, not %s", what, shown);
+    return wrong(r, key, what, value, describe);
+}
+
+lm_status json_wrong_value(const struct json_reader *r, const char *key, const char *what,
+                           yyjson_val *value)
+{
+    return wrong(r, key, what, value, quote);
 }
 
 /* Optimal string alignment distance (Levenshtein with swaps of neighbours), for short keys. */
@@ -149,13 +167,13 @@ lm_status json_read_int(const struct json_reader *r, const char *key, yyjson_val
         snprintf(what, sizeof what, "an integer, at least %" PRId64, lo);
     else
         snprintf(what, sizeof what, "an integer from %" PRId64 " to %" PRId64, lo, hi);
-    return json_wrong(r, key, what, v);
+    return json_wrong_value(r, key, what, v);
 }
 
 lm_status json_read_bool(const struct json_reader *r, const char *key, yyjson_val *v, bool *out)
 {
     if (!yyjson_is_bool(v))
-        return json_wrong(r, key, "true or false", v);
+        return json_wrong_value(r, key, "true or false", v);
     *out = yyjson_is_true(v);
     return LM_OK;
 }
@@ -180,7 +198,8 @@ lm_status json_read_token_ids(const struct json_reader *r, const char *key, yyjs
             yyjson_get_sint(item) > INT32_MAX) {
             char name[64];
             snprintf(name, sizeof name, "%.32s[%zu]", key, i);
-            return json_wrong(r, name, "a token id (an integer, at least 0)", item);
+            return (yyjson_is_num(item) ? json_wrong_value : json_wrong)
+                (r, name, "a token id (an integer, at least 0)", item);
         }
         ids[i] = (int32_t)yyjson_get_sint(item);
     }

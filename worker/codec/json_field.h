@@ -6,6 +6,9 @@
  * refuses a wrong type or range as LM_INVALID: "params.top_p must be a number above 0 and at most
  * 1, not 1.5". JSON null means "not given" everywhere an optional field is read (json_given()).
  *
+ * Errors end in the log, where no text of a prompt may be. So of what stands in text's place, or of
+ * text in another's, they tell the kind and the size; only a parameter's value is shown.
+ *
  * Threads: no state; as safe as its arguments.
  */
 #ifndef LORAMILL_WORKER_CODEC_JSON_FIELD_H
@@ -32,9 +35,13 @@ yyjson_val *json_given(yyjson_val *obj, const char *key);
 lm_status json_refuse(const struct json_reader *r, lm_status code, const char *key,
                       const char *fmt, ...) LM_PRINTF(4, 5);
 
-/* "<prefix><key> must be <what>, not <value, shortened>", or "is missing" for NULL */
+/* "<prefix><key> must be <what>, not <a number, a string of 7 bytes, ...>", or "is missing" for
+ * NULL */
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
                      yyjson_val *value);
+/* The same for a parameter: "not <its value>", unless it is as long as text. */
+lm_status json_wrong_value(const struct json_reader *r, const char *key, const char *what,
+                           yyjson_val *value);
 
 /* Unknown key: names it and the nearest of `known` (NULL-terminated) when one is near. */
 lm_status json_unknown(const struct json_reader *r, const char *key, const char *const *known);

@@ -97,7 +97,7 @@ static lm_status read_real(const struct json_reader *r, const char *name,
     char what[96];
     snprintf(what, sizeof what, "a number %s %g and at most %g", row->above ? "above" : "at least",
              row->lo, row->hi);
-    return json_wrong(r, name, what, v);
+    return json_wrong_value(r, name, what, v);
 }
 
 static lm_status read_plain(const struct json_reader *r, enum param k, yyjson_val *v,
@@ -131,7 +131,7 @@ static lm_status read_plain(const struct json_reader *r, enum param k, yyjson_va
 static lm_status read_seed(const struct json_reader *r, yyjson_val *v, struct engine_params *p)
 {
     if (!yyjson_is_int(v))
-        return json_wrong(r, "seed", "an integer", v);
+        return json_wrong_value(r, "seed", "an integer", v);
     p->has_seed = true;
     p->seed = (uint64_t)yyjson_get_sint(v);
     return LM_OK;
@@ -174,7 +174,7 @@ static lm_status read_logprobs(const struct json_reader *r, yyjson_val *v, yyjso
     if (yyjson_is_int(v))
         st = json_read_int(r, "logprobs", v, 0, ENGINE_MAX_LOGPROBS, &n);
     else if (v && !yyjson_is_bool(v))
-        return json_wrong(r, "logprobs", "true, false or a count", v);
+        return json_wrong_value(r, "logprobs", "true, false or a count", v);
     if (!st && top)
         st = json_read_int(r, "top_logprobs", top, 0, ENGINE_MAX_LOGPROBS, &n);
     if (st)

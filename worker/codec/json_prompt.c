@@ -73,6 +73,13 @@ lm_status json_text_read(const struct json_reader *r, const char *key, yyjson_va
     return *out ? LM_OK : no_memory(r);
 }
 
+/* A role is named only if somebody serves it: else it may be the content, in the wrong place. */
+static bool is_others_role(yyjson_val *v)
+{
+    return yyjson_equals_str(v, "tool") || yyjson_equals_str(v, "developer") ||
+           yyjson_equals_str(v, "function");
+}
+
 static lm_status read_role(const struct json_reader *r, yyjson_val *v, const char **out)
 {
     static const char *const roles[] = { "system", "user", "assistant" };
@@ -84,7 +91,8 @@ static lm_status read_role(const struct json_reader *r, yyjson_val *v, const cha
             return LM_OK;
         }
     }
-    return json_wrong(r, "role", "system, user or assistant", v);
+    return (is_others_role(v) ? json_wrong_value : json_wrong)
+        (r, "role", "system, user or assistant", v);
 }
 
 static lm_status read_message(const struct json_reader *r, yyjson_val *v,
@@ -292,7 +300,8 @@ static lm_status read_reply_topic(const struct json_reader *r, yyjson_val *v, co
         return LM_OK;
     lm_status st = json_read_string(r, "reply_topic", v, 1, MAX_TOPIC, out);
     if (!st && ((*out)[strspn(*out, legal)] || !strcmp(*out, ".") || !strcmp(*out, "..")))
-        return json_wrong(r, "reply_topic", "a Kafka topic name (letters, digits, . _ -)", v);
+        return json_wrong_value(r, "reply_topic", "a Kafka topic name (letters, digits, . _ -)",
+                                v);
     return st;
 }
 

@@ -70,7 +70,7 @@ static lm_status read_line_fields(const struct json_reader *r, const json_t *roo
     if (!st)
         st = json_read_string(r, "method", member_of(r, root, "method"), 1, 16, &method);
     if (!st && strcmp(method, "POST"))
-        return json_wrong(r, "method", "POST", member_of(r, root, "method"));
+        return json_wrong_value(r, "method", "POST", member_of(r, root, "method"));
     if (!st)
         st = json_read_string(r, "url", member_of(r, root, "url"), 1, 256, &url);
     if (st)
@@ -80,8 +80,8 @@ static lm_status read_line_fields(const struct json_reader *r, const json_t *roo
     else if (!strcmp(url, "/v1/chat/completions"))
         q->kind = OPENAI_CHAT;
     else
-        return json_wrong(r, "url", "/v1/completions or /v1/chat/completions",
-                          member_of(r, root, "url"));
+        return json_wrong_value(r, "url", "/v1/completions or /v1/chat/completions",
+                                member_of(r, root, "url"));
     if (!json_is_object(json_object_get(root, "body")))
         return json_wrong(r, "body", "an object", member_of(r, root, "body"));
     return LM_OK;
