@@ -682,31 +682,34 @@ lm_status config_check(const struct config *c, struct lm_err *err)
     return check_flow(c, err);
 }
 
+/* As the XDG base directories have it. Without a home the host's folder, never one in which anybody
+ * may write: what lies there is believed. */
+static char *default_dir(const char *variable, const char *in_home, const char *of_host,
+                         const char *name)
+{
+    const char *xdg = getenv(variable), *home = getenv("HOME");
+    char path[4096];
+    if (xdg && *xdg == '/')
+        snprintf(path, sizeof path, "%s/loramill/%s", xdg, name);
+    else if (home && *home == '/')
+        snprintf(path, sizeof path, "%s/%s/loramill/%s", home, in_home, name);
+    else
+        snprintf(path, sizeof path, "%s/loramill/%s", of_host, name);
+    return lm_strdup(path);
+}
+
 char *config_journal_dir(const struct config *c)
 {
     if (*c->journal_dir)
         return lm_strdup(c->journal_dir);
-    const char *xdg = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
-    char path[4096];
-    if (xdg && *xdg == '/')
-        snprintf(path, sizeof path, "%s/loramill/journal", xdg);
-    else
-        snprintf(path, sizeof path, "%s/.local/state/loramill/journal",
-                 home && *home ? home : "/tmp");
-    return lm_strdup(path);
+    return default_dir("XDG_STATE_HOME", ".local/state", "/var/lib", "journal");
 }
 
 char *config_cache_dir(const struct config *c)
 {
     if (*c->adapters_cache_dir)
         return lm_strdup(c->adapters_cache_dir);
-    const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
-    char path[4096];
-    if (xdg && *xdg == '/')
-        snprintf(path, sizeof path, "%s/loramill/adapters", xdg);
-    else
-        snprintf(path, sizeof path, "%s/.cache/loramill/adapters", home && *home ? home : "/tmp");
-    return lm_strdup(path);
+    return default_dir("XDG_CACHE_HOME", ".cache", "/var/cache", "adapters");
 }
 
 /* ---- for the registry's client ----------------------------------------------------------- */

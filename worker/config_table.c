@@ -241,7 +241,8 @@ static const struct config_property flow_rows[] = {
     STR("journal.dir", journal_dir, "", 0,
         "Where workers note what is in the engine, for those who come after a crash on the same "
         "host; it tells more than the commit metadata: which prompts, and what killed them. "
-        "Empty: $XDG_STATE_HOME/loramill/journal, or ~/.local/state/loramill/journal."),
+        "Empty: $XDG_STATE_HOME/loramill/journal, or ~/.local/state/loramill/journal, or "
+        "/var/lib/loramill/journal without a home."),
     INT("engine.hang_timeout_ms", hang_timeout_ms, "300000", 0, DAY_MS,
         "An engine that runs prompts and makes no step for so long has hung: the process ends, "
         "with status 1. 0: never."),

@@ -395,6 +395,43 @@ static void test_secrets(void **state)
     assert_false(config_is_secret("bootstrap.servers"));
 }
 
+static void environment(const char *name, const char *value)
+{
+    assert_int_equal(value ? setenv(name, value, 1) : unsetenv(name), 0);
+}
+
+/* Where the cache and the journal are; never where anybody may plant an adapter, or a death. */
+static void test_default_folders(void **state)
+{
+    (void)state;
+    static const struct { const char *xdg, *home, *cache, *journal; } rows[] = {
+        { "/x", "/h", "/x/loramill/adapters", "/x/loramill/journal" },
+        { "x", "/h", "/h/.cache/loramill/adapters", "/h/.local/state/loramill/journal" },
+        { NULL, "/h", "/h/.cache/loramill/adapters", "/h/.local/state/loramill/journal" },
+        { NULL, NULL, "/var/cache/loramill/adapters", "/var/lib/loramill/journal" },
+        { "", "", "/var/cache/loramill/adapters", "/var/lib/loramill/journal" },
+        { NULL, "h", "/var/cache/loramill/adapters", "/var/lib/loramill/journal" },
+    };
+    static const char *const names[] = { "XDG_CACHE_HOME", "XDG_STATE_HOME", "HOME" };
+    char *kept[LM_COUNT(names)];
+    for (size_t i = 0; i < LM_COUNT(names); i++)
+        kept[i] = getenv(names[i]) ? strdup(getenv(names[i])) : NULL;
+    for (size_t i = 0; i < LM_COUNT(rows); i++) {
+        environment("XDG_CACHE_HOME", rows[i].xdg);
+        environment("XDG_STATE_HOME", rows[i].xdg);
+        environment("HOME", rows[i].home);
+        char *cache = config_cache_dir(&cfg), *journal = config_journal_dir(&cfg);
+        assert_string_equal(cache, rows[i].cache);
+        assert_string_equal(journal, rows[i].journal);
+        free(cache);
+        free(journal);
+    }
+    for (size_t i = 0; i < LM_COUNT(names); i++) {
+        environment(names[i], kept[i]);
+        free(kept[i]);
+    }
+}
+
 static char seen[65536];
 
 static void collect(void *ctx, enum lm_level level, const char *component, const char *line)
@@ -587,7 +624,7 @@ int main(void)
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
         TEST(test_workers_do_not_fence_each_other), TEST(test_another_id),
-        TEST(test_librdkafka_refusals), TEST(test_secrets),
+        TEST(test_librdkafka_refusals), TEST(test_secrets), TEST(test_default_folders),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid),
     };

@@ -91,7 +91,8 @@ static char *LM_PRINTF(1, 2) format(const char *fmt, ...)
 static lm_status make_folder(const char *path, struct lm_err *err)
 {
     if (mkdir(path, 0777) != 0 && errno != EEXIST)
-        return lm_err_set(err, LM_IO, "adapter cache %s: %s", path, strerror(errno));
+        return lm_err_set(err, LM_IO, "adapter cache %s: %s; adapters.cache_dir chooses another "
+                          "place", path, strerror(errno));
     return LM_OK;
 }
 
