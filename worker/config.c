@@ -354,8 +354,8 @@ static char *trim(char *s)
 static lm_status set_line(struct config *c, char *line, struct lm_err *err)
 {
     char *eq = strchr(line, '=');
-    if (!eq)
-        return lm_err_set(err, LM_INVALID, "'%.80s' is not key=value", line);
+    if (!eq)                    /* not shown: it may be a secret, or the second line of one */
+        return lm_err_set(err, LM_INVALID, "not key=value");
     *eq = '\0';
     char *key = trim(line);
     if (!*key)

@@ -107,8 +107,11 @@ static lm_status set_one(rd_kafka_conf_t *conf, const char *key, const char *val
                          struct lm_err *err)
 {
     char why[256];
-    if (rd_kafka_conf_set(conf, key, value, why, sizeof why) == RD_KAFKA_CONF_OK)
+    rd_kafka_conf_res_t res = rd_kafka_conf_set(conf, key, value, why, sizeof why);
+    if (res == RD_KAFKA_CONF_OK)
         return LM_OK;
+    if (res == RD_KAFKA_CONF_UNKNOWN)           /* a password's misspelt name is in no list */
+        return lm_err_set(err, LM_INVALID, "kafka.%s: librdkafka has no such property", key);
     if (config_is_secret(key))
         return lm_err_set(err, LM_INVALID, "kafka.%s: librdkafka refuses its value", key);
     return lm_err_set(err, LM_INVALID, "kafka.%s=%s: %s", key, value, why);

@@ -115,6 +115,8 @@ static void test_refusals(void **state)
     (void)state;
     bad("", "not key=value");
     bad("model.path", "not key=value");
+    bad("kafka.sasl.password hunter2", "not key=value");
+    assert_null(strstr(err.msg, "hunter2"));
     bad("=x", "no key");
     bad("topic.prompts=x", "did you mean 'topics.prompts'");
     bad("session.timeout.ms=1", "kafka.session.timeout.ms");
@@ -373,7 +375,10 @@ static void conf_refused(const char *assignment, const char *words, const char *
 
 static void test_librdkafka_refusals(void **state)
 {
-    conf_refused("kafka.no.such.property=1", "kafka.no.such.property", NULL);
+    conf_refused("kafka.no.such.property=1", "kafka.no.such.property: librdkafka has no", NULL);
+    teardown(state);
+    setup(state);
+    conf_refused("kafka.sasl.pasword=hunter2", "kafka.sasl.pasword", "hunter2");
     teardown(state);
     setup(state);
     conf_refused("kafka.session.timeout.ms=soon", "kafka.session.timeout.ms=soon", NULL);
