@@ -89,8 +89,9 @@ static const struct config_property model_rows[] = {
 
 static const struct config_property adapter_rows[] = {
     STR("adapters.url", adapters_url, "", CONFIG_URL,
-        "URL template with `{adapter}`; `adapter_config.json` and `adapter_model.safetensors` lie "
-        "under it. http, https or file. Empty: prompts that name an adapter are dead letters."),
+        "URL template with `{adapter}` behind the host; `adapter_config.json` and "
+        "`adapter_model.safetensors` lie under it. http, https or file. Empty: prompts that name "
+        "an adapter are dead letters."),
     STR("adapters.cache_dir", adapters_cache_dir, "", 0,
         "Disk cache, which all workers of a host may share. Empty: "
         "$XDG_CACHE_HOME/loramill/adapters, or ~/.cache/loramill/adapters, or "
@@ -147,8 +148,9 @@ static const struct config_property topic_rows[] = {
         "A reply that is too large for the broker: `refuse` makes a dead letter that names the "
         "sizes, `claim` puts it into the object store and replies with where it is."),
     STR("replies.claim_url", claim_url, "", CONFIG_URL,
-        "URL template with `{object}` (the SHA-256 of its bytes), for PUT. Required by "
-        "replies.too_large=claim. http or https; as claims name it, without a password."),
+        "URL template with `{object}` (the SHA-256 of its bytes) behind the host, for PUT. "
+        "Required by replies.too_large=claim. http or https; as claims name it, without a "
+        "password."),
     STR("replies.claim_auth_header", claim_auth_header, "", CONFIG_SECRET,
         "A whole header, such as `Authorization: Bearer ...`, sent with every PUT."),
     STR("replies.claim_s3_region", claim_s3_region, "", 0,

@@ -69,6 +69,13 @@ bool url_has_scheme(const char *url, const char *scheme)
     return !strncasecmp(url, scheme, strlen(scheme));
 }
 
+const char *url_path(const char *url)
+{
+    /* Of a file the host may be missing, and no slash is forgiven. */
+    const char *host = url_has_scheme(url, "file://") ? url + strlen("file://") : authority(url);
+    return host + strcspn(host, "/?#");
+}
+
 bool url_is_http(const char *url)
 {
     return url_has_scheme(url, "http://") || url_has_scheme(url, "https://");

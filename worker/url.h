@@ -24,5 +24,7 @@ bool url_has_userinfo(const char *url);
 /* Does it begin with it ("http://"), in whatever case? */
 bool url_has_scheme(const char *url, const char *scheme);
 bool url_is_http(const char *url);      /* or https */
+/* Where what stands behind the host begins: the path, the query or the fragment, or the end. */
+const char *url_path(const char *url);
 
 #endif

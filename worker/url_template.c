@@ -16,9 +16,13 @@ lm_status url_template_check(const char *name, const char *url, const char *hole
     if (!url_is_http(url) && !(files && url_has_scheme(url, "file://")))
         return lm_err_set(err, LM_INVALID, "%s=%s: must begin with http://%s", name, shown,
                           files ? ", https:// or file://" : " or https://");
-    if (!strstr(url, hole))
+    const char *first = strstr(url, hole);
+    if (!first)
         return lm_err_set(err, LM_INVALID, "%s=%s: %s is missing, so all would lie at one place",
                           name, shown, hole);
+    if (first < url_path(url))
+        return lm_err_set(err, LM_INVALID, "%s=%s: %s may not stand before the path, where it "
+                          "chooses the host", name, shown, hole);
     return LM_OK;
 }
 

@@ -13,8 +13,9 @@
 #define URL_HOLE_ADAPTER "{adapter}"
 #define URL_HOLE_OBJECT "{object}"
 
-/* Has it the hole, and the scheme http, https or, with `files`, file? `name` is the property's, for
- * the error, which shows no password. */
+/* Has it the hole, and the scheme http, https or, with `files`, file? A hole before the path is
+ * refused: what fills it may be a prompt's, and must not choose who is asked and gets our
+ * credentials. `name` is the property's, for the error, which shows no password. */
 lm_status url_template_check(const char *name, const char *url, const char *hole, bool files,
                              struct lm_err *err);
 

@@ -181,6 +181,8 @@ static const struct { const char *set, *words; } check_rows[] = {
     { "topics.dead_letters=..", "can't be a topic's name" },
     { "adapters.url=ftp://x/{adapter}", "must begin with http://, https:// or file://" },
     { "adapters.url=http://x/loras", "{adapter} is missing" },
+    { "adapters.url=https://{adapter}.x/loras", "adapters.url=https://{adapter}.x/loras: {adapter} "
+      "may not stand before the path" },
     { "replies.encoding=avro", "needs registry.url" },
     { "in_flight.max_messages=10", "less than intake.max_messages" },
     { "in_flight.max_messages=999", "in_flight.max_messages=999 is less than" },
@@ -234,6 +236,7 @@ static void test_claim_checks(void **state)
     bad_check("replies.claim_url=ftp://x/{object}", "must begin with http:// or https://");
     bad_check(longest, "replies.claim_url has more than 1900 bytes");
     bad_check("replies.claim_url=http://x/", "replies.claim_url=http://x/: {object} is missing");
+    bad_check("replies.claim_url=http://{object}.x/", "{object} may not stand before the path");
     good("replies.claim_url=http://x/{object}");
     bad_check("replies.claim_s3_region=eu-1", "replies.claim_s3_secret go together");
     bad_check("replies.claim_s3_key=k", "replies.claim_s3_secret go together");

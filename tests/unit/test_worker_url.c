@@ -99,6 +99,18 @@ static void test_what_a_template_needs(void **state)
         { "h/{object}", true, "must begin with" },
         { "http://me:pass@h/object?{", false, "p=http://h/object: {object} is missing" },
         { "", true, "must begin with" },
+        { "http://{object}/x", false, "p=http://{object}/x: {object} may not stand before" },
+        { "https://{object}.h/x/{object}", false, "chooses the host" },
+        { "https://h:{object}/x", false, "chooses the host" },
+        { "https://{object}@h/x", false, "chooses the host" },
+        { "https://{object}", false, "chooses the host" },
+        { "https://{object}?x", false, "chooses the host" },
+        { "https:///{object}/x", false, "chooses the host" },   /* libcurl forgives the slash */
+        { "file://{object}/x", true, "chooses the host" },
+        { "file:///{object}", true, NULL },
+        { "file://localhost/{object}", true, NULL },
+        { "https://h?{object}", false, NULL },
+        { "https://h/@{object}", false, NULL },
     };
     struct lm_err err;
     for (size_t i = 0; i < LM_COUNT(rows); i++) {
