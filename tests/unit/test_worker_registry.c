@@ -256,6 +256,10 @@ static void slow_and_huge_are_bounded(void **state)
     server_set(&server, 200, huge, n);
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_TOO_LARGE);
     assert_non_null(strstr(err.msg, "more than 1048576 bytes"));
+    /* A proxy's page, of whatever size, is no answer of the registry. */
+    server_set(&server, 502, huge, n);
+    assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
+    assert_non_null(strstr(err.msg, "answered HTTP 502"));
     free(huge);
     registry_free(r);
 }

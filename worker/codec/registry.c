@@ -251,9 +251,11 @@ static lm_status exchange(registry *r, const char *base, const char *path, const
     curl_easy_getinfo(r->curl, CURLINFO_RESPONSE_CODE, &rep->status);
     r->status = rep->status;
     free(url);
-    if (rep->too_large)
+    if (rep->too_large && rep->status == 200)
         return lm_err_set(err, LM_TOO_LARGE, "schema registry %s: the reply to %s has more than %d "
                           "bytes", shown, path, MAX_REPLY);
+    if (rep->too_large)         /* what else is said at length, the status has said */
+        return LM_OK;
     if (rc != CURLE_OK)
         return lm_err_set(err, LM_NET, "schema registry %s: %s", shown,
                           detail[0] ? detail : curl_easy_strerror(rc));

@@ -9,7 +9,8 @@
  *
  * Failures come in two kinds, and telling them apart is this module's main work:
  *   final      LM_NOT_FOUND (the registry itself says 404xx), LM_UNSUPPORTED (not Avro, or made of
- *              references), LM_TOO_LARGE, LM_MISMATCH (incompatible), LM_INVALID (422xx)
+ *              references), LM_TOO_LARGE (with status 200), LM_MISMATCH (incompatible), LM_INVALID
+ *              (422xx)
  *   retriable  LM_NET: no connection, timeout, 408, 429, 5xx, but also refused credentials and a
  *              404 or 200 that no registry wrote: an outage or a wrong URL must stop the intake,
  *              not send every prompt to the dead letters.
