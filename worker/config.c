@@ -266,23 +266,44 @@ static lm_status set_kafka(struct config *c, const char *full, const char *value
     return LM_OK;
 }
 
+/* ---- lists of topics -------------------------------------------------------------------- */
+
+static char *trim(char *s)
+{
+    while (isspace((unsigned char)*s))
+        s++;
+    size_t n = strlen(s);
+    while (n && isspace((unsigned char)s[n - 1]))
+        s[--n] = '\0';
+    return s;
+}
+
+char *config_next_topic(char **rest)
+{
+    for (char *t; (t = strsep(rest, ","));)
+        if (*(t = trim(t)))
+            return t;
+    return NULL;
+}
+
 enum { PRIORITY_MAX = 1000000 };
+
+#define BLANKS " \t\n\v\f\r"
 
 /* The next `topic=priority` of the list at *at, which moves on: 1 one, 0 the end, -1 it is none. */
 static int next_priority(const char **at, char topic[256], int *priority)
 {
-    while (**at == ' ' || **at == ',')
-        ++*at;
+    *at += strspn(*at, "," BLANKS);
     if (!**at)
         return 0;
-    size_t name = strcspn(*at, "=, ");
+    size_t name = strcspn(*at, "=," BLANKS);
     if (!name || name > 249 || (*at)[name] != '=')
         return -1;
     snprintf(topic, 256, "%.*s", (int)name, *at);
     char *end;
     errno = 0;
     long v = strtol(*at + name + 1, &end, 10);
-    if (end == *at + name + 1 || (*end && *end != ',' && *end != ' ') || errno ||
+    if (end == *at + name + 1 || (*end && !strchr("," BLANKS, *end)) || errno ||
         v < -PRIORITY_MAX || v > PRIORITY_MAX)
         return -1;
     *priority = (int)v;
@@ -339,16 +360,6 @@ static lm_status set_pair(struct config *c, const char *key, const char *value,
     if (p && p->offset == offsetof(struct config, in_flight_max_messages))
         c->in_flight_by_default = false;
     return p ? set_property(c, p, value, err) : unknown_key(key, err);
-}
-
-static char *trim(char *s)
-{
-    while (isspace((unsigned char)*s))
-        s++;
-    size_t n = strlen(s);
-    while (n && isspace((unsigned char)s[n - 1]))
-        s[--n] = '\0';
-    return s;
 }
 
 static lm_status set_line(struct config *c, char *line, struct lm_err *err)
@@ -518,11 +529,9 @@ static lm_status pattern_matches(const char *pattern, const char *topic, bool *y
 
 bool config_reads_topic(const struct config *c, const char *topic)
 {
-    char *copy = lm_strdup(c->topics_prompts), *save = NULL;
+    char *copy = lm_strdup(c->topics_prompts), *rest = copy, *t;
     bool yes = false;
-    for (char *t = copy ? strtok_r(copy, ",", &save) : NULL; t && !yes;
-         t = strtok_r(NULL, ",", &save)) {
-        t = trim(t);
+    while (!yes && (t = config_next_topic(&rest))) {
         if (*t != '^')
             yes = !strcmp(t, topic);
         else if (pattern_matches(t, topic, &yes, NULL))
@@ -547,13 +556,12 @@ static lm_status check_no_loop(const char *name, const char *key, const char *to
 
 static lm_status check_prompt_topics(const struct config *c, struct lm_err *err)
 {
-    char *copy = lm_strdup(c->topics_prompts), *save = NULL;
+    char *copy = lm_strdup(c->topics_prompts), *rest = copy, *t;
     if (!copy)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = LM_OK;
     int n = 0;
-    for (char *t = strtok_r(copy, ",", &save); t && !st; t = strtok_r(NULL, ",", &save), n++) {
-        t = trim(t);
+    for (; !st && (t = config_next_topic(&rest)); n++) {
         st = check_no_loop(t, "topics.replies", c->topics_replies, err);
         if (!st)
             st = check_no_loop(t, "topics.dead_letters", c->topics_dead_letters, err);

@@ -89,6 +89,9 @@ lm_status config_check(const struct config *c, struct lm_err *err); /* required 
 lm_status config_read_again(const struct config *c, struct config *out, struct lm_err *err);
 
 bool config_exactly_once(const struct config *c);
+/* Takes the next name or pattern, which begins with '^', off a copy of topics.prompts, and ends it.
+ * Commas part them; blanks around one are not its own, those within are. NULL: no more. */
+char *config_next_topic(char **rest);
 /* Is it one of topics.prompts, by name or by pattern? */
 bool config_reads_topic(const struct config *c, const char *topic);
 /* From topics.priorities; 0 for a topic that it does not name. */

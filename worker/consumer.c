@@ -436,11 +436,11 @@ static void on_commit_answer(rd_kafka_t *rk, void *opaque)
 
 static lm_status subscribe(consumer *c, struct lm_err *err)
 {
-    char *copy = lm_strdup(c->w->cfg->topics_prompts), *save = NULL;
+    char *copy = lm_strdup(c->w->cfg->topics_prompts), *rest = copy;
     if (!copy)
         return lm_err_set(err, LM_NOMEM, "out of memory");
     rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(4);
-    for (char *t = strtok_r(copy, ", ", &save); t; t = strtok_r(NULL, ", ", &save))
+    for (char *t; (t = config_next_topic(&rest));)
         rd_kafka_topic_partition_list_add(l, t, RD_KAFKA_PARTITION_UA);
     rd_kafka_resp_err_t e = rd_kafka_subscribe(c->rk, l);
     rd_kafka_topic_partition_list_destroy(l);

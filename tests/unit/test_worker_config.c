@@ -597,6 +597,28 @@ static void test_settings_of_the_command_line(void **state)
 
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
+/* --check, the consumer and the tools take the same list apart, by the same function. */
+static void test_prompt_topics(void **state)
+{
+    (void)state;
+    static const char *const all[] = { "a", "b", "c", "^x[y z]", "d" };
+    minimal();
+    good("topics.prompts=a,\tb ,, c,^x[y z],\fd,");
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
+    char *copy = strdup(cfg.topics_prompts), *rest = copy, *t;
+    for (size_t i = 0; i < LM_COUNT(all); i++) {
+        assert_non_null(t = config_next_topic(&rest));
+        assert_string_equal(t, all[i]);
+    }
+    assert_null(config_next_topic(&rest));
+    free(copy);
+    assert_true(config_reads_topic(&cfg, "b"));
+    assert_true(config_reads_topic(&cfg, "xz"));
+    assert_false(config_reads_topic(&cfg, "z]"));
+    bad_check("topics.prompts=a b", "holds ' '");
+    bad_check("topics.prompts= ,\t,", "names no topic");
+}
+
 static void test_topic_priorities(void **state)
 {
     (void)state;
@@ -605,10 +627,11 @@ static void test_topic_priorities(void **state)
     assert_int_equal(config_init(&c, &err), LM_OK);
     assert_int_equal(config_set(&c, "kafka.bootstrap.servers=b:1", &err), LM_OK);
     assert_int_equal(config_set(&c, "engine.mode=echo", &err), LM_OK);
-    assert_int_equal(config_set(&c, "topics.priorities=urgent=10, bulk=-5", &err), LM_OK);
+    assert_int_equal(config_set(&c, "topics.priorities=urgent=10,\tbulk=-5\t, x=1", &err), LM_OK);
     assert_int_equal(config_check(&c, &err), LM_OK);
     assert_int_equal(config_topic_priority(&c, "urgent"), 10);
     assert_int_equal(config_topic_priority(&c, "bulk"), -5);
+    assert_int_equal(config_topic_priority(&c, "x"), 1);
     assert_int_equal(config_topic_priority(&c, "bul"), 0);
     static const char *const bad[] = { "urgent", "urgent=", "urgent=x", "=3", "a=1;b=2",
                                        "a=1000001", "a=99999999999999999999" };
@@ -625,7 +648,7 @@ static void test_topic_priorities(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_topic_priorities), TEST(test_read_again),
+        cmocka_unit_test(test_topic_priorities), TEST(test_prompt_topics), TEST(test_read_again),
         TEST(test_settings_of_the_command_line),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
         TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),

@@ -456,13 +456,24 @@ static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
     close_world(x);
 }
 
+/* What is read is what config_check() has looked at, also with a tab in the list. */
+static void expect_subscription(rd_kafka_t *rk, const char *one, const char *two)
+{
+    rd_kafka_topic_partition_list_t *l;
+    assert_int_equal(rd_kafka_subscription(rk, &l), 0);
+    assert_int_equal(l->cnt, 2);
+    assert_non_null(rd_kafka_topic_partition_list_find(l, one, RD_KAFKA_PARTITION_UA));
+    assert_non_null(rd_kafka_topic_partition_list_find(l, two, RD_KAFKA_PARTITION_UA));
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
 /* Records that come together have one stamp, but not when a rebalance was between them: what its
  * wait took is no part of what the second one's intake took. Nor does the first one wait for it.
  * And of both the bytes that came are counted, no others. */
 static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
 {
     (void)state;
-    char topics[] = "t";
+    char topics[] = "t,\t^x[y z]";
     struct lm_err err;
     struct world *x = open_world(NULL);
     x->cfg.topics_prompts = topics;
@@ -473,6 +484,7 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     rd_kafka_header_add(sent_headers, "name", -1, "xyz", 3);
     polled = x;
     assert_int_equal(consumer_start(&x->c, &err), LM_OK);
+    expect_subscription(x->c.rk, "t", "^x[y z]");
     struct job *j[2] = { NULL };
     for (int i = 0; i < 2;) {
         struct job *all = job_queue_take(&x->w.to_intake, 100);

@@ -388,11 +388,10 @@ static lm_status add_matching(struct cli_kafka *k, const struct config *c, struc
 static lm_status add_topics(struct cli_kafka *k, const struct config *c, struct group *g,
                             struct lm_err *err)
 {
-    char *copy = lm_strdup(c->topics_prompts), *save = NULL;
+    char *copy = lm_strdup(c->topics_prompts), *rest = copy, *t;
     lm_status st = copy ? LM_OK : lm_err_set(err, LM_NOMEM, "no memory");
     bool pattern = false;
-    for (char *t = !st ? strtok_r(copy, ", ", &save) : NULL; !st && t;
-         t = strtok_r(NULL, ", ", &save)) {
+    while (!st && (t = config_next_topic(&rest))) {
         if (*t != '^')
             st = add_topic(k, t, g, err);
         pattern = pattern || *t == '^';
