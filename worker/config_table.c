@@ -266,7 +266,7 @@ static const struct config_property watch_rows[] = {
     STR("http.address", http_address, "0.0.0.0", CONFIG_REQUIRED,
         "IPv4 or IPv6 address of /metrics, /livez, /readyz and /startupz."),
     INT("http.port", http_port, "9464", 0, 65535,
-        "0: no HTTP. When the port is busy the next free one of the following 100 is taken and "
+        "0: no HTTP. When the port is busy the next free one of the following 99 is taken and "
         "logged, so that workers of a host may share one file."),
     STR("traces.otlp_url", traces_otlp_url, "", CONFIG_URL,
         "OpenTelemetry collector that gets spans of prompts whose `traceparent` says \"sampled\", "
