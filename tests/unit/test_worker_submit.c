@@ -552,6 +552,39 @@ static void test_collect_hostile_records(void **state)
     free(text);
 }
 
+static bool drives_a_terminal(const char *text)
+{
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++)
+        if ((*c < 0x20 && *c != '\n') || *c == 0x7f || (*c == 0xc2 && c[1] < 0xa0))
+            return true;
+    return false;
+}
+
+/* No control character is written as it is, of ASCII or of C1 (U+009B is ESC [ in one). */
+static void test_collect_hostile_text(void **state)
+{
+    struct fix *f = *state;
+    rd_kafka_headers_t *h = rd_kafka_headers_new(2);
+    rd_kafka_header_add(h, "kafka_dlt-original-topic", -1, "t\xc2\x9b""2J", -1);
+    rd_kafka_header_add(h, "kafka_dlt-original-partition", -1, "\0\0\0\0", 4);
+    rd_kafka_header_add(h, "kafka_dlt-original-offset", -1, "\0\0\0\0", 4);
+    produce(f, f->dead, NULL, "{\"id\":\"a\\u001b[2J\\u009b1mz\\nb\",\"prompt\":\"p\"}",
+            why(1, "bad\xc2\x9b""1m", "no\xc2\x9b""2J\x1b[2J"));
+    produce(f, f->dead, NULL, "no id", h);
+    produce(f, f->replies, NULL, "{\"\x7f\xc2\x9b""2J", NULL);
+    write_file(f->in, "{\"id\":\"gone\\u001b[2J\\u009b\"}\n");
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, NULL), 1);
+    expect_said(f, "dead letter: a?[2J??1mz?b: bad??1m: no??2J?[2J\n");
+    expect_said(f, "dead letter: t??2J/0/0: unknown: ");
+    expect_said(f, "unreadable reply at ");
+    char *said = read_file(f->said);
+    assert_false(drives_a_terminal(said));
+    free(said);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-j", f->in, "-t", "1",
+                         NULL), 1);
+    expect_said(f, "missing: gone?[2J??\n");
+}
+
 static void serve_schema(struct request *r)
 {
     const char body[] = "{\"schema\":\"{\\\"type\\\":\\\"record\\\",\\\"name\\\":\\\"c\\\","
@@ -670,6 +703,7 @@ int main(void)
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
+        TEST(test_collect_hostile_text),
         TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
         cmocka_unit_test(test_outcomes_of_text_with_nul), cmocka_unit_test(test_outcomes_by_count),
     };

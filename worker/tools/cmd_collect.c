@@ -12,6 +12,8 @@
  *
  * It ends when the job is complete (--job, --expect), at the topics' end when neither is given, at
  * --timeout, or when interrupted; what has come by then is in the file.
+ *
+ * What a record says is anyone's text: it reaches the terminal through cli_copy_text() only.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -26,6 +28,7 @@
 #include "worker/tools/progress.h"
 
 #define REPORT_MAX 20           /* dead letters, and missing ids, that are named */
+#define ID_SHOWN 320            /* bytes of an id, or of a place instead */
 #define BROKER_TIMEOUT_MS 15000
 #define OFFSETS_TIMEOUT_MS 15000
 #define REGISTRY_TRIES 10
@@ -85,9 +88,11 @@ static void write_line(struct collect *c, char *line)
 
 static void unreadable(struct collect *c, const rd_kafka_message_t *m, const struct lm_err *err)
 {
+    char why[sizeof err->msg];
+    cli_copy_text(why, sizeof why, err->msg);
     if (++c->unreadable <= REPORT_MAX)
         progress_say(c->bar, "unreadable reply at %s[%d] offset %lld: %s",
-                     rd_kafka_topic_name(m->rkt), m->partition, (long long)m->offset, err->msg);
+                     rd_kafka_topic_name(m->rkt), m->partition, (long long)m->offset, why);
 }
 
 /* The schema registry is away: the reply is not at fault. */
@@ -121,9 +126,12 @@ static void name_dead_letter(struct collect *c, const struct collected_letter *d
 {
     if (c->brief || ++c->named > REPORT_MAX + 1)
         return;
+    char name[ID_SHOWN], code[sizeof d->code], message[sizeof d->message];
+    cli_copy_text(name, sizeof name, d->id ? d->id : d->source);
+    cli_copy_text(code, sizeof code, d->code);
+    cli_copy_text(message, sizeof message, d->message);
     if (c->named <= REPORT_MAX)
-        progress_say(c->bar, "dead letter: %s: %s: %s", d->id ? d->id : d->source, d->code,
-                     d->message);
+        progress_say(c->bar, "dead letter: %s: %s: %s", name, code, message);
     else
         progress_say(c->bar, "dead letter: further ones are in the output");
 }
@@ -332,8 +340,11 @@ static lm_status gather(struct collect *c, struct lm_err *err)
 static void name_missing(void *user, const char *id, size_t len)
 {
     struct collect *c = user;
+    char cut[ID_SHOWN], shown[ID_SHOWN];
+    snprintf(cut, sizeof cut, "%.*s", (int)LM_MIN(len, sizeof cut - 1), id ? id : "");
+    cli_copy_text(shown, sizeof shown, cut);
     if (++c->named <= REPORT_MAX && id)
-        fprintf(stderr, "missing: %.*s\n", (int)LM_MIN(len, 256), id);
+        fprintf(stderr, "missing: %s\n", shown);
     else if (c->named <= REPORT_MAX)
         fprintf(stderr, "missing: a line without an id\n");
     else if (c->named == REPORT_MAX + 1)
