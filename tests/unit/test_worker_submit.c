@@ -408,7 +408,18 @@ static void test_usage_errors(void **state)
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-s", "soon", NULL), 2);
     expect_said(f, "--since soon");
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->in, "-j", f->in, NULL), 2);
-    expect_said(f, "same file");
+    expect_said(f, "--job and --output are the same file");
+    assert_int_equal(link(f->in, f->out), 0);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-j", f->in, "-t", "1",
+                         NULL), 2);
+    expect_said(f, "--job and --output are the same file");
+    assert_int_equal(unlink(f->out), 0);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--summary", f->out, NULL),
+                  2);
+    expect_said(f, "--output and --summary are the same file");
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-j", f->in, "--summary",
+                         f->in, NULL), 2);
+    expect_said(f, "--job and --summary are the same file");
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-j", f->in, "-n", "1",
                          NULL), 2);
     expect_said(f, "exclude each other");
@@ -484,6 +495,25 @@ static void test_collect_all_answered(void **state)
     json_t *one = line_of(f, "r49");
     assert_string_equal(json_string_value(json_object_get(one, "adapter")), "x");
     json_decref(one);
+}
+
+/* What an earlier run has left stays until there is something to put in its place. */
+static void test_collect_again(void **state)
+{
+    struct fix *f = *state;
+    char earlier[4096];
+    memset(earlier, 'x', sizeof earlier - 1);
+    earlier[sizeof earlier - 1] = '\0';
+    reply(f, "a", "x", "w");
+    write_file(f->out, earlier);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--set",
+                         "topics.replies=replies-nowhere", NULL), 1);
+    char *left = read_file(f->out);
+    assert_string_equal(left, earlier);
+    free(left);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, NULL), 0);
+    assert_int_equal(count_lines(f->out), 1);
+    json_decref(line_of(f, "a"));
 }
 
 static void test_collect_gives_up(void **state)
@@ -703,7 +733,7 @@ int main(void)
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
-        TEST(test_collect_hostile_text),
+        TEST(test_collect_hostile_text), TEST(test_collect_again),
         TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
         cmocka_unit_test(test_outcomes_of_text_with_nul), cmocka_unit_test(test_outcomes_by_count),
     };

@@ -11,15 +11,19 @@
  *    "attempt"}, "key", "prompt" (as sent; "value" when it is not JSON)}
  *
  * It ends when the job is complete (--job, --expect), at the topics' end when neither is given, at
- * --timeout, or when interrupted; what has come by then is in the file.
+ * --timeout, or when interrupted; what has come by then is in the file. What an earlier run left
+ * there stays until Kafka is there to be read.
  *
  * What a record says is anyone's text: it reaches the terminal through cli_copy_text() only.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "worker/tools/cli.h"
 #include "worker/tools/cmd_collect_outcomes.h"
@@ -247,6 +251,29 @@ static lm_status open_codec(struct collect *c, struct lm_err *err)
     return codec_new(&cc, &c->codec, err);
 }
 
+/* With what it holds: see begin_output(). */
+static lm_status open_output(struct collect *c, struct lm_err *err)
+{
+    bool plain = !strcmp(c->output, "-");
+    int fd = plain ? -1 : open(c->output, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    c->out = plain ? stdout : fd >= 0 ? fdopen(fd, "w") : NULL;
+    if (c->out)
+        return LM_OK;
+    lm_err_set(err, LM_IO, "%s: %s", c->output, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return LM_IO;
+}
+
+static lm_status begin_output(struct collect *c, struct lm_err *err)
+{
+    struct stat s;
+    int fd = fileno(c->out);
+    if (c->out == stdout || (!fstat(fd, &s) && (!S_ISREG(s.st_mode) || !ftruncate(fd, 0))))
+        return LM_OK;
+    return lm_err_set(err, LM_IO, "%s: %s", c->output, strerror(errno));
+}
+
 static lm_status open_all(struct collect *c, struct lm_err *err)
 {
     struct outcome_counts counts;
@@ -263,13 +290,14 @@ static lm_status open_all(struct collect *c, struct lm_err *err)
     outcomes_counts(c->job, &counts);
     if (c->job_file && counts.awaited == 0)
         return lm_err_set(err, LM_INVALID, "%s: no lines, nothing to wait for", c->job_file);
-    c->out = !strcmp(c->output, "-") ? stdout : fopen(c->output, "we");
-    if (!c->out)
-        return lm_err_set(err, LM_IO, "%s: %s", c->output, strerror(errno));
+    st = open_output(c, err);
+    if (st != LM_OK)
+        return st;
     struct progress_config pc = { .label = "collect", .unit = "replies", .total = counts.awaited,
                                   .style = c->quiet ? PROGRESS_SILENT : PROGRESS_AUTO };
     c->bar = progress_new(&pc);
-    return open_kafka(c, err);
+    st = open_kafka(c, err);
+    return st == LM_OK ? begin_output(c, err) : st;
 }
 
 /* Flushes and closes the output: a full disk shows here at the latest. */
@@ -395,6 +423,37 @@ static int run(struct collect *c)
 
 /* ---- options ---------------------------------------------------------------------------- */
 
+struct named_file { const char *option, *path; int standard; };
+
+static bool look(const struct named_file *f, struct stat *s)
+{
+    return !(strcmp(f->path, "-") || f->standard < 0 ? stat(f->path, s) : fstat(f->standard, s));
+}
+
+static bool is_same_file(const struct named_file *a, const struct named_file *b)
+{
+    struct stat x, y;
+    if (!a->path || !b->path)
+        return false;
+    if (!look(a, &x) || !look(b, &y))
+        return !strcmp(a->path, b->path);
+    return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* What is written would end what is read, or what was written before it, under whatever name. */
+static lm_status check_files(const struct collect *c, struct lm_err *err)
+{
+    const struct named_file f[] = { { "--job", c->job_file, STDIN_FILENO },
+                                    { "--output", c->output, STDOUT_FILENO },
+                                    { "--summary", c->summary, -1 } };
+    for (size_t i = 0; i < LM_COUNT(f); i++)
+        for (size_t j = i + 1; j < LM_COUNT(f); j++)
+            if (is_same_file(&f[i], &f[j]))
+                return lm_err_set(err, LM_INVALID, "%s and %s are the same file, %s", f[i].option,
+                                  f[j].option, f[j].path);
+    return LM_OK;
+}
+
 static lm_status check_options(struct collect *c, int argc, char **argv, struct lm_err *err)
 {
     if (optind < argc)
@@ -403,9 +462,8 @@ static lm_status check_options(struct collect *c, int argc, char **argv, struct 
         return lm_err_set(err, LM_INVALID, "--output FILE is missing (- is standard output)");
     if (c->job_file && c->expect > 0)
         return lm_err_set(err, LM_INVALID, "--job and --expect exclude each other");
-    if (c->job_file && !strcmp(c->job_file, c->output))
-        return lm_err_set(err, LM_INVALID, "--job and --output are the same file, %s", c->output);
-    return cli_settings_load(&c->settings, &c->config, err);
+    lm_status st = check_files(c, err);
+    return st == LM_OK ? cli_settings_load(&c->settings, &c->config, err) : st;
 }
 
 static lm_status parse(struct collect *c, int argc, char **argv, struct lm_err *err)
