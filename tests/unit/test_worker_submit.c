@@ -77,6 +77,7 @@ static int setup(void **state)
     rd_kafka_conf_t *conf = rd_kafka_conf_new();
     rd_kafka_conf_set(conf, "bootstrap.servers", dev_broker_address(broker), NULL, 0);
     rd_kafka_conf_set(conf, "linger.ms", "0", NULL, 0);
+    rd_kafka_conf_set(conf, "message.max.bytes", "100000000", NULL, 0);
     f->producer = rd_kafka_new(RD_KAFKA_PRODUCER, conf, NULL, 0);
     *state = f;
     return 0;
@@ -516,6 +517,24 @@ static void test_collect_again(void **state)
     json_decref(line_of(f, "a"));
 }
 
+/* As large as message.max_bytes lets a worker's reply be. */
+static void test_collect_a_large_reply(void **state)
+{
+    struct fix *f = *state;
+    size_t n = 17 << 20;
+    char *text = malloc(n + 64);
+    int head = sprintf(text, "{\"id\":\"large\",\"text\":\"");
+    memset(text + head, 'x', n);
+    strcpy(text + (size_t)head + n, "\"}");
+    produce(f, f->replies, NULL, text, NULL);
+    free(text);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, NULL), 1);
+    expect_said(f, "bytes, more than 16777216");
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--set",
+                         "message.max_bytes=18M", NULL), 0);
+    assert_int_equal(count_lines(f->out), 1);
+}
+
 static void test_collect_gives_up(void **state)
 {
     struct fix *f = *state;
@@ -734,6 +753,7 @@ int main(void)
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
         TEST(test_collect_hostile_text), TEST(test_collect_again),
+        TEST(test_collect_a_large_reply),
         TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
         cmocka_unit_test(test_outcomes_of_text_with_nul), cmocka_unit_test(test_outcomes_by_count),
     };

@@ -31,7 +31,6 @@
 #include "worker/codec/schema_cache.h"
 #include "worker/codec/schema_text.h"
 
-#define DEFAULT_MAX_MESSAGE ((size_t)16 << 20)
 
 #define SCHEMA_ID_HEADER "__value_schema_id"
 
@@ -90,7 +89,7 @@ lm_status codec_new(const struct codec_config *cfg, codec **out, struct lm_err *
         return lm_err_set(err, LM_NOMEM, "out of memory");
     lm_status st = LM_OK;
     pthread_mutex_init(&c->replies_lock, NULL);
-    c->max_message = cfg->max_message_bytes ? cfg->max_message_bytes : DEFAULT_MAX_MESSAGE;
+    c->max_message = cfg->max_message_bytes ? cfg->max_message_bytes : CODEC_MAX_MESSAGE;
     if (cfg->model_name && !(c->model_name = lm_strdup(cfg->model_name)))
         st = lm_err_set(err, LM_NOMEM, "out of memory");
     if (!st && cfg->registry.url && cfg->registry.url[0])
@@ -308,9 +307,9 @@ static lm_status decode_avro(codec *c, const struct json_source *source, const s
 lm_status json_decode_prompt(const char *text, size_t len, struct prompt **out,
                              struct lm_err *err)
 {
-    if (len > DEFAULT_MAX_MESSAGE)
+    if (len > CODEC_MAX_MESSAGE)
         return lm_err_set(err, LM_TOO_LARGE, "the message has %zu bytes, more than %zu", len,
-                          DEFAULT_MAX_MESSAGE);
+                          CODEC_MAX_MESSAGE);
     return decode_json(text, len, NULL, NULL, out, err);
 }
 

@@ -24,11 +24,13 @@
 
 typedef struct codec codec;
 
+#define CODEC_MAX_MESSAGE ((size_t)16 << 20)
+
 struct codec_config {
     struct registry_config registry;    /* without a URL: Avro is refused */
     bool auto_register;         /* register the reply schema, else it must be there */
     const char *reply_topic;    /* subject <reply_topic>-value */
-    size_t max_message_bytes;   /* 0: 16 MiB */
+    size_t max_message_bytes;   /* 0: CODEC_MAX_MESSAGE */
     const char *model_name;     /* a prompt's `model` must equal it, when not NULL */
     /* See schema_asker.h: from the asker's thread or from within codec_ask_no_more(), it hands over
      * and nothing else. NULL: decoding asks by itself. */

@@ -243,14 +243,6 @@ static lm_status read_job(struct collect *c, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status open_codec(struct collect *c, struct lm_err *err)
-{
-    struct codec_config cc = {
-        .registry = config_registry(&c->config), .reply_topic = c->config.topics_replies,
-    };
-    return codec_new(&cc, &c->codec, err);
-}
-
 /* With what it holds: see begin_output(). */
 static lm_status open_output(struct collect *c, struct lm_err *err)
 {
@@ -280,7 +272,7 @@ static lm_status open_all(struct collect *c, struct lm_err *err)
     c->started_us = lm_now_us();
     if (!(c->job = outcomes_new()) || !(c->tally = collected_sum_new()))
         return lm_err_set(err, LM_NOMEM, "no memory");
-    lm_status st = open_codec(c, err);
+    lm_status st = collected_codec(&c->config, &c->codec, err);
     if (st == LM_OK && c->job_file)
         st = read_job(c, err);
     if (st != LM_OK)

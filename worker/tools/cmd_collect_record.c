@@ -10,6 +10,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+lm_status collected_codec(const struct config *c, codec **out, struct lm_err *err)
+{
+    const struct codec_config cc = {
+        .registry = config_registry(c), .reply_topic = c->topics_replies,
+        .max_message_bytes = LM_MAX(CODEC_MAX_MESSAGE, (size_t)c->message_max_bytes),
+    };
+    return codec_new(&cc, out, err);
+}
+
 /* ---- replies ---------------------------------------------------------------------------- */
 
 struct header *collected_headers(const rd_kafka_message_t *m, int *n)

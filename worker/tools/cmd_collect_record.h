@@ -13,7 +13,11 @@
 #include <jansson.h>
 #include <librdkafka/rdkafka.h>
 #include "worker/codec/codec.h"
+#include "worker/config.h"
 #include "worker/tools/cmd_collect_outcomes.h"
+
+/* A codec for what the deployment's workers write, and for prompts that were too large for them. */
+lm_status collected_codec(const struct config *c, codec **out, struct lm_err *err);
 
 /* All headers of a record, for codec_detect() and codec_decode_tree(); malloc'ed, of bytes that are
  * the record's; NULL with *n 0 for none. */

@@ -365,11 +365,8 @@ static lm_status open_marks(struct dlq *q, struct lm_err *err)
 
 static lm_status open_all(struct dlq *q, struct lm_err *err)
 {
-    struct codec_config cc = {
-        .registry = config_registry(&q->config), .reply_topic = q->config.topics_replies,
-    };
     int n;
-    lm_status st = codec_new(&cc, &q->codec, err);
+    lm_status st = collected_codec(&q->config, &q->codec, err);
     if (st == LM_OK)
         st = cli_kafka_open(&q->kafka, &q->config, RD_KAFKA_CONSUMER, err);
     if (st == LM_OK && q->to)
