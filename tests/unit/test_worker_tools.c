@@ -9,8 +9,10 @@
 #include <stdio.h>
 #include <setjmp.h>
 #include <cmocka.h>
+#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "worker/tools/cli_group.h"
 #include "worker/tools/commands.h"
@@ -143,6 +145,55 @@ static void test_retry(void **state)
     cli_kafka_close(&k);
 }
 
+/* What a command writes to standard output; malloc'ed. */
+static char *output_of(int (*command)(int, char **), int argc, char **argv)
+{
+    FILE *to = tmpfile();
+    fflush(stdout);
+    int kept = dup(STDOUT_FILENO);
+    dup2(fileno(to), STDOUT_FILENO);
+    int status = command(argc, argv);
+    fflush(stdout);
+    dup2(kept, STDOUT_FILENO);
+    close(kept);
+    assert_int_equal(status, CLI_OK);
+    long n = ftell(to);
+    char *text = calloc(1, (size_t)n + 1);
+    rewind(to);
+    assert_int_equal(fread(text, 1, (size_t)n, to), n);
+    fclose(to);
+    return text;
+}
+
+/* A value as deep as can be read is within another in the line that is written of it. */
+static void test_list_of_a_deep_letter(void **state)
+{
+    (void)state;
+    enum { DEPTH = JSON_PARSER_MAX_DEPTH };
+    struct cli_kafka k = { 0 };
+    char brokers[300], value[2 * DEPTH + 64];
+    char *argv[] = { (char *)(uintptr_t)"dlq", (char *)(uintptr_t)"list", (char *)(uintptr_t)"-j",
+                     (char *)(uintptr_t)"--set", brokers, (char *)(uintptr_t)"--set",
+                     (char *)(uintptr_t)"topics.dead_letters=deep", NULL };
+    int n = snprintf(value, sizeof value, "{\"id\":\"deep\",\"x\":");
+    memset(value + n, '[', DEPTH - 1);
+    memset(value + n + DEPTH - 1, ']', DEPTH - 1);
+    n += 2 * (DEPTH - 1);
+    value[n++] = '}';
+    assert_int_equal(dev_broker_topic(broker, "deep", 1, NULL), LM_OK);
+    open_kafka(&k, RD_KAFKA_PRODUCER);
+    assert_int_equal(rd_kafka_producev(k.rk, RD_KAFKA_V_TOPIC("deep"),
+        RD_KAFKA_V_VALUE(value, (size_t)n), RD_KAFKA_V_END), 0);
+    assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);
+    cli_kafka_close(&k);
+    snprintf(brokers, sizeof brokers, "kafka.bootstrap.servers=%s", dev_broker_address(broker));
+    char *line = output_of(cmd_dlq, LM_COUNT(argv) - 1, argv);
+    assert_int_equal(strncmp(line, "{\"id\":\"deep\"", 12), 0);
+    assert_non_null(memmem(line, strlen(line), value, (size_t)n));
+    assert_non_null(strstr(line, "\"sent_back\":false}\n"));
+    free(line);
+}
+
 int main(void)
 {
     struct lm_err err;
@@ -158,6 +209,7 @@ int main(void)
         cmocka_unit_test(test_oldest),
         cmocka_unit_test(test_move_refused_in_part),
         cmocka_unit_test(test_retry),
+        cmocka_unit_test(test_list_of_a_deep_letter),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     config_release(&config);

@@ -215,17 +215,22 @@ static json_t *json_known(int64_t n)
     return n < 0 ? json_null() : json_integer(n);
 }
 
-char *collected_letter_line(const struct collected_letter *d, const rd_kafka_message_t *m)
+json_t *collected_letter_json(const struct collected_letter *d, const rd_kafka_message_t *m)
 {
     json_t *value = d->prompt ? json_incref(d->prompt) : json_bytes(m->payload, m->len);
-    json_t *o = json_pack("{s:o, s:{s:o, s:o}, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
-                          "id", json_text(d->id),
-                          "error", "code", json_text(d->code), "message", json_text(d->message),
-                          "dead_letter", "topic", json_text(d->topic[0] ? d->topic : NULL),
-                          "partition", json_known(d->partition), "offset", json_known(d->offset),
-                          "attempt", json_known(d->attempt),
-                          "key", json_bytes(m->key, m->key_len),
-                          d->prompt ? "prompt" : "value", value);
+    return json_pack("{s:o, s:{s:o, s:o}, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
+                     "id", json_text(d->id),
+                     "error", "code", json_text(d->code), "message", json_text(d->message),
+                     "dead_letter", "topic", json_text(d->topic[0] ? d->topic : NULL),
+                     "partition", json_known(d->partition), "offset", json_known(d->offset),
+                     "attempt", json_known(d->attempt),
+                     "key", json_bytes(m->key, m->key_len),
+                     d->prompt ? "prompt" : "value", value);
+}
+
+char *collected_letter_line(const struct collected_letter *d, const rd_kafka_message_t *m)
+{
+    json_t *o = collected_letter_json(d, m);
     char *line = o ? json_dumps(o, JSON_COMPACT) : NULL;
     json_decref(o);
     return line;

@@ -53,6 +53,8 @@ struct collected_letter {
 
 void collected_letter_read(const rd_kafka_message_t *m, struct collected_letter *d);
 void collected_letter_release(struct collected_letter *d);
+/* What `collect` writes of it; NULL: out of memory. As a line malloc'ed. */
+json_t *collected_letter_json(const struct collected_letter *d, const rd_kafka_message_t *m);
 char *collected_letter_line(const struct collected_letter *d, const rd_kafka_message_t *m);
 
 /* ---- sums over a job -------------------------------------------------------------------- */

@@ -172,10 +172,8 @@ static void print_line(const struct dlq *q, const struct letter *l)
 
 static void print_json(const struct dlq *q, const struct letter *l)
 {
-    char *line = collected_letter_line(&l->d, l->m);
-    json_t *o = line ? json_loads(line, JSON_ALLOW_NUL, NULL) : NULL;
+    json_t *o = collected_letter_json(&l->d, l->m);
     const char *adapter = field(l, "adapter");
-    free(line);
     json_object_set_new(o, "at", json_pack("{s:i, s:I}", "partition", (int)l->m->partition,
                                            "offset", (json_int_t)l->m->offset));
     json_object_set_new(o, "time_ms", json_integer(l->ms));
