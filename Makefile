@@ -253,6 +253,9 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
 
 $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
 
+# What happens when the store is gone.
+$(BUILD)/tests/unit/test_worker_fatal: private LDFLAGS += -Wl,--wrap=store_free
+
 # An engine that is always full, and how a reply ends.
 $(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=outcome_reply,--wrap=journal_decoding
 

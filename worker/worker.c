@@ -271,10 +271,10 @@ static void end_threads(struct worker *w, watchdog *dog, int status)
     control_stop(w->control);
     atomic_store(&w->ending, true);
     intake_free(w->intake);             /* asks the store to the last */
+    http_free(w->http);                 /* its pages look at store, engine and metrics */
     store_free(w->store);
     outbox_free(w->outbox);
     claims_stop(w->claims);
-    http_free(w->http);
     bool stopped = producer_stop(w->producer);
     consumer_count_rest(w->consumer);
     spans_stop(w->spans);

@@ -9,7 +9,8 @@
  * raise a fatal error there; the second asks the probes at the very moment when the worker leaves
  * the group.
  *
- * And an orderly end, whenever the signal comes and whichever thread the kernel hands it to.
+ * And an orderly end, whenever the signal comes and whichever thread the kernel hands it to; who
+ * asks for pages meanwhile gets them whole, or is refused, and never reads what is gone.
  */
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -42,20 +43,31 @@ static int port, report = -1;
 
 /* ---- HTTP ------------------------------------------------------------------------------- */
 
+/* A connection that has asked for the page, or -1. */
+static int asked(const char *path)
+{
+    char text[64];
+    struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+                              .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int len = snprintf(text, sizeof text, "GET %s HTTP/1.0\r\n\r\n", path);
+    if (!connect(fd, (struct sockaddr *)&at, sizeof at) &&
+        send(fd, text, (size_t)len, MSG_NOSIGNAL) == len)
+        return fd;
+    close(fd);
+    return -1;
+}
+
 /* The status, or 0 when nobody answers. */
 static int get(const char *path)
 {
     char text[512] = "";
-    struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port),
-                              .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-    int status = 0, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (!connect(fd, (struct sockaddr *)&at, sizeof at)) {
-        int len = snprintf(text, sizeof text, "GET %s HTTP/1.0\r\n\r\n", path);
-        ssize_t n = write(fd, text, (size_t)len) == len ? read(fd, text, sizeof text - 1) : 0;
-        text[n > 0 ? n : 0] = '\0';
-        sscanf(text, "HTTP/%*s %d", &status);
-    }
-    close(fd);
+    int status = 0, fd = asked(path);
+    ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    text[n > 0 ? n : 0] = '\0';
+    sscanf(text, "HTTP/%*s %d", &status);
+    if (fd >= 0)
+        close(fd);
     return status;
 }
 
@@ -108,6 +120,16 @@ rd_kafka_error_t *rd_kafka_consumer_close_queue(rd_kafka_t *rk, rd_kafka_queue_t
     return real(rk, q);
 }
 
+void __real_store_free(store *s);
+void __wrap_store_free(store *s);
+void __wrap_store_free(store *s)
+{
+    __real_store_free(s);
+    int status = s ? get("/metrics") : 0;
+    if (s && write(report, &status, sizeof status) != sizeof status)
+        abort();
+}
+
 /* Older than worker_run(), it blocks none of its signals: for these it is a library's thread. */
 static void *raise_errors(void *arg)
 {
@@ -131,6 +153,8 @@ static void set(struct config *c, const char *assignment)
     }
 }
 
+static const char *cache;       /* adapters.cache_dir=, of a worker that has a store */
+
 static void child(const char *mode)
 {
     struct config c;
@@ -152,6 +176,10 @@ static void child(const char *mode)
     for (size_t i = 0; i < LM_COUNT(lines); i++)
         set(&c, lines[i]);
     set(&c, mode);
+    if (cache) {
+        set(&c, cache);
+        set(&c, "adapters.url=http://127.0.0.1:1/{adapter}");
+    }
     snprintf(line, sizeof line, "http.port=%d", port);
     set(&c, line);
     _exit(worker_run(&c));
@@ -313,6 +341,47 @@ static void test_no_failure(void **state)
     expect_end("delivery.mode=at-least-once", SIGTERM, 0, 200);
 }
 
+/* Is there a whole page? Else it was refused, or cut, which its length tells. */
+static bool scraped(void)
+{
+    static char text[256 * 1024];
+    size_t n = 0;
+    int fd = asked("/metrics"), status = 0;
+    for (ssize_t got; fd >= 0 && (got = read(fd, text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
+    if (fd >= 0)
+        close(fd);
+    text[n] = '\0';
+    const char *length = strstr(text, "Content-Length: "), *body = strstr(text, "\r\n\r\n");
+    return sscanf(text, "HTTP/%*s %d", &status) == 1 && status == 200 && length && body &&
+           strtoul(length + 16, NULL, 10) == strlen(body + 4);
+}
+
+/* Pages are asked for without a pause until there is nobody, and once the store is gone by whoever
+ * has just freed it. */
+static void test_scraped_to_the_end(void **state)
+{
+    (void)state;
+    char dir[] = "/tmp/loramill-fatal-XXXXXX", line[64], command[64];
+    int fd, got[3] = { 0 }, whole = 0;
+    snprintf(line, sizeof line, "adapters.cache_dir=%s", mkdtemp(dir));
+    cache = line;
+    pid_t pid = start("delivery.mode=at-least-once", &fd);
+    cache = NULL;
+    assert_true(scraped());
+    kill(pid, SIGTERM);
+    for (int64_t end = lm_now_us() + 30 * 1000000ll; scraped(); whole++)
+        assert_true(lm_now_us() < end);
+    assert_true(whole > 0);             /* while it drains, leaves the group, ... */
+    assert_int_equal(wait_end(pid, 30), 0);
+    assert_int_equal(read(fd, got, sizeof got), sizeof got);
+    close(fd);
+    assert_int_equal(got[0], 200);
+    assert_int_equal(got[2], 0);        /* the store is gone */
+    snprintf(command, sizeof command, "rm -rf %s", dir);
+    assert_int_equal(system(command), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -321,6 +390,7 @@ int main(void)
         cmocka_unit_test(test_fatal_transactional),
         cmocka_unit_test(test_no_failure),
         cmocka_unit_test(test_silent_thread),
+        cmocka_unit_test(test_scraped_to_the_end),
         cmocka_unit_test(test_signal_to_a_stranger),
         cmocka_unit_test(test_signal_before_the_start),
     };
