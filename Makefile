@@ -253,6 +253,9 @@ $(ONE_THREAD:%=$(BUILD)/tests/unit/%) $(ONE_THREAD:%=$(BUILD)/tests/fuzz/%): \
 
 $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_create
 
+# An allocator that has nothing left.
+$(BUILD)/tests/unit/test_worker_job: private LDFLAGS += -Wl,--wrap=lm_malloc
+
 # What happens when the store is gone.
 $(BUILD)/tests/unit/test_worker_fatal: private LDFLAGS += -Wl,--wrap=store_free
 

@@ -350,23 +350,25 @@ static void fetch(intake *in, struct job *j)
 
 static void have_adapter(intake *in, struct job *j)
 {
+    struct lm_err why;
     int64_t now = lm_now_us();
-    if (!j->err) {
+    lm_status st = job_failure(j, &why);
+    if (!st && j->prompt->adapter && !j->adapter)       /* never the base model instead */
+        st = lm_err_set(&why, LM_NOMEM, "adapter '%s' is not here", j->prompt->adapter);
+    if (!st) {
         if (!j->fetch_us && j->decoded_us) {
             j->fetch_us = now - j->decoded_us;
             histogram_observe(&in->w->metrics.adapter_wait, j->fetch_us);
         }
         j->waits = 0;
         submit_or_keep(in, j);
-    } else if (j->err->code == LM_CANCELLED) {
+    } else if (st == LM_CANCELLED) {
         drop(in, j);
-    } else if (lm_status_disposition(j->err->code) == LM_DO_RETRY) {
-        struct lm_err why = *j->err;
+    } else if (lm_status_disposition(st) == LM_DO_RETRY) {
         job_fail(j, NULL);
         job_set_stage(j, JOB_FETCHING);
         wait_for_healing(in, j, &why);
     } else {
-        struct lm_err why = *j->err;
         refuse(in, j, &why, "ADAPTER");
     }
 }
@@ -425,15 +427,12 @@ static bool have_schema(intake *in, struct job *j)
 {
     struct lm_err err;
     const struct record *r = &j->record;
-    lm_status st;
-    if (j->err) {
-        err = *j->err;
+    lm_status st = job_failure(j, &err);
+    if (st)
         job_fail(j, NULL);
-        st = err.code;
-    } else {
+    else
         st = codec_await_schema(in->w->codec, r->value, r->value_len, r->headers, r->n_headers, j,
                                 &err);
-    }
     if (!st && atomic_load(&j->stage) == JOB_QUEUED)
         return true;
     /* The answer may be in the queue already: only this thread takes it from there. */

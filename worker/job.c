@@ -195,14 +195,22 @@ void job_set_stage(struct job *j, enum job_stage stage)
 
 void job_fail(struct job *j, const struct lm_err *err)
 {
-    if (!err || err->code == LM_OK) {
+    j->failure = err ? err->code : LM_OK;
+    if (!j->failure) {
         free(j->err);
         j->err = NULL;
-        return;
+    } else if (j->err || (j->err = lm_malloc(sizeof *j->err))) {
+        *j->err = *err;
     }
-    if (!j->err && !(j->err = lm_malloc(sizeof *j->err)))
-        return;
-    *j->err = *err;
+}
+
+lm_status job_failure(const struct job *j, struct lm_err *why)
+{
+    if (j->failure && j->err)
+        *why = *j->err;
+    else if (j->failure)
+        lm_err_set(why, j->failure, "%s", lm_status_text(j->failure));
+    return j->failure;
 }
 
 /* ---- queue ------------------------------------------------------------------------------ */

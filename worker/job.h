@@ -147,7 +147,8 @@ struct job {
     engine_adapter *adapter;
     struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */
     struct reply_tally tally;
-    struct lm_err *err;         /* NULL: none */
+    lm_status failure;          /* LM_OK: none. What is to be said of it is in `err`, for which */
+    struct lm_err *err;         /* there may have been no memory: see job_failure() */
     enum job_outcome outcome;
     struct outgoing *notice;    /* error reply that goes with a dead letter; NULL: none */
     struct stream *stream;      /* of a prompt that asked for parts; stream.h */
@@ -181,8 +182,10 @@ long long job_tokens_guess(const struct job *j);
 struct job *job_ref(struct job *j);
 void job_unref(struct job *j);
 void job_set_stage(struct job *j, enum job_stage stage);
-/* Keeps an error with the job; LM_OK clears it. */
+/* Keeps an error with the job; NULL or LM_OK clears it. Without memory only its text is lost. */
 void job_fail(struct job *j, const struct lm_err *err);
+/* That error; LM_OK: none, and `why` stays as it is. */
+lm_status job_failure(const struct job *j, struct lm_err *why);
 void job_clear_out(struct job *j);      /* forgets what was to be produced */
 void outgoing_release(struct outgoing *o);
 

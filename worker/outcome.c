@@ -176,8 +176,8 @@ void outcome_dead_letter(struct worker *w, struct job *j, const struct lm_err *w
 
 bool outcome_trim(struct worker *w, struct job *j)
 {
-    static const struct lm_err unknown = { LM_INTERNAL, "unknown" };
-    const struct lm_err *why = j->err ? j->err : &unknown;
+    struct lm_err why = { LM_INTERNAL, "unknown" };
+    job_failure(j, &why);
     int trim = j->out.trim + 1;
     if (trim > DEAD_LETTER_BARE)
         return false;
@@ -191,7 +191,7 @@ bool outcome_trim(struct worker *w, struct job *j)
     log_seldom(&w->trimmed, "worker", "%s [%d] @%" PRId64 ": its dead letter is too large for %s: "
                "sent %s", j->lease->topic, (int)j->lease->partition, j->record.offset, j->out.topic,
                trim < DEAD_LETTER_BARE ? "with fewer headers of ours" : "without its value");
-    if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, why,
+    if (dead_letter_trimmed(&j->out.headers, &j->record, j->lease->topic, j->lease->partition, &why,
                             (enum dead_letter_trim)trim)) {
         worker_fail(w, LM_NOMEM, "out of memory for a dead letter");
         worker_end_job(w, j, OUTCOME_DROPPED);

@@ -3,7 +3,7 @@
  * test_worker_intake.c - a deadline and an order to cancel end a prompt wherever it waits in
  * intake: behind a full engine, to be tried again, for an adapter from a store that says nothing,
  * while a suspect runs alone, and for its own turn as a suspect. And a registry that says nothing
- * holds up only the prompts that ask it.
+ * holds up only the prompts that ask it. And none which names an adapter goes without.
  *
  * Intake's thread, the store and the codec are real; of the engine there is only a submit that says
  * "busy", of the reply how it would end, and of the journal what is being decoded (all wrapped by
@@ -29,13 +29,17 @@ enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000 }
 
 static struct { atomic_int calls, reason; atomic_llong at_ms; } replies[PROMPTS];   /* reason + 1 */
 static atomic_bool not_encodable;
+static atomic_bool by_base_model;       /* a prompt that names an adapter was submitted without */
 
 lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err);
 lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err)
 {
-    (void)e, (void)r, (void)out;
+    const struct job *j = r->user;
+    (void)e, (void)out;
+    if (j->prompt->adapter && !r->adapter)
+        atomic_store(&by_base_model, true);
     return lm_err_set(err, LM_BUSY, "full");
 }
 
@@ -415,6 +419,18 @@ static void test_a_revocation_lets_go(void **state)
     assert_int_equal(atomic_load(&f->x->w.metrics.backlog), -2);        /* the test gave them */
 }
 
+/* Somebody has lost what failed: no reason to answer in the wrong voice. */
+static void test_never_without_its_adapter(void **state)
+{
+    struct fix *f = *state;
+    struct job *j = make(f, 0, "a/b", 0);
+    atomic_store(&by_base_model, false);
+    job_set_stage(j, JOB_READY);
+    job_queue_push(&f->x->w.to_intake, j);
+    expect_stage(f, 0, JOB_FETCHING);
+    assert_false(atomic_load(&by_base_model));
+}
+
 /* Whoever sends a record stamps it. */
 static void test_stamps_of_any_size(void **state)
 {
@@ -448,6 +464,7 @@ int main(void)
                                         teardown_registry),
         cmocka_unit_test_setup_teardown(test_a_suspect_asks_in_its_turn, setup_registry,
                                         teardown_registry),
+        TEST(test_never_without_its_adapter),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -2,7 +2,7 @@
 /*
  * test_worker_job.c - the list of jobs that wait for their time: who comes out when and in which
  * order, by random histories beside an array; and that what is due is found as fast among many that
- * are not.
+ * are not. That a job's failure is one without memory, too.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -115,10 +115,47 @@ static void test_cost_of_many(void **state)
     assert_true(many < 100 * few);
 }
 
+/* ---- failures --------------------------------------------------------------------------- */
+
+static bool no_memory;
+
+void *__real_lm_malloc(size_t size);
+void *__wrap_lm_malloc(size_t size);
+void *__wrap_lm_malloc(size_t size)
+{
+    return no_memory ? NULL : __real_lm_malloc(size);
+}
+
+static void test_a_failure_without_memory(void **state)
+{
+    (void)state;
+    struct job j = { 0 };
+    struct lm_err away = { LM_NET, "the store is away" }, other = { LM_NOT_FOUND, "no such" }, why;
+    assert_int_equal(job_failure(&j, &why), LM_OK);
+    no_memory = true;
+    job_fail(&j, &away);
+    assert_int_equal(job_failure(&j, &why), LM_NET);
+    assert_int_equal(why.code, LM_NET);
+    assert_string_equal(why.msg, lm_status_text(LM_NET));
+    no_memory = false;
+    job_fail(&j, &away);
+    assert_int_equal(job_failure(&j, &why), LM_NET);
+    assert_string_equal(why.msg, "the store is away");
+    no_memory = true;                   /* it needs none any more */
+    job_fail(&j, &other);
+    assert_int_equal(job_failure(&j, &why), LM_NOT_FOUND);
+    assert_string_equal(why.msg, "no such");
+    no_memory = false;
+    job_fail(&j, NULL);
+    assert_int_equal(job_failure(&j, &why), LM_OK);
+    assert_null(j.err);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_histories), cmocka_unit_test(test_cost_of_many),
+        cmocka_unit_test(test_a_failure_without_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
