@@ -5,8 +5,8 @@
  * Four budgets bound what a worker holds at any backlog: prompts that are not yet in the engine
  * (intake.max_messages), of everything read and not yet answered its number
  * (in_flight.max_messages) and bytes (intake.max_bytes), and the tokens of what is not yet
- * generated (intake.max_tokens). When one is full, partitions pause; when all are down to half,
- * they resume.
+ * generated (intake.max_tokens), of each prompt an eighth of them at most. When one is full,
+ * partitions pause; when all are down to half, they resume.
  *
  * Priorities. The most urgent of the assigned topics (topics.priorities) may fill the budgets
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,

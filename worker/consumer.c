@@ -207,8 +207,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
     j->received_us = c->now_us;
     c->held++;
     c->held_bytes += (long long)j->bytes;
-    j->tokens = job_tokens_guess(j);
-    atomic_fetch_add(&c->w->metrics.held_tokens, j->tokens);
+    worker_count_tokens(c->w, j, job_tokens_guess(j));
     metric_move(&c->w->metrics.consumed, 1);
     metric_move(&c->w->metrics.consumed_bytes, job_record_bytes(j));
     if (!a->crowded && ledger_crowded(c->ledger, a->ref, false))

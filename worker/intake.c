@@ -120,6 +120,7 @@ static bool past_deadline(const struct job *j)
 static void end_early(intake *in, struct job *j, enum engine_reason reason)
 {
     struct lm_err why = { LM_NOMEM, "the completion can't be encoded yet" };
+    worker_discount(in->w, j);          /* it may wait long yet */
     j->submitted_us = j->answered_us = lm_now_us();
     j->result = outcome_empty_result(reason);
     if (!j->result || outcome_reply(in->w, j)) {
@@ -289,8 +290,25 @@ static void keep_busy(intake *in, struct job *j)
         in->busy_tail = &j->next;
 }
 
+static long long own_tokens(const struct job *j)
+{
+    const struct prompt *p = j->prompt;
+    return p->n_token_ids ? p->n_token_ids : (long long)(j->record.value_len / 3);
+}
+
+/* What it may generate counts from here on, where only the engine's pace is between it and its end:
+ * while its adapter can't be had, for however long, all that it holds is its record. */
+static void count_generation(intake *in, struct job *j)
+{
+    const struct engine_params *p = &j->prompt->params;
+    int most = in->w->info.max_model_len ? in->w->info.max_model_len : INT32_MAX;   /* echo's */
+    long long one = LM_MAX(LM_MIN(p->max_tokens, most), 0);
+    worker_count_tokens(in->w, j, own_tokens(j) + one * LM_MAX(p->n, 1));
+}
+
 static void submit_or_keep(intake *in, struct job *j)
 {
+    count_generation(in, j);
     if (j->suspect) {           /* not behind those who wait for it */
         if (submit(in, j) == LM_BUSY)
             park(in, j);
@@ -404,16 +422,6 @@ static void dispatch(intake *in, struct job *j)
     }
 }
 
-/* What the prompt may cost, known better now: its own tokens, and max_tokens. */
-static void count_tokens(intake *in, struct job *j)
-{
-    const struct prompt *p = j->prompt;
-    long long own = p->n_token_ids ? p->n_token_ids : (long long)(j->record.value_len / 3);
-    long long all = own + (long long)LM_MAX(p->params.max_tokens, 0) * LM_MAX(p->params.n, 1);
-    atomic_fetch_add(&in->w->metrics.held_tokens, all - j->tokens);
-    j->tokens = all;
-}
-
 /* From the asker's thread, or from codec_ask_no_more(): hand over, nothing else. */
 void intake_schema_answered(void *user, const struct lm_err *trouble)
 {
@@ -474,7 +482,7 @@ static void decode(intake *in, struct job *j)
         return;
     }
     j->waits = 0;
-    count_tokens(in, j);
+    worker_count_tokens(in->w, j, own_tokens(j));
     dispatch(in, j);
 }
 

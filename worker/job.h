@@ -141,8 +141,8 @@ struct job {
     /* Whose turn it is. */
     struct job *next;           /* in at most one queue or list */
     size_t reply_bytes;         /* counted against intake.max_bytes, of what is to be sent */
-    long long tokens;           /* counted against intake.max_tokens until it is generated; a
-                                 * guess until decoded */
+    long long tokens;           /* counted against intake.max_tokens: a guess, once decoded its
+                                 * own, and what it may generate from READY until it is */
     struct prompt *prompt;      /* an order to cancel finds it by its id while it is `entered` */
     engine_adapter *adapter;
     struct engine_result *result;       /* gone, as the prompt may be, when the reply is sent */

@@ -192,7 +192,7 @@ static void write_flow(struct metrics *m, FILE *f)
     gauge(f, P "in_flight_bytes", "Bytes of those and of their replies.",
           atomic_load(&m->held_bytes) + atomic_load(&m->reply_bytes_held));
     gauge(f, P "in_flight_tokens", "Estimated tokens of those that are not generated yet: "
-          "prompt and max_tokens.",
+          "prompt and, with its adapter here, max_tokens.",
           atomic_load(&m->held_tokens));
     gauge(f, P "intake_paused", "1 while partitions are paused.", atomic_load(&m->paused));
     counter(f, P "intake_pauses_total", "Times that intake was paused.", &m->pauses);

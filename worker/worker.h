@@ -137,6 +137,8 @@ void worker_enter_engine(struct worker *w, struct job *j, bool alone);
 /* The engine has it no more: strikes it out of the journal. */
 void worker_left_engine(struct worker *w, struct job *j);
 
+/* What it is to count against intake.max_tokens from now on, an eighth of that at most. */
+void worker_count_tokens(struct worker *w, struct job *j, long long tokens);
 /* Its generation is over, and what is to be sent is there: its tokens count no more, and the bytes
  * of its reply do. Whoever has the job. */
 void worker_generated(struct worker *w, struct job *j);

@@ -47,15 +47,21 @@ bool worker_may_retry(struct worker *w, struct job *j)
 
 /* ---- budgets ---------------------------------------------------------------------------- */
 
+/* One prompt that asks for millions is no reason to read nothing else until it has ended. */
+void worker_count_tokens(struct worker *w, struct job *j, long long tokens)
+{
+    tokens = LM_MIN(tokens, LM_MAX(w->cfg->intake_max_tokens / 8, 1));
+    if (tokens != j->tokens)
+        atomic_fetch_add(&w->metrics.held_tokens, tokens - j->tokens);
+    j->tokens = tokens;
+}
+
 static void count(struct worker *w, struct job *j, size_t reply_bytes)
 {
-    struct metrics *m = &w->metrics;
-    if (j->tokens)
-        atomic_fetch_sub(&m->held_tokens, j->tokens);
+    worker_count_tokens(w, j, 0);
     if (reply_bytes != j->reply_bytes)
-        atomic_fetch_add(&m->reply_bytes_held,
+        atomic_fetch_add(&w->metrics.reply_bytes_held,
                          (long long)reply_bytes - (long long)j->reply_bytes);
-    j->tokens = 0;
     j->reply_bytes = reply_bytes;
 }
 

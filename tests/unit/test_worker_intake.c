@@ -3,7 +3,8 @@
  * test_worker_intake.c - a deadline and an order to cancel end a prompt wherever it waits in
  * intake: behind a full engine, to be tried again, for an adapter from a store that says nothing,
  * while a suspect runs alone, and for its own turn as a suspect. And a registry that says nothing
- * holds up only the prompts that ask it. And none which names an adapter goes without.
+ * holds up only the prompts that ask it. What a prompt counts for against intake.max_tokens, and
+ * that none which names an adapter goes without.
  *
  * Intake's thread, the store and the codec are real; of the engine there is only a submit that says
  * "busy", of the reply how it would end, and of the journal what is being decoded (all wrapped by
@@ -25,7 +26,8 @@
 #include "worker/store/store_int.h"
 #include "worker/worker.h"
 
-enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000 };
+enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000,
+       BUDGET = 4000000, CONTEXT = 4096 };      /* tokens that may be held; what the model takes */
 
 static struct { atomic_int calls, reason; atomic_llong at_ms; } replies[PROMPTS];   /* reason + 1 */
 static atomic_bool not_encodable;
@@ -91,6 +93,8 @@ static lm_status open_registry(struct fix *f)
                                 .answered = intake_schema_answered };
     snprintf(dir, sizeof dir, "%s/journal", f->dir);
     f->x->cfg.poison_max_attempts = 3;
+    f->x->cfg.intake_max_tokens = BUDGET;
+    w->info.max_model_len = CONTEXT;
     f->x->cfg.topics_replies = f->x->cfg.topics_replies_allowed = (char *)"replies";
     atomic_store(&decodings, 0);
     lm_status st = journal_open(dir, "group", &w->journal, NULL);
@@ -431,6 +435,61 @@ static void test_never_without_its_adapter(void **state)
     assert_false(atomic_load(&by_base_model));
 }
 
+/* ---- tokens ----------------------------------------------------------------------------- */
+
+static void expect_tokens(struct fix *f, long long n)
+{
+    struct metrics *m = &f->x->w.metrics;
+    for (int i = 0; i < PATIENCE_MS && atomic_load(&m->held_tokens) != n; i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&m->held_tokens), n);
+}
+
+/* Prompts as they are read; their own tokens are a third of their bytes. */
+static long long read_asking(struct fix *f, int offset, const char *more)
+{
+    char json[256];
+    int n = snprintf(json, sizeof json, "{\"id\": \"%d\", \"prompt\": \"x\", %s}", offset, more);
+    job_queue_push(&f->x->w.to_intake, read_value(f, offset, json, (size_t)n));
+    return n / 3;
+}
+
+/* What it asks for counts as far as the engine would give it; none is most of the budget. */
+static void test_tokens_of_a_greedy_prompt(void **state)
+{
+    struct fix *f = *state;
+    long long own = read_asking(f, 0, "\"params\": {\"max_tokens\": 60}");
+    expect_tokens(f, own + 60);
+    own += read_asking(f, 1, "\"params\": {\"max_tokens\": 10000000, \"n\": 2}");
+    expect_tokens(f, own + 60 + 2 * CONTEXT);
+    read_asking(f, 2, "\"params\": {\"max_tokens\": 2147483647, \"n\": 128}");
+    expect_tokens(f, own + 60 + 2 * CONTEXT + BUDGET / 8);
+}
+
+/* While it waits for an adapter, for as long as the store is away, only what it holds counts. */
+static void test_tokens_while_a_store_is_away(void **state)
+{
+    struct fix *f = *state;
+    long long own = read_asking(f, 0, "\"adapter\": \"a/b\", \"params\": "
+                                "{\"max_tokens\": 10000000}");
+    expect_stage(f, 0, JOB_FETCHING);
+    expect_tokens(f, own);
+}
+
+/* One that has ended counts nothing, even if its completion has to wait for the registry. */
+static void test_tokens_of_an_end_that_waits(void **state)
+{
+    struct fix *f = *state;
+    long long own = read_asking(f, 0, "\"params\": {\"max_tokens\": 10000000}");
+    atomic_store(&not_encodable, true);
+    expect_tokens(f, own + CONTEXT);
+    cancel(f, 0);
+    for (int i = 0; i < PATIENCE_MS && !atomic_load(&replies[0].calls); i++)
+        usleep(1000);
+    expect_tokens(f, 0);
+    assert_int_equal(reason_of(0), -1);
+}
+
 /* Whoever sends a record stamps it. */
 static void test_stamps_of_any_size(void **state)
 {
@@ -465,6 +524,12 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_suspect_asks_in_its_turn, setup_registry,
                                         teardown_registry),
         TEST(test_never_without_its_adapter),
+        cmocka_unit_test_setup_teardown(test_tokens_of_a_greedy_prompt, setup_registry,
+                                        teardown_registry),
+        cmocka_unit_test_setup_teardown(test_tokens_while_a_store_is_away, setup_registry,
+                                        teardown_registry),
+        cmocka_unit_test_setup_teardown(test_tokens_of_an_end_that_waits, setup_registry,
+                                        teardown_registry),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
