@@ -26,8 +26,9 @@ struct batch_size {
     int64_t grow_at_us, grow_wait_us;
 };
 
-/* A record of `len` bytes was refused, after `attempts` others: is that verdict its own? Else the
- * next client gets smaller batches, unless the report comes from an `old` one, being let go. */
+/* A record of `len` bytes, key and headers included, was refused, after `attempts` others: is that
+ * verdict its own? Else the next client gets smaller batches, unless the report comes from an `old`
+ * one, being let go. */
 bool batch_size_believe(struct batch_size *b, size_t len, int attempts, bool old);
 
 /* May there be something to change? */

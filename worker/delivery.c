@@ -120,7 +120,8 @@ static bool too_large(producer *p, const struct job *j, const struct outgoing *o
 {
     if (refusal_of(o->error) != SIZE)
         return false;
-    bool believed = batch_size_believe(&p->batch, o->len, j->out.attempts, p->renewing);
+    bool believed = batch_size_believe(&p->batch, producer_record_bytes(j, o), j->out.attempts,
+                                       p->renewing);
     if (!believed && p->batch.shrink)
         snprintf(p->batch.topic, sizeof p->batch.topic, "%s", o->topic);
     return believed;
@@ -132,9 +133,10 @@ static lm_status final_reason(producer *p, const struct job *j, const struct out
 {
     const char *text = rd_kafka_err2str((rd_kafka_resp_err_t)o->error);
     if (too_large(p, j, o))
-        return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, more than the broker takes "
-                          "for topic '%s' (its max.message.bytes) or the client allows "
-                          "(message.max_bytes=%" PRId64 ")", o->len, o->topic,
+        return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, %zu with its key and "
+                          "headers, more than the broker takes for topic '%s' (its "
+                          "max.message.bytes) or the client allows (message.max_bytes=%" PRId64 ")",
+                          o->len, producer_record_bytes(j, o), o->topic,
                           p->w->cfg->message_max_bytes);
     if (destination_fault(o) && o->partition >= 0)
         return lm_err_set(why, LM_NOT_FOUND, "reply topic '%s' partition %d: %s", o->topic,

@@ -64,6 +64,14 @@ static bool sends_key(const struct job *j, const struct outgoing *o)
     return o->trim < DEAD_LETTER_BARE || j->record.key_len <= DEAD_LETTER_KEY_MAX;
 }
 
+size_t producer_record_bytes(const struct job *j, const struct outgoing *o)
+{
+    size_t n = o->len + (sends_key(j, o) ? j->record.key_len : 0);
+    for (int i = 0; i < o->headers.n; i++)
+        n += strlen(o->headers.items[i].name) + o->headers.items[i].len;
+    return n;
+}
+
 /* Most records go to topics.replies: by its handle, which needs no search, once it is known. */
 static rd_kafka_resp_err_t produce(producer *p, struct job *j, struct outgoing *o,
                                    rd_kafka_headers_t *h)

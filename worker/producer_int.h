@@ -72,6 +72,9 @@ void producer_close(producer *p);       /* fine when it is not open */
 /* Sends what is not acknowledged yet. True: no report will come. Exactly-once: where the outcome is
  * refused on the spot, nothing of the job is sent. */
 bool producer_send_records(producer *p, struct job *j, int64_t now_us);
+/* Its value, key and headers: what the client library measures against batch.size is somewhat more,
+ * never less. */
+size_t producer_record_bytes(const struct job *j, const struct outgoing *o);
 /* The next client gets another batch.size. True: it is to be made. */
 bool producer_resize(producer *p);
 
