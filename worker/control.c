@@ -12,7 +12,7 @@
  * for at most START_WAIT_MS; a topic that is missing or a broker that is away does not stop it.
  *
  * A record that is no order is logged and skipped: it came from no prompt, so it has no dead
- * letter.
+ * letter. So is an order for an id that no prompt can have: ids are remembered by the thousand.
  */
 #include "worker/worker.h"
 
@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "worker/cancels.h"
+#include "worker/codec/json_prompt.h"
 #include "worker/kafka_conf.h"
 #include "worker/log.h"
 
@@ -78,7 +79,7 @@ static void take_order(control *c, const rd_kafka_message_t *m)
         return;
     json_t *root = m->payload ? json_loadb(m->payload, m->len, 0, NULL) : NULL;
     const char *id = json_string_value(json_object_get(root, "cancel"));
-    if (id && *id && json_object_size(root) == 1)
+    if (id && *id && strlen(id) <= PROMPT_MAX_ID && json_object_size(root) == 1)
         obey(c, id, rd_kafka_message_timestamp(m, NULL));
     else
         log_seldom(&c->ignored, "control", "%s [%d] @%" PRId64 " is no {\"cancel\": \"id\"}: "

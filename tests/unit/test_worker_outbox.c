@@ -227,17 +227,22 @@ static void start_worker(struct fixture *f, const char *lines)
     f->start = -1;
 }
 
-static void send_prompt(struct fixture *f, const char *json)
+static void send_record(struct fixture *f, const char *topic, const char *json)
 {
     rd_kafka_t *p = client(f, RD_KAFKA_PRODUCER, NULL);
     rd_kafka_headers_t *h = rd_kafka_headers_new(1);
     rd_kafka_header_add(h, "kafka_correlationId", -1, "\0\1\xff", 3);
-    assert_int_equal(rd_kafka_producev(p, RD_KAFKA_V_TOPIC("prompts"), RD_KAFKA_V_KEY("k", 1),
+    assert_int_equal(rd_kafka_producev(p, RD_KAFKA_V_TOPIC(topic), RD_KAFKA_V_KEY("k", 1),
                                        RD_KAFKA_V_VALUE((void *)(uintptr_t)json, strlen(json)),
                                        RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
                                        RD_KAFKA_V_HEADERS(h), RD_KAFKA_V_END), 0);
     assert_int_equal(rd_kafka_flush(p, 10000), 0);
     rd_kafka_destroy(p);
+}
+
+static void send_prompt(struct fixture *f, const char *json)
+{
+    send_record(f, "prompts", json);
 }
 
 /* The next record of a topic, or NULL after `seconds`. */
@@ -759,6 +764,25 @@ static void test_what_counts_against_budgets(void **state)
     assert_int_equal(end_worker(f), 0);
 }
 
+/* Orders are remembered: those for an id that no prompt can have are none. */
+static void test_orders_for_impossible_ids(void **state)
+{
+    struct fixture *f = *state;
+    static const int lengths[] = { 513, 5000, 512, 100000 };
+    static char json[100100];
+    rd_kafka_mock_topic_create(f->mock, "control", 1, 1);
+    for (size_t i = 0; i < LM_COUNT(lengths); i++) {
+        int n = snprintf(json, sizeof json, "{\"cancel\":\"%0*d\"}", lengths[i], 7);
+        assert_int_equal(n, lengths[i] + 13);
+        send_record(f, "control", json);
+    }
+    int port = start_serving(f, "topics.control=control\n");
+    for (int i = 0; !strstr(get(port, "/startupz"), " 200 ") && i < WAIT_S * 10; i++)
+        usleep(100000);                 /* it has read them all by then */
+    assert_int_equal(gauge_of(get(port, "/metrics"), "\nloramill_cancel_orders_total "), 1);
+    assert_int_equal(end_worker(f), 0);
+}
+
 /* A worker with one prompt, whose reply is refused again and again. */
 static void start_unacknowledged(struct fixture *f, const char *config)
 {
@@ -869,7 +893,7 @@ int main(void)
         TEST(test_thread_that_does_not_poll), TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http), TEST(test_what_counts_against_budgets),
-        TEST(test_bad_property_fails_at_once),
+        TEST(test_orders_for_impossible_ids), TEST(test_bad_property_fails_at_once),
         TEST(test_missing_reply_schema_fails_at_once), TEST(test_registry_outage_at_start),
     };
     signal(SIGPIPE, SIG_IGN);
