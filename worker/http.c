@@ -89,6 +89,9 @@ static void write_store(struct worker *w, FILE *f)
                   s.disk_hits);
     write_counter(f, "loramill_adapter_memory_hits_total", "Adapters the engine already held.",
                   s.memory_hits);
+    write_counter(f, "loramill_adapter_negative_hits_total",
+                  "Prompts refused by an answer of the store that is remembered.",
+                  s.negative_hits);
     metrics_help(f, "loramill_adapter_fetch_seconds_total", "counter", "Time spent fetching.");
     fprintf(f, "loramill_adapter_fetch_seconds_total %.6f\n", (double)s.fetch_us / 1e6);
     write_gauge(f, "loramill_adapter_fetches_in_flight", "Fetches under way.", s.in_flight);
