@@ -218,7 +218,7 @@ void delivery_done(producer *p, struct job *j)
         p->reported_us = lm_now_us();
     histogram_observe(&m->reply_produce, p->reported_us - j->out.handed_us);
     if (is_dead_letter(j))
-        metric_add(&m->dead_letters[j->failure], 1);
+        metric_add(&m->dead_letters[j->failure ? j->failure : LM_INTERNAL], 1);
     else
         metric_move(&m->reply_bytes, j->out.len);
     if (j->outcome == OUTCOME_REPLY)

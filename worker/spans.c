@@ -121,7 +121,7 @@ static struct ended *note(const struct job *j, const struct span_context *contex
         .answered_us = j->answered_us, .sent_us = j->out.handed_us, .ended_us = now,
         .epoch_us = (int64_t)wall.tv_sec * 1000000 + wall.tv_nsec / 1000 - now,
         .outcome = outcome, .tally = j->tally,
-        .error = outcome == OUTCOME_DEAD_LETTER ? j->failure : LM_OK,
+        .error = outcome != OUTCOME_DEAD_LETTER ? LM_OK : j->failure ? j->failure : LM_INTERNAL,
     };
     snprintf(e->sent_to, sizeof e->sent_to, "%s", j->out.topic ? j->out.topic : "");
     return e;
