@@ -16,8 +16,9 @@
  *   MARKING   one commit: this suspect is alone, every other partition's owner is idle, so that
  *             the next death is about nobody else
  *   RUNNING   the suspect goes to intake. The turn ends once the engine has ended it, though its
- *             reply may wait long for its topic, or when it has to wait for something that can't
- *             be had now (its adapter, the registry): it comes back when it can run
+ *             reply may wait long for its topic or the registry, or when it has to wait for
+ *             something that can't be had now (its adapter, the registry): it comes back when it
+ *             can run, as does one that the engine has failed and that is tried again
  *   OPENING   a commit says that the other partitions are at work again; then the engine is open
  *             for at least as long as it was closed
  *
@@ -395,21 +396,20 @@ static void start_suspect(consumer *c)
     consumer_to_intake(c, j);
 }
 
-/* Over, or waiting for what can't be had now? Once it has been told to wait it is asked again: it
- * may have entered the engine meanwhile. */
+/* Over, or waiting for what can't be had now? The engine has survived one that is ANSWERING, and a
+ * death is not its any more. Once it has been told to wait it is asked again: it may have entered
+ * the engine meanwhile, for the first time or as one that was sent back. */
 static bool turn_over(consumer *c, int64_t now)
 {
     struct job *j = c->iso.job;
     enum job_stage s = atomic_load(&j->stage);
     if (s == JOB_ENDED || s == JOB_DROPPED)
         return true;
-    if (s == JOB_ANSWERING)     /* the engine has survived it, and a death is not its any more */
-        return !atomic_load(&c->w->in_engine);
     if (s == JOB_RUNNING)
         return false;
     if (!atomic_load(&j->alone_now))
         return !atomic_load(&c->w->in_engine);
-    if (now - c->iso.since_us > PARTIAL_WAIT_US)
+    if (s == JOB_ANSWERING || now - c->iso.since_us > PARTIAL_WAIT_US)
         atomic_store(&j->alone_now, false);
     return false;
 }

@@ -14,6 +14,10 @@
  *
  * A reply that can't be encoded because the registry is away waits in `later` like in intake.c.
  *
+ * Whatever it becomes, a request that has finished is ANSWERING until that is known: it may wait
+ * here for long, and the engine has it no more, so a suspect's turn to be alone there (isolation.c)
+ * ends. One that goes back is READY again, and has another turn.
+ *
  * Streamed replies. Text events gather in the job's stream (stream.h); `streams` holds the jobs
  * that have one, from their first text to their final record. One part of a job is on its way at a
  * time, so parts arrive in order and without gaps; the final record is sent when the last part is
@@ -249,8 +253,10 @@ static void serve_streams(outbox *o)
 static void finished(outbox *o, struct job *j, struct engine_result *r)
 {
     j->result = r;
-    if (r->status != LM_DEVICE)         /* else it is a suspect */
+    if (r->status != LM_DEVICE) {       /* else it is a suspect */
         worker_left_engine(o->w, j);
+        job_set_stage(j, JOB_ANSWERING);
+    }
     j->answered_us = o->now_us;
     histogram_observe(&o->w->metrics.processing, j->answered_us - j->submitted_us);
     if (j->stream && j->stream->listed) {

@@ -63,7 +63,7 @@ static void run_what_came(struct world *x)
         next = j->next;
         bool closed = atomic_load(&x->w.closed);
         bool its_turn = j->suspect && atomic_load(&j->alone_now);
-        if (closed && !its_turn) {
+        if ((closed || j->suspect) && !its_turn) {
             job_queue_push(&x->w.to_intake, j);         /* it waits */
             continue;
         }
@@ -183,6 +183,28 @@ static void test_reply_waits(void **state)
     finish(x);
 }
 
+/* The engine has failed it, and it goes back there: not beside others, but in a turn of its own. */
+static void test_sent_back(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(2, false);
+    read_some(x);
+    ledger_each(x->c.ledger, x->part.ref, find_first, NULL);
+    struct job *j = unsent;
+    for (int i = 0; i < TURNS && atomic_load(&j->stage) != JOB_ANSWERING; i++)
+        turn(x);
+    atomic_store(&x->w.in_engine, 0);
+    for (int i = 0; i < TURNS && x->c.iso.turn == TURN_RUNNING; i++)
+        turn(x);
+    assert_false(atomic_load(&j->alone_now));
+    unsent = NULL;
+    job_set_stage(j, JOB_READY);
+    job_queue_push(&x->w.to_intake, j);
+    run_all(x);                         /* where suspects run while it is closed */
+    assert_int_equal(strlen(order), 9 * 3 - 1);
+    finish(x);
+}
+
 /* The partition is taken away while suspects wait behind one another: none runs, none is left. */
 static void test_taken_away(void **state)
 {
@@ -229,7 +251,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_keys_in_order), cmocka_unit_test(test_no_order),
-        cmocka_unit_test(test_reply_waits),
+        cmocka_unit_test(test_reply_waits), cmocka_unit_test(test_sent_back),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

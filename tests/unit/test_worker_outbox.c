@@ -34,6 +34,7 @@
 #include <librdkafka/rdkafka.h>
 #include <librdkafka/rdkafka_mock.h>
 
+#include "worker/quarantine.h"
 #include "worker/worker.h"
 #include "worker_registry_server.h"
 
@@ -783,6 +784,38 @@ static void test_orders_for_impossible_ids(void **state)
     assert_int_equal(end_worker(f), 0);
 }
 
+/* Two owners in a row have died while the first prompt was unfinished: it runs alone. */
+static void suspect_the_first(struct fixture *f)
+{
+    const struct quarantine_mark m = { .fence = 1, .until = 1, .suspect = -1, .owner = 1,
+                                       .deaths = 1 };
+    char text[QUARANTINE_TEXT_MAX + 1];
+    rd_kafka_t *c = client(f, RD_KAFKA_CONSUMER, "g");
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(l, "prompts", 0);
+    p->offset = 0;
+    p->metadata_size = quarantine_text(&m, 0, text);
+    p->metadata = strdup(text);
+    assert_int_equal(rd_kafka_commit(c, l, 0), 0);
+    rd_kafka_topic_partition_list_destroy(l);
+    rd_kafka_destroy(c);
+}
+
+/* It has left the engine, but its reply can't be encoded, for the registry is away: others need not
+ * wait for that. */
+static void test_reply_of_a_suspect_waits(void **state)
+{
+    struct fixture *f = *state;
+    suspect_the_first(f);
+    send_prompt(f, good);
+    send_prompt(f, good);
+    int port = start_serving(f, "replies.encoding=avro\nregistry.url=http://127.0.0.1:1\n"
+                             "drain.timeout_ms=1000\n");
+    wait_row(port, "\nloramill_processing_seconds_count 2\n");
+    assert_int_equal(end_worker(f), 0);
+    assert_true(committed(f) <= 0);
+}
+
 /* A worker with one prompt, whose reply is refused again and again. */
 static void start_unacknowledged(struct fixture *f, const char *config)
 {
@@ -893,7 +926,8 @@ int main(void)
         TEST(test_thread_that_does_not_poll), TEST(test_producer_that_stays),
         TEST(test_sigterm_with_unacknowledged), TEST(test_second_signal), TEST(test_silent_broker),
         TEST(test_http), TEST(test_what_counts_against_budgets),
-        TEST(test_orders_for_impossible_ids), TEST(test_bad_property_fails_at_once),
+        TEST(test_orders_for_impossible_ids), TEST(test_reply_of_a_suspect_waits),
+        TEST(test_bad_property_fails_at_once),
         TEST(test_missing_reply_schema_fails_at_once), TEST(test_registry_outage_at_start),
     };
     signal(SIGPIPE, SIG_IGN);
