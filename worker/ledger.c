@@ -265,7 +265,7 @@ lm_status ledger_deliver(ledger *l, struct ledger_ref ref, int64_t offset, void 
         return LM_CANCELLED;
     if (offset < 0)
         return LM_INVALID;
-    if (offset <= LM_MAX(p->last, p->base - 1))
+    if (offset <= LM_MAX(p->last, LM_MAX(p->base, p->committed) - 1))
         return LM_STATE;
     if (p->count == p->cap && ring_grow(p))
         return LM_NOMEM;

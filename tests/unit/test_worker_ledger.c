@@ -264,13 +264,19 @@ static void check_part(ledger *l, const struct model *m)
     assert_int_equal(info.committed, m->committed);
 }
 
+/* Below it nothing may come: it is not above the last one, or it is committed. */
+static int64_t model_floor(const struct model *m)
+{
+    return LM_MAX(m->n ? m->offsets[m->n - 1] + 1 : 0, m->committed);
+}
+
 static void do_deliver(ledger *l, struct model *m)
 {
-    int64_t offset = m->next + (pick(4) ? 0 : pick(50));
-    bool rewind = m->n && pick(2000) == 0;
-    if (rewind)
-        offset = m->offsets[pick((uint32_t)m->n)];
+    int64_t offset = m->next + (pick(4) ? 0 : pick(50)), floor = model_floor(m);
+    bool rewind = floor > 0 && pick(2000) == 0;
     if (rewind) {
+        int64_t most = pick(2) ? 3 : 100;
+        offset = floor - 1 - pick((uint32_t)LM_MIN(floor, most));
         assert_int_equal(ledger_deliver(l, m->ref, offset, m), LM_STATE);
         assert_int_equal(ledger_rewind(l, &m->ref), LM_OK);
         model_start(m, LEDGER_NONE);
