@@ -146,7 +146,7 @@ BIN     := $(BUILD)/loramill
 # whole is seen in all other builds: there a program that is not on it dies in pthread_create.
 THREADED   := test_engine test_upload $(addprefix test_engine,_alloc _echo _edge _fault _pool _random _shape) \
     $(addprefix test_kernels_,attention lora rows sample) test_golden test_merge test_tokenizer \
-    $(addprefix test_worker_,avro batch_job bench claim codec consumer delivery dev fatal group_protocol intake outbox parts registry renew resolver schemas scrape spans store submit \
+    $(addprefix test_worker_,avro batch_job bench claim codec consumer control delivery dev fatal group_protocol intake outbox parts registry renew resolver schemas scrape spans store submit \
     transaction url watchdog)
 ONE_THREAD := $(filter-out $(THREADED),$(basename $(notdir $(UNIT_SRC) $(FUZZ_SRC))))
 # WORKER=0 and `thread` leave some out; tests/run says which.

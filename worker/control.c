@@ -34,7 +34,8 @@ struct control {
     rd_kafka_t *rk;
     pthread_t thread;
     atomic_bool end, caught_up;
-    int n_parts, ends_seen;
+    int n_parts;
+    bool *ended;                /* [n_parts], whose end was reached once */
     int64_t look_us;            /* when to look for the topic's partitions */
     struct log_seldom ignored, later;   /* anyone may write to the topic */
 };
@@ -136,22 +137,37 @@ static void look(control *c, int64_t now)
         lm_log(LM_WARN, "control", "topics.control=%s: no such topic yet, or no broker", topic);
     if (n <= c->n_parts)
         return;
-    if (assign(c, topic, n)) {
+    bool *ended = lm_calloc((size_t)n, sizeof *ended);
+    if (ended && assign(c, topic, n)) {
+        free(c->ended);
+        c->ended = ended;
         c->n_parts = n;
-        c->ends_seen = 0;
     } else {
+        free(ended);
         c->look_us = now + RETRY_US;
     }
+}
+
+/* One that has got an order meanwhile says so again. */
+static void note_end(control *c, int32_t partition)
+{
+    int ended = 0;
+    if (partition >= 0 && partition < c->n_parts)
+        c->ended[partition] = true;
+    for (int i = 0; i < c->n_parts; i++)
+        ended += c->ended[i];
+    if (ended == c->n_parts)
+        atomic_store(&c->caught_up, true);
 }
 
 static void take(control *c, const rd_kafka_message_t *m)
 {
     if (!m->err)
         take_order(c, m);
-    else if (m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF)
+    else if (m->err == RD_KAFKA_RESP_ERR__PARTITION_EOF)
+        note_end(c, m->partition);
+    else
         lm_log(LM_DEBUG, "control", "%s", rd_kafka_message_errstr(m));
-    else if (++c->ends_seen >= c->n_parts)
-        atomic_store(&c->caught_up, true);
 }
 
 static void *control_main(void *arg)
@@ -240,5 +256,6 @@ void control_free(control *c)
     control_stop(c);
     credentials_detach(c->w->credentials, c->rk);
     rd_kafka_destroy_flags(c->rk, RD_KAFKA_DESTROY_F_NO_CONSUMER_CLOSE);
+    free(c->ended);
     free(c);
 }
