@@ -61,11 +61,12 @@ static void restore_map(consumer *c, const struct assigned *a, const char *text,
     free(ranges);
 }
 
-/* The metadata is MAP, MARK, or "MAP,MARK"; see offset_map.h and quarantine.h. */
+/* The metadata is MAP, MARK, or "MAP,MARK"; see offset_map.h and quarantine.h. It is read also
+ * where none is to be written (commit.map_max_bytes=0): what it holds was answered. */
 static void restore(consumer *c, struct assigned *a, const rd_kafka_topic_partition_t *from)
 {
     const char *text = from->metadata, *mark = NULL;
-    size_t len = c->map_limit && from->offset >= 0 && from->metadata_size ?
+    size_t len = kafka_has_offset_map() && from->offset >= 0 && from->metadata_size ?
         strnlen(text, from->metadata_size) : 0;         /* some tools send a NUL along */
     if (len)
         mark = memchr(text, OFFSET_MAP_SEPARATOR, len);

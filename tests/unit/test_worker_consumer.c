@@ -88,6 +88,7 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
 static atomic_bool transaction_over;    /* the one that holds the offset of the partition */
 static atomic_int asked_before, asked_after;
 
+static const char *kept;        /* the group's metadata of each partition; NULL: none */
 static struct world *polled;
 static atomic_llong handed_over;       /* to intake, when the group was asked */
 
@@ -99,8 +100,11 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     atomic_fetch_add(atomic_load(&transaction_over) ? &asked_after : &asked_before, 1);
     if (polled)
         atomic_store(&handed_over, atomic_load(&polled->w.metrics.backlog));
-    for (int i = 0; i < l->cnt; i++)
+    for (int i = 0; i < l->cnt; i++) {
         l->elems[i].offset = 1;
+        l->elems[i].metadata = kept ? strdup(kept) : NULL;
+        l->elems[i].metadata_size = kept ? strlen(kept) : 0;
+    }
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
@@ -424,6 +428,28 @@ static void an_assignment_is_not_taken_by_who_leaves(void **state)
     close_world(x);
 }
 
+/* commit.map_max_bytes=0: what the map of an earlier run holds was answered all the same. */
+static void a_map_is_read_also_where_none_is_written(void **state)
+{
+    (void)state;
+    struct world *x = open_world(NULL);
+    const struct offset_range finished = { 3, 6 };
+    char text[OFFSET_MAP_MAX + 1];
+    size_t covered;
+    assert_true(offset_map_encode(1, &finished, 1, OFFSET_MAP_MAX, text, &covered) > 0);
+    kept = text;
+    x->c.exactly_once = true;
+    x->c.map_limit = 0;
+    ledger_set_map_limit(x->c.ledger, 0);
+    assign(x, "other", 0);
+    kept = NULL;
+    const struct assigned *a = consumer_find(&x->c, "other", 0);
+    assert_non_null(a);
+    for (int64_t offset = 1; offset < 7; offset++)
+        assert_int_equal(ledger_skip(x->c.ledger, a->ref, offset), offset >= 3 && offset < 6);
+    close_world(x);
+}
+
 /* Within 20 bytes three runs have room beside the offset 127, and not beside 128. */
 static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 {
@@ -693,6 +719,7 @@ int main(void)
         cmocka_unit_test(but_not_for_ever),
         cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
+        cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
         cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),
