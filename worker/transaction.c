@@ -98,8 +98,12 @@ static void keep(struct tx *t, struct job *j)
         transaction_make_ready(t, j);
 }
 
+/* What an earlier attempt was refused for is judged: this one may end before it sends anything. */
 void transaction_enter(struct tx *t, struct job *j)
 {
+    j->out.error = 0;
+    if (j->notice)
+        j->notice->error = 0;
     t->bytes += j->out.len;
     t->stage.verdicts[t->stage.n] = STAGE_GONE;
     t->stage.jobs[t->stage.n++] = j;

@@ -27,6 +27,7 @@ static char said[2048];         /* of each transaction: its prompts' offsets, an
 static char sizes[256];         /* ... and how many they were */
 static int records, fail_next;
 static bool fate_unknown;       /* of the transaction that fails next */
+static bool none_begins;        /* the next one does not */
 static struct outgoing *late;   /* a record that the transaction that fails next did not get in, */
 static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
@@ -92,6 +93,10 @@ rd_kafka_error_t *rd_kafka_begin_transaction(rd_kafka_t *rk)
     (void)rk;
     if (open_now)
         return spoilt ? forbid() : rd_kafka_error_new(RD_KAFKA_RESP_ERR__STATE, "in another");
+    if (none_begins) {
+        none_begins = false;
+        return rd_kafka_error_new(RD_KAFKA_RESP_ERR__TIMED_OUT, "as the test says");
+    }
     open_now = true;
     records = 0;
     return NULL;
@@ -295,7 +300,7 @@ static int open_world(void **state)
     arrive_once_asked = fail_next = refuse_tenth = stuck = 0;
     behind_others = false;
     forbidden = silent = barred = NULL;
-    open_now = spoilt = acks = dies = at_its_end = false;
+    open_now = spoilt = acks = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
@@ -820,6 +825,23 @@ static void who_is_refused_later_goes_and_the_others_commit(void **state)
     assert_int_equal(dead_letters(), 1);
 }
 
+/* It goes again, and before anything of it is sent that fails: the refusal was of the last time. */
+static void a_refusal_is_judged_once(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    x->cfg.transaction_max_messages = 1;
+    read_prompts(jobs, 0, 1);
+    choose(jobs, 0, 1);
+    jobs[0]->out.error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    none_begins = true;
+    finish(jobs, 0, 1);
+    begin();
+    until_in_flight(0);
+    assert_string_equal(sizes, "1 ");
+    assert_int_equal(dead_letters(), 0);
+}
+
 /* A dead letter whose requester is to be told. */
 static struct job *with_notice(struct job **jobs)
 {
@@ -1171,7 +1193,7 @@ int main(void)
         TEST(what_is_refused_early_is_a_dead_letter_at_once),
         TEST(what_is_refused_by_a_client_at_its_end_is_judged_by_the_next),
         TEST(who_is_refused_later_goes_and_the_others_commit),
-        TEST(a_notice_that_is_refused_later_is_left_out),
+        TEST(a_refusal_is_judged_once), TEST(a_notice_that_is_refused_later_is_left_out),
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
         TEST(a_topic_that_takes_nothing_holds_up_no_other),
         TEST(a_topic_that_has_taken_many_is_as_any_other), TEST(a_try_in_vain_holds_up_no_other),
