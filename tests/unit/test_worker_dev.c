@@ -272,7 +272,7 @@ static void expect_finish(const char *path, const char *id, const char *wanted)
  * which can't look for times. */
 static void cancel_one_of_two(void)
 {
-    char job[256], out[256];
+    char job[256], out[256], id[600];
     int st;
     snprintf(job, sizeof job, "%s/job.jsonl", dir);
     snprintf(out, sizeof out, "%s/out.jsonl", dir);
@@ -283,6 +283,8 @@ static void cancel_one_of_two(void)
     assert_int_equal(call(cmd_submit, "--input", job, "--quiet", NULL, NULL), 0);
     usleep(20000);                  /* an order concerns what was there before it */
     assert_int_equal(call(cmd_cancel, "goes", "nobody", NULL, NULL, NULL), 0);
+    snprintf(id, sizeof id, "%0*d", 513, 0);        /* no prompt has such a one */
+    assert_int_equal(call(cmd_cancel, "stays", id, NULL, NULL, NULL), 2);
     assert_int_equal(write(worker_start, "x", 1), 1);
     assert_int_equal(call(cmd_collect, "--job", job, "--output", out, "--quiet"), 0);
     expect_finish(out, "stays", "stop");
