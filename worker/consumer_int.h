@@ -28,6 +28,7 @@ struct assigned {
     /* isolation.c */
     struct quarantine q;
     bool leaving;               /* handed back in order: its mark becomes idle */
+    bool refused;               /* the group takes no commits of its topic */
     bool uncapped;              /* suspects may lie beyond the log's end */
     struct job_chain held;      /* delivered, beyond the fence */
 };
@@ -52,7 +53,7 @@ struct isolation {
 };
 
 /* A request of the producer thread; see staging.c. */
-enum staging_what { STAGING_STAGE, STAGING_COMMITTED, STAGING_ABORTED };
+enum staging_what { STAGING_STAGE, STAGING_COMMITTED, STAGING_ABORTED, STAGING_LOOK };
 
 struct staging {
     pthread_mutex_t lock;

@@ -15,6 +15,7 @@
 #include "worker/kafka_conf.h"
 #include "worker/leaders.h"
 #include "worker/unanswered.h"
+#include "worker/withheld.h"
 #include "worker/worker.h"
 
 enum {
@@ -48,6 +49,7 @@ struct producer {
     /* The producer thread's, in which reports and statistics are served, too. */
     struct job_list later;
     struct aside aside;         /* exactly-once */
+    struct withheld withheld;   /* likewise */
     int other_id;               /* ... of transactions, made of the configured one; 0: that one */
     struct job_chain ended;     /* acknowledged; to the consumer thread, see delivery_give() */
     int64_t reported_us;        /* when they were; 0: the clock was not read yet */

@@ -48,10 +48,26 @@ static bool still_staged(consumer *c, const struct stage *s)
     return true;
 }
 
+static bool is_withheld(const struct stage *s, const char *topic)
+{
+    return s->withheld && withheld_has(s->withheld, topic);
+}
+
+/* Its offset goes into none, so neither may its outcome. */
+static enum stage_verdict stage_withheld(const consumer *c, const struct job *j)
+{
+    struct ledger_info info;
+    return ledger_get(c->ledger, j->lease->ref, &info) ? STAGE_WAIT : STAGE_GONE;
+}
+
 static void stage_jobs(consumer *c, struct stage *s)
 {
     for (size_t i = s->from; i < s->n; i++) {
         const struct job *j = s->jobs[i];
+        if (!j->parent && is_withheld(s, j->lease->topic)) {
+            s->verdicts[i] = stage_withheld(c, j);
+            continue;
+        }
         bool in = j->parent ? !lease_revoked(j->lease) :
                   ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
         s->verdicts[i] = in ? STAGE_IN : STAGE_GONE;
@@ -115,7 +131,8 @@ static bool sent_beyond(consumer *c, const struct stage *s, const struct assigne
 static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
 {
     struct ledger_commit due = { .ref = a->ref };
-    if (!commit_due(c, a, true, &due))
+    a->refused = is_withheld(s, a->lease->topic);
+    if (a->refused || !commit_due(c, a, true, &due))
         return;
     commit_add_offset(c, a, &due, true, s->offsets);
     s->commits[s->n_commits++] = due;
@@ -154,6 +171,28 @@ static void serve_stage(consumer *c, struct stage *s)
     c->staging.open = s->n_commits ? s : NULL;
 }
 
+/* In exactly-once what is finished is committed: they say nothing that is new. */
+static void serve_look(consumer *c, struct stage *s)
+{
+    char map[OFFSET_MAP_MAX + 1];
+    s->offsets = rd_kafka_topic_partition_list_new((int)c->n_parts);
+    s->group = rd_kafka_consumer_group_metadata(c->rk);
+    for (size_t i = 0; i < c->n_parts; i++) {
+        const struct assigned *a = &c->parts[i];
+        struct ledger_commit due = { .ref = a->ref };
+        ledger_due(c->ledger, a->ref, false, &due);
+        if (due.offset < 0 || strcmp(a->lease->topic, s->topic))
+            continue;
+        rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(
+            s->offsets, a->lease->topic, a->partition);
+        p->offset = due.offset;
+        p->metadata_size = ledger_map(c->ledger, &due, false, map, NULL);
+        p->metadata = p->metadata_size ? lm_strdup(map) : NULL;
+        if (!p->metadata)
+            p->metadata_size = 0;
+    }
+}
+
 static void serve_settle(consumer *c, struct stage *s, bool committed)
 {
     c->staging.open = NULL;
@@ -181,6 +220,8 @@ void staging_serve(consumer *c)
     if (g->asked) {
         if (g->what == STAGING_STAGE)
             serve_stage(c, g->asked);
+        else if (g->what == STAGING_LOOK)
+            serve_look(c, g->asked);
         else
             serve_settle(c, g->asked, g->what == STAGING_COMMITTED);
         g->asked = NULL;
@@ -249,6 +290,11 @@ lm_status staging_stage(consumer *c, struct stage *s)
 void staging_settle(consumer *c, struct stage *s, bool committed)
 {
     ask(c, s, committed ? STAGING_COMMITTED : STAGING_ABORTED);
+}
+
+lm_status staging_look(consumer *c, struct stage *s)
+{
+    return ask(c, s, STAGING_LOOK);
 }
 
 void stage_release(struct stage *s)

@@ -17,18 +17,22 @@
  * Nothing is generated anew when a transaction aborts: finished completions stay in memory until
  * they are durable. A job whose partition has been taken away meanwhile is not staged and must be
  * dropped, unsent: its offset belongs to another worker now.
+ *
+ * Of prompt topics whose offsets the group refuses (withheld.h) nothing goes into a transaction;
+ * staging_look() has what the group may be asked with.
  */
 #ifndef LORAMILL_WORKER_STAGING_H
 #define LORAMILL_WORKER_STAGING_H
 
 #include <librdkafka/rdkafka.h>
 
+#include "worker/withheld.h"
 #include "worker/worker.h"
 
 enum stage_verdict {
     STAGE_GONE,                 /* its partition is another's: drop it */
     STAGE_IN,
-    STAGE_WAIT,                 /* the offset map has no room for it yet: the next one */
+    STAGE_WAIT,                 /* not yet: the offset map has no room for it, or it is withheld */
     STAGE_REFUSED,              /* in: it was IN, but its record did not get in: take it out */
 };
 
@@ -37,6 +41,8 @@ struct stage {
     size_t n;
     size_t from;                /* in: those before are of earlier portions, and sent */
     bool more;                  /* in: not the last portion, so no offsets yet */
+    const struct withheld *withheld;    /* in: of these prompt topics nothing; NULL: of all */
+    const char *topic;          /* in, of staging_look(): of this one */
     enum stage_verdict *verdicts;       /* [n], out: of those that are new */
     bool lost;                  /* out: one that was sent is not ours any more: abort */
     rd_kafka_topic_partition_list_t *offsets;   /* out, with the last portion: may be empty */
@@ -50,6 +56,9 @@ struct stage {
  * rebalances. LM_CANCELLED: the consumer has ended, nothing can be committed any more. */
 lm_status staging_stage(consumer *c, struct stage *s);
 void staging_settle(consumer *c, struct stage *s, bool committed);
+/* The offsets that the group has of partitions that are ours, of one prompt topic. The rest of the
+ * stage is empty. LM_CANCELLED as above. */
+lm_status staging_look(consumer *c, struct stage *s);
 void stage_release(struct stage *s);    /* the outputs */
 
 /* Does the group hold one of the stage's offsets with its very map? That is how the fate of a

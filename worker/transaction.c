@@ -2,7 +2,8 @@
 /*
  * transaction.c - exactly-once: the producer thread's half; see staging.h. How librdkafka is
  * called, and what follows from a call that fails, is in transaction_client.c; what becomes of
- * topics that take nothing in transaction_aside.c.
+ * topics that take nothing in transaction_aside.c, of those whose offsets are refused in
+ * transaction_offsets.c.
  *
  * Finished jobs gather in `ready`. Every transaction.interval_ms, or when
  * transaction.max_messages are there, one transaction takes them:
@@ -27,7 +28,8 @@
  * and computes the offsets anew, if it had, and then it is judged.
  *
  * A topic that takes nothing in the time of a transaction, or that we may not write to, is set
- * aside with all that is for it, and tried by itself (aside.h).
+ * aside with all that is for it, and tried by itself (aside.h). A prompt topic whose offsets the
+ * group refuses is withheld, with all that is of it (withheld.h).
  *
  * How a transaction may end:
  *
@@ -254,7 +256,7 @@ static enum fate extend(struct tx *t)
     if (!t->open) {
         t->begun_us = lm_now_us();
         t->begun = true;
-        t->p->failed = t->any_refused = false;
+        t->p->failed = t->any_refused = t->of_offsets = false;
         t->code = RD_KAFKA_RESP_ERR_NO_ERROR;
         if ((e = transaction_begin(t)))
             return transaction_undo(t, e);
@@ -270,8 +272,10 @@ static enum fate conclude(struct tx *t)
     rd_kafka_error_t *e = NULL;
     if (t->trial && !transaction_arrived(t))
         return take_back(t);
-    if (t->stage.offsets->cnt && (e = transaction_persist(t, transaction_send_offsets)))
+    if (t->stage.offsets->cnt && (e = transaction_persist(t, transaction_send_offsets))) {
+        t->of_offsets = true;
         return transaction_undo(t, e);
+    }
     transaction_flush(t);
     e = transaction_persist(t, transaction_commit);
     return e ? transaction_undo(t, e) : COMMITTED;
@@ -371,7 +375,9 @@ static bool after_abort(struct tx *t, bool going)
 {
     metric_add(&t->w->metrics.transaction_aborts, 1);
     t->stale |= t->rebuilt_us < t->begun_us && blame_timed_out(&t->stage);
-    bool mended = going && transaction_set_aside(t);
+    bool mended = going && transaction_offsets_refused(t);
+    t->begun &= !mended;        /* a topic that is tried has not failed */
+    mended |= going && transaction_set_aside(t);
     mended |= going && judge_refused(t);
     delivery_give(t->p);
     put_back(t);
@@ -457,6 +463,7 @@ bool transaction_run(struct tx *t, bool last)
     if (last && !t->trial)
         atomic_store(&t->p->want_offsets, false);
     t->stage.more = !last;
+    t->stage.withheld = &t->p->withheld;
     if (t->trial)
         transaction_take_aside(t);
     else
@@ -473,7 +480,7 @@ bool transaction_run(struct tx *t, bool last)
         fate = HOPELESS;
     }
     stage_release(&t->stage);
-    return fate != HOPELESS && st != LM_NOMEM;
+    return fate != HOPELESS && st != LM_NOMEM && !t->hopeless;
 }
 
 /* ---- thread ----------------------------------------------------------------------------- */
@@ -533,7 +540,7 @@ static void wait_and_gather(struct tx *t, int64_t now, int64_t due_us)
         nanosleep(&(struct timespec){ .tv_nsec = pause * 1000 }, NULL);
     int most = job_list_wait_ms(&t->p->later, now, t->open ? TRANSACTION_FLUSH_MS : IDLE_MS);
     if (!t->open && !transaction_last_call(t) && now >= t->not_before_us)
-        most = aside_wait_ms(&t->p->aside, now, most);
+        most = withheld_wait_ms(&t->p->withheld, now, aside_wait_ms(&t->p->aside, now, most));
     gather(t, (int)LM_MAX(0, LM_MIN((due_us + 999) / 1000, most)));
 }
 
@@ -545,6 +552,7 @@ static void end(struct tx *t)
     worker_drop_all(t->w, t->ready.head);
     worker_drop_all(t->w, job_list_take_all(&t->p->later));
     worker_drop_all(t->w, aside_take_all(&t->p->aside));
+    worker_drop_all(t->w, withheld_take_all(&t->p->withheld));
     free(t->stage.jobs);
     free(t->stage.verdicts);
 }
@@ -569,17 +577,25 @@ void *transaction_main(void *arg)
         bool working = atomic_load(&t.w->started) && !transaction_last_call(&t);
         int64_t now = lm_now_us(), due = working ? until_due(&t, now) : IDLE_MS * 1000;
         transaction_serve(&t);
-        atomic_store(&t.w->metrics.aside, (long long)aside_jobs(&p->aside));
+        atomic_store(&t.w->metrics.aside,
+                     (long long)(aside_jobs(&p->aside) + withheld_jobs(&p->withheld)));
         wait_and_gather(&t, now, due);
         now = lm_now_us();
         bool last = transaction_last_call(&t) || until_due(&t, now) <= 0;
         if ((!working || transaction_last_call(&t)) && !t.open)
             continue;
-        struct aside_topic *a = transaction_to_try(&t, now, last || worth_sending(&t, now));
-        if (!a && !last && !worth_sending(&t, now))
+        struct withheld_topic *h = t.open ? NULL : withheld_due(&p->withheld, now);
+        struct aside_topic *a =
+            h ? NULL : transaction_to_try(&t, now, last || worth_sending(&t, now));
+        if (!h && !a && !last && !worth_sending(&t, now))
             continue;
         if (!t.open && !(t.initialised ? transaction_fence(&t) : transaction_initialise(&t)))
             break;
+        if (h) {
+            transaction_ask_again(&t, h);
+            going = !t.hopeless;
+            continue;
+        }
         if (a) {
             going = transaction_try(&t, a);
             continue;

@@ -16,6 +16,8 @@ enum { LOOK_MS = 500 };         /* to ask the brokers for leaders */
 
 bool transaction_waits_aside(struct tx *t, struct job *j)
 {
+    if (withheld_keep(&t->p->withheld, j))
+        return true;
     if (aside_spares(&t->p->aside, j))
         delivery_leave_notice(t->p, j);
     return aside_keep(&t->p->aside, j, lm_now_us());

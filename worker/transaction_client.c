@@ -22,6 +22,7 @@ enum {
     FAILED_MS = 100,            /* for the other reports, once a record was not taken */
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
+    QUESTION_MS = 1000,
 };
 
 /* ---- what is under way ------------------------------------------------------------------ */
@@ -193,7 +194,7 @@ bool transaction_rebuild(struct tx *t)
     if (t->rebuilt_us && wait > 0)
         nanosleep(&(struct timespec){ .tv_nsec = LM_MIN(wait, 999999) * 1000 }, NULL);
     t->rebuilt_us = lm_now_us();
-    t->stale = false;
+    t->stale = t->unsure = false;
     metric_add(&t->w->metrics.producer_rebuilds, 1);
     rd_kafka_purge(t->p->rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
     producer_close(t->p);
@@ -208,7 +209,7 @@ bool transaction_rebuild(struct tx *t)
 
 bool transaction_fence(struct tx *t)
 {
-    if (producer_resize(t->p))
+    if (producer_resize(t->p) || t->unsure)
         return transaction_rebuild(t);
     if (!t->stale && !atomic_load(&t->p->unanswered.any))
         return true;
@@ -282,4 +283,20 @@ enum fate transaction_undo(struct tx *t, rd_kafka_error_t *e)
     }
     rd_kafka_error_destroy(e);
     return fate;
+}
+
+rd_kafka_resp_err_t transaction_question(struct tx *t, const struct stage *look)
+{
+    t->begun_us = lm_now_us();
+    rd_kafka_error_t *e = transaction_begin(t);
+    if (!e)
+        e = rd_kafka_send_offsets_to_transaction(t->p->rk, look->offsets, look->group,
+                                                 LM_MIN(QUESTION_MS, transaction_call_ms(t)));
+    rd_kafka_resp_err_t code = e ? rd_kafka_error_code(e) : RD_KAFKA_RESP_ERR_NO_ERROR;
+    if (!e)
+        e = transaction_persist(t, transaction_abort);
+    enum fate fate = e ? transaction_undo(t, e) : ABORTED;
+    t->unsure |= fate == UNKNOWN;
+    t->hopeless |= fate == HOPELESS;
+    return code;
 }

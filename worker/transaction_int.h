@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * transaction_int.h - what the three files about transactions share; the producer thread's alone.
+ * transaction_int.h - what the files about transactions share; the producer thread's alone.
  * transaction.c knows what a transaction holds, and when it begins and ends; transaction_client.c
- * how librdkafka is called about it; transaction_aside.c what becomes of topics that take nothing.
+ * how librdkafka is called about it; transaction_aside.c what becomes of topics that take nothing,
+ * transaction_offsets.c of those whose offsets are refused.
  */
 #ifndef LORAMILL_WORKER_TRANSACTION_INT_H
 #define LORAMILL_WORKER_TRANSACTION_INT_H
@@ -30,12 +31,15 @@ struct tx {
     size_t again;               /* an abort has left so many, which go before all that is new */
     bool any_refused;           /* of the portion: STAGE_REFUSED, to be taken out */
     struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
-    rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known */
+    rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known, or not for a record */
+    bool of_offsets;            /* ... as the call for its offsets has told */
     size_t gone;                /* of its jobs: they are not ours any more */
     bool begun, overran;        /* it had any to send; its time was not enough */
     bool tried;                 /* one, last time */
     bool no_other_id;           /* the brokers don't allow one */
     bool stale;                 /* records were not taken in time, since the producer is this one */
+    bool unsure;                /* a question has left open what the brokers did */
+    bool hopeless;              /* ... or was the client's last */
     int64_t since_us;           /* the oldest in `ready` ... */
     int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
@@ -57,8 +61,8 @@ bool transaction_forget_attempt(struct tx *t, struct job *j);
 
 /* ---- transaction_aside.c ---------------------------------------------------------------- */
 
-/* Does it wait for a topic that is set aside? Not for its notice's, once that is known to take
- * none: then it goes without. */
+/* Does it wait for a topic that is set aside, or for its own, which is withheld? Not for its
+ * notice's, once that is known to take none: then it goes without. */
 bool transaction_waits_aside(struct tx *t, struct job *j);
 /* After an abort: the jobs of topics that took nothing wait, so that the others need not. True:
  * there are such. Of a try: who is at fault is noted. */
@@ -110,5 +114,16 @@ void transaction_learn_cause(struct tx *t);
 bool transaction_client_is_dead(const struct tx *t);
 /* A call has failed: aborts if that is enough. Consumes the error. */
 enum fate transaction_undo(struct tx *t, rd_kafka_error_t *e);
+/* Would the group take these offsets? In a transaction without records, which is aborted whatever
+ * the answer. */
+rd_kafka_resp_err_t transaction_question(struct tx *t, const struct stage *look);
+
+/* ---- transaction_offsets.c -------------------------------------------------------------- */
+
+/* After an abort whose code may be about offsets: true, and the prompt topics are withheld, if it
+ * is. Then, or if that can't be found out now, it is no more taken for a record's. */
+bool transaction_offsets_refused(struct tx *t);
+/* One of them is due: does the group still refuse it? */
+void transaction_ask_again(struct tx *t, struct withheld_topic *h);
 
 #endif

@@ -183,5 +183,30 @@ for mode in at-least-once exactly-once; do
     fi
     end "$t"
 done
+
+# A prompt topic that may not be read any more while its prompts are at work: its offsets wait, in exactly-once its
+# replies too, and the other topic's go on. Their replies are held back until it is taken away, or none would be at work.
+consumed_is() { curl -sf "http://127.0.0.1:${P[5]}/metrics" | grep -q "^loramill_consumed_records_total $1\$"; }
+for mode in at-least-once exactly-once; do
+    t=unread-$mode
+    topic_create "$t-other" 1; topic_create "$t-replies" 1
+    admin acl grant nobody write "$t-replies"
+    worker "$t" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" "http.port=${P[5]}" \
+        "topics.prompts=$t,$t-other"
+    d produce "$t-other" 20 20
+    check "$t: prompts of both are read" wait_until 30 consumed_is 40
+    admin acl grant worker describe "$t"; admin acl grant nobody read "$t"
+    admin acl revoke nobody write "$t-replies"
+    committed_other() { [ "$(d committed "$t" "$t-other" 0 | cut -d' ' -f1)" = 20 ]; }
+    check "$t: the other topic's prompts commit" wait_until 40 committed_other
+    nothing_passes() { [ "$(d committed "$t" "$t" 0 | cut -d' ' -f1)" -le 0 ]; }
+    check "$t: those of the forbidden one do not" nothing_passes
+    check "$t: nothing is a dead letter" d count dead p- 0
+    admin acl grant worker read "$t"
+    check "$t: allowed again, all are answered" d wait "$t-replies" 40 40
+    check "$t: and committed" wait_until 40 committed_is "$t" 20
+    d verify "$t-replies" 0 40 0 || FAILED=1
+    end "$t"
+done
 no_secret() { ! grep -qE 's3cret-|n3xt-|th1rd-|t0ken-|wrong-pass-word|PRIVATE KEY|eyJ' "$RUN"/worker-*.log; }
 check "no secret is in a log" no_secret

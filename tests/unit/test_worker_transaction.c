@@ -34,6 +34,8 @@ static int refuse_tenth;        /* so replies of each tenth prompt are refused o
 static const char *forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
 static const char *barred;      /* the coordinator says that we may not write to that topic */
+static const char *unread;      /* the group takes no offsets of that topic, */
+static rd_kafka_resp_err_t unread_error;        /* and why */
 static bool acks;               /* others are acknowledged before it says so */
 static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
@@ -157,9 +159,13 @@ rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
     const rd_kafka_consumer_group_metadata_t *group, int timeout_ms)
 {
     (void)rk;
-    (void)offsets;
     (void)group;
     (void)timeout_ms;
+    for (int i = 0; !spoilt && i < offsets->cnt; i++)
+        if (unread && !strcmp(offsets->elems[i].topic, unread)) {
+            spoilt = true;
+            return rd_kafka_error_new(unread_error, "as the test says");
+        }
     return spoilt ? forbid() : NULL;
 }
 
@@ -299,7 +305,8 @@ static int open_world(void **state)
     atomic_store(&asked, 0);
     arrive_once_asked = fail_next = refuse_tenth = stuck = 0;
     behind_others = false;
-    forbidden = silent = barred = NULL;
+    forbidden = silent = barred = unread = NULL;
+    unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
     open_now = spoilt = acks = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
     x->w.producer = &p;
@@ -1074,6 +1081,97 @@ static void a_forbidden_topic_is_found_out_once(void **state)
     assert_in_range(atomic_load(&aborts) - before, 1, OF_TOPIC - 1);   /* tries of it */
 }
 
+/* ---- prompt topics whose offsets are refused ----------------------------------------------- */
+
+static struct assigned both[2];
+
+/* Every second prompt is of another topic. */
+static void read_of_two_topics(struct job **jobs)
+{
+    both[0] = x->part;
+    both[1] = (struct assigned){ .partition = 0 };
+    assert_int_equal(ledger_assign(x->c.ledger, "u", 0, 0, &both[1].ref), LM_OK);
+    both[1].lease = lease_new("u", 0, both[1].ref);
+    x->c.parts = both;
+    x->c.n_parts = 2;
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    for (int i = 0; i < SOME; i++) {
+        x->part = both[i % 2];
+        read_prompts(jobs, i, 1);
+        jobs[i]->out.topic = i % 4 < 2 ? group : dead;
+    }
+    x->part = both[0];
+}
+
+static void forget_the_second(void)
+{
+    ledger_revoke(x->c.ledger, both[1].ref);
+    lease_unref(both[1].lease);
+    x->c.n_parts = 1;
+}
+
+static int64_t committed(const struct assigned *a)
+{
+    struct ledger_info info;
+    assert_true(ledger_get(x->c.ledger, a->ref, &info));
+    return info.committed;
+}
+
+/* We may not read it any more, or it was deleted. The others' prompts commit, and no topic of
+ * replies is held to be at fault. */
+static void only_prompts_of_a_refused_topic_wait(rd_kafka_resp_err_t why)
+{
+    struct job *jobs[SOME];
+    read_of_two_topics(jobs);
+    unread = "u";
+    unread_error = why;
+    finish(jobs, 0, SOME);
+    begin();
+    until_in_flight(SOME / 2);
+    assert_int_equal(committed(&both[0]), SOME - 1);
+    assert_int_equal(committed(&both[1]), 0);
+    assert_null(p.aside.topics);
+    turn_for_ms(50);
+    assert_int_equal(ledger_in_flight(x->c.ledger), SOME / 2);
+    assert_int_equal(atomic_load(&x->w.metrics.aside), SOME / 2);
+    unread = NULL;
+    until_in_flight(0);
+    assert_int_equal(committed(&both[1]), SOME);
+    forget_the_second();
+}
+
+static void a_topic_that_may_not_be_read_holds_up_no_other(void **state)
+{
+    (void)state;
+    only_prompts_of_a_refused_topic_wait(RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+}
+
+static void a_topic_that_is_no_more_holds_up_no_other(void **state)
+{
+    (void)state;
+    only_prompts_of_a_refused_topic_wait(RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
+}
+
+/* Where there is only one prompt topic, too, the same code may be about either. */
+static void offsets_that_are_refused_blame_no_record(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    lead_with_notice(jobs);
+    unread = "t";
+    finish(jobs, 0, SOME);
+    begin();
+    turn_for_ms(100);
+    assert_int_equal(ledger_in_flight(x->c.ledger), SOME);
+    assert_null(p.aside.topics);
+    unread = NULL;
+    until_in_flight(0);
+    assert_non_null(strstr(sizes, "21 "));          /* with its notice */
+}
+
 /* While a partition leaves us, what can be committed is; what is another's by then is dropped. */
 static void what_was_set_aside_is_committed_while_its_partition_leaves(void **state)
 {
@@ -1201,6 +1299,9 @@ int main(void)
         TEST(a_notice_to_the_usual_topic_is_left_out), TEST(a_notice_without_a_leader_is_left_out),
         TEST(a_notice_that_does_not_arrive_is_left_out), TEST(a_forbidden_topic_is_found_out_once),
         TEST(what_was_set_aside_is_committed_while_its_partition_leaves),
+        TEST(a_topic_that_may_not_be_read_holds_up_no_other),
+        TEST(a_topic_that_is_no_more_holds_up_no_other),
+        TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
