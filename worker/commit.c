@@ -113,6 +113,20 @@ static rd_kafka_resp_err_t verdict(consumer *c, const struct ledger_commit *p,
     return e ? e->err : RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
+/* Of its topic no commit is taken for now; others' are. */
+static bool refuses_topic(rd_kafka_resp_err_t e)
+{
+    return e == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED ||
+           e == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+}
+
+static void note_refusal(consumer *c, struct ledger_ref ref, rd_kafka_resp_err_t e)
+{
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (c->parts[i].ref.slot == ref.slot && c->parts[i].ref.epoch == ref.epoch)
+            c->parts[i].refused = refuses_topic(e);
+}
+
 static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *l,
                       void *opaque)
 {
@@ -120,8 +134,10 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
     consumer *c = opaque;
     rd_kafka_resp_err_t worst = e;
     for (size_t i = 0; i < c->n_pending; i++) {
-        rd_kafka_resp_err_t own = e ? e : verdict(c, &c->pending[i], l);
+        rd_kafka_resp_err_t own = verdict(c, &c->pending[i], l);
+        own = own ? own : e;
         isolation_answered(c, c->pending[i].ref, !own);
+        note_refusal(c, c->pending[i].ref, own);
         if (own)
             worst = own;
         else

@@ -22,6 +22,11 @@
  *   OPENING   a commit says that the other partitions are at work again; then the engine is open
  *             for at least as long as it was closed
  *
+ * A partition whose commits the group refuses (of a topic that we may not read any more, or that is
+ * no more) can't have its mark, for as long as that lasts. Nobody waits for it: a death may count
+ * for its prompts then, which were in no engine, and alone proves nothing (quarantine.h). Its own
+ * suspects have no turn.
+ *
  * Keys. With delivery.order=key a suspect enters the order of its key when it is delivered, and has
  * no turn before it is the first of it; so what came later waits for it to be settled, as for any
  * other. What waits so counts as started (count_risk), for it will start without asking.
@@ -359,7 +364,7 @@ static bool begin_turn(consumer *c)
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
         struct choice x = { &a->q, NULL };
-        if (quarantine_level(&a->q) != QUARANTINE_SOLO || lease_revoked(a->lease))
+        if (quarantine_level(&a->q) != QUARANTINE_SOLO || lease_revoked(a->lease) || a->refused)
             continue;
         ledger_each(c->ledger, a->ref, choose, &x);
         if (!x.job)
@@ -375,13 +380,24 @@ static bool begin_turn(consumer *c)
     return false;
 }
 
-/* Has every partition the mark that this turn asks for? */
+/* Has every partition that can have it the mark that this turn asks for? */
 static bool all_marked(consumer *c)
 {
+    if (lm_now_us() < c->iso.retry_us)  /* till then none wants one */
+        return false;
     for (size_t i = 0; i < c->n_parts; i++)
-        if (c->parts[i].q.asking || isolation_wants(c, &c->parts[i]))
+        if (!c->parts[i].refused && (c->parts[i].q.asking || isolation_wants(c, &c->parts[i])))
             return false;
-    return lm_now_us() >= c->iso.retry_us;
+    return true;
+}
+
+/* Can the suspect's own partition not have its mark? */
+static bool turn_refused(const consumer *c)
+{
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (has_turn(c, &c->parts[i]))
+            return c->parts[i].refused;
+    return false;
 }
 
 static void start_suspect(consumer *c)
@@ -445,7 +461,10 @@ static void take_turns(consumer *c, int64_t now)
             c->iso.turn = TURN_MARKING;
         break;
     case TURN_MARKING:
-        if (all_marked(c)) {
+        if (turn_refused(c)) {
+            c->iso.since_us = now;
+            c->iso.turn = TURN_OPENING;
+        } else if (all_marked(c)) {
             c->iso.turn = TURN_RUNNING;
             c->iso.since_us = now;
             start_suspect(c);
@@ -470,7 +489,7 @@ static void serve_part(consumer *c, struct assigned *a)
         release(c, a);
     c->iso.active |= a->held.head || a->q.deaths;
     c->iso.busy |= a->held.head || quarantine_level(&a->q) == QUARANTINE_SOLO;
-    c->iso.wanted |= isolation_wants(c, a);
+    c->iso.wanted |= isolation_wants(c, a) && !(a->refused && c->exactly_once);
 }
 
 void isolation_serve(consumer *c)
@@ -542,7 +561,7 @@ bool isolation_left(consumer *c, const rd_kafka_topic_partition_list_t *only)
         return true;            /* at-least-once: the last commit says it */
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        if (a->leaving && consumer_selected(only, a) &&
+        if (a->leaving && !a->refused && consumer_selected(only, a) &&
             (a->q.asking || isolation_wants(c, a))) {
             producer_want_offsets(c->w->producer);
             return false;

@@ -14,7 +14,7 @@
 
 #include "consumer_world.h"
 
-enum { MAX_ATTEMPTS = 3, TURNS = 1000 };
+enum { MAX_ATTEMPTS = 3, TURNS = 1000, MOST_US = 20 * 1000000 };
 
 static struct job *unsent;      /* its reply waits for its topic */
 static char order[64];          /* the prompts as they ran, by their first letter and offset */
@@ -39,21 +39,25 @@ static void read_prompt(struct world *x, int64_t offset, const char *key)
     struct job *j = world_deliver(x, offset, key);
     j->worker = &x->w;
     x->c.held++;
-    if (!isolation_hold(&x->c, &x->part, j))
+    if (!isolation_hold(&x->c, &x->c.parts[0], j))
         assert_int_equal(consumer_admit(&x->c, j), LM_OK);
 }
 
-/* Every commit is accepted at once. */
+/* Every commit is answered at once. */
 static void commit(struct world *x)
 {
     struct ledger_commit due;
     char text[QUARANTINE_TEXT_MAX + 1];
-    if (!x->c.iso.wanted || !isolation_wants(&x->c, &x->part))
-        return;
-    ledger_due(x->c.ledger, x->part.ref, false, &due);
-    isolation_text(&x->c, &x->part, &due, text);
-    isolation_answered(&x->c, x->part.ref, true);
-    ledger_committed(x->c.ledger, &due);
+    for (size_t i = 0; x->c.iso.wanted && i < x->c.n_parts; i++) {
+        struct assigned *a = &x->c.parts[i];
+        if (!isolation_wants(&x->c, a))
+            continue;
+        ledger_due(x->c.ledger, a->ref, false, &due);
+        isolation_text(&x->c, a, &due, text);
+        isolation_answered(&x->c, a->ref, !a->refused);
+        if (!a->refused)
+            ledger_committed(x->c.ledger, &due);
+    }
 }
 
 /* Intake and engine, the fastest there are. */
@@ -183,6 +187,53 @@ static void test_reply_waits(void **state)
     finish(x);
 }
 
+/* After a refusal a commit waits for a moment. */
+static void until_open_with(struct world *x, size_t n)
+{
+    for (int64_t end = lm_now_us() + MOST_US; lm_now_us() < end; turn(x))
+        if (ledger_in_flight(x->c.ledger) == n && x->c.iso.turn == TURN_OPEN)
+            break;
+    assert_int_equal(ledger_in_flight(x->c.ledger), n);
+    assert_false(atomic_load(&x->w.closed));
+}
+
+/* Another partition is at work beside, and commits of one of the two are refused. If it is the
+ * other's, that can't be marked idle, and the suspect runs all the same; if its own, it doesn't. */
+static void refuse_commits(bool own)
+{
+    struct world *x = quarantined(1, false);
+    struct assigned both[2] = { x->part, { .partition = 0 } };
+    assert_int_equal(ledger_assign(x->c.ledger, "u", 0, 0, &both[1].ref), LM_OK);
+    both[1].lease = lease_new("u", 0, both[1].ref);
+    quarantine_init(&both[1].q, MAX_ATTEMPTS, 1);
+    quarantine_ask(&both[1].q, 100, false, false);
+    quarantine_answer(&both[1].q, true);
+    x->c.parts = both;
+    x->c.n_parts = 2;
+    read_some(x);
+    for (int i = 0; i < TURNS && x->c.iso.turn != TURN_CLOSING; i++)
+        turn(x);
+    both[!own].refused = true;
+    until_open_with(x, own);
+    both[!own].refused = false;
+    until_open_with(x, 0);
+    ledger_revoke(x->c.ledger, both[1].ref);
+    lease_unref(both[1].lease);
+    finish(x);
+}
+
+static void test_marks_of_another_are_refused(void **state)
+{
+    (void)state;
+    refuse_commits(false);
+}
+
+static void test_its_own_marks_are_refused(void **state)
+{
+    (void)state;
+    refuse_commits(true);
+}
+
 /* The engine has failed it, and it goes back there: not beside others, but in a turn of its own. */
 static void test_sent_back(void **state)
 {
@@ -252,6 +303,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_keys_in_order), cmocka_unit_test(test_no_order),
         cmocka_unit_test(test_reply_waits), cmocka_unit_test(test_sent_back),
+        cmocka_unit_test(test_marks_of_another_are_refused),
+        cmocka_unit_test(test_its_own_marks_are_refused),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
