@@ -60,7 +60,7 @@ static struct producer p;
 static atomic_long others;      /* records under way, beside those that are acknowledged at once */
 static atomic_int looks;        /* at what is under way */
 static atomic_int asked;        /* how often the producer thread wanted to stage */
-static int arrive_once_asked;   /* so often, and the others are acknowledged; 0: they are not */
+static atomic_int arrive_once_asked;    /* so often, and the others are acknowledged; 0: not */
 static bool behind_others;      /* one was sent while others were under way */
 
 /* These win over the shared library's. */
@@ -271,7 +271,8 @@ rd_kafka_resp_err_t rd_kafka_flush(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
-    if (arrive_once_asked && atomic_load(&asked) >= arrive_once_asked)
+    int often = atomic_load(&arrive_once_asked);
+    if (often && atomic_load(&asked) >= often)
         atomic_store(&others, 0);
     p.under_way = atomic_load(&others);
     atomic_fetch_add(&looks, 1);
@@ -303,7 +304,8 @@ static int open_world(void **state)
     job_queue_init(&p.inbox);
     said[0] = sizes[0] = wanted[0] = '\0';
     atomic_store(&asked, 0);
-    arrive_once_asked = fail_next = refuse_tenth = stuck = 0;
+    atomic_store(&arrive_once_asked, 0);
+    fail_next = refuse_tenth = stuck = 0;
     behind_others = false;
     forbidden = silent = barred = unread = NULL;
     unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
@@ -351,12 +353,15 @@ static void finish(struct job **jobs, int first, int n)
         producer_send(&p, jobs[i]);
 }
 
+/* What comes after it has looked is for the next turn, so that each request is counted. */
 static void turn(void)
 {
     pthread_mutex_lock(&x->c.staging.lock);
-    asked += x->c.staging.asked && x->c.staging.what == STAGING_STAGE;
+    bool any = x->c.staging.asked;
+    asked += any && x->c.staging.what == STAGING_STAGE;
     pthread_mutex_unlock(&x->c.staging.lock);
-    staging_serve(&x->c);
+    if (any)
+        staging_serve(&x->c);
     consumer_take_finished(&x->c, 1);
 }
 
@@ -543,7 +548,7 @@ static void a_portion_is_staged_behind_what_is_under_way(void **state)
     (void)state;
     struct job *jobs[MANY];
     send_a_portion(jobs);
-    arrive_once_asked = 2;
+    atomic_store(&arrive_once_asked, 2);
     others_are_under_way();
     finish(jobs, PORTION, MANY - PORTION);
     until_in_flight(0);
