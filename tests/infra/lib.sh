@@ -12,7 +12,8 @@
 #   group_properties            a worker's properties for joining its group, in $GROUP_PROTOCOL
 #   registry_start              Apicurio with Confluent's API; sets $REGISTRY and $REGISTRY_PID. In the
 #                               file $REGISTRY_DATA it outlives a SIGKILL: registry_again
-#   nginx_start DIR             serves DIR; sets $STORE
+#   nginx_start DIR [PORT]      serves DIR; sets $STORE
+#   adapter_ids DIR             what a store of DIR has, an id a line
 #   nginx_put DIR               a server that also takes PUT; sets $STORE
 #   ok WHAT / not_ok WHAT / check WHAT COMMAND...       TAP lines
 #   wait_until SECONDS COMMAND...
@@ -331,5 +332,6 @@ P
     STORE=http://127.0.0.1:$3
     wait_until 10 curl -s -o /dev/null "$STORE/"
 }
-nginx_start() { nginx_run nginx "$1" "$(free_ports 1)" ''; }
+nginx_start() { nginx_run nginx "$1" "${2:-$(free_ports 1)}" ''; }
 nginx_put() { nginx_run nginx-put "$1" "${2:-$(free_ports 1)}" 'dav_methods PUT;'; }
+adapter_ids() { (cd "$1" && find . -name adapter_config.json | sort | sed 's|^\./||; s|/adapter_config.json||'); }

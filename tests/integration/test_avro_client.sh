@@ -23,5 +23,5 @@ group.id=avro
 kafka.bootstrap.servers=$BOOTSTRAP
 P
 spawn "$RUN/worker.log" "$LORAMILL" worker -c "$RUN/worker.properties"
-adapter=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+adapter=$(adapter_ids tests/models/storefront-adapters | head -1)
 "$PYTHON" tests/integration/avro_client.py "$BOOTSTRAP" "$REGISTRY" prompts replies <<< "$adapter" || FAILED=1

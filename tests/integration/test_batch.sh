@@ -6,7 +6,7 @@
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin batch
 M=tests/models/storefront A=tests/models/storefront-adapters
-IDS=$(cd $A && find . -name adapter_config.json | sort | sed 's|^\./||; s|/adapter_config.json||')
+IDS=$(adapter_ids $A)
 first=$(head -1 <<< "$IDS")
 prompt=$(head -1 tests/models/orders.txt)
 

@@ -12,7 +12,6 @@
 : "${DOWN:=20}" "${PARTITION:=8}"
 infra_begin brokers
 PROXIED=1 kafka_start 3 || die "three brokers started"
-LIBS=$(ls -d "$DEPS"/kafka-*/libs | sort | tail -1)
 echo pass > "$RUN/proxy.mode"
 spawn "$RUN/proxy.log" "$PYTHON" tests/chaos/proxy.py "$RUN/proxy.mode" "${PROXIES[@]}"
 admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
@@ -65,7 +64,7 @@ answered() {
 }
 all_brokers() { admin in_sync 3; }
 broker_pid() { cat "$RUN/kafka/n$1/pid"; }
-again() { kafka_node "$1" "$LIBS"; check "broker $1 is back" wait_until 60 all_brokers; }
+again() { kafka_node "$1"; check "broker $1 is back" wait_until 60 all_brokers; }
 kill_broker() { kill -9 -- "-$(broker_pid "$1")"; }
 
 send; answered "nothing has happened yet"
@@ -121,7 +120,7 @@ answered "the network was away"
 send
 for b in 1 2 3; do kill_broker $b; done
 sleep "$DOWN"; alive "all brokers are away for $DOWN s"
-for b in 1 2 3; do kafka_node $b "$LIBS"; done
+for b in 1 2 3; do kafka_node $b; done
 check "all brokers are back" wait_until 90 all_brokers
 send; answered "all brokers were away"
 

@@ -82,7 +82,7 @@ stop "$TWIN" "the twin"
 # transaction. The worker that gets the partition commits meanwhile what it finishes of the one that it keeps:
 # within a try to get them, not over several (each is twice as long as the last, and leaves a line in the log).
 topic_create heir 2; topic_create heir-replies 1
-ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+ADAPTER=$(adapter_ids tests/models/storefront-adapters | head -1)
 port=$(free_ports 1)
 heir() {            # NAME BOOTSTRAP [TRANSACTION-TIMEOUT]
     start_worker "worker-$1" "worker.name=$1" "kafka.bootstrap.servers=$2" topics.prompts=heir \
@@ -114,9 +114,7 @@ prompts "$his" 50
 wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
 kill -9 -- "-$DIES"; wait "$DIES" 2> /dev/null
 check "the heir asks for the offsets of the dead" wait_until 30 has_tried 2
-nginx_start tests/models/storefront-adapters > /dev/null
-sed "s/listen 127.0.0.1:[0-9]*/listen 127.0.0.1:$port/" "$RUN/nginx/nginx.conf" > "$RUN/nginx/at.conf"
-spawn "$RUN/nginx/at.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/at.conf" -e "$RUN/nginx/error.log"
+nginx_start tests/models/storefront-adapters "$port" || die "nginx started"
 before=$(tries)
 is_committed() { [[ "$(d committed heir heir $kept)" == "50 "* ]]; }     # his open transaction hides the replies
 check "and commits what it finishes" wait_until 30 is_committed

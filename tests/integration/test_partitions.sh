@@ -11,7 +11,7 @@ infra_begin partitions
 kafka_start 1 || die "the broker started"
 p() { "$PYTHON" tests/integration/partitions.py "$BOOTSTRAP" "$@"; }
 STORE_PORT=$(free_ports 1) HTTP=$(free_ports 1)
-ADAPTER=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+ADAPTER=$(adapter_ids tests/models/storefront-adapters | head -1)
 topic_create replies 2; topic_create dead 1
 cat > "$RUN/worker.properties" <<P
 engine.mode=echo
@@ -35,11 +35,7 @@ worker() {
     wait_until 30 grep -qE "assigned $2" "$RUN/worker-$1.log" || die "worker $1 has partitions"
 }
 # The store: prompts that name an adapter wait until it is there.
-store_up() {
-    [ -d "$RUN/nginx" ] || nginx_start tests/models/storefront-adapters > /dev/null
-    sed "s/listen 127.0.0.1:[0-9]*/listen 127.0.0.1:$STORE_PORT/" "$RUN/nginx/nginx.conf" > "$RUN/nginx/at.conf"
-    spawn "$RUN/nginx/at.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/at.conf" -e "$RUN/nginx/error.log"; S=$!
-}
+store_up() { nginx_start tests/models/storefront-adapters "$STORE_PORT" || die "nginx started"; S=$!; }
 store_down() { kill -TERM "$S"; wait "$S" 2> /dev/null; rm -rf "$RUN/cache"; }
 
 # 1. The map: every second prompt waits, so each offset costs a bit. At three quarters of 4,096 bytes

@@ -11,9 +11,7 @@ infra_begin resume
 kafka_start 1 || die "the broker started"
 topic_create prompts 1; topic_create replies 1; topic_create dead 1
 port=$(free_ports 1)
-ADAPTER=acme
-mkdir -p "$RUN/store"; cp -r tests/models/storefront-adapters/. "$RUN/store/"
-ADAPTER=$(cd "$RUN/store" && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+ADAPTER=$(adapter_ids tests/models/storefront-adapters | head -1)
 
 cat > "$RUN/worker.properties" <<P
 engine.mode=echo
@@ -55,12 +53,7 @@ d verify replies,dead 0 1 0 > "$RUN/verify.log"
     check "nothing that was finished runs again" grep -q ' 0 repeats' "$RUN/verify.log"
 
 # The store comes back: the 200 prompts that waited through two workers are answered.
-nginx_at() {
-    sed "s/listen 127.0.0.1:[0-9]*/listen 127.0.0.1:$port/" "$RUN/nginx/nginx.conf" > "$RUN/nginx/at.conf"
-    spawn "$RUN/nginx/at.log" nginx -p "$RUN/nginx" -c "$RUN/nginx/at.conf" -e "$RUN/nginx/error.log"
-}
-nginx_start "$RUN/store" || die "nginx started"
-nginx_at
+nginx_start tests/models/storefront-adapters "$port" || die "nginx started"
 check "prompts that waited are answered" d wait replies,dead 2001 60
 # A mark (worker/quarantine.h) is there as long as the worker is at work.
 at_end() { read -r offset map <<< "$(d committed resume prompts 0)"; [ "$offset" -eq "$1" ] && [[ $map != lm1:* ]]; }

@@ -87,7 +87,7 @@ sleep 1; dlq list; check "and nothing came back" [ "$(wc -l < "$RUN/out")" = 4 ]
 # The adapter appears in the store; its prompt is sent back and answered.
 stop "$W" "the worker"
 cp -r tests/models/storefront-adapters "$RUN/adapters"
-first=$(cd "$RUN/adapters" && find . -name adapter_config.json | sort | head -1 | sed 's|^\./||; s|/adapter_config.json||')
+first=$(adapter_ids "$RUN/adapters" | head -1)
 cp -r "$RUN/adapters/$first" "$RUN/adapters/nobody"
 nginx_run nginx2 "$RUN/adapters" "$(free_ports 1)" ''
 sed -i "s|^adapters.url=.*|adapters.url=$STORE/{adapter}|" "$RUN/worker.properties"

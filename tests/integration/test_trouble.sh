@@ -152,7 +152,7 @@ registry_start || die "the registry started"
 R=$(tail -1 "$RUN/pids")
 nginx_run nginx-outage tests/models/storefront-adapters "$(free_ports 1)" ''
 N=$(tail -1 "$RUN/pids")
-ids=$(cd tests/models/storefront-adapters && find . -name adapter_config.json | sort | head -6 | sed 's|^\./||; s|/adapter_config.json||' | paste -sd,)
+ids=$(adapter_ids tests/models/storefront-adapters | head -6 | paste -sd,)
 worker outage "adapters.url=$STORE/{adapter}" "adapters.cache_dir=$RUN/cache-outage" "registry.url=$REGISTRY"
 before=$(metric 'rebalances_total{event="assign"}')
 case_ outage "$N" "$R" "${OUTAGE:-20}" "$ids"
