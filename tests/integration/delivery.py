@@ -12,6 +12,9 @@
   delivery.py committed BOOTSTRAP GROUP TOPIC PARTITION     prints "OFFSET METADATA"
   delivery.py commit BOOTSTRAP GROUP TOPIC PARTITION OFFSET METADATA    the group must be empty
   delivery.py order BOOTSTRAP TOPICS COUNT              TAP: replies of a key come in order
+  delivery.py whole BOOTSTRAP TOPICS COUNT TOKENS       TAP: COUNT ids have one reply each, with as many
+                                                        tokens, ended by length
+  delivery.py workers BOOTSTRAP TOPICS                  prints who wrote the replies
 
 TOPICS is comma-separated. Everything is read with read_committed.
 """
@@ -171,6 +174,23 @@ def order(bootstrap, topics, count):
     print(f"# {n} replies, {len(last)} keys; out of order {bad[:5]}")
     print("ok" if good else "not ok", "- replies of a key come in the order of its prompts")
     return 0 if good else 1
+
+
+def whole(bootstrap, topics, count, tokens):
+    got = [json.loads(m.value()) for m in read_all(bootstrap, topics)]
+    cut = [(d["id"], d["usage"]["completion_tokens"], sorted({c["finish_reason"] for c in d["choices"]}))
+           for d in got if d["usage"]["completion_tokens"] != int(tokens)
+           or {c["finish_reason"] for c in d["choices"]} != {"length"}]
+    ids = {d["id"] for d in got}
+    print(f"# {len(got)} replies, {len(ids)} ids; cut off {cut[:5]}")
+    good = not cut and len(got) == len(ids) == int(count)
+    print("ok" if good else "not ok", f"- each is answered once, with all of its {tokens} tokens")
+    return 0 if good else 1
+
+
+def workers(bootstrap, topics):
+    print(*sorted({json.loads(m.value())["worker"] for m in read_all(bootstrap, topics)}))
+    return 0
 
 
 if __name__ == "__main__":

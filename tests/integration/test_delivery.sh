@@ -28,6 +28,7 @@ P
 
 worker a; A=$W
 worker b; B=$W
+for w in a b; do wait_until 60 has 'assigned prompts' "worker-$w" || die "worker $w has partitions"; done
 "$PYTHON" tests/integration/job.py make "$N" tests/models/storefront-adapters tests/models/orders.txt "$RUN/job"
 "$PYTHON" tests/integration/job.py produce "$BOOTSTRAP" prompts "$RUN/job" || die "prompts produced"
 
@@ -45,5 +46,7 @@ for w in "$B" "$C"; do
     wait "$w"; st=$?
     check "SIGTERM ends a worker with status 0 (got $st)" [ "$st" -eq 0 ]
 done
-served_by_both() { [ "$(grep -c . <(ls "$RUN"/worker-*.log))" -eq 3 ] && ! grep -lE 'ERROR|Sanitizer' "$RUN"/worker-[bc].log; }
-check "no worker logged an error" served_by_both
+served=$(d workers replies)
+check "all three have answered prompts ($served)" [ "$served" = 'a b c' ]
+no_error() { ! grep -lE 'ERROR|Sanitizer' "$RUN"/worker-[bc].log; }
+check "no worker logged an error" no_error
