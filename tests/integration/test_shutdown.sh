@@ -6,7 +6,7 @@
 # with status 0, and when the brokers are back their successors answer what is left, nothing twice.
 # Then a schema registry that is silent, which only its prompts notice: nothing else waits, an end does not,
 # and a death while one waits says nothing about it.
-# Then workers that are told at any moment.
+# Then workers that are told at any moment; what all of them were sent is answered.
 # Then engines that hang while their worker ends: status 1, and the next worker knows the suspects.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin shutdown
@@ -160,17 +160,23 @@ kill -TERM "$W"; wait "$W"; st=$?
 check "while it starts: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 2 ]
 
 # Workers of one group, of both modes, told to end at any moment from their first word on: at the start, while
-# partitions come and go, in a burst.
+# partitions come and go, and at work: a thousand prompts a second come all the time, so whoever gets partitions
+# finds some waiting.
 topic_create any 4; topic_create any-replies 1
-"$PYTHON" - "$BOOTSTRAP" <<'Q' || die "prompts sent"
-import json, sys
+"$PYTHON" - "$BOOTSTRAP" "$RUN/any-end" > "$RUN/any-sent" <<'Q' &
+import json, os, sys, time
 from confluent_kafka import Producer
-p = Producer({"bootstrap.servers": sys.argv[1]})
-for i in range(4000):
-    p.produce("any", json.dumps({"id": f"any-{i}", "prompt": "x"}))
+p, n = Producer({"bootstrap.servers": sys.argv[1]}), 0
+while not os.path.exists(sys.argv[2]):
+    for i in range(n, n + 50):
+        p.produce("any", json.dumps({"id": f"p-{i}", "prompt": "x"}))
+    n += 50
     p.poll(0)
+    time.sleep(0.05)
 assert not p.flush(30)
+print(n)
 Q
+LOAD=$!
 MODES=(at-least-once exactly-once)
 any_moment() {  # N: one of them, and its status
     start_worker "any-$1" "worker.name=any-$1" group.id=any topics.prompts=any topics.replies=any-replies \
@@ -183,9 +189,17 @@ for round in 0 5 10 15; do
     for i in 1 2 3 4 5; do any_moment $((round + i)) & ENDING[i]=$!; sleep 0.2; done
     wait "${ENDING[@]}"
 done
+touch "$RUN/any-end"; wait "$LOAD" || die "prompts sent"
+n=$(cat "$RUN/any-sent")
 bad=$(grep -v ': 0$' "$RUN/any-moment")
 check "told to end at any moment: status 0, all 20 (others: ${bad:-none})" \
     [ "$(grep -c ': 0$' "$RUN/any-moment")" = 20 ]
+start_worker any-last worker.name=any-last group.id=any topics.prompts=any topics.replies=any-replies \
+    delivery.mode=at-least-once
+check "what they have left of $n prompts is answered by the next" d wait any-replies "$n" 60
+d verify any-replies 0 "$n" -1 || FAILED=1
+check "and nothing of it is unfinished" wait_until 20 lag_is_zero any any 4
+stop "$W" "the next"
 
 # Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
 declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
