@@ -162,11 +162,13 @@ printf '%s\n' kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500 >> "
 # 7. The engine fails: limits of attempts and of time.
 topic_create prompts 1; topic_create asked 1
 PROGRAM=("$BUILD/tests/integration/poison_worker")
-worker attempts prompts retry.max_attempts=5
-p attempts 5 30000 || FAILED=1
+worker attempts prompts retry.max_attempts=5 "http.port=$HTTP"
+p attempts 30000 || FAILED=1
+check "after five attempts, of which four were retries, beside two of what heals ($(metric retries_total))" \
+    [ "$(metric retries_total)" = 6 ]
 stop "$W" "it"
 worker deadline prompts retry.max_attempts=1000 retry.deadline_ms=2000
-p deadline 1000 2000 || FAILED=1
+p deadline 2000 || FAILED=1
 stop "$W" "it"
 topic_create parts 12
 worker broken prompts "${MODEL[@]}" topics.replies=parts stream.interval_ms=20
