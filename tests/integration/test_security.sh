@@ -105,10 +105,14 @@ refused stranger 'schema registry https://127.0.0.1:.*(certificate|alert|SSL|not
 # ---- while it runs ----
 # A password that is altered: connections are asked for it again every three seconds here, as after
 # any reconnection. The worker reads its files again by itself, finds the old password, says so and
-# waits; with the new one in the file it goes on, without a restart.
+# waits; with the new one in the file it goes on, without a restart. SIGHUP comes before anything is refused:
+# the file is read again then, which it is not unasked (and not said at INFO when it holds nothing new). So when
+# the password is altered the next time all connections have it, which they are asked for.
 admin() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" "$@"; }
 for mode in at-least-once exactly-once; do
-    worker "rotate-$mode" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode"
+    worker "rotate-$mode" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" kafka.debug=security
+    said() { grep -ci "$1" "$RUN/worker-rotate-$mode.log"; }
+    has_said() { [ "$(said "$2")" -ge "$1" ]; }
     check "$mode: the first password serves" d wait "rotate-$mode-replies" 20 40
     NEXT=n3xt-$RANDOM$RANDOM
     admin scram worker "$NEXT"
@@ -120,10 +124,20 @@ for mode in at-least-once exactly-once; do
     check "$mode: with the new one in its file it goes on by itself" d wait "rotate-$mode-replies" 40 40
     check "$mode: and says why" grep -q 'new SASL credentials' "$RUN/worker-rotate-$mode.log"
     PASSWORD=$NEXT NEXT=th1rd-$RANDOM$RANDOM
+    kill -HUP "$W"
+    check "$mode: SIGHUP: the file is read, as it was" wait_until 20 has_said 1 'INFO .*credentials are as they were'
     sed -i "s/^kafka.sasl.password=.*/kafka.sasl.password=$NEXT/" "$RUN/rotate-$mode.properties"
-    admin scram worker "$NEXT"; kill -HUP "$W"
+    kill -HUP "$W"
+    check "$mode: SIGHUP: its new password is taken before the broker wants it" wait_until 20 has_said 2 'new SASL credentials'
+    admin scram worker "$NEXT"
+    # A connection that was asked for it in between was refused; from here on none is.
+    taken=$(said 'session lifetime')
+    check "$mode: altered at the broker, it is right" wait_until 20 has_said $((taken + 2)) 'session lifetime'
+    refused=$(said 'authentication failed')
     d produce "rotate-$mode" 40 20
     check "$mode: SIGHUP in time: nothing stops" d wait "rotate-$mode-replies" 60 20
+    check "$mode: all connections are asked for it again" wait_until 30 has_said $((taken + 10)) 'session lifetime'
+    check "$mode: and none is refused" [ "$(said 'authentication failed')" = "$refused" ]
     d verify "rotate-$mode-replies" 0 60 0 || FAILED=1
     end "$mode"
     PASSWORD=$NEXT
