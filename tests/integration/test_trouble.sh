@@ -8,7 +8,7 @@
 infra_begin trouble
 kafka_start 1 || die "the broker started"
 nginx_start tests/models/storefront-adapters || die "nginx started"
-topic_create prompts 2; topic_create replies 2; topic_create asked 2; topic_create dead 1
+topic_create prompts 2; topic_create replies 2; topic_create asked 2; topic_create secret 2; topic_create dead 1
 topic_create control 1; topic_create streamed 1
 cat > "$RUN/worker.properties" <<P
 model.path=$PWD/tests/models/storefront
@@ -149,6 +149,7 @@ fi
 
 if part outage; then
 registry_start || die "the registry started"
+export REGISTRY
 R=$(tail -1 "$RUN/pids")
 nginx_run nginx-outage tests/models/storefront-adapters "$(free_ports 1)" ''
 N=$(tail -1 "$RUN/pids")

@@ -2,7 +2,7 @@
 """trouble.py BOOTSTRAP CASE ...: what a worker does in trouble, seen by a plain Python client.
 
 Each case produces its prompts, reads the outcomes, prints TAP lines and exits 1 on any failure.
-Topics: prompts, replies, asked (allowed as a reply topic), dead, control.
+Topics: prompts, replies, asked (allowed as a reply topic), secret (not allowed), dead, control.
 """
 import functools
 import io
@@ -268,7 +268,7 @@ def stream_shrinks(pid, run):
 
 def errors():
     """A waiting requester is told of a dead letter; nobody else is."""
-    r = Reader("replies", "asked", "dead")
+    r = Reader("replies", "asked", "dead", "secret")
     run = uuid.uuid4().hex[:6]
     corr = b"\x00\xff" + run.encode()
     send([({"id": f"{run}-a", "prompt": "x", "adapter": "nobody"}, [("kafka_correlationId", corr)]),
@@ -283,6 +283,9 @@ def errors():
     dead = [m for m in got if m.topic() == "dead"]
     notes = {header(m, "loramill-request-id").decode(): m for m in got if m.topic() != "dead"}
     check("five dead letters", len(dead) == 5, len(dead))
+    check("a topic that is there and not allowed is denied, and gets nothing",
+          [header(m, "loramill-error-code") for m in dead if header(m, "kafka_replyTopic") == b"secret"]
+          == [b"denied"] and "secret" not in {m.topic() for m in got}, [m.topic() for m in got])
     check("three error replies, none for nobody or a forbidden topic",
           set(notes) == {f"{run}-a", f"{run}-b", ""}, list(notes))
     a, b = body(notes[f"{run}-a"]), notes[f"{run}-b"]
@@ -803,6 +806,21 @@ def registry(port):
           len(later) >= n // 2, len(got))
 
 
+def in_new_schema(subject, doc):
+    """A prompt in Avro, in a schema that is registered just now."""
+    import fastavro
+    fields = [{"name": name, "type": "string"} for name in doc]
+    written = {"type": "record", "name": "Late", "fields": fields}
+    ask = urllib.request.Request(f"{os.environ['REGISTRY']}/subjects/{subject}/versions", method="POST",
+                                 data=json.dumps({"schema": json.dumps(written)}).encode(),
+                                 headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(ask, timeout=20) as answer:
+        number = json.load(answer)["id"]
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(written), doc)
+    return b"\0" + number.to_bytes(4, "big") + out.getvalue()
+
+
 def outage(pid_store, pid_registry, seconds, adapters):
     """Store and registry stand still for a while: everything waits, nothing is dead-lettered."""
     import signal
@@ -810,24 +828,29 @@ def outage(pid_store, pid_registry, seconds, adapters):
     r = Reader("replies", "dead")
     run = uuid.uuid4().hex[:6]
     pids = [int(pid_store), int(pid_registry)]
+    avro = in_new_schema(f"{run}-value", {"id": f"{run}-avro", "prompt": "event ->"})
     for p in pids:
         os.kill(p, signal.SIGSTOP)
-    # One schema that the worker has not seen needs the registry, the adapters need the store.
-    avro = b"\0" + (1).to_bytes(4, "big") + b"?"
+    # Schemas that the worker has not seen need the registry, the adapters need the store.
     send([({"id": f"{run}-{i}", "adapter": a, "prompt": "event ->", "params": {"max_tokens": 2}}, [])
           for i, a in enumerate(ids)])
-    send([(avro, [])])
+    send([(avro, []), (b"\0" + (1 << 30).to_bytes(4, "big") + b"?", [])])
+    n = len(ids) + 2
     got = list(r.until(lambda s: False, float(seconds)))
-    check(f"nothing ends while they are away ({len(got)} of {len(ids) + 1})", not got, got[:1])
+    check(f"nothing ends while they are away ({len(got)} of {n})", not got, got[:1])
     for p in pids:
         os.kill(p, signal.SIGCONT)
-    got = r.until(lambda s: len(s) >= len(ids) + 1)
+    got = r.until(lambda s: len(s) >= n)
     dead = [m for m in got if m.topic() == "dead"]
-    check("all are answered when they are back", len(got) - len(dead) == len(ids), len(got))
-    # schema id 1 exists nowhere: that is a fault of the prompt, and known only now
-    check("only the prompt without a schema is dead-lettered", len(dead) == 1
-          and header(dead[0], "loramill-error-code") in (b"not_found", b"malformed"),
-          [m.headers() for m in dead])
+    replies = {body(m)["id"]: m for m in got if m.topic() != "dead"}
+    check("all are answered when they are back", set(replies) == {f"{run}-{i}" for i in range(len(ids))}
+          | {f"{run}-avro"}, list(replies))
+    m = replies.get(f"{run}-avro")
+    check("also the one in a schema that had to be asked for, and in Avro", m is not None and m.value()[:1] == b"\0"
+          and body(m)["choices"][0]["finish_reason"] in ("stop", "length"), m and m.value())
+    # The other schema exists nowhere: that is a fault of the prompt, and known only now.
+    check("only the prompt without a schema is dead-lettered", [header(m, "loramill-error-code") for m in dead]
+          == [b"not_found"], [m.headers() for m in dead])
 
 
 if __name__ == "__main__":
