@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""record.py record BOOTSTRAP REGISTRY|'' TEST SEEN   what a test's workers produced, against schemas/
+"""record.py record BOOTSTRAP REGISTRY|'' TEST SEEN   what loramill produced in a test, against schemas/
 record.py summary SEEN                             after all tests: was every kind of message seen?
 
-`record` reads every topic of the test's broker (read_committed) and holds each message that a worker
-wrote against its schema:
+`record` reads every topic of the test's broker (read_committed) and holds each message that loramill
+wrote, told by its headers, against its schema:
 
   replies in JSON    field by field against schemas/completion.avsc: types, nothing missing,
                      nothing more
   replies in Avro    the schema under their id is schemas/completion.avsc, and the datum is whole
-  dead letters       the headers that docs/messages.md lists, with their lengths
+  dead letters       the headers that docs/messages.md lists, all of them, and what they hold; or the
+                     few that it lists for a prompt that is too large with the others
+  submitted prompts  (`loramill submit`: a content-type and no other header) as JSON against
+                     schemas/prompt.avsc
+  prompts sent back  (`loramill dlq retry`: an attempt and no cause) where they came from, and none of
+                     the headers that say why
+  orders to cancel   (`loramill cancel`: a key and no headers) for the prompt that is their key
 
-A reply in Avro with no registry to read it by is an offence. One JSON line for each kind and test goes
+Bad prompts that a test submits on purpose are those of which a dead letter says that they can't be read.
+A reply in Avro with no registry to read it by is an offence, and so is any other record in Avro with a
+reply's headers. One JSON line for each kind and test goes
 into SEEN, and one for what was not looked at: records before the last LIMIT of a partition or after
 SECONDS of reading, and partitions that nobody leads. Exit 1 on any offence, or when no broker answers: a
 test leaves its brokers to be read. Topics that a test has deleted are gone, and so not seen.
@@ -27,8 +35,12 @@ import urllib.request
 LIMIT = 100000
 SECONDS = 30
 REPLIES = ("completion", "part", "final record", "claim", "error reply")
-REQUIRED = [f"{kind}, {encoding}" for kind in REPLIES for encoding in ("JSON", "Avro")] + ["dead letter"]
+OTHERS = DEAD, SUBMITTED, SENT_BACK, ORDER = ("dead letter", "submitted prompt", "prompt sent back",
+                                              "order to cancel")
+CUT = "dead letter with few headers"
+REQUIRED = [f"{kind}, {encoding}" for kind in REPLIES for encoding in ("JSON", "Avro")] + list(OTHERS)
 SCHEMA = json.load(open("schemas/completion.avsc", encoding="utf-8"))
+PROMPT = json.load(open("schemas/prompt.avsc", encoding="utf-8"))
 PRIMITIVE = {"string": str, "int": int, "long": int, "boolean": bool, "null": type(None)}
 
 
@@ -86,8 +98,6 @@ def read_avro(value, registry, cache):
         with urllib.request.urlopen(f"{registry}/schemas/ids/{number}", timeout=10) as r:
             cache[number] = json.loads(json.load(r)["schema"])
     schema = cache[number]
-    if schema.get("namespace") != "loramill" or schema["name"] != "Completion":
-        return None, None
     if schema != SCHEMA:
         return None, "the schema under its id is not schemas/completion.avsc"
     body = io.BytesIO(value[5:])
@@ -96,36 +106,102 @@ def read_avro(value, registry, cache):
     return doc, f"{rest} bytes behind its end" if rest else None
 
 
-LENGTHS = {"kafka_dlt-original-partition": 4, "kafka_dlt-original-offset": 8}
-NEEDED = ["kafka_dlt-original-topic", "loramill-error-code", "loramill-error-message",
-          "loramill-attempt", *LENGTHS]
+SPRING, CONNECT = "kafka_dlt-", "__connect.errors."
+ORIGIN = [SPRING + n for n in ("original-topic", "original-partition", "original-offset")]
+LENGTHS = {SPRING + "original-partition": 4, SPRING + "original-offset": 8, SPRING + "original-timestamp": 8}
+FEW = [*ORIGIN, "loramill-error-code", "loramill-error-message", "loramill-attempt"]
+# What says why, and goes when the prompt is sent back.
+WHY = ["loramill-worker", *[SPRING + "exception-" + n for n in ("fqcn", "cause-fqcn", "message", "stacktrace")],
+       *[CONNECT + n for n in ("topic", "partition", "offset", "connector.name", "task.id", "stage", "class.name",
+                               "exception.class.name", "exception.message", "exception.stacktrace")]]
+ALL = FEW + WHY + [SPRING + n for n in ("original-timestamp", "original-timestamp-type",
+                                        "original-consumer-group")]
+
+
+def number(text):
+    return text.isascii() and text.isdigit()
+
+
+def wrong_lengths(headers):
+    return next((f"{n} has {len(headers[n])} bytes" for n, size in LENGTHS.items()
+                 if n in headers and len(headers[n]) != size), None)
+
+
+def is_few(headers):
+    return not any(n in headers for n in WHY)
 
 
 def check_dead(headers):
-    missing = [n for n in NEEDED if n not in headers]
+    few = is_few(headers)
+    missing = [n for n in (FEW if few else ALL) if n not in headers]
     if missing:
         return f"lacks {missing}"
-    return next((f"{n} has {len(headers[n])} bytes" for n, size in LENGTHS.items()
-                 if len(headers[n]) != size), None)
+    code, message = headers["loramill-error-code"], headers["loramill-error-message"]
+    same = {} if few else {
+        SPRING + "exception-fqcn": b"loramill." + code, SPRING + "exception-cause-fqcn": b"loramill." + code,
+        SPRING + "exception-message": message, CONNECT + "exception.class.name": b"loramill." + code,
+        CONNECT + "exception.message": message, CONNECT + "task.id": headers["loramill-worker"]}
+    numbers = ["loramill-attempt"] + ([] if few else [CONNECT + "partition", CONNECT + "offset"])
+    return (wrong_lengths(headers)
+            or next((f"{n} is {headers[n]!r}, not {v!r}" for n, v in same.items() if headers[n] != v), None)
+            or next((f"{n} is {headers[n]!r}" for n in numbers if not number(headers[n])), None)
+            or (None if code and message else "no cause"))
+
+
+def check_sent_back(headers):
+    missing = [n for n in ORIGIN if n not in headers]
+    told = [n for n in (*WHY, "loramill-error-message") if n in headers]
+    return (f"lacks {missing}" if missing else f"still has {told}" if told else wrong_lengths(headers)
+            or (None if number(headers["loramill-attempt"]) else f"attempt {headers['loramill-attempt']!r}"))
+
+
+def read_json(value):
+    """(the document, what is wrong)"""
+    try:
+        return json.loads(value), None
+    except ValueError as e:
+        return None, str(e)
+
+
+def check_submitted(value):
+    doc, wrong = read_json(value)
+    return wrong or fits(doc, PROMPT)
+
+
+def is_order(m):
+    doc, _ = read_json(m.value() or b"") if m.key() and not m.headers() else (None, None)
+    return isinstance(doc, dict) and "cancel" in doc
 
 
 def look(m, registry, cache):
-    """(kind, what is wrong), or (None, None) for what no worker wrote."""
-    headers, value = dict(m.headers() or []), m.value() or b""
-    if "loramill-error-code" in headers and "kafka_dlt-original-topic" in headers:
-        return "dead letter", check_dead(headers)
+    """(kind, what is wrong), or (None, None) for what loramill did not write."""
+    headers, value = {n: v or b"" for n, v in m.headers() or []}, m.value() or b""
+    if "loramill-error-code" in headers and SPRING + "original-topic" in headers:
+        return CUT if is_few(headers) else DEAD, check_dead(headers)
     if "loramill-request-id" not in headers:
+        if "loramill-attempt" in headers:
+            return SENT_BACK, check_sent_back(headers)
+        if headers == {"content-type": b"application/json"}:
+            return SUBMITTED, check_submitted(value)
+        if is_order(m):
+            return ORDER, None if json.loads(value) == {"cancel": m.key().decode()} else f"is {value[:200]}"
         return None, None
     if value[:1] == b"\0":
         if not registry:
             return "reply, Avro", "no registry to read it by"
         doc, wrong = read_avro(value, registry, cache)
-        return (f"{kind_of(doc)}, Avro" if doc else "reply, Avro" if wrong else None), wrong
-    try:
-        doc = json.loads(value)
-    except ValueError as e:
-        return "reply, JSON", str(e)
-    return f"{kind_of(doc)}, JSON", fits(doc, SCHEMA)
+        return (f"{kind_of(doc)}, Avro" if doc else "reply, Avro"), wrong
+    doc, wrong = read_json(value)
+    return (f"{kind_of(doc)}, JSON", fits(doc, SCHEMA)) if not wrong else ("reply, JSON", wrong)
+
+
+def refused(m):
+    """Where the record lies of which this dead letter says that it can't be read."""
+    h = dict(m.headers())
+    if h.get("loramill-error-code") not in (b"malformed", b"invalid") or any(n not in h for n in ORIGIN):
+        return None
+    topic, partition, offset = (h[n] for n in ORIGIN)
+    return topic.decode(), int.from_bytes(partition, "big"), int.from_bytes(offset, "big")
 
 
 def ends(c, parts):
@@ -178,18 +254,23 @@ def record(bootstrap, registry, test, seen):
     parts = [(t, p) for t, md in topics.items() if not t.startswith("__") for p in md.partitions]
     spans, unread = ends(c, parts)
     dark = len(parts) - len(spans)
-    counts, offences, cache = collections.Counter(), [], {}
+    counts, offences, cache, bad = collections.Counter(), {}, {}, set()
     for m in read(c, spans):
         kind, wrong = look(m, registry, cache)
         if kind:
             counts[kind] += 1
+        if kind in (DEAD, CUT):
+            bad.add(refused(m))
         if wrong:
-            offences.append(f"{kind} at {m.topic()}[{m.partition()}]@{m.offset()}: {wrong}")
+            offences[m.topic(), m.partition(), m.offset()] = kind, wrong
     c.close()
+    for where in [w for w, (kind, _) in offences.items() if kind == SUBMITTED and w in bad]:
+        del offences[where]
+        counts[SUBMITTED] -= 1
     unread += sum(end - at for at, end in spans.values())
     write(seen, test, counts, {"records": unread, "partitions": dark})
-    for o in offences[:10]:
-        print("#", o)
+    for (topic, partition, offset), (kind, wrong) in list(offences.items())[:10]:
+        print(f"# {kind} at {topic}[{partition}]@{offset}: {wrong}")
     print("# recorded:", ", ".join(f"{n} x {k}" for k, n in sorted(counts.items())) or "nothing")
     if unread or dark:
         print(f"# not looked at: {unread} records, {dark} partitions")
