@@ -231,8 +231,8 @@ static const struct config_property flow_rows[] = {
         "At SIGTERM, how long running prompts may still take. What is unfinished then is handed "
         "back uncommitted."),
     INT("revoke.drain_ms", revoke_drain_ms, "5000", 0, 600000,
-        "When a partition is taken away, how long its running prompts may still take. Keep it "
-        "well below kafka.max.poll.interval.ms."),
+        "When a partition is taken away, how long its running prompts may still take. Nothing new "
+        "is read meanwhile. Keep it well below kafka.max.poll.interval.ms."),
     INT("retry.max_attempts", retry_max_attempts, "5", 1, 1000,
         "Times the engine may fail a prompt for a reason that can heal before it is a dead "
         "letter. Outages of broker, registry or adapter store are waited out, without a limit."),

@@ -8,8 +8,9 @@
  *   lost       as revoked, but without waiting and without a commit: another worker owns it
  *
  * In a cooperative rebalance (and under KIP-848) the wait doesn't block this thread: the callback
- * pauses what goes and returns, the loop reads and answers what stays, and rebalance_serve() gives
- * the client its unassign() when the wait is over. The client starts no other rebalance before.
+ * pauses what goes and returns, the loop goes on with what it holds of what stays, and
+ * rebalance_serve() gives the client its unassign() when the wait is over. The client starts no
+ * other rebalance before, and fetches nothing, of what stays neither (librdkafka 2.15.1).
  *
  * Offsets of what is assigned are fetched in the callback, whatever the protocol: until they are
  * there nothing is read, of partitions that stay neither. What is held of those goes on; see
@@ -352,7 +353,7 @@ static void finish_revocation(consumer *c)
     admission_apply(c);
 }
 
-/* The client waits for our unassign() and polls on meanwhile: kept partitions are read as ever. */
+/* The client waits for our unassign(), and we poll on meanwhile. */
 static void begin_revocation(consumer *c, const rd_kafka_topic_partition_list_t *parts)
 {
     c->revoking = rd_kafka_topic_partition_list_copy(parts);

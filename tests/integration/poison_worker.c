@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * poison_worker.c - `loramill worker` with an engine that some prompts kill or hang, or that fails
- * them, for test_trouble.sh, test_shutdown.sh and test_partitions.sh. Linked with --wrap, so that
- * the worker itself is the shipped one.
+ * them, for test_trouble.sh, test_shutdown.sh, test_partitions.sh and test_flow.sh. Linked with
+ * --wrap, so that the worker itself is the shipped one.
  *
  *   a prompt with POISON-KILL    the process dies of SIGSEGV a moment after it was submitted, with
  *                                whatever else is in the engine
  *   a prompt with POISON-HANG    the engine runs it, makes no step any more, and can't be closed
  *   a prompt with FAIL-n         the engine is out of memory for it, n (0 to 99) times
  *   a prompt with BREAKS         the same at the end of its first generation, its text being out
+ *   a prompt with HELD-n         is generated until the file $HELD_UNTIL-n is there, n of one digit
  */
 #include <pthread.h>
 #include <signal.h>
@@ -72,10 +73,43 @@ lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine
     return LM_OK;
 }
 
+static bool is_held(const struct engine_event *e)
+{
+    char file[4096];
+    const struct job *j = e->user;
+    const char *at = e->kind == ENGINE_FINISHED && j->prompt->prompt ?
+        strstr(j->prompt->prompt, "HELD-") : NULL;
+    const char *until = getenv("HELD_UNTIL");
+    if (!at || !until)
+        return false;
+    snprintf(file, sizeof file, "%s-%c", until, at[5]);
+    return access(file, F_OK);
+}
+
+/* The ends of prompts that are held are kept back. */
+static int hold(struct engine_event *out, int n, int max)
+{
+    static struct engine_event held[16];        /* the outbox's thread */
+    static int n_held;
+    int left = 0, still = 0;
+    for (int i = 0; i < n; i++)
+        if (n_held < (int)LM_COUNT(held) && is_held(&out[i]))
+            held[n_held++] = out[i];
+        else
+            out[left++] = out[i];
+    for (int i = 0; i < n_held; i++)
+        if (left < max && !is_held(&held[i]))
+            out[left++] = held[i];
+        else
+            held[still++] = held[i];
+    n_held = still;
+    return left;
+}
+
 int __wrap_engine_poll(engine *e, struct engine_event *out, int max, int timeout_ms,
                        lm_status *state)
 {
-    int n = __real_engine_poll(e, out, max, timeout_ms, state);
+    int n = hold(out, __real_engine_poll(e, out, max, timeout_ms, state), max);
     for (int i = 0; i < n; i++) {
         const struct job *j = out[i].user;
         if (out[i].kind == ENGINE_FINISHED && !j->attempts && j->prompt->prompt &&

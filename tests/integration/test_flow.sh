@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # What is read, when, and in which order: budgets in messages and tokens, urgent topics, prompts that
-# wait for longer than max.poll.interval.ms, order by key through kills, the KIP-848 protocol, and a
-# cooperative revocation that leaves kept partitions alone.
+# wait for longer than max.poll.interval.ms, order by key through kills, the KIP-848 protocol, a
+# cooperative revocation that leaves kept partitions alone, and what is handed back because it can't be finished.
 # Runs alone: bounds in ms what a crash repeats.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin flow
@@ -98,10 +98,11 @@ stop "$N2" "a worker"; stop "$N3" "its neighbour"
 fi
 
 # 4. A cooperative revocation. Long generations run on all partitions; another worker joins. What it
-# takes is drained; meanwhile the first goes on reading what it keeps.
+# takes is drained.
+MODEL=(engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1)
 if part drain; then
 topic_create long 4; topic_create longreplies 1
-worker long1 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
+worker long1 "${MODEL[@]}" \
     topics.prompts=long topics.replies=longreplies group.id=long revoke.drain_ms=20000 \
     engine.max_seqs=4 engine.max_waiting=8 intake.max_messages=8
 L1=$W
@@ -115,8 +116,7 @@ for i in range(400):
 assert not p.flush(20)
 P
 check "long prompts run" d wait longreplies 4 60
-worker long2 engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu threads=1 \
-    topics.prompts=long topics.replies=longreplies group.id=long http.port=0
+worker long2 "${MODEL[@]}" topics.prompts=long topics.replies=longreplies group.id=long http.port=0
 L2=$W
 # Below 2.10 librdkafka may lose them all instead (docs/matrix.md), and has given partitions up, too.
 revoked() { grep -q 'revoked long' "$RUN/worker-long1.log" ||
@@ -130,4 +130,83 @@ not_cut() { ! grep -q 'unfinished prompts are handed back' "$RUN/worker-long1.lo
 check "no running prompt was cut off" not_cut
 stop "$L1" "the first worker"
 stop "$L2" "the second worker"
+fi
+
+# 5. What a worker keeps is not interrupted. A generation runs on each of two partitions and ends when it is told
+# to; another worker joins. That of the partition that stays is answered and committed while the other one is not
+# let go. New prompts of it are read when that is over: the client library fetches nothing before.
+if part kept; then
+topic_create kept 2; topic_create keptreplies 1
+export HELD_UNTIL=$RUN/told
+PROGRAM=("$BUILD/tests/integration/poison_worker")
+kept() {            # NAME [KEY=VALUE]...
+    worker "$1" topics.prompts=kept topics.replies=keptreplies group.id=kept revoke.drain_ms=60000 log.level=debug "${@:2}"
+}
+to_partition() {    # ID PROMPT PARTITION
+    "$PYTHON" - "$BOOTSTRAP" "$@" <<'P'
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+p.produce("kept", json.dumps({"id": f"p-{sys.argv[2]}", "prompt": sys.argv[3]}), partition=int(sys.argv[4]))
+assert not p.flush(20)
+P
+}
+kept kept1; K1=$W
+to_partition 0 HELD-0 0; to_partition 1 HELD-1 1
+both_run() { [ "$(grep -c 'kept \[.\] @0 runs$' "$RUN/worker-kept1.log")" = 2 ]; }
+check "a generation on each of two partitions" wait_until 60 both_run
+kept kept2 http.port=0; K2=$W
+check "another worker takes one of them" wait_until 60 has 'revoked kept' worker-kept1
+gone=$(sed -n 's/.* revoked kept \[\(.\)\].*/\1/p' "$RUN/worker-kept1.log") stays=$((1 - gone))
+to_partition 2 "number 2" $stays
+touch "$HELD_UNTIL-$stays"
+check "that of the one that stays is answered" d wait keptreplies 1 30
+is_committed() { [[ "$(d committed kept kept $stays)" == 1* ]]; }
+check "and committed" wait_until 20 is_committed
+waits() { [ "$(metric rebalance_drain_seconds_count)" = 0 ] && ! has 'assigned kept' worker-kept2; }
+check "while the other one is not let go, for its generation goes on" waits
+touch "$HELD_UNTIL-$gone"
+check "when that ends it goes" wait_until 30 has "assigned kept \[$gone\]" worker-kept2
+check "and all is answered" d wait keptreplies 3 30
+d verify keptreplies 0 3 0 || FAILED=1
+not_back() { ! has 'handed back$' worker-kept1; }
+check "nothing is handed back" not_back
+stop "$K1" "the first worker"; stop "$K2" "the second worker"
+PROGRAM=("$LORAMILL" worker)
+fi
+
+# 6. What can't be finished in time is handed back: a generation that outlasts drain.timeout_ms when its worker
+# ends, and one that outlasts revoke.drain_ms when its partition goes. It is no outcome, however much there is of
+# it: the next worker generates all of it.
+if part handback; then
+topic_create cut 2; topic_create cutreplies 1
+cut() {             # NAME [KEY=VALUE]...
+    worker "$1" "${MODEL[@]}" topics.prompts=cut topics.replies=cutreplies group.id=cut engine.max_seqs=64 \
+        log.level=debug http.port=0 "${@:2}"
+}
+"$PYTHON" - "$BOOTSTRAP" <<'P' || die "prompts sent"
+import json, sys
+from confluent_kafka import Producer
+p = Producer({"bootstrap.servers": sys.argv[1]})
+for i in range(4):                      # each is as much as the engine runs at once
+    p.produce("cut", json.dumps({"id": f"p-{i}", "prompt": "event ->", "params": {
+        "max_tokens": 460, "n": 64, "ignore_eos": True, "temperature": 1}}), partition=i % 2)
+assert not p.flush(20)
+P
+all_run() { [ "$(grep -c 'cut \[.\] @[0-9]* runs$' "$RUN/worker-$1.log")" = 4 ]; }
+handed_back() { has ' [1-9][0-9]* unfinished prompts are handed back' "worker-$1"; }
+cut cut1 drain.timeout_ms=500
+check "generations of seconds run" wait_until 60 all_run cut1
+start=$SECONDS
+stop "$W" "a worker that may drain for half a second"
+check "after $((SECONDS - start)) s, and hands back" [ $((SECONDS - start)) -le 14 ]
+check "what it could not finish: $(grep -o '[0-9]* unfinished prompts' "$RUN/worker-cut1.log")" handed_back cut1
+cut cut2 revoke.drain_ms=500; C2=$W
+check "the next worker runs them" wait_until 60 all_run cut2
+cut cut3; C3=$W
+check "of which another one gets a partition" wait_until 60 has 'assigned cut' worker-cut3
+check "what the one before could not finish: $(grep -o '[0-9]* unfinished prompts' "$RUN/worker-cut2.log")" handed_back cut2
+check "all is answered" d wait cutreplies 4 300
+d whole cutreplies 4 $((64 * 460)) || FAILED=1
+stop "$C2" "the next worker"; stop "$C3" "the other one"
 fi
