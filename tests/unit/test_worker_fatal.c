@@ -7,7 +7,7 @@
  * rd_kafka_new() and rd_kafka_consumer_close_queue(), which win over the shared library's: the
  * first remembers the handles, so that SIGUSR1 (the producer's) and SIGUSR2 (the consumer's) can
  * raise a fatal error there; the second asks the probes at the very moment when the worker leaves
- * the group.
+ * the group, and stays there until the test lets it go on, if it has a gate.
  *
  * And an orderly end, whenever the signal comes and whichever thread the kernel hands it to; who
  * asks for pages meanwhile gets them whole, or is refused, and never reads what is gone.
@@ -40,6 +40,7 @@
 
 static rd_kafka_t *_Atomic handles[2];          /* by rd_kafka_type_t: producer, consumer */
 static int port, report = -1;
+static int gate[2] = { -1, -1 };        /* a byte from the parent opens it */
 
 /* ---- HTTP ------------------------------------------------------------------------------- */
 
@@ -115,7 +116,10 @@ rd_kafka_error_t *rd_kafka_consumer_close_queue(rd_kafka_t *rk, rd_kafka_queue_t
     rd_kafka_error_t *(*real)(rd_kafka_t *, rd_kafka_queue_t *) =
         (__typeof__(real))dlsym(RTLD_NEXT, "rd_kafka_consumer_close_queue");
     int statuses[2] = { get("/livez"), get("/readyz") };
+    char open;
     if (write(report, statuses, sizeof statuses) != sizeof statuses)
+        abort();
+    if (gate[0] >= 0 && read(gate[0], &open, 1) < 0)
         abort();
     return real(rk, q);
 }
@@ -195,6 +199,7 @@ static pid_t start(const char *mode, int *statuses)
     pid_t pid = fork();
     if (pid == 0) {
         close(fds[0]);
+        close(gate[1]);         /* or who is left behind waits for itself */
         report = fds[1];
         child(mode);
     }
@@ -358,7 +363,8 @@ static bool scraped(void)
 }
 
 /* Pages are asked for without a pause until there is nobody, and once the store is gone by whoever
- * has just freed it. */
+ * has just freed it. The worker does not leave its group before the first is here, however long
+ * the kernel runs nobody but the worker. */
 static void test_scraped_to_the_end(void **state)
 {
     (void)state;
@@ -366,12 +372,20 @@ static void test_scraped_to_the_end(void **state)
     int fd, got[3] = { 0 }, whole = 0;
     snprintf(line, sizeof line, "adapters.cache_dir=%s", mkdtemp(dir));
     cache = line;
+    assert_int_equal(pipe(gate), 0);
     pid_t pid = start("delivery.mode=at-least-once", &fd);
     cache = NULL;
     assert_true(scraped());
     kill(pid, SIGTERM);
-    for (int64_t end = lm_now_us() + 30 * 1000000ll; scraped(); whole++)
+    for (int64_t end = lm_now_us() + 30 * 1000000ll; scraped(); whole++) {
         assert_true(lm_now_us() < end);
+        if (!whole)
+            assert_int_equal(write(gate[1], "", 1), 1);
+    }
+    for (int i = 0; i < 2; i++) {
+        close(gate[i]);
+        gate[i] = -1;
+    }
     assert_true(whole > 0);             /* while it drains, leaves the group, ... */
     assert_int_equal(wait_end(pid, 30), 0);
     assert_int_equal(read(fd, got, sizeof got), sizeof got);
