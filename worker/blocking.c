@@ -7,7 +7,7 @@
  * finished offsets keeps them from being repeated. But lag grows, and once the map is three
  * quarters full the partition stops. So it is measured (loramill_partition_blocked_seconds), and
  * said when it lasts: which record, for how long, how many it holds up, and where it is - in the
- * engine, waiting for a store, or for its acknowledgement.
+ * engine, waiting for a store, or its outcome for the registry or for its acknowledgement.
  */
 #include "worker/consumer_int.h"
 
@@ -37,7 +37,7 @@ static const char *where(enum job_stage stage)
     case JOB_RUNNING:
         return "in the engine";
     case JOB_ANSWERING:
-        return "its outcome is not acknowledged";
+        return "its outcome is not durable yet";
     default:
         return "ending";
     }
