@@ -91,12 +91,13 @@ void commit_too_long(consumer *c)
     if (c->iso.max && c->map_limit < QUARANTINE_ROOM_MIN)
         isolation_end(c);
     ledger_set_map_limit(c->ledger, isolation_map_room(c, c->map_limit));
+    ledger_set_restored_limit(c->ledger, limit);
     const char *cost = c->exactly_once ?
         "; finished prompts that find no room there wait for earlier ones of their partition" :
         "; a crash may repeat finished prompts that find no room there";
     lm_log(c->said_small ? LM_INFO : LM_WARN, "consumer", "the broker takes no commit metadata of "
            "%zu bytes (its offset.metadata.max.bytes): %zu at most from now on%s", c->longest,
-           c->map_limit, c->said_small ? "" : cost);
+           limit, c->said_small ? "" : cost);
     c->said_small = true;
 }
 

@@ -225,8 +225,10 @@ static const struct config_property flow_rows[] = {
         "Most bytes of the map of finished offsets that travels in a commit's metadata, so that a "
         "crash or a rebalance repeats unfinished prompts only, with the mark that counts poison "
         "prompts (112 bytes of it; below 224 there is none). Not above the broker's "
-        "offset.metadata.max.bytes. 0: no map; with delivery.mode=exactly-once a finished prompt "
-        "then waits for all earlier ones of its partition."),
+        "offset.metadata.max.bytes. 0: no map, but what one holds that is found is handed on until "
+        "the watermark has passed it; with delivery.mode=exactly-once a finished prompt then "
+        "waits for all earlier ones of its partition. Lowered to another value, what an earlier "
+        "map holds beyond that is cut off, and may be answered again."),
     INT("drain.timeout_ms", drain_timeout_ms, "30000", 0, DAY_MS,
         "At SIGTERM, how long running prompts may still take. What is unfinished then is handed "
         "back uncommitted."),

@@ -8,8 +8,8 @@
  * entry, a run, before the ring grows: so every operation is O(log n), amortised, and memory
  * follows the unfinished entries and the runs between them.
  *
- * `known` holds the restored ranges that lie beyond the last delivered offset, at least in part;
- * those behind it are in the ring, entered by ledger_skip(), or gone.
+ * `known` holds the restored ranges. From `at_known` on they lie beyond the last delivered offset,
+ * at least in part; those behind it are in the ring, entered by ledger_skip(), or gone.
  *
  * Invariants of a partition, checked by the property test:
  *  1. offsets in the ring ascend strictly, and first <= last in each entry;
@@ -53,7 +53,7 @@ struct ledger {
     size_t n_parts;
     uint64_t next_epoch;
     size_t in_flight;
-    size_t map_limit;
+    size_t map_limit, restored_limit;
     struct offset_range *ranges;        /* scratch of the map's making */
     size_t ranges_cap;
     ledger_drop *drop;
@@ -70,6 +70,7 @@ ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit)
     ledger *l = lm_calloc(1, sizeof *l);
     if (l) {
         l->next_epoch = 1;
+        l->restored_limit = OFFSET_MAP_MAX;
         ledger_set_map_limit(l, map_limit);
         l->drop = drop;
         l->ctx = ctx;
@@ -82,6 +83,11 @@ void ledger_set_map_limit(ledger *l, size_t map_limit)
     l->map_limit = LM_MIN(map_limit, OFFSET_MAP_MAX);
     for (size_t i = 0; i < l->n_parts; i++)
         l->parts[i].credit = 0;
+}
+
+void ledger_set_restored_limit(ledger *l, size_t limit)
+{
+    l->restored_limit = LM_MIN(limit, OFFSET_MAP_MAX);
 }
 
 static struct entry *entry_at(const struct part *p, size_t i)
@@ -453,13 +459,29 @@ bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledg
     return mark > p->committed || (map && mark != LEDGER_NONE);
 }
 
+/* What an earlier owner's map holds at or beyond `mark`, and nothing else. */
+static size_t restored_map(ledger *l, const struct part *p, int64_t mark,
+                           char out[OFFSET_MAP_MAX + 1])
+{
+    size_t n = 0, covered;
+    for (size_t k = 0; k < p->n_known; k++) {
+        int64_t from = LM_MAX(p->known[k].from, mark);
+        if (from < p->known[k].to && !add_range(l, &n, from, p->known[k].to))
+            break;
+    }
+    return n ? offset_map_encode(mark, l->ranges, n, l->restored_limit, out, &covered) : 0;
+}
+
 size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
                   char out[OFFSET_MAP_MAX + 1], bool *whole)
 {
     struct part *p = part_of(l, c->ref);
-    size_t n = p ? collect(l, p, c->offset, staged) : 0, covered = 0;
+    size_t n = p ? collect(l, p, c->offset, staged) : 0, covered = 0, len = 0;
     out[0] = 0;
-    size_t len = n ? offset_map_encode(c->offset, l->ranges, n, l->map_limit, out, &covered) : 0;
+    if (p && !l->map_limit)
+        len = restored_map(l, p, c->offset, out);
+    else if (n)
+        len = offset_map_encode(c->offset, l->ranges, n, l->map_limit, out, &covered);
     if (p)
         p->map_bytes = len;
     if (whole)

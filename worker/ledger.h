@@ -75,10 +75,12 @@ enum { LEDGER_NONE = -1 };      /* an offset that is not known */
 /* Called for entries that leave the ledger unfinished. */
 typedef void ledger_drop(void *ctx, int64_t offset, void *user);
 
-/* `map_limit`: most bytes of an offset map, at most OFFSET_MAP_MAX; 0: no maps. NULL: out of
- * memory. */
+/* `map_limit`: most bytes of an offset map, at most OFFSET_MAP_MAX; 0: no maps, but for what was
+ * restored: a commit replaces the metadata of the one before, so until the watermark has passed
+ * them those ranges are handed on. NULL: out of memory. */
 ledger *ledger_new(ledger_drop *drop, void *ctx, size_t map_limit);
 void ledger_set_map_limit(ledger *l, size_t map_limit);
+void ledger_set_restored_limit(ledger *l, size_t limit);    /* of what is handed on so */
 void ledger_free(ledger *l);                            /* drops everything */
 
 /* Starts an epoch. `committed` is the group's offset or LEDGER_NONE. A partition that is tracked
@@ -125,7 +127,7 @@ struct ledger_commit {
  * offset is never below what was committed in this epoch. */
 bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledger_commit *out);
 /* The map for it, NUL-terminated; returns its length, 0: none. *whole (may be NULL): all finished
- * offsets are in it. */
+ * offsets are in it; never of one that hands on what was restored. */
 size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
                   char out[OFFSET_MAP_MAX + 1], bool *whole);
 /* The broker has accepted that commit. Stale refs and older ones are ignored. */

@@ -63,7 +63,8 @@ static void restore_map(consumer *c, const struct assigned *a, const char *text,
 }
 
 /* The metadata is MAP, MARK, or "MAP,MARK"; see offset_map.h and quarantine.h. It is read also
- * where none is to be written (commit.map_max_bytes=0): what it holds was answered. */
+ * where none is to be written (commit.map_max_bytes=0): what it holds was answered, and commits
+ * hand it on until the watermark has passed it (ledger.h). */
 static void restore(consumer *c, struct assigned *a, const rd_kafka_topic_partition_t *from)
 {
     const char *text = from->metadata, *mark = NULL;

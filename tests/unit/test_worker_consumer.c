@@ -428,10 +428,9 @@ static void an_assignment_is_not_taken_by_who_leaves(void **state)
     close_world(x);
 }
 
-/* commit.map_max_bytes=0: what the map of an earlier run holds was answered all the same. */
-static void a_map_is_read_also_where_none_is_written(void **state)
+/* A world that writes no maps, whose partition "other" had one when it came: 3 to 5 are done. */
+static struct world *open_with_a_map(struct assigned **a)
 {
-    (void)state;
     struct world *x = open_world(NULL);
     const struct offset_range finished = { 3, 6 };
     char text[OFFSET_MAP_MAX + 1];
@@ -443,10 +442,40 @@ static void a_map_is_read_also_where_none_is_written(void **state)
     ledger_set_map_limit(x->c.ledger, 0);
     assign(x, "other", 0);
     kept = NULL;
-    const struct assigned *a = consumer_find(&x->c, "other", 0);
-    assert_non_null(a);
+    *a = consumer_find(&x->c, "other", 0);
+    assert_non_null(*a);
+    return x;
+}
+
+/* commit.map_max_bytes=0: what the map of an earlier run holds was answered all the same. */
+static void a_map_is_read_also_where_none_is_written(void **state)
+{
+    (void)state;
+    struct assigned *a;
+    struct world *x = open_with_a_map(&a);
     for (int64_t offset = 1; offset < 7; offset++)
         assert_int_equal(ledger_skip(x->c.ledger, a->ref, offset), offset >= 3 && offset < 6);
+    close_world(x);
+}
+
+/* And commits hand it on, unless the broker takes none: then they go without. */
+static void what_a_map_held_is_handed_on_where_the_broker_takes_it(void **state)
+{
+    (void)state;
+    struct assigned *a;
+    struct world *x = open_with_a_map(&a);
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+    const struct ledger_commit due = { .ref = a->ref, .offset = 2 };
+    size_t before = OFFSET_MAP_MAX, size;
+    for (int tries = 0; before; before = size) {
+        x->c.longest = 0;
+        commit_add_offset(&x->c, a, &due, true, l);
+        size = l->elems[tries].metadata_size;
+        assert_true(tries ? size < before : size > 0);
+        commit_too_long(&x->c);
+        tries++;
+    }
+    rd_kafka_topic_partition_list_destroy(l);
     close_world(x);
 }
 
@@ -720,6 +749,7 @@ int main(void)
         cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
+        cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
         cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),

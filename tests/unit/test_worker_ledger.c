@@ -392,6 +392,61 @@ static void test_many_histories_against_model(void **state)
         play(1 + pick(SHORT), 1 + pick(2), 2);
 }
 
+/* What the commit would say now holds these ranges, and is accepted. */
+static void expect_handed_on(ledger *l, struct ledger_ref ref, int64_t offset,
+                             const struct offset_range *r, size_t n)
+{
+    struct ledger_commit c;
+    struct lm_err err;
+    struct offset_range *got = NULL;
+    char text[OFFSET_MAP_MAX + 1];
+    size_t n_got = 0;
+    assert_true(ledger_due(l, ref, false, &c));
+    assert_int_equal(c.offset, offset);
+    size_t len = ledger_map(l, &c, false, text, NULL);
+    assert_int_equal(len > 0, n > 0);
+    if (len)
+        assert_int_equal(offset_map_decode(text, len, offset, &got, &n_got, &err), LM_OK);
+    assert_int_equal(n_got, n);
+    for (size_t i = 0; i < n; i++) {
+        assert_int_equal(got[i].from, r[i].from);
+        assert_int_equal(got[i].to, r[i].to);
+    }
+    free(got);
+    ledger_committed(l, &c);
+}
+
+/* Where no maps are written, what an earlier owner's holds is handed on until the watermark has
+ * passed it, whether it has been delivered or not; what has finished since is not. */
+static void test_restored_ranges_are_handed_on(void **state)
+{
+    (void)state;
+    static const struct offset_range known[] = { { 3, 6 }, { 9, 10 } };
+    ledger *l = ledger_new(NULL, NULL, 0);
+    struct ledger_ref ref = assign(l, 0, 1);
+    struct ledger_commit c;
+    assert_int_equal(ledger_restore(l, ref, known, 2), LM_OK);
+    deliver(l, ref, 1);
+    deliver(l, ref, 2);
+    finish(l, ref, 1);
+    expect_handed_on(l, ref, 2, known, 2);
+    for (int64_t offset = 3; offset < 6; offset++)
+        assert_true(ledger_skip(l, ref, offset));
+    for (int64_t offset = 6; offset < 9; offset++)
+        deliver(l, ref, offset);
+    assert_true(ledger_skip(l, ref, 9));
+    deliver(l, ref, 10);
+    finish(l, ref, 7);
+    assert_false(ledger_due(l, ref, false, &c));
+    finish(l, ref, 2);
+    expect_handed_on(l, ref, 6, &known[1], 1);
+    finish(l, ref, 6);
+    expect_handed_on(l, ref, 8, &known[1], 1);
+    finish(l, ref, 8);
+    expect_handed_on(l, ref, 10, NULL, 0);
+    ledger_free(l);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -402,6 +457,7 @@ int main(void)
         cmocka_unit_test(test_rewind_starts_over),
         cmocka_unit_test(test_partitions_are_apart),
         cmocka_unit_test(test_refuses_nonsense),
+        cmocka_unit_test(test_restored_ranges_are_handed_on),
         cmocka_unit_test(test_against_model),
         cmocka_unit_test(test_many_histories_against_model),
     };
