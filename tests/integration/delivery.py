@@ -4,8 +4,11 @@
   delivery.py produce BOOTSTRAP TOPIC FIRST COUNT [ADAPTER EVERY]   ids p-FIRST..; every EVERYth
                                                         names ADAPTER; key = number modulo 50
   delivery.py wait BOOTSTRAP TOPICS COUNT SECONDS       until COUNT distinct ids have an outcome
-  delivery.py verify BOOTSTRAP TOPICS FIRST COUNT REPEATS   TAP: each id has outcomes, of one kind,
-                                                        and at most REPEATS come twice (all: -1)
+  delivery.py verify BOOTSTRAP TOPICS FIRST COUNT REPEATS   TAP: each id has outcomes, of one kind, none
+                                                        half made (for prompts without a deadline or
+                                                        an order to cancel), and at most REPEATS come
+                                                        twice (all: -1)
+  delivery.py try                                       TAP: that verify finds what is half made
   delivery.py age BOOTSTRAP TOPICS MS                   TAP: what was answered twice had its first
                                                         answer less than MS before its worker's last
   delivery.py count BOOTSTRAP TOPICS PREFIX N           exit 0 when N records' ids begin so
@@ -98,20 +101,45 @@ def wait(bootstrap, topics, count, seconds):
     return 1
 
 
+def half_made(value):
+    """Is it a completion whose generation ended before its time? A dead letter has no choices; an
+    echo is whole when its tokens are those of its text."""
+    r = json.loads(value)
+    choices, tokens = r.get("choices", []), r.get("usage", {}).get("completion_tokens", 0)
+    if choices and r["model"] == "echo":
+        sizes = [-(-len(c["text"].encode()) // 4) for c in choices]
+        return sum(sizes) != tokens or any(c["finish_reason"] != "stop" for c in choices)
+    return any(c["finish_reason"] not in ("stop", "length") or not tokens for c in choices)
+
+
+def try_it():
+    def found(reason, tokens, model="storefront", text="number 7"):
+        return half_made(json.dumps({"model": model, "usage": {"completion_tokens": tokens},
+                                     "choices": [{"text": text, "finish_reason": reason}]}))
+    good = not (found("length", 5) or found("stop", 5) or found("stop", 2, "echo") or
+                half_made('{"id": "p-7", "prompt": "number 7"}'))
+    bad = all((found("cancelled", 5), found("expired", 5), found("part", 5), found("length", 0),
+               found("length", 2, "echo"), found("stop", 2, "echo", "num")))
+    print("ok" if good and bad else "not ok", "- what is half made is found, and nothing else")
+    return 0 if good and bad else 1
+
+
 def verify(bootstrap, topics, first, count, repeats):
-    got = collections.defaultdict(list)
+    got, half = collections.defaultdict(list), []
     for m in read_all(bootstrap, topics):
         got[record_id(m)].append(m.topic())
+        if half_made(m.value()):
+            half.append(m.value()[:200])
     want = {f"p-{i}" for i in range(int(first), int(first) + int(count))}
     lost = sorted(want - set(got))
     strange = sorted(set(got) - want)
     mixed = sorted(i for i in got if len(set(got[i])) > 1)
     extra = sum(len(x) - 1 for x in got.values())
     print(f"# {len(got)} ids, {sum(map(len, got.values()))} outcomes, {extra} repeats; lost "
-          f"{lost[:5]}, strange {strange[:5]}, mixed {mixed[:5]}")
+          f"{lost[:5]}, strange {strange[:5]}, mixed {mixed[:5]}, half made {half[:5]}")
     limit = int(repeats)
-    good = not lost and not strange and not mixed
-    print("ok" if good else "not ok", "- every id has its outcome, and of one kind")
+    good = not lost and not strange and not mixed and not half
+    print("ok" if good else "not ok", "- every id has its outcome, of one kind and whole")
     few = limit < 0 or extra <= limit
     print("ok" if few else "not ok", f"- at most {limit} repeats" if limit >= 0 else "- repeats are "
           "allowed")
@@ -194,4 +222,5 @@ def workers(bootstrap, topics):
 
 
 if __name__ == "__main__":
-    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))
+    command = "try_it" if sys.argv[1] == "try" else sys.argv[1]
+    sys.exit(globals()[command](*sys.argv[2:]))

@@ -8,6 +8,7 @@
 # Runs alone: bounds in ms what a crash repeats.
 . "$(dirname "$0")/../infra/lib.sh"
 infra_begin resume
+"$PYTHON" tests/integration/delivery.py try || FAILED=1
 kafka_start 1 || die "the broker started"
 topic_create prompts 1; topic_create replies 1; topic_create dead 1
 port=$(free_ports 1)
