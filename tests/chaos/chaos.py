@@ -5,16 +5,17 @@
       Prompts c-0, c-1, ... to `prompts` until COUNT are sent or the file OVER is there: JSON and
       (with a registry) Avro, base model and adapters, one in 25 bad, one in 40 long, one in 20 for an
       adapter that nobody has had yet, one in 50 with its reply in `side`, a topic that the suite
-      deletes. JOURNAL gets a line for each that the brokers hold.
+      deletes. Each forty in a row have an Avro schema that was never used before. JOURNAL gets a
+      line for each prompt that the brokers hold.
   chaos.py watch BOOTSTRAP GROUP JOURNAL DONE SECONDS MODE CONDEMNED ENGINE
       Reads the outcomes with read_committed while the faults happen. Every few seconds: whatever
       the group has committed, offset or map, must have its outcome. When the file DONE is there,
       waits up to SECONDS for the rest. MODE exactly-once: each id once. At-least-once: repeats are
-      of one kind. Each completion must be of the adapter that its prompt names. What was generated
-      twice is work.py's; so is whether prompts that kill nobody were rightly taken for poison: they
-      go to the file CONDEMNED, a line each.
+      of one kind. Each completion must be of the adapter that its prompt names, and whole. What was
+      generated twice is work.py's; so is whether prompts that kill nobody were rightly taken for
+      poison: they go to the file CONDEMNED, a line each.
   chaos.py try_answers
-      That completions of a wrong adapter are found, on some that are made up.
+      That completions of a wrong adapter, and half of one, are found, on some that are made up.
 
 The map's text is decoded here by a second implementation, from worker/offset_map.h.
 """
@@ -24,9 +25,11 @@ import hashlib
 import io
 import json
 import os
+import queue
 import random
 import re
 import sys
+import threading
 import time
 
 import fastavro
@@ -34,7 +37,8 @@ import xxhash
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 ADAPTERS = "tests/models/storefront-adapters"
-SCHEMAS = 100           # of the same prompts: each second one that no worker knows, for 100 seconds
+TEXT = "event: order_placed"    # of all prompts
+SAME_SCHEMA = 40        # prompts in a row
 
 
 def client(bootstrap, group, **more):
@@ -50,18 +54,43 @@ def adapter_ids():
                   if "adapter_config.json" in files)
 
 
-def avro_encoder(registry):
-    from confluent_kafka.schema_registry import SchemaRegistryClient
-    from confluent_kafka.schema_registry.avro import AvroSerializer
-    from confluent_kafka.serialization import MessageField, SerializationContext
-    registry = SchemaRegistryClient({"url": registry})
-    schema = json.load(open("schemas/prompt.avsc", encoding="utf-8"))
-    context = SerializationContext("prompts", MessageField.VALUE)
-    encoders = [AvroSerializer(registry, json.dumps({**schema, "doc": f"{n} of {SCHEMAS}"}))
-                for n in range(SCHEMAS)]
-    for e in encoders:
-        e({"id": "x", "prompt": "x"}, context)          # registers while the registry is there
-    return lambda p, i: encoders[i // 40 % SCHEMAS](p, context)
+class Schemas:
+    """Avro prompts, and for each SAME_SCHEMA of all prompts a schema that no worker can know: another
+    `doc` makes another one. So whoever reads on needs the registry, all the time. A thread registers
+    them ahead, for the faults take the registry away from it too; what has none then goes as JSON."""
+    AHEAD = 200
+
+    def __init__(self, url):
+        from confluent_kafka.schema_registry import SchemaRegistryClient
+        from confluent_kafka.serialization import MessageField, SerializationContext
+        self.registry = SchemaRegistryClient({"url": url})
+        self.context = SerializationContext("prompts", MessageField.VALUE)
+        self.ready, self.turn, self.encoder = queue.Queue(self.AHEAD), -1, None
+        self.used = self.without = 0
+        threading.Thread(target=self.register, daemon=True).start()
+        while self.ready.empty():
+            time.sleep(0.1)
+
+    def register(self):
+        from confluent_kafka.schema_registry.avro import AvroSerializer
+        schema, n = json.load(open("schemas/prompt.avsc", encoding="utf-8")), 0
+        while True:
+            try:
+                e = AvroSerializer(self.registry, json.dumps({**schema, "doc": f"number {n}"}))
+                e({"id": "x", "prompt": "x"}, self.context)
+            except Exception:                           # it is away
+                time.sleep(0.5)
+                continue
+            self.ready.put(e)
+            n += 1
+
+    def encode(self, p, i):
+        if i // SAME_SCHEMA != self.turn:
+            self.turn = i // SAME_SCHEMA
+            self.encoder = None if self.ready.empty() else self.ready.get()
+            self.used += self.encoder is not None
+            self.without += self.encoder is None
+        return self.encoder and self.encoder(p, self.context)
 
 
 def is_bad(i):
@@ -72,8 +101,8 @@ def is_side(i):
     return i % 50 == 7
 
 
-def make(i, rng, ids, avro):
-    p = {"id": f"c-{i}", "prompt": "event: order_placed",
+def make(i, rng, ids, schemas):
+    p = {"id": f"c-{i}", "prompt": TEXT,
          "params": {"max_tokens": rng.randint(1, 4 if i % 3 else 24), "temperature": 0.0}}
     if i % 2:
         p["adapter"] = rng.choice(ids)
@@ -85,14 +114,14 @@ def make(i, rng, ids, avro):
         p["reply_topic"] = "side"
     elif is_bad(i):
         p["no_such_field"] = True
-    elif avro and i % 20 in (4, 15):
-        return avro(p, i)
+    elif schemas and i % 20 in (4, 15) and (record := schemas.encode(p, i)):
+        return record
     return json.dumps(p).encode()
 
 
 def produce(bootstrap, over, count, rate, journal, registry=None):
     rng, ids = random.Random(11), adapter_ids()
-    avro = avro_encoder(registry) if registry else None
+    schemas = Schemas(registry) if registry else None
     p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "enable.idempotence": True,
                   "delivery.timeout.ms": 300000, "log_level": 0})
     with open(journal, "w", encoding="utf-8", buffering=1) as f:
@@ -103,7 +132,7 @@ def produce(bootstrap, over, count, rate, journal, registry=None):
             return report
         start, i = time.time(), 0
         while i < int(count) and not os.path.exists(over):
-            p.produce("prompts", key=str(i % 97), value=make(i, rng, ids, avro),
+            p.produce("prompts", key=str(i % 97), value=make(i, rng, ids, schemas),
                       headers=[("test-id", f"c-{i}".encode())], on_delivery=sent(i))
             i += 1
             p.poll(0)
@@ -111,7 +140,11 @@ def produce(bootstrap, over, count, rate, journal, registry=None):
                 p.poll(0.02)
         left = p.flush(300)
     print(f"# {i} prompts sent, {left} unconfirmed")
-    return 0
+    if not schemas:
+        return 0
+    return 0 if say(schemas.used > schemas.without,
+                    f"Avro prompts had {schemas.used} schemas, none of them used before (for "
+                    f"{schemas.without} more the registry was away)") else 1
 
 
 # ---- the oracle ------------------------------------------------------------------------------
