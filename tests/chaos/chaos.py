@@ -219,57 +219,122 @@ def digest_of(adapter):
 
 
 class Answers:
-    """Whose the completions are. Of the adapter that the prompt named says the record, by id and digest;
-    the text says it too: all prompts have one text and temperature 0, so each adapter has one answer to
-    them, of which every completion is the beginning, and with the shipped model no two have the same.
-    It is looked at as far as VOICE: sums over other batches round otherwise, and far into a text that
-    might turn the scales somewhere."""
+    """Whose the completions are, and whether they are whole. Of the adapter that the prompt named says
+    the record, by id and digest; the text says it too: all prompts have one text and temperature 0, so
+    each adapter has one answer to them, of which every completion is the beginning, and with the
+    shipped model no two have the same. It is looked at as far as VOICE: sums over other batches round
+    otherwise, and far into a text that might turn the scales somewhere.
+
+    Nothing here ends a generation before its time, no deadline and no order to cancel. So `length`
+    has as many tokens as its prompt allows; `stop` has at most as many, is none that was to ignore its
+    end, and its adapter says no more elsewhere. That a completion has as many tokens as it says shows
+    its text: of one adapter equal numbers are equal texts, and more tokens are no less text. An echo
+    is the prompt's text."""
     VOICE = 40
 
     def __init__(self):
         self.schema = schema_of("completion")
         self.digests = {None: None} | {a: digest_of(a) for a in adapter_ids()}
         self.by = collections.defaultdict(set)      # id: adapters
+        self.ends = collections.defaultdict(set)    # id: (finish reason, tokens, characters)
         self.texts = {}                             # adapter: the longest
+        self.sizes = collections.defaultdict(dict)  # adapter: {tokens: text}
         self.bad = []
 
     def take(self, i, value):
         r = decode(value, self.schema)
         self.by[i].add(r["adapter"])
-        source = r["adapter"] and re.sub(r"^fresh-\d+/", "", r["adapter"])
-        text = r["choices"][0]["text"][:self.VOICE].rstrip("\ufffd")      # a character's first half
+        source = source_of(r["adapter"])
+        choice, tokens = r["choices"][0], r["usage"]["completion_tokens"]
+        text = choice["text"][:self.VOICE].rstrip("\ufffd")      # a character's first half
+        self.ends[i].add((choice["finish_reason"], tokens, len(choice["text"])))
         known = self.texts.setdefault(source, text)
         if r["id"] != i or r["adapter_digest"] != self.digests.get(source):
             self.bad.append(f"{i}: {r['id']}, adapter {r['adapter']}, {r['adapter_digest']}")
         elif not known.startswith(text) and not text.startswith(known):
             self.bad.append(f"{i}: adapter {source} says {text!r}, and {known!r} before")
+        elif self.sizes[source].setdefault(tokens, text) != text:
+            self.bad.append(f"{i}: adapter {source} says {text!r} in {tokens} tokens, and "
+                            f"{self.sizes[source][tokens]!r} before")
         self.texts[source] = max(known, text, key=len)
 
-    def wrong(self, named, distinct):
-        """What is wrong; named: {id: the adapter that its prompt names}."""
+    def wrong(self, prompts, engine):
+        """What is wrong; prompts: {id: prompt}."""
         whole = [t for t in self.texts.values() if len(t) == self.VOICE]
-        alike = collections.Counter(whole).most_common(1) if distinct else []
+        alike = collections.Counter(whole).most_common(1) if engine == "model" else []
+        named = {i: p["adapter"] for i, p in prompts.items()}
         return self.bad + [f"{i}: {named[i]} was asked, {by} answered" for i, by in self.by.items()
                            if i in named and by != {named[i]}] + \
             [f"{n} adapters say {text!r}" for text, n in alike if n > 1]
 
+    def half_made(self, prompts, engine):
+        ended = echo_ended if engine == "echo" else model_ended
+        ends = [(i, prompts[i], *end) for i, ends in self.ends.items() if i in prompts for end in ends]
+        bad = [f"{i}: {reason} after {tokens} tokens, of {p['params']}"
+               for i, p, reason, tokens, size in ends if not ended(p["params"], reason, tokens, size)]
+        return bad if engine == "echo" else bad + self.too_short(ends)
+
+    def too_short(self, ends):
+        bad, longest = [], collections.Counter()    # what each adapter says where it may stop
+        for _, p, _, tokens, _ in ends:
+            if not p["params"].get("ignore_eos"):
+                longest[source_of(p["adapter"])] = max(longest[source_of(p["adapter"])], tokens)
+        for i, p, reason, tokens, size in ends:
+            if reason == "stop" and size < self.VOICE and tokens < longest[source_of(p["adapter"])]:
+                bad.append(f"{i}: stop after {tokens} tokens, and not elsewhere")
+        for source, texts in self.sizes.items():
+            by_tokens = sorted(texts.items())
+            bad += [f"adapter {source} says {y!r} in {n} tokens, and {x!r} in {m}"
+                    for (m, x), (n, y) in zip(by_tokens, by_tokens[1:]) if len(y) < len(x)]
+        return bad
+
+
+def source_of(adapter):
+    return adapter and re.sub(r"^fresh-\d+/", "", adapter)
+
+
+def model_ended(params, reason, tokens, _):
+    """Is that an end that the generation may have had?"""
+    if reason == "length":
+        return tokens == params["max_tokens"]
+    return reason == "stop" and 0 < tokens <= params["max_tokens"] and not params.get("ignore_eos")
+
+
+def echo_ended(_, reason, tokens, size):
+    return reason == "stop" and size == len(TEXT) and tokens == -(-len(TEXT) // 4)
+
 
 def try_answers():
+    """Four completions of a model whose tokens are letters."""
     x, y = adapter_ids()[:2]
     named = {"c-0": None, "c-1": x, "c-2": f"fresh-2/{x}", "c-3": y}
     texts = {None: "n" * 50, x: "x" * 50, y: "y" * 50}
 
-    def tried(distinct=True, **changed):
+    def prompts(**params):
+        return {i: {"adapter": a, "params": {"max_tokens": 45 + int(i[2:])} |
+                    (params if i == "c-2" else {})} for i, a in named.items()}
+
+    def answered(changed):
         a = Answers()
         for i, adapter in named.items():
             source = adapter and adapter.removeprefix("fresh-2/")
             r = {"id": i, "adapter": adapter, "adapter_digest": a.digests[source],
-                 "choices": [{"text": texts[source][:45 + int(i[2:])]}]}
+                 **says(texts[source][:45 + int(i[2:])])}
             a.take(i, json.dumps(r | changed if i == "c-2" else r).encode())
-        return len(a.wrong(named, distinct))
+        return a
 
-    def says(text):
-        return {"choices": [{"text": text}]}
+    def tried(engine="model", **changed):
+        return len(answered(changed).wrong(prompts(), engine))
+
+    def says(text, tokens=None, reason="length"):
+        return {"choices": [{"text": text, "finish_reason": reason}],
+                "usage": {"completion_tokens": len(text) if tokens is None else tokens}}
+
+    def half(r, engine="model", **params):
+        a = answered(r)
+        found = a.bad + a.half_made(prompts(**params), engine)
+        return len([b for b in found if engine == "model" or b.startswith("c-2: stop") or
+                    b.startswith("c-2: length")])
 
     short = {**says(texts[x][:3]), "adapter_digest": digest_of(x)}
     good = [say(tried() == 0 and tried(**short) == 0, "completions of the right adapters are right"),
@@ -278,9 +343,20 @@ def try_answers():
             say(tried(adapter_digest=digest_of(y)) == tried(adapter_digest=None) == 1,
                 "other files are found"),
             say(tried(**says(texts[y])) == tried(**says(texts[None][:3])) == 1,
-                "another adapter's text is found")]
+                "another adapter's text is found"),
+            say(not half({}) and not half(says("x" * 45, reason="stop")) and
+                not half(says("x" * 9), max_tokens=9) and not half(says(TEXT, 5, "stop"), "echo"),
+                "whole generations are whole"),
+            say(all(half(says("x" * 9, reason=r)) for r in ("cancelled", "expired", "part", "length")) and
+                half(says("x" * 9, reason="stop")) and half(says("x" * 48, reason="stop")) and
+                half(says("", reason="stop")) and half(says("x" * 47, reason="stop"), ignore_eos=True),
+                "one that ended before its time is found"),
+            say(half(says("x" * 9, 47)) == half(says("x" * 9, 46), max_tokens=46) == 1,
+                "and one that says that it did not"),
+            say(all(half(r, "echo") for r in (says(TEXT, 4, "stop"), says(TEXT[:3], 5, "stop"),
+                                              says(TEXT, 5))), "and half an echo")]
     texts[y] = texts[None]
-    good += [say(tried() == 1 and tried(distinct=False) == 0,
+    good += [say(tried() == 1 and tried("echo") == 0,
                  "an adapter that speaks as the base model always does is found")]
     return 0 if all(good) else 1
 
@@ -290,7 +366,7 @@ def try_answers():
 class Journal:
     def __init__(self, path):
         self.path, self.at, self.where = path, 0, {}
-        self.named = {}             # the adapter that a prompt names
+        self.prompts = {}           # id: what of it the answer shows
         self.somewhere = set()      # held, but the brokers' answer was lost and with it the offset
 
     def read(self):
@@ -319,7 +395,8 @@ class Journal:
                 if not m.error():
                     i = dict(m.headers())["test-id"].decode()
                     where[(m.partition(), m.offset())] = i
-                    self.named[i] = decode(m.value(), schema).get("adapter")
+                    p = decode(m.value(), schema)
+                    self.prompts[i] = {"adapter": p.get("adapter"), "params": p["params"]}
                 elif m.error().code() == KafkaError._PARTITION_EOF:
                     left.discard(m.partition())
         c.close()
@@ -459,16 +536,21 @@ def watch(bootstrap, group, journal, done, seconds, mode, condemned, engine):
     print(f"# {len(again)} outcomes come again, {sum(copies.values()) - len(copies)} prompts are in their "
           f"topic twice; {o.samples} samples of what was committed; the last outcome was read {last:.0f} s "
           "after the last fault")
-    answered = o.answers.wrong(o.journal.named, engine == "model")
-    for b in (lost[:10], missing[:5], strange[:5], mixed[:5], wrong[:5], again[:5], o.bad[:5], answered[:5]):
+    answered = o.answers.wrong(o.journal.prompts, engine)
+    half = o.answers.half_made(o.journal.prompts, engine)
+    reasons = collections.Counter(reason for ends in o.answers.ends.values() for reason, *_ in ends)
+    print("# finish reasons:", ", ".join(f"{r} {n}" for r, n in sorted(reasons.items())))
+    for b in (lost, missing, strange, mixed, wrong, again, o.bad, answered, half):
         if b:
-            print("#", b)
+            print("#", b[:5])
     good = [say(not missing, "the brokers hold every prompt that they confirmed"),
             say(ids and not lost, f"every prompt has its outcome ({len(lost)} lost)"),
             say(not strange and not mixed, "nothing else, and of one kind"),
             say(not wrong, f"bad prompts, and no others, are dead letters ({len(wrong)} wrong)"),
             say(o.answers.by and not answered, "every completion is of the adapter that its prompt names "
                 f"({len(answered)} are not, of {len(o.answers.texts)} adapters)"),
+            say(o.answers.ends and not half, "every completion is whole: stop or length, with the "
+                f"tokens that its prompt asks for ({len(half)} are not)"),
             say(mode != "exactly-once" or not again, f"{mode}: {len(again)} ids come again"),
             say(not o.bad and o.samples > 1, "nothing was committed before its outcome was durable"),
             say(settled, "the group ends at the end of every partition, without a map")]
