@@ -416,7 +416,7 @@ class Oracle:
         self.journal = Journal(journal)
         self.got = collections.defaultdict(list)        # id: topics
         self.answers = Answers()
-        self.poison = {}                                # id: [partition, offset] of its prompt
+        self.poison = {}            # id: [partition, offset, when it was written, and condemned]
         self.samples, self.bad = 0, []
         while True:
             try:
@@ -448,8 +448,10 @@ class Oracle:
     def note_poison(self, m):
         h = dict(m.headers())
         if h["loramill-error-code"] == b"poison":
-            self.poison[outcome_id(m)] = [int.from_bytes(h[f"kafka_dlt-original-{x}"], "big")
-                                          for x in ("partition", "offset")]
+            at, offset, written = (int.from_bytes(h[f"kafka_dlt-original-{x}"], "big")
+                                   for x in ("partition", "offset", "timestamp"))
+            where = [at, offset, written / 1000, m.timestamp()[1] / 1000]
+            self.poison.setdefault(outcome_id(m), where)
 
     def read_to_end(self, seconds):
         """All that is written now, once it is committed or aborted: a transaction is durable before
