@@ -21,6 +21,7 @@
 #include "engine/engine.h"
 
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -412,6 +413,23 @@ static bool id_char(unsigned char c, bool first)
     return !first && (c == '.' || c == '_' || c == '-');
 }
 
+enum { SHOWN_ID = 64 };
+
+/* A slip in an id is repeated; what else stands there may be text, which errors don't tell. */
+static lm_status bad_id(const char *id, size_t len, size_t at, struct lm_err *err)
+{
+    char which[SHOWN_ID + 3];
+    bool shown = len <= SHOWN_ID;
+    for (size_t i = 0; shown && i < len; i++)
+        shown = id[i] == '/' || id_char((unsigned char)id[i], false);
+    if (shown)
+        snprintf(which, sizeof which, "'%.*s'", (int)len, id);
+    else
+        snprintf(which, sizeof which, "of %zu bytes", len);
+    return lm_err_set(err, LM_INVALID, "adapter id %s: byte %zu is not allowed; segments are "
+                      "[A-Za-z0-9][A-Za-z0-9._-]* joined by '/'", which, at);
+}
+
 lm_status engine_adapter_id_check(const char *id, size_t len, struct lm_err *err)
 {
     if (len == 0 || len > ENGINE_ADAPTER_ID_MAX)
@@ -421,9 +439,7 @@ lm_status engine_adapter_id_check(const char *id, size_t len, struct lm_err *err
     for (size_t i = 0; i < len; i++) {
         bool slash = id[i] == '/';
         if (slash ? first || i + 1 == len : !id_char((unsigned char)id[i], first))
-            return lm_err_set(err, LM_INVALID,
-                              "adapter id '%.*s': byte %zu is not allowed; segments are "
-                              "[A-Za-z0-9][A-Za-z0-9._-]* joined by '/'", (int)len, id, i);
+            return bad_id(id, len, i, err);
         first = slash;
     }
     return LM_OK;

@@ -173,9 +173,9 @@ static lm_status read_topic(const struct header *h, char *out, size_t cap, struc
     memcpy(out, h->value, h->len);
     out[h->len] = '\0';
     for (size_t i = 0; i < h->len; i++)
-        if (!isalnum((unsigned char)out[i]) && !memchr("._-", out[i], 3))
-            return lm_err_set(err, LM_INVALID, "header %s: '%s' can't be a topic's name", h->name,
-                              out);
+        if (!isalnum((unsigned char)out[i]) && !memchr("._-", out[i], 3))      /* may be text */
+            return lm_err_set(err, LM_INVALID, "header %s: its %zu bytes can't be a topic's name: "
+                              "byte %zu is not allowed", h->name, h->len, i);
     return LM_OK;
 }
 

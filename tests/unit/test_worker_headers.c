@@ -93,6 +93,7 @@ static void test_route_refusals(void **state)
     memset(longer, 'a', sizeof longer);
     const struct header evil = H("kafka_replyTopic", "prompts"), empty = H("kafka_replyTopic", "");
     const struct header nul = H("kafka_replyTopic", "app-\0x"), null = { "kafka_replyTopic", 0, 0 };
+    const struct header said = H("kafka_replyTopic", "It hurts");
     const struct header big = { "kafka_replyTopic", longer, sizeof longer };
     const struct header part3 = H("kafka_replyPartition", "\0\0\1");
     const struct header negative = H("kafka_replyPartition", "\xff\xff\xff\xff");
@@ -102,6 +103,11 @@ static void test_route_refusals(void **state)
     assert_int_equal(route(&empty, 1, NULL, &r), LM_INVALID);
     assert_int_equal(route(&null, 1, NULL, &r), LM_INVALID);
     assert_int_equal(route(&nul, 1, NULL, &r), LM_INVALID);
+    assert_int_equal(route(&said, 1, NULL, &r), LM_INVALID);
+    assert_null(strstr(err.msg, "hurts"));              /* it may be text: the log has this */
+    assert_non_null(strstr(err.msg, "its 8 bytes can't be a topic's name: byte 2 is"));
+    assert_int_equal(route(NULL, 0, "It hurts", &r), LM_INVALID);
+    assert_null(strstr(err.msg, "hurts"));
     assert_int_equal(route(&big, 1, NULL, &r), LM_INVALID);
     assert_non_null(strstr(err.msg, "300"));
     assert_int_equal(route(&part3, 1, NULL, &r), LM_INVALID);

@@ -37,6 +37,7 @@
 #include "worker/codec/avro_codec.h"
 #include "worker/codec/avro_path.h"
 #include "worker/codec/message.h"
+#include "worker/codec/shown.h"
 
 struct taker {
     avro_consumer_t base;       /* first */
@@ -64,7 +65,9 @@ static const char *name_in_owner(const struct taker *t)
 {
     if (t->owner->node->type == AVRO_ARRAY)
         return "[]";
-    return t->owner->node->type == AVRO_MAP ? t->owner->map_key : t->key;
+    if (t->owner->node->type != AVRO_MAP)
+        return t->key;
+    return is_shown(t->owner->map_key, strlen(t->owner->map_key)) ? t->owner->map_key : "(a key)";
 }
 
 static int refuse(struct datum *d, const struct taker *t, lm_status code, const char *what)

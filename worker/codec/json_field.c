@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SHOWN_BYTES = 48, HINT_DISTANCE = 2 };
+#include "worker/codec/shown.h"
+
+enum { HINT_DISTANCE = 2 };
 
 yyjson_val *json_given(yyjson_val *obj, const char *key)
 {
@@ -18,15 +20,13 @@ yyjson_val *json_given(yyjson_val *obj, const char *key)
 
 /* ---- errors ---------------------------------------------------------------------------- */
 
-/* The longest prefix of at most `max` bytes that doesn't cut a UTF-8 character. */
-static int utf8_cut(const char *s, size_t len, size_t max)
+/* Of one place in an array, "stop[3]", the name counts. */
+static bool is_shown_key(const char *key)
 {
-    if (len <= max)
-        return (int)len;
-    size_t n = max;
-    while (n > 0 && ((unsigned char)s[n] & 0xc0) == 0x80)
-        n--;
-    return (int)n;
+    size_t n = strlen(key), name = strcspn(key, "[");
+    bool place = name < n && strspn(key + name + 1, "0123456789") + 2 == n - name &&
+                 key[n - 1] == ']';
+    return n == 0 || is_shown(key, place ? name : n);
 }
 
 lm_status json_refuse(const struct json_reader *r, lm_status code, const char *key,
@@ -37,8 +37,9 @@ lm_status json_refuse(const struct json_reader *r, lm_status code, const char *k
     va_start(ap, fmt);
     vsnprintf(msg, sizeof msg, fmt, ap);
     va_end(ap);
-    return lm_err_set(r->err, code, "%s%.*s %s", r->prefix, utf8_cut(key, strlen(key), 64), key,
-                      msg);
+    if (is_shown_key(key))
+        return lm_err_set(r->err, code, "%s%s %s", r->prefix, key, msg);
+    return lm_err_set(r->err, code, "%sa key of %zu bytes %s", r->prefix, strlen(key), msg);
 }
 
 /* What it is, without what it says. */
@@ -53,10 +54,10 @@ static void describe(yyjson_val *v, char *buf, size_t size)
                  yyjson_is_null(v) ? "null" : yyjson_is_true(v) ? "true" : "false");
 }
 
-/* No parameter's value is longer than that: what is is text in the wrong place. */
+/* A string that is no name or number may be text in the wrong place. */
 static void quote(yyjson_val *v, char *buf, size_t size)
 {
-    if (yyjson_is_str(v) && yyjson_get_len(v) <= SHOWN_BYTES)
+    if (yyjson_is_str(v) && is_shown(yyjson_get_str(v), yyjson_get_len(v)))
         snprintf(buf, size, "\"%s\"", yyjson_get_str(v));
     else if (yyjson_is_int(v))
         snprintf(buf, size, "%" PRId64, yyjson_get_sint(v));
@@ -71,7 +72,7 @@ static lm_status wrong(const struct json_reader *r, const char *key, const char 
 {
     if (!value)
         return json_refuse(r, LM_INVALID, key, "is missing");
-    char shown[SHOWN_BYTES + 16];
+    char shown[SHOWN_NAME + 16];
     show(value, shown, sizeof shown);
     return json_refuse(r, LM_INVALID, key, "must be %s, not %s", what, shown);
 }

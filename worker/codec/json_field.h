@@ -7,7 +7,8 @@
  * 1, not 1.5". JSON null means "not given" everywhere an optional field is read (json_given()).
  *
  * Errors end in the log, where no text of a prompt may be. So of what stands in text's place, or of
- * text in another's, they tell the kind and the size; only a parameter's value is shown.
+ * text in another's, they tell the kind and the size; only keys and parameters' values are shown,
+ * and of these only what shown.h allows.
  *
  * Threads: no state; as safe as its arguments.
  */
@@ -39,7 +40,7 @@ lm_status json_refuse(const struct json_reader *r, lm_status code, const char *k
  * NULL */
 lm_status json_wrong(const struct json_reader *r, const char *key, const char *what,
                      yyjson_val *value);
-/* The same for a parameter: "not <its value>", unless it is as long as text. */
+/* The same for a parameter: "not <its value>", unless it may be text. */
 lm_status json_wrong_value(const struct json_reader *r, const char *key, const char *what,
                            yyjson_val *value);
 

@@ -16,6 +16,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "worker/codec/shown.h"
+
 enum {
     MAX_NAME = 256,             /* tenant, model */
     MAX_CORRELATION = 1024,
@@ -350,7 +352,7 @@ static lm_status read_metadata(const struct json_reader *r, yyjson_val *v, struc
         const char *key = yyjson_get_str(name);
         yyjson_val *value = yyjson_obj_iter_get_val(name);
         if (strlen(key) > MAX_NAME)
-            return json_refuse(&at, LM_TOO_LARGE, key, "is a key of %zu bytes, more than %d",
+            return json_refuse(r, LM_TOO_LARGE, "metadata", "has a key of %zu bytes, more than %d",
                                strlen(key), MAX_NAME);
         struct metadata_entry *e = &list[p->n_metadata++];
         lm_status st = json_read_string(&at, key, value, 0, MAX_METADATA_VALUE, &e->value);
@@ -369,8 +371,12 @@ static lm_status check_model(const struct json_reader *r, const struct prompt *p
 {
     if (!p->model || !model_name || strcmp(p->model, model_name) == 0)
         return LM_OK;
-    return json_refuse(r, LM_MISMATCH, "model", "is \"%.128s\", but this worker serves \"%.128s\"",
-                       p->model, model_name);
+    size_t n = strlen(p->model);
+    if (is_shown(p->model, n))
+        return json_refuse(r, LM_MISMATCH, "model", "is \"%s\", but this worker serves \"%.128s\"",
+                           p->model, model_name);
+    return json_refuse(r, LM_MISMATCH, "model", "has %zu bytes, but this worker serves \"%.128s\"",
+                       n, model_name);
 }
 
 /* ---- the whole ---------------------------------------------------------------------------- */

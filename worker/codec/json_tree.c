@@ -21,6 +21,7 @@
 #include <utf8proc.h>
 
 #include "worker/codec/bytes.h"
+#include "worker/codec/shown.h"
 
 enum { MAX_DEPTH = 32, MAX_VALUES = 512 * 1024, FEW_KEYS = 24, INT_BYTES = 20 };
 
@@ -203,9 +204,13 @@ static lm_status count_values(const char *text, size_t len, struct lm_err *err)
     return LM_OK;
 }
 
-static lm_status refuse(struct lm_err *err, const char *what, const char *shown)
+static lm_status refuse_key(struct lm_err *err, const char *what, yyjson_val *key)
 {
-    return lm_err_set(err, LM_FORMAT, "not valid JSON: %s '%.64s'", what, shown);
+    const char *text = yyjson_get_str(key);
+    size_t n = yyjson_get_len(key);
+    if (is_shown(text, n))
+        return lm_err_set(err, LM_FORMAT, "not valid JSON: %s '%s'", what, text);
+    return lm_err_set(err, LM_FORMAT, "not valid JSON: %s of %zu bytes", what, n);
 }
 
 static bool same_key(yyjson_val *a, yyjson_val *b)
@@ -227,7 +232,7 @@ static lm_status check_keys_sorted(yyjson_val **keys, size_t n, struct lm_err *e
     qsort(keys, n, sizeof(yyjson_val *), key_order);
     for (size_t i = 1; i < n; i++)
         if (same_key(keys[i - 1], keys[i]))
-            return refuse(err, "duplicate object key", yyjson_get_str(keys[i]));
+            return refuse_key(err, "duplicate object key", keys[i]);
     return LM_OK;
 }
 
@@ -250,10 +255,10 @@ static lm_status check_keys(yyjson_val *object, struct lm_err *err)
         const char *text = name->uni.str;
         uint64_t mark = mark_of(text, unsafe_yyjson_get_len(name));
         if (memchr(text, 0, unsafe_yyjson_get_len(name)))
-            st = refuse(err, "NUL byte in object key", text);
+            st = refuse_key(err, "NUL byte in object key", name);
         for (size_t i = 0; n <= FEW_KEYS && !st && marks & mark && i < at; i++)
             if (same_key(keys[i], name))
-                st = refuse(err, "duplicate object key", text);
+                st = refuse_key(err, "duplicate object key", name);
         marks |= mark;
         keys[at++] = name;
     }
@@ -267,8 +272,11 @@ static lm_status check_keys(yyjson_val *object, struct lm_err *err)
 /* The text of a number that neither an int64 nor a double holds was kept as it is. */
 static lm_status check_number(yyjson_val *v, struct lm_err *err)
 {
-    if (yyjson_is_raw(v) || (yyjson_is_uint(v) && yyjson_get_uint(v) > INT64_MAX))
-        return refuse(err, "too big number", yyjson_is_raw(v) ? yyjson_get_raw(v) : "");
+    if (yyjson_is_raw(v))
+        return lm_err_set(err, LM_FORMAT, "not valid JSON: too big number of %zu characters",
+                          yyjson_get_len(v));
+    if (yyjson_is_uint(v) && yyjson_get_uint(v) > INT64_MAX)
+        return lm_err_set(err, LM_FORMAT, "not valid JSON: too big number");
     return LM_OK;
 }
 
