@@ -198,9 +198,12 @@ static lm_status visit_nearest(const struct config_property *p, void *ctx, struc
 static lm_status unknown_key(const char *key, struct lm_err *err)
 {
     if (strlen(key) > NAME_MAX_BYTES)
-        return lm_err_set(err, LM_INVALID, "unknown key '%.40s...'", key);
+        return lm_err_set(err, LM_INVALID, "unknown key of %zu bytes", strlen(key));
     struct nearest best = { key, NULL, NAME_MAX_BYTES };
     each_property(visit_nearest, &best, NULL);
+    if (best.distance > 4 && !strchr(key, '.'))         /* the second line of a secret, perhaps */
+        return lm_err_set(err, LM_INVALID, "unknown key of %zu bytes, like none of ours",
+                          strlen(key));
     /* A librdkafka property without its prefix is the commonest slip after a typo. */
     if (best.distance > 4 && strchr(key, '.'))
         return lm_err_set(err, LM_INVALID, "unknown key '%s'; librdkafka's properties are written "
@@ -362,6 +365,13 @@ static lm_status set_pair(struct config *c, const char *key, const char *value,
     return p ? set_property(c, p, value, err) : unknown_key(key, err);
 }
 
+static bool is_key(const char *s)
+{
+    while (isalnum((unsigned char)*s) || (*s && strchr("._-", *s)))
+        s++;
+    return !*s;
+}
+
 static lm_status set_line(struct config *c, char *line, struct lm_err *err)
 {
     char *eq = strchr(line, '=');
@@ -371,6 +381,9 @@ static lm_status set_line(struct config *c, char *line, struct lm_err *err)
     char *key = trim(line);
     if (!*key)
         return lm_err_set(err, LM_INVALID, "there is no key before '='");
+    if (!is_key(key))           /* a secret's own '=' may be the first of its line */
+        return lm_err_set(err, LM_INVALID, "not key=value: what stands before the first '=' can't "
+                          "be a key, which has letters, digits and ._- only");
     return set_pair(c, key, trim(eq + 1), err);
 }
 

@@ -117,6 +117,13 @@ static void test_refusals(void **state)
     bad("model.path", "not key=value");
     bad("kafka.sasl.password hunter2", "not key=value");
     assert_null(strstr(err.msg, "hunter2"));
+    bad("kafka.sasl.password aHVudGVyMg==", "not key=value");
+    assert_null(strstr(err.msg, "aHVudGVyMg"));
+    bad("kafka.sasl.password:aHVudGVyMg==", "not key=value");
+    assert_null(strstr(err.msg, "aHVudGVyMg"));
+    bad("aHVudGVyMg==", "unknown key of 10 bytes");     /* a second line */
+    assert_null(strstr(err.msg, "aHVudGVyMg"));
+    bad("caf\xc3\xa9=1", "not key=value");
     bad("=x", "no key");
     bad("topic.prompts=x", "did you mean 'topics.prompts'");
     bad("session.timeout.ms=1", "kafka.session.timeout.ms");
@@ -136,7 +143,7 @@ static void test_refusals(void **state)
     char longer[400];
     memset(longer, 'k', sizeof longer);
     memcpy(longer + 300, "=1", 3);
-    bad(longer, "unknown key");
+    bad(longer, "unknown key of 300 bytes");
 }
 
 static void test_owned_are_refused(void **state)
@@ -587,7 +594,7 @@ static void test_settings_of_the_command_line(void **state)
     config_release(&c);
     assert_int_equal(cli_settings_add(&s, "thread=4", &err), LM_OK);
     assert_int_equal(cli_settings_load(&s, &c, &err), LM_INVALID);
-    says("--set: unknown key 'thread'");
+    says("--set number 2: unknown key 'thread'");
     while (s.n_files < CLI_MAX_FILES)
         assert_int_equal(cli_settings_file(&s, two, &err), LM_OK);
     assert_int_equal(cli_settings_file(&s, two, &err), LM_TOO_LARGE);

@@ -39,7 +39,7 @@ lm_status cli_settings_load(const struct cli_settings *s, struct config *c, stru
         st = config_read_file(c, s->file[i], err);
     for (int i = 0; st == LM_OK && i < s->n_set; i++)
         if ((st = config_set(c, s->set[i], err)))
-            lm_err_prefix(err, "--set");
+            lm_err_prefix(err, "--set number %d", i + 1);
     if (st != LM_OK) {
         config_release(c);
         *c = (struct config){ 0 };
