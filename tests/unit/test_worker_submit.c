@@ -418,6 +418,12 @@ static void test_usage_errors(void **state)
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--summary", f->out, NULL),
                   2);
     expect_said(f, "--output and --summary are the same file");
+    char other[128];                    /* another name of what is not there yet */
+    snprintf(other, sizeof other, "%s/./%s", dir, f->out + strlen(dir) + 1);
+    expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "--summary", other, NULL),
+                  1);
+    expect_said(f, "--output and --summary are the same file");
+    assert_int_equal(unlink(f->out), 0);
     expect_status(f, run(f, cmd_collect, "-c", f->config, "-o", f->out, "-j", f->in, "--summary",
                          f->in, NULL), 2);
     expect_said(f, "--job and --summary are the same file");
@@ -634,6 +640,35 @@ static void test_collect_hostile_text(void **state)
     expect_said(f, "missing: gone?[2J??\n");
 }
 
+/* A terminal for an output gets the same JSON without what would drive it. */
+static void test_collect_to_a_terminal(void **state)
+{
+    struct fix *f = *state;
+    char got[1024];
+    size_t n = 0;
+    produce(f, f->replies, NULL, "{\"id\":\"a\",\"x\":\"\x7f\xc2\x9b""2J\"}", NULL);
+    int master = posix_openpt(O_RDWR | O_NOCTTY);
+    assert_int_equal(grantpt(master) | unlockpt(master), 0);
+    int slave = open(ptsname(master), O_RDWR | O_NOCTTY | O_CLOEXEC);
+    assert_true(slave >= 0);
+    fflush(stdout);
+    int kept = dup(1);
+    dup2(slave, 1);
+    int status = run(f, cmd_collect, "-c", f->config, "-o", "-", "-q", NULL);
+    dup2(kept, 1);
+    expect_status(f, status, 0);
+    while (n < sizeof got - 1 && (n == 0 || got[n - 1] != '\n')) {
+        ssize_t more = read(master, got + n, sizeof got - 1 - n);
+        assert_true(more > 0);
+        n += (size_t)more;
+    }
+    got[n] = '\0';
+    assert_string_equal(got, "{\"id\":\"a\",\"x\":\"\\u007f\\u009b2J\"}\r\n");   /* its own CR */
+    close(kept);
+    close(slave);
+    close(master);
+}
+
 static void serve_schema(struct request *r)
 {
     const char body[] = "{\"schema\":\"{\\\"type\\\":\\\"record\\\",\\\"name\\\":\\\"c\\\","
@@ -752,7 +787,8 @@ int main(void)
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),
-        TEST(test_collect_hostile_text), TEST(test_collect_again),
+        TEST(test_collect_hostile_text),
+        TEST(test_collect_to_a_terminal), TEST(test_collect_again),
         TEST(test_collect_a_large_reply),
         TEST(test_collect_avro), TEST(test_collect_since), cmocka_unit_test(test_outcomes_of_a_job),
         cmocka_unit_test(test_outcomes_of_text_with_nul), cmocka_unit_test(test_outcomes_by_count),

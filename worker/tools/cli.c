@@ -139,10 +139,9 @@ bool cli_is_text(const void *s, size_t len)
     return true;
 }
 
-void cli_print_json(const json_t *o, size_t flags)
+void cli_print_json_text(const char *text)
 {
-    char *text = o ? json_dumps(o, flags) : NULL;
-    for (const unsigned char *c = (const unsigned char *)text; c && *c; c++) {
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
         if (*c == 0x7f)
             fputs("\\u007f", stdout);
         else if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0)
@@ -150,6 +149,13 @@ void cli_print_json(const json_t *o, size_t flags)
         else
             putchar(*c);
     }
+}
+
+void cli_print_json(const json_t *o, size_t flags)
+{
+    char *text = o ? json_dumps(o, flags) : NULL;
+    if (text)
+        cli_print_json_text(text);
     putchar('\n');
     free(text);
 }

@@ -53,6 +53,8 @@ void cli_copy_text(char *to, size_t size, const char *from);
 bool cli_is_text(const void *s, size_t len);
 /* To standard output, with json_dumps() flags; C1 and U+007F escaped. */
 void cli_print_json(const struct json_t *o, size_t flags);
+/* Valid JSON to standard output in the same way, without a newline. */
+void cli_print_json_text(const char *text);
 
 /* ---- signals ---------------------------------------------------------------------------- */
 

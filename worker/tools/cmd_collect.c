@@ -14,7 +14,8 @@
  * --timeout, or when interrupted; what has come by then is in the file. What an earlier run left
  * there stays until Kafka is there to be read.
  *
- * What a record says is anyone's text: it reaches the terminal through cli_copy_text() only.
+ * What a record says is anyone's text: it reaches the terminal through cli_copy_text(), and where
+ * the output is one through cli_print_json_text(); a file or a pipe gets the lines as they are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -44,6 +45,7 @@ struct collect {
     int64_t expect, timeout_s;  /* 0: not given */
     int64_t since_ms;           /* epoch; -1: from the beginning */
     bool quiet, brief;          /* brief: dead letters are counted, not named */
+    bool terminal;              /* the output is one */
 
     struct config config;
     struct cli_kafka kafka;
@@ -83,10 +85,12 @@ static const char help[] =
 
 static void write_line(struct collect *c, char *line)
 {
-    if (line) {
+    if (line && c->terminal)
+        cli_print_json_text(line);
+    else if (line)
         fputs(line, c->out);
+    if (line)
         fputc('\n', c->out);
-    }
     free(line);
 }
 
@@ -243,14 +247,46 @@ static lm_status read_job(struct collect *c, struct lm_err *err)
     return LM_OK;
 }
 
+struct named_file { const char *option, *path; int standard; };
+
+static bool look(const struct named_file *f, struct stat *s)
+{
+    return !(strcmp(f->path, "-") || f->standard < 0 ? stat(f->path, s) : fstat(f->standard, s));
+}
+
+static bool is_same_file(const struct named_file *a, const struct named_file *b)
+{
+    struct stat x, y;
+    if (!a->path || !b->path)
+        return false;
+    if (!look(a, &x) || !look(b, &y))
+        return !strcmp(a->path, b->path);
+    return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* What is written would end what is read, or what was written before it, under whatever name. */
+static lm_status check_files(const struct collect *c, struct lm_err *err)
+{
+    const struct named_file f[] = { { "--job", c->job_file, STDIN_FILENO },
+                                    { "--output", c->output, STDOUT_FILENO },
+                                    { "--summary", c->summary, -1 } };
+    for (size_t i = 0; i < LM_COUNT(f); i++)
+        for (size_t j = i + 1; j < LM_COUNT(f); j++)
+            if (is_same_file(&f[i], &f[j]))
+                return lm_err_set(err, LM_INVALID, "%s and %s are the same file, %s", f[i].option,
+                                  f[j].option, f[j].path);
+    return LM_OK;
+}
+
 /* With what it holds: see begin_output(). */
 static lm_status open_output(struct collect *c, struct lm_err *err)
 {
     bool plain = !strcmp(c->output, "-");
     int fd = plain ? -1 : open(c->output, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
     c->out = plain ? stdout : fd >= 0 ? fdopen(fd, "w") : NULL;
+    c->terminal = plain && isatty(STDOUT_FILENO);
     if (c->out)
-        return LM_OK;
+        return check_files(c, err);     /* now it exists, under whatever name */
     lm_err_set(err, LM_IO, "%s: %s", c->output, strerror(errno));
     if (fd >= 0)
         close(fd);
@@ -414,37 +450,6 @@ static int run(struct collect *c)
 }
 
 /* ---- options ---------------------------------------------------------------------------- */
-
-struct named_file { const char *option, *path; int standard; };
-
-static bool look(const struct named_file *f, struct stat *s)
-{
-    return !(strcmp(f->path, "-") || f->standard < 0 ? stat(f->path, s) : fstat(f->standard, s));
-}
-
-static bool is_same_file(const struct named_file *a, const struct named_file *b)
-{
-    struct stat x, y;
-    if (!a->path || !b->path)
-        return false;
-    if (!look(a, &x) || !look(b, &y))
-        return !strcmp(a->path, b->path);
-    return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
-/* What is written would end what is read, or what was written before it, under whatever name. */
-static lm_status check_files(const struct collect *c, struct lm_err *err)
-{
-    const struct named_file f[] = { { "--job", c->job_file, STDIN_FILENO },
-                                    { "--output", c->output, STDOUT_FILENO },
-                                    { "--summary", c->summary, -1 } };
-    for (size_t i = 0; i < LM_COUNT(f); i++)
-        for (size_t j = i + 1; j < LM_COUNT(f); j++)
-            if (is_same_file(&f[i], &f[j]))
-                return lm_err_set(err, LM_INVALID, "%s and %s are the same file, %s", f[i].option,
-                                  f[j].option, f[j].path);
-    return LM_OK;
-}
 
 static lm_status check_options(struct collect *c, int argc, char **argv, struct lm_err *err)
 {
