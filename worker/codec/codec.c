@@ -31,7 +31,6 @@
 #include "worker/codec/schema_cache.h"
 #include "worker/codec/schema_text.h"
 
-
 #define SCHEMA_ID_HEADER "__value_schema_id"
 
 enum { MAGIC_ID = 0, MAGIC_GUID = 1, ID_BYTES = 5, GUID_BYTES = 17 };

@@ -106,8 +106,8 @@ static lm_status parse(struct cancel *c, int argc, char **argv, struct lm_err *e
         return lm_err_set(err, LM_INVALID, "say which prompts: loramill cancel -c FILE ID...");
     for (int i = optind; i < argc; i++)
         if (!*argv[i] || strlen(argv[i]) > PROMPT_MAX_ID)
-            return lm_err_set(err, LM_INVALID, "'%.40s...': an id has 1 to %d bytes", argv[i],
-                              PROMPT_MAX_ID);
+            return lm_err_set(err, LM_INVALID, "id number %d has %zu bytes; an id has 1 to %d",
+                              i - optind + 1, strlen(argv[i]), PROMPT_MAX_ID);
     lm_status st = cli_settings_load(&c->settings, &c->config, err);
     if (st == LM_OK && !*c->config.topics_control)
         return lm_err_set(err, LM_INVALID, "topics.control is not set: workers read no orders");
