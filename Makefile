@@ -260,7 +260,7 @@ $(BUILD)/tests/unit/test_worker_job: private LDFLAGS += -Wl,--wrap=lm_malloc
 $(BUILD)/tests/unit/test_worker_fatal: private LDFLAGS += -Wl,--wrap=store_free
 
 # An engine that is always full, and how a reply ends.
-$(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=outcome_reply,--wrap=journal_decoding
+$(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=engine_adapter_unref,--wrap=outcome_reply,--wrap=journal_decoding
 
 # The engine's events, and what is made of a stream.
 $(BUILD)/tests/unit/test_worker_parts: private LDFLAGS += -Wl,--wrap=engine_poll,--wrap=engine_wake,--wrap=outcome_part,--wrap=outcome_reply

@@ -11,7 +11,9 @@
  * Priorities. The most urgent of the assigned topics (topics.priorities) may fill the budgets
  * whole, the others three quarters of them. So there is always room to read an urgent prompt,
  * however long the queue of the others is; intake and engine then take it first. The others resume
- * at three eighths, and beside them the most urgent at seven (`shares`).
+ * at three eighths, and beside them the most urgent at seven (`shares`). What a prompt may generate
+ * counts only once its adapter is here, when hundreds that waited for one may come at once: so
+ * that of the others counts as far as three quarters have room (worker_count_generation()).
  *
  * What waits for its fence to be committed (isolation.c) counts as not yet in the engine: it goes
  * there with the commit's answer. That takes a moment, so the loop awaits it rather than pause.
@@ -69,7 +71,7 @@ static bool exceeds(const consumer *c, int64_t share)
 
 /* Eighths of the budgets: [rank][resume below, pause at]. Lower topics may hold their share for as
  * long as a store is away, so beside them the most urgent resumes above it. */
-static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, 6 } };
+static const int64_t shares[CONSUMER_RANKS][2] = { { 4, 8 }, { 3, LOWER_SHARE } };
 enum { RESUME_BESIDE = 7 };
 
 /* Until the load has fallen, or the time is over. What lets it fall may wait for this thread: a
@@ -175,6 +177,7 @@ static void apply(consumer *c, const rd_kafka_topic_partition_list_t *only, bool
     rd_kafka_topic_partition_list_t *lists[2];
     int most = most_urgent(c);
     size_t paused = 0;
+    atomic_store(&c->w->most_urgent, most);
     for (int i = 0; i < 2; i++)
         lists[i] = rd_kafka_topic_partition_list_new((int)c->n_parts);
     for (size_t i = 0; i < c->n_parts; i++) {

@@ -303,7 +303,7 @@ static void count_generation(intake *in, struct job *j)
     const struct engine_params *p = &j->prompt->params;
     int most = in->w->info.max_model_len ? in->w->info.max_model_len : INT32_MAX;   /* echo's */
     long long one = LM_MAX(LM_MIN(p->max_tokens, most), 0);
-    worker_count_tokens(in->w, j, own_tokens(j) + one * LM_MAX(p->n, 1));
+    worker_count_generation(in->w, j, own_tokens(j), one * LM_MAX(p->n, 1));
 }
 
 static void submit_or_keep(intake *in, struct job *j)

@@ -94,6 +94,7 @@ struct worker {
     atomic_bool closed;         /* a suspect is to run alone: intake starts nothing else */
     atomic_bool intake_rests;   /* since `closed` intake has ended what it had begun */
     atomic_bool engine_full;    /* intake waits for room; outbox wakes it */
+    atomic_int most_urgent;     /* priority of the most urgent of the assigned topics */
     /* What is changed for each message, apart from what is only looked at. */
     char apart0[CACHE_LINE];
     atomic_int in_engine;       /* prompts that the engine has */
@@ -137,8 +138,14 @@ void worker_enter_engine(struct worker *w, struct job *j, bool alone);
 /* The engine has it no more: strikes it out of the journal. */
 void worker_left_engine(struct worker *w, struct job *j);
 
+/* Eighths of the budgets that all but the most urgent of the assigned topics may fill; admission.c
+ * sees to it when they are read. */
+enum { LOWER_SHARE = 6 };
 /* What it is to count against intake.max_tokens from now on, an eighth of that at most. */
 void worker_count_tokens(struct worker *w, struct job *j, long long tokens);
+/* The same of `own` and of what it may generate. That is known long after it was read: of a lower
+ * topic it counts as far as the share of those has room. Intake's thread. */
+void worker_count_generation(struct worker *w, struct job *j, long long own, long long more);
 /* Its generation is over, and what is to be sent is there: its tokens count no more, and the bytes
  * of its reply do. Whoever has the job. */
 void worker_generated(struct worker *w, struct job *j);

@@ -56,6 +56,16 @@ void worker_count_tokens(struct worker *w, struct job *j, long long tokens)
     j->tokens = tokens;
 }
 
+void worker_count_generation(struct worker *w, struct job *j, long long own, long long more)
+{
+    if (j->lease->priority < atomic_load(&w->most_urgent)) {
+        long long share = w->cfg->intake_max_tokens * LOWER_SHARE / 8;
+        long long others = atomic_load(&w->metrics.held_tokens) - j->tokens;
+        more = LM_MIN(more, LM_MAX(share - others - own, 0));
+    }
+    worker_count_tokens(w, j, own + more);
+}
+
 static void count(struct worker *w, struct job *j, size_t reply_bytes)
 {
     worker_count_tokens(w, j, 0);

@@ -428,6 +428,36 @@ static void an_assignment_is_not_taken_by_who_leaves(void **state)
     close_world(x);
 }
 
+/* What intake goes by when it counts what a prompt may generate. What of lower topics that leaves
+ * pauses those, and not the most urgent. */
+static void the_most_urgent_topic_is_known(void **state)
+{
+    (void)state;
+    char priorities[] = "other=3";
+    struct world *x = open_world(NULL);
+    x->cfg.intake_max_messages = x->cfg.intake_max_bytes = x->cfg.in_flight_max_messages = 1000;
+    x->cfg.intake_max_tokens = 4000;
+    x->cfg.topics_priorities = priorities;
+    assign(x, "other", 0);
+    assert_int_equal(atomic_load(&x->w.most_urgent), 3);
+    struct job *j = deliver(x, 0, NULL);        /* of "t" */
+    worker_count_generation(&x->w, j, 100, 100);
+    assert_int_equal(atomic_load(&x->w.metrics.held_tokens), 200);
+    atomic_fetch_add(&x->w.metrics.held_tokens, 2750);
+    worker_count_generation(&x->w, j, 100, 400);
+    assert_int_equal(atomic_load(&x->w.metrics.held_tokens), 3000);
+    admission_control(&x->c);
+    assert_true(x->c.full[1]);
+    assert_false(x->c.full[0]);
+    rebalance(x, RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS, "other", 0);
+    admission_apply(&x->c);
+    assert_int_equal(atomic_load(&x->w.most_urgent), 0);
+    worker_count_generation(&x->w, j, 100, 400);        /* nothing is more urgent */
+    assert_int_equal(atomic_load(&x->w.metrics.held_tokens), 3250);
+    job_unref(j);
+    close_world(x);
+}
+
 /* A world that writes no maps, whose partition "other" had one when it came: 3 to 5 are done. */
 static struct world *open_with_a_map(struct assigned **a)
 {
@@ -748,6 +778,7 @@ int main(void)
         cmocka_unit_test(but_not_for_ever),
         cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
+        cmocka_unit_test(the_most_urgent_topic_is_known),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),

@@ -7,8 +7,9 @@
  * that none which names an adapter goes without.
  *
  * Intake's thread, the store and the codec are real; of the engine there is only a submit that says
- * "busy", of the reply how it would end, and of the journal what is being decoded (all wrapped by
- * the linker). What was read is decoded already, but where the registry is at issue.
+ * "busy" and an adapter that is none, of the reply how it would end, and of the journal what is
+ * being decoded (all wrapped by the linker). What was read is decoded already, but where the
+ * registry is at issue.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -32,6 +33,14 @@ enum { PROMPTS = 8, SOON_MS = 150, PATIENCE_MS = 10000, MUCH_LATER_MS = 600000,
 static struct { atomic_int calls, reason; atomic_llong at_ms; } replies[PROMPTS];   /* reason + 1 */
 static atomic_bool not_encodable;
 static atomic_bool by_base_model;       /* a prompt that names an adapter was submitted without */
+
+static engine_adapter *const some_adapter = (engine_adapter *)&by_base_model;
+
+void __wrap_engine_adapter_unref(engine_adapter *a);
+void __wrap_engine_adapter_unref(engine_adapter *a)
+{
+    assert_ptr_equal(a, some_adapter);
+}
 
 lm_status __wrap_engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                                struct lm_err *err);
@@ -476,6 +485,33 @@ static void test_tokens_while_a_store_is_away(void **state)
     expect_tokens(f, own);
 }
 
+/* What waited for an adapter, while it counted next to nothing, comes at once, and would fill the
+ * budget whole: of lower topics it fills their share, and the urgent ones are read on. */
+static void test_tokens_when_the_store_is_back(void **state)
+{
+    struct fix *f = *state;
+    struct worker *w = &f->x->w;
+    long long own = 0;
+    atomic_store(&w->most_urgent, 1);
+    for (int i = 0; i < PROMPTS; i++)
+        own += read_asking(f, i, "\"adapter\": \"a/b\", \"params\": "
+                           "{\"max_tokens\": 10000000, \"n\": 128}");
+    for (int i = 0; i < PROMPTS; i++)
+        expect_stage(f, i, JOB_FETCHING);
+    expect_tokens(f, own);
+    for (int i = 0; i < PROMPTS; i++) {
+        struct job *j = f->jobs[i];
+        assert_true(store_let_go(w->store, "a/b", j));  /* as if it had answered */
+        j->adapter = some_adapter;
+        job_set_stage(j, JOB_READY);
+        job_queue_push(&w->to_intake, j);
+    }
+    expect_tokens(f, BUDGET / 8 * 6);
+    for (int i = 0; i < PROMPTS; i++)
+        cancel(f, i);
+    expect_tokens(f, 0);
+}
+
 /* One that has ended counts nothing, even if its completion has to wait for the registry. */
 static void test_tokens_of_an_end_that_waits(void **state)
 {
@@ -527,6 +563,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_tokens_of_a_greedy_prompt, setup_registry,
                                         teardown_registry),
         cmocka_unit_test_setup_teardown(test_tokens_while_a_store_is_away, setup_registry,
+                                        teardown_registry),
+        cmocka_unit_test_setup_teardown(test_tokens_when_the_store_is_back, setup_registry,
                                         teardown_registry),
         cmocka_unit_test_setup_teardown(test_tokens_of_an_end_that_waits, setup_registry,
                                         teardown_registry),
