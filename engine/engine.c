@@ -413,7 +413,7 @@ static bool id_char(unsigned char c, bool first)
     return !first && (c == '.' || c == '_' || c == '-');
 }
 
-enum { SHOWN_ID = 64 };
+enum { SHOWN_ID = 48 };
 
 /* A slip in an id is repeated; what else stands there may be text, which errors don't tell. */
 static lm_status bad_id(const char *id, size_t len, size_t at, struct lm_err *err)

@@ -158,6 +158,8 @@ def poison(pid):
 def private_records(marker):
     """Good prompts and every way that text may stand in a bad one."""
     chat = lambda message: {"id": "private-chat", "messages": [message]}
+    text = marker + " where no text belongs"    # a word alone has the form of a name, which is shown
+    ask = lambda more: {"id": "private-more", "prompt": "x", **more}
     return [
         {"id": "private-1", "prompt": marker, "metadata": {"note": marker}},
         {"id": "private-2", "prompt": marker, "params": {"temperature": "hot"}},
@@ -183,7 +185,14 @@ def private_records(marker):
         {"id": "private-17", "prompt": "x", "params": {"stop_token_ids": [marker]}},
         {"id": "private-18", "prompt": "x", "params": {"stop": {marker: 1}}},
         {"id": "private-19", "prompt": "x", "metadata": marker},
-        {"id": "private-20", "prompt": "x", "priority": marker * 3},
+        {"id": "private-20", "prompt": "x", "priority": marker * 5},
+        ask({"priority": text}), ask({"deadline_ms": text}), ask({"stream": text}),
+        ask({"adapter": text}), ask({"reply_topic": text}), ask({text: 1}),
+        ask({"params": {"temperature": text}}), ask({"params": {text: 1}}),
+        ask({"metadata": {text: 1}}), ask({"metadata": {text * 20: "x"}}),
+        ('{"id": "private-21", "%s": 1, "%s": 2}' % (text, text)).encode(),
+        ('{"id": "private-22", "%s\\u0000": 1}' % text).encode(),
+        chat({"role": "user", "content": "x", text: 1}),
     ]
 
 

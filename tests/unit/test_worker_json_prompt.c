@@ -179,6 +179,8 @@ static const struct refusal refusals[] = {
       "priority must be an integer from -1000000 to 1000000, not \"high\"" },
     { "{" P ", \"priority\": \"It hurts in the left arm, at night even more so, and then\"}",
       LM_INVALID, "priority must be an integer from -1000000 to 1000000, not a string of 57" },
+    { "{" P ", \"priority\": \"ItHurtsInTheLeftArmAtNightEvenMoreSoAndThenTheyCame\"}",
+      LM_INVALID, "priority must be an integer from -1000000 to 1000000, not a string of 51" },
     { "{" P ", \"priority\": 1.0}", LM_INVALID, "priority must be an integer" },
     { "{" P ", \"deadline_ms\": -5}", LM_INVALID, "deadline_ms must be an integer, at least 0" },
     { "{" P ", \"deadline_ms\": \"2026-01-01\"}", LM_INVALID, "deadline_ms must be an integer" },

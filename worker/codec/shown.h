@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <string.h>
 
-enum { SHOWN_NAME = 64 };
+enum { SHOWN_NAME = 48 };
 
 /* Has it the form of a name (or of a number), and its length? */
 static inline bool is_shown(const char *s, size_t len)
