@@ -509,6 +509,46 @@ static void what_a_map_held_is_handed_on_where_the_broker_takes_it(void **state)
     close_world(x);
 }
 
+/* Nor does it make room for anything else: what lies beyond the watermark waits. */
+static void a_transaction_hands_on_what_a_map_held(void **state)
+{
+    static const int64_t at[] = { 1, 2, 7 };
+    (void)state;
+    struct assigned *a;
+    struct world *x = open_with_a_map(&a);
+    struct job *jobs[3];
+    enum stage_verdict verdicts[3] = { STAGE_GONE, STAGE_GONE, STAGE_GONE };
+    for (int i = 0; i < 3; i++) {
+        struct record r = { .offset = at[i] };
+        assert_int_equal(job_new(a->lease, &r, &jobs[i]), LM_OK);
+        for (int64_t offset = 3; offset < 6 && i == 2; offset++)
+            assert_true(ledger_skip(x->c.ledger, a->ref, offset));
+        assert_int_equal(ledger_deliver(x->c.ledger, a->ref, at[i], job_ref(jobs[i])), LM_OK);
+    }
+    struct job *ended[] = { jobs[0], jobs[2] };
+    struct stage s = { .jobs = ended, .verdicts = verdicts, .n = 2 };
+    ask(x, &s, STAGING_STAGE);
+    assert_int_equal(verdicts[0], STAGE_IN);
+    assert_int_equal(verdicts[1], STAGE_WAIT);
+    assert_false(s.lost);
+    assert_int_equal(s.offsets->cnt, 1);
+    const rd_kafka_topic_partition_t *p = &s.offsets->elems[0];
+    struct offset_range *r;
+    struct lm_err err;
+    size_t n;
+    assert_int_equal(p->offset, 2);
+    assert_int_equal(offset_map_decode(p->metadata, p->metadata_size, 2, &r, &n, &err), LM_OK);
+    assert_int_equal(n, 1);
+    assert_int_equal(r->from, 3);
+    assert_int_equal(r->to, 6);
+    free(r);
+    ask(x, &s, STAGING_ABORTED);
+    stage_release(&s);
+    for (int i = 0; i < 3; i++)
+        job_unref(jobs[i]);
+    close_world(x);
+}
+
 /* Within 20 bytes three runs have room beside the offset 127, and not beside 128. */
 static void a_map_that_has_room_no_more_loses_what_was_sent(void **state)
 {
@@ -781,6 +821,7 @@ int main(void)
         cmocka_unit_test(the_most_urgent_topic_is_known),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),
+        cmocka_unit_test(a_transaction_hands_on_what_a_map_held),
         cmocka_unit_test(a_map_that_has_room_no_more_loses_what_was_sent),
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
         cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),
