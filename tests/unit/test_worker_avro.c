@@ -239,6 +239,10 @@ static const struct { const char *type, *hex; lm_status code; const char *says; 
     { "{\"type\":\"map\",\"values\":\"int\"}", "0203000000", LM_FORMAT,
       "f[]: a map key of -2 bytes" },
     { "{\"type\":\"map\",\"values\":\"int\"}", "0202ff0200", LM_FORMAT, "not valid UTF-8" },
+    { "{\"type\":\"map\",\"values\":\"double\"}", "02086e6f7465000000000000f87f00", LM_INVALID,
+      "f.note must be a finite number" },
+    { "{\"type\":\"map\",\"values\":\"double\"}", "02104974206875727473000000000000f87f00",
+      LM_INVALID, "f.(a key) must be a finite number" },    /* "It hurts" may be text */
 };
 
 static size_t from_hex(const char *hex, unsigned char *out)
