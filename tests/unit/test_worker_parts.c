@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_parts.c - a part of a streamed reply that fails: what becomes of the final record.
+ * test_worker_parts.c - a part of a streamed reply that fails: what becomes of the final record,
+ * and that what waits for a part is in the engine no more.
  * The outbox and its thread are real; the engine's events, and what is encoded and sent, are the
  * test's.
  */
@@ -178,11 +179,28 @@ static void a_part_that_fails_late_changes_nothing(void **state)
     end(&s);
 }
 
+/* A suspect keeps the engine closed to all others no longer than it is in there (isolation.c). */
+static void what_waits_for_a_part_has_left_the_engine(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin(&s);
+    job_set_stage(s.j, JOB_RUNNING);
+    finishes(s.j);
+    assert_int_equal(final_seq, -1);
+    assert_int_equal(atomic_load(&s.x->w.in_engine), 0);
+    assert_int_equal(atomic_load(&s.j->stage), JOB_ANSWERING);
+    part_fails(&s.x->w);
+    assert_int_equal(final_seq, 0);
+    end(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_final_record_counts_the_parts_that_arrived),
         cmocka_unit_test(a_part_that_fails_late_changes_nothing),
+        cmocka_unit_test(what_waits_for_a_part_has_left_the_engine),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
