@@ -709,6 +709,24 @@ static const rd_kafka_resp_err_t joining[] = {
     (rd_kafka_resp_err_t)113 /* STALE_MEMBER_EPOCH */, RD_KAFKA_RESP_ERR_NO_ERROR,
 };
 
+/* Its topic may not be read any more, say: nobody waits for its marks then (isolation.c). */
+static void a_partition_whose_commits_are_refused_is_known(void **state)
+{
+    static const rd_kafka_resp_err_t then_taken[] = {
+        RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED, RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+        RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART, RD_KAFKA_RESP_ERR_NO_ERROR,
+    };
+    (void)state;
+    struct world *x = open_group(then_taken);
+    for (size_t i = 0; i < LM_COUNT(then_taken); i++) {
+        commit_start(&x->c);
+        commit_serve(&x->c, 0);
+        assert_int_equal(x->c.parts[0].refused, i % 2 == 0);
+    }
+    assert_int_equal(committed_offset(x), 1);
+    close_group(x);
+}
+
 /* It does not wait for its next interval, and after it is taken the interval is the interval. */
 static void a_commit_that_meets_a_rebalance_goes_again_soon(void **state)
 {
@@ -826,6 +844,7 @@ int main(void)
         cmocka_unit_test(an_assignment_at_the_close_reads_nothing_that_is_gone),
         cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),
         cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
+        cmocka_unit_test(a_partition_whose_commits_are_refused_is_known),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
         cmocka_unit_test(but_not_without_a_pause),
         cmocka_unit_test(an_old_library_waits_for_the_interval),
