@@ -205,7 +205,7 @@ bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_comm
 {
     note_position(c, a);
     return ledger_due(c->ledger, a->ref, staged, due) ||
-           (due->offset >= 0 && isolation_wants(c, a));
+           (due->offset >= 0 && (isolation_wants(c, a) || isolation_probes(c, a)));
 }
 
 static bool grow_pending(consumer *c)

@@ -161,6 +161,8 @@ bool isolation_crowded(const struct assigned *a, bool already);
 void isolation_serve(consumer *c);      /* every turn of the loop */
 /* Must the partition's mark be committed now? */
 bool isolation_wants(consumer *c, struct assigned *a);
+/* ... or with the next commit, for its answer: does the group take those of its topic again? */
+bool isolation_probes(const consumer *c, const struct assigned *a);
 /* The mark for that commit, NUL-terminated; returns its length. */
 size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
                       char out[QUARANTINE_TEXT_MAX + 1]);

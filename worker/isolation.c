@@ -25,7 +25,9 @@
  * A partition whose commits the group refuses (of a topic that we may not read any more, or that is
  * no more) can't have its mark, for as long as that lasts. Nobody waits for it: a death may count
  * for its prompts then, which were in no engine, and alone proves nothing (quarantine.h). Its own
- * suspects have no turn.
+ * suspects have no turn, until a commit is taken: one is tried at each interval. But if the group
+ * has its mark already that a suspect is alone, and refuses the next one, the engine stays closed
+ * until that is taken or the partition goes: a death in company must not count as one alone.
  *
  * Keys. With delivery.order=key a suspect enters the order of its key when it is delivered, and has
  * no turn before it is the first of it; so what came later waits for it to be settled, as for any
@@ -285,6 +287,12 @@ bool isolation_wants(consumer *c, struct assigned *a)
            window_fence(c, a) > quarantine_fence(q);
 }
 
+bool isolation_probes(const consumer *c, const struct assigned *a)
+{
+    return c->iso.max && a->refused && !c->exactly_once && !lease_revoked(a->lease) &&
+           quarantine_level(&a->q) == QUARANTINE_SOLO && lm_now_us() >= c->iso.retry_us;
+}
+
 static void answer(consumer *c, struct ledger_ref ref, bool accepted)
 {
     for (size_t i = 0; i < c->n_parts; i++) {
@@ -314,9 +322,10 @@ void isolation_unsent(consumer *c, struct ledger_ref ref)
 
 void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted)
 {
+    int64_t now = lm_now_us();
     answer(c, ref, accepted);
-    if (!accepted)
-        c->iso.retry_us = lm_now_us() + RETRY_US;
+    if (!accepted && now >= c->iso.retry_us)    /* however often others are refused meanwhile */
+        c->iso.retry_us = now + RETRY_US;
 }
 
 static void set_free(void *ctx, int64_t offset, void *user)
@@ -380,14 +389,17 @@ static bool begin_turn(consumer *c)
     return false;
 }
 
-/* Has every partition that can have it the mark that this turn asks for? */
+/* Has every partition that can have it the mark that this turn asks for? And none one too many. */
 static bool all_marked(consumer *c)
 {
     if (lm_now_us() < c->iso.retry_us)  /* till then none wants one */
         return false;
-    for (size_t i = 0; i < c->n_parts; i++)
-        if (!c->parts[i].refused && (c->parts[i].q.asking || isolation_wants(c, &c->parts[i])))
+    for (size_t i = 0; i < c->n_parts; i++) {
+        struct assigned *a = &c->parts[i];
+        bool needed = !a->refused || a->q.acked.solo;
+        if (needed && (a->q.asking || isolation_wants(c, a)))
             return false;
+    }
     return true;
 }
 

@@ -17,6 +17,7 @@
 enum { MAX_ATTEMPTS = 3, TURNS = 1000, MOST_US = 20 * 1000000 };
 
 static struct job *unsent;      /* its reply waits for its topic */
+static const struct assigned *barred;   /* the group takes no commits of it */
 static char order[64];          /* the prompts as they ran, by their first letter and offset */
 
 /* Two workers went in a row while offsets below `until` were unfinished: those run one by one. */
@@ -43,17 +44,17 @@ static void read_prompt(struct world *x, int64_t offset, const char *key)
         assert_int_equal(consumer_admit(&x->c, j), LM_OK);
 }
 
-/* Every commit is answered at once. */
+/* One each turn, which is answered at once. */
 static void commit(struct world *x)
 {
     struct ledger_commit due;
     char text[QUARANTINE_TEXT_MAX + 1];
-    for (size_t i = 0; x->c.iso.wanted && i < x->c.n_parts; i++) {
+    for (size_t i = 0; i < x->c.n_parts; i++) {
         struct assigned *a = &x->c.parts[i];
-        if (!isolation_wants(&x->c, a))
+        if (!commit_due(&x->c, a, false, &due))
             continue;
-        ledger_due(x->c.ledger, a->ref, false, &due);
         isolation_text(&x->c, a, &due, text);
+        a->refused = a == barred;
         isolation_answered(&x->c, a->ref, !a->refused);
         if (!a->refused)
             ledger_committed(x->c.ledger, &due);
@@ -213,9 +214,9 @@ static void refuse_commits(bool own)
     read_some(x);
     for (int i = 0; i < TURNS && x->c.iso.turn != TURN_CLOSING; i++)
         turn(x);
-    both[!own].refused = true;
+    barred = &both[!own];
     until_open_with(x, own);
-    both[!own].refused = false;
+    barred = NULL;
     until_open_with(x, 0);
     ledger_revoke(x->c.ledger, both[1].ref);
     lease_unref(both[1].lease);
@@ -232,6 +233,44 @@ static void test_its_own_marks_are_refused(void **state)
 {
     (void)state;
     refuse_commits(true);
+}
+
+/* Nothing is left to commit but what a suspect's turn asks for, and that was refused once. */
+static void test_a_refusal_that_passes(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(1, false);
+    read_prompt(x, 0, "a");
+    barred = &x->part;
+    for (int i = 0; i < TURNS && !x->part.refused; i++)
+        turn(x);
+    assert_int_equal(x->c.iso.turn, TURN_MARKING);
+    until_open_with(x, 1);
+    barred = NULL;
+    until_open_with(x, 0);
+    assert_string_equal(order, "a0");
+    finish(x);
+}
+
+/* While the group has a mark that says that a suspect is alone, nobody joins it: a death would
+ * count as its death alone. */
+static void test_the_end_of_a_turn_is_refused(void **state)
+{
+    (void)state;
+    struct world *x = quarantined(1, false);
+    read_some(x);
+    for (int i = 0; i < TURNS && x->c.iso.turn != TURN_RUNNING; i++)
+        turn(x);
+    assert_true(x->part.q.acked.solo);
+    barred = &x->part;
+    for (int64_t end = lm_now_us() + MOST_US; !x->part.refused; turn(x))
+        assert_true(lm_now_us() < end);
+    for (int64_t end = lm_now_us() + 500000; lm_now_us() < end; turn(x))
+        assert_true(x->part.q.acked.solo && atomic_load(&x->w.closed));
+    barred = NULL;
+    until_open_with(x, 0);
+    assert_false(x->part.q.acked.solo);
+    finish(x);
 }
 
 /* The engine has failed it, and it goes back there: not beside others, but in a turn of its own. */
@@ -305,6 +344,8 @@ int main(void)
         cmocka_unit_test(test_reply_waits), cmocka_unit_test(test_sent_back),
         cmocka_unit_test(test_marks_of_another_are_refused),
         cmocka_unit_test(test_its_own_marks_are_refused),
+        cmocka_unit_test(test_a_refusal_that_passes),
+        cmocka_unit_test(test_the_end_of_a_turn_is_refused),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
