@@ -123,7 +123,7 @@ rd_kafka_resp_err_t transaction_question(struct tx *t, const struct stage *look)
 /* After an abort whose code may be about offsets: true, and the prompt topics are withheld, if it
  * is. Then, or if that can't be found out now, it is no more taken for a record's. */
 bool transaction_offsets_refused(struct tx *t);
-/* One of them is due: does the group still refuse it? */
+/* One of them is due: does the group still refuse it? If so, none is for a while. */
 void transaction_ask_again(struct tx *t, struct withheld_topic *h);
 
 #endif

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/aside.h"
+
 enum { BACKOFF_COUNTED = 20 };
 
 static struct withheld_topic *find(const struct withheld *h, const char *name)
@@ -52,17 +54,27 @@ bool withheld_keep(struct withheld *h, struct job *j)
     return t;
 }
 
-/* Nor does a partition that is being taken away wait for long. */
-static bool is_due(const struct withheld_topic *t, int64_t now_us)
+void withheld_rest(struct withheld *h, int64_t began_us, int64_t now_us)
 {
-    return t->due_us <= now_us || (t->jobs.head && lease_revoked(t->jobs.head->lease));
+    h->rest_us = LM_MAX(h->rest_us, now_us + ASIDE_REST * (now_us - began_us));
+}
+
+static int64_t due_at(const struct withheld *h, const struct withheld_topic *t)
+{
+    return LM_MAX(t->due_us, h->rest_us);
+}
+
+/* A partition that is being taken away does not wait for long. */
+static bool is_due(const struct withheld *h, const struct withheld_topic *t, int64_t now_us)
+{
+    return due_at(h, t) <= now_us || (t->jobs.head && lease_revoked(t->jobs.head->lease));
 }
 
 struct withheld_topic *withheld_due(const struct withheld *h, int64_t now_us)
 {
     struct withheld_topic *due = NULL;
     for (struct withheld_topic *t = h->topics; t; t = t->next)
-        if (is_due(t, now_us) && (!due || t->due_us < due->due_us))
+        if (is_due(h, t, now_us) && (!due || t->due_us < due->due_us))
             due = t;
     return due;
 }
@@ -71,7 +83,7 @@ int withheld_wait_ms(const struct withheld *h, int64_t now_us, int cap)
 {
     int64_t ms = cap;
     for (const struct withheld_topic *t = h->topics; t; t = t->next)
-        ms = LM_MIN(ms, (t->due_us - now_us + 999) / 1000);
+        ms = LM_MIN(ms, (due_at(h, t) - now_us + 999) / 1000);
     return (int)LM_MAX(ms, 0);
 }
 

@@ -27,7 +27,10 @@ struct withheld_topic {
 };
 
 /* Begins as zeros. */
-struct withheld { struct withheld_topic *topics; };
+struct withheld {
+    struct withheld_topic *topics;
+    int64_t rest_us;            /* no question until then */
+};
 
 /* A topic that was refused, to be asked for after its backoff. LM_NOMEM. */
 lm_status withheld_add(struct withheld *h, const char *topic, int64_t now_us, int64_t base_ms,
@@ -35,7 +38,10 @@ lm_status withheld_add(struct withheld *h, const char *topic, int64_t now_us, in
 bool withheld_has(const struct withheld *h, const char *topic);
 /* Keeps the job, if it is of such a topic. */
 bool withheld_keep(struct withheld *h, struct job *j);
-/* The one that is due first, or has jobs of a partition that is being taken away; NULL: none. */
+/* No question for a while after one, or some, that began then and were not taken. */
+void withheld_rest(struct withheld *h, int64_t began_us, int64_t now_us);
+/* The one that is due first, or has jobs of a partition that is being taken away, which does not
+ * wait for the rest to be over; NULL: none. */
 struct withheld_topic *withheld_due(const struct withheld *h, int64_t now_us);
 /* Milliseconds until one is, at most `cap`. */
 int withheld_wait_ms(const struct withheld *h, int64_t now_us, int cap);

@@ -31,11 +31,12 @@ static bool none_begins;        /* the next one does not */
 static struct outgoing *late;   /* a record that the transaction that fails next did not get in, */
 static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
-static const char *forbidden;   /* ... and all to that topic */
+static const char *_Atomic forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
 static const char *barred;      /* the coordinator says that we may not write to that topic */
-static const char *unread;      /* the group takes no offsets of that topic, */
-static rd_kafka_resp_err_t unread_error;        /* and why */
+static const char *_Atomic unread;      /* the group takes no offsets of topics that begin so, */
+static rd_kafka_resp_err_t unread_error;        /* why, */
+static int unread_us;           /* and how long that takes */
 static bool acks;               /* others are acknowledged before it says so */
 static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
@@ -127,7 +128,8 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
             abort();
         }
     va_end(ap);
-    if (forbidden && !strcmp(o->topic, forbidden))
+    const char *topic = atomic_load(&forbidden);
+    if (topic && !strcmp(o->topic, topic))
         return RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
     if (refuse_tenth && o->asked && o->job->record.offset % 10 == 0) {
         at_its_end = dies;
@@ -161,9 +163,11 @@ rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
     (void)rk;
     (void)group;
     (void)timeout_ms;
+    const char *none_of = atomic_load(&unread);
     for (int i = 0; !spoilt && i < offsets->cnt; i++)
-        if (unread && !strcmp(offsets->elems[i].topic, unread)) {
+        if (none_of && !strncmp(offsets->elems[i].topic, none_of, strlen(none_of))) {
             spoilt = true;
+            nanosleep(&(struct timespec){ .tv_nsec = unread_us * 1000 }, NULL);
             return rd_kafka_error_new(unread_error, "as the test says");
         }
     return spoilt ? forbid() : NULL;
@@ -307,7 +311,10 @@ static int open_world(void **state)
     atomic_store(&arrive_once_asked, 0);
     fail_next = refuse_tenth = stuck = 0;
     behind_others = false;
-    forbidden = silent = barred = unread = NULL;
+    silent = barred = NULL;
+    atomic_store(&forbidden, NULL);
+    atomic_store(&unread, NULL);
+    unread_us = 0;
     unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
     open_now = spoilt = acks = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
@@ -378,6 +385,13 @@ static void until_in_flight(int n)
     for (int64_t end = lm_now_us() + MOST_US; (int)ledger_in_flight(x->c.ledger) > n; turn())
         if (lm_now_us() > end)
             fail_msg("%d are not committed: %s", (int)ledger_in_flight(x->c.ledger), said);
+}
+
+/* The producer thread counts them each time around. */
+static void until_aside(int n)
+{
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&x->w.metrics.aside) != n; turn())
+        assert_true(lm_now_us() < end);
 }
 
 static void turn_for_ms(int ms)
@@ -925,7 +939,7 @@ static void a_topic_that_takes_nothing_holds_up_no_other(void **state)
     turn_for_ms(200);
     assert_string_equal(sizes, "19 14 ");
     assert_int_equal(ledger_in_flight(x->c.ledger), OF_TOPIC + 1);
-    assert_int_equal(atomic_load(&x->w.metrics.aside), OF_TOPIC + 1);
+    until_aside(OF_TOPIC + 1);
     atomic_store(&led, true);
     until_in_flight(0);
     assert_string_equal(sizes, "19 14 1 2 3 ");
@@ -979,7 +993,7 @@ static void a_forbidden_topic_holds_up_no_other(void **state)
     read_prompts(jobs, 0, SOME);
     for (int i = 0; i < SOME; i++)
         jobs[i]->out.topic = i < OF_TOPIC ? gone : dead;
-    forbidden = gone;
+    atomic_store(&forbidden, gone);
     finish(jobs, 0, SOME);
     begin();
     until_in_flight(OF_TOPIC);
@@ -987,7 +1001,7 @@ static void a_forbidden_topic_holds_up_no_other(void **state)
     assert_int_equal(ledger_in_flight(x->c.ledger), OF_TOPIC);
     assert_int_equal(atomic_load(&sent), SOME - OF_TOPIC);
     assert_int_equal(atomic_load(&aborts), 0);
-    forbidden = NULL;
+    atomic_store(&forbidden, NULL);
     until_in_flight(0);
     assert_int_equal(atomic_load(&sent), SOME);
 }
@@ -1129,7 +1143,7 @@ static void only_prompts_of_a_refused_topic_wait(rd_kafka_resp_err_t why)
 {
     struct job *jobs[SOME];
     read_of_two_topics(jobs);
-    unread = "u";
+    atomic_store(&unread, "u");
     unread_error = why;
     finish(jobs, 0, SOME);
     begin();
@@ -1139,8 +1153,8 @@ static void only_prompts_of_a_refused_topic_wait(rd_kafka_resp_err_t why)
     assert_null(p.aside.topics);
     turn_for_ms(50);
     assert_int_equal(ledger_in_flight(x->c.ledger), SOME / 2);
-    assert_int_equal(atomic_load(&x->w.metrics.aside), SOME / 2);
-    unread = NULL;
+    until_aside(SOME / 2);
+    atomic_store(&unread, NULL);
     until_in_flight(0);
     assert_int_equal(committed(&both[1]), SOME);
     forget_the_second();
@@ -1158,6 +1172,61 @@ static void a_topic_that_is_no_more_holds_up_no_other(void **state)
     only_prompts_of_a_refused_topic_wait(RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
 }
 
+enum { GONE = 9, OF_ALL = GONE + 1 };
+
+/* One prompt of each of many topics; the first one's offsets are taken. */
+static void read_of_many_topics(struct job **jobs, struct assigned *parts)
+{
+    parts[0] = x->part;
+    for (int i = 1; i < OF_ALL; i++) {
+        char name[] = { 'u', (char)('0' + i), '\0' };
+        parts[i] = (struct assigned){ .partition = 0 };
+        assert_int_equal(ledger_assign(x->c.ledger, name, 0, 0, &parts[i].ref), LM_OK);
+        parts[i].lease = lease_new(name, 0, parts[i].ref);
+    }
+    x->c.parts = parts;
+    x->c.n_parts = OF_ALL;
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    for (int i = 0; i < OF_ALL; i++) {
+        x->part = parts[i];
+        read_prompts(jobs, i, 1);
+        jobs[i]->out.topic = group;
+    }
+    x->part = parts[0];
+}
+
+/* Many were deleted at once, and each question about one takes its time: so many that there is
+ * always one whose backoff is over. */
+static void many_topics_that_are_no_more_hold_up_no_other(void **state)
+{
+    (void)state;
+    struct job *jobs[OF_ALL + 1];
+    struct assigned parts[OF_ALL];
+    read_of_many_topics(jobs, parts);
+    atomic_store(&unread, "u");
+    unread_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    unread_us = 10000;
+    finish(jobs, 0, OF_ALL);
+    begin();
+    until_in_flight(GONE);
+    int before = atomic_load(&aborts);
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&aborts) < before + GONE; turn())
+        assert_true(lm_now_us() < end);         /* all were asked again */
+    read_prompts(jobs, OF_ALL, 1);
+    jobs[OF_ALL]->out.topic = group;
+    finish(jobs, OF_ALL, 1);
+    until_in_flight(GONE);
+    assert_int_equal(committed(&parts[0]), OF_ALL + 1);
+    atomic_store(&unread, NULL);
+    until_in_flight(0);
+    for (int i = 1; i < OF_ALL; i++) {
+        ledger_revoke(x->c.ledger, parts[i].ref);
+        lease_unref(parts[i].lease);
+    }
+    x->c.n_parts = 1;
+}
+
 /* Where there is only one prompt topic, too, the same code may be about either. */
 static void offsets_that_are_refused_blame_no_record(void **state)
 {
@@ -1166,13 +1235,13 @@ static void offsets_that_are_refused_blame_no_record(void **state)
     x->cfg.transaction_max_messages = 64;
     x->cfg.retry_backoff_ms = 1;
     lead_with_notice(jobs);
-    unread = "t";
+    atomic_store(&unread, "t");
     finish(jobs, 0, SOME);
     begin();
     turn_for_ms(100);
     assert_int_equal(ledger_in_flight(x->c.ledger), SOME);
     assert_null(p.aside.topics);
-    unread = NULL;
+    atomic_store(&unread, NULL);
     until_in_flight(0);
     assert_non_null(strstr(sizes, "21 "));          /* with its notice */
 }
@@ -1306,6 +1375,7 @@ int main(void)
         TEST(what_was_set_aside_is_committed_while_its_partition_leaves),
         TEST(a_topic_that_may_not_be_read_holds_up_no_other),
         TEST(a_topic_that_is_no_more_holds_up_no_other),
+        TEST(many_topics_that_are_no_more_hold_up_no_other),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
