@@ -215,7 +215,8 @@ static const struct config_property flow_rows[] = {
     INT("intake.max_tokens", intake_max_tokens, "4000000", 1, 1000000000000,
         "The same in tokens, counted over everything read and not yet generated: of each prompt "
         "its own, as estimated from its length, and, once its adapter is here, for each completion "
-        "max_tokens or what the model takes, whichever is less; an eighth of this at most."),
+        "max_tokens or what the model takes, whichever is less; an eighth of this at most, "
+        "and of topics that are not the most urgent no more than their share has room for."),
     INT("in_flight.max_messages", in_flight_max_messages, "8000", 1, 10000000,
         "Prompts read and not yet answered, wherever they are. While it is not set, at least "
         "intake.max_messages and, exactly-once, one and a half times transaction.max_messages."),
