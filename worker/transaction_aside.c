@@ -52,14 +52,19 @@ bool transaction_set_aside(struct tx *t)
 
 /* ---- tries ------------------------------------------------------------------------------ */
 
+/* What is withheld by now is not tried: it is sorted out here. */
 void transaction_take_aside(struct tx *t)
 {
     size_t most = (size_t)t->w->cfg->transaction_max_messages;
     most = t->trial->whole ? most : LM_MIN(t->trial->width, most);
     t->stage.n = t->stage.from = t->bytes = 0;
     for (struct job *j; t->stage.n < most && t->bytes < TRANSACTION_MAX_BYTES &&
-                        (j = job_chain_pop(&t->trial->jobs));)
-        transaction_enter(t, j);
+                        (j = job_chain_pop(&t->trial->jobs));) {
+        if (withheld_keep(&t->p->withheld, j))
+            t->gone++;
+        else
+            transaction_enter(t, j);
+    }
     t->full = false;
 }
 

@@ -33,7 +33,7 @@ struct tx {
     struct aside_topic *trial;  /* the transaction is a try of it, with its jobs; NULL: it is not */
     rd_kafka_resp_err_t code;   /* for which it was aborted; 0: not known, or not for a record */
     bool of_offsets;            /* ... as the call for its offsets has told */
-    size_t gone;                /* of its jobs: they are not ours any more */
+    size_t gone;                /* of its jobs: not ours any more, or withheld */
     bool begun, overran;        /* it had any to send; its time was not enough */
     bool tried;                 /* one, last time */
     bool no_other_id;           /* the brokers don't allow one */

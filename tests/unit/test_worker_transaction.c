@@ -1172,6 +1172,35 @@ static void a_topic_that_is_no_more_holds_up_no_other(void **state)
     only_prompts_of_a_refused_topic_wait(RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART);
 }
 
+/* A reply topic has no leader, and then a prompt topic is withheld: what was set aside and is of it
+ * waits for its own topic, as it would if it came now. It is not tried in vain with the reply's. */
+static void what_is_set_aside_waits_for_its_own_topic_first(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    read_of_two_topics(jobs);
+    atomic_store(&led, false);
+    fail_with(&jobs[2]->out, RD_KAFKA_RESP_ERR__MSG_TIMED_OUT);
+    finish(jobs, 0, SOME - 1);
+    begin_with_clients();
+    until_in_flight(10);                /* nine are for `dead`, and one comes now */
+    atomic_store(&unread, "u");
+    jobs[SOME - 1]->out.topic = group;
+    int before = atomic_load(&aborts);
+    finish(jobs, SOME - 1, 1);
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&aborts) < before + 2; turn())
+        assert_true(lm_now_us() < end); /* a transaction and a question */
+    atomic_store(&led, true);
+    until_in_flight(5);                 /* of "u" */
+    before = atomic_load(&asked);
+    turn_for_ms(500);
+    assert_int_equal(atomic_load(&asked), before);
+    atomic_store(&unread, NULL);
+    until_in_flight(0);
+    forget_the_second();
+    end_with_clients();
+}
+
 enum { GONE = 9, OF_ALL = GONE + 1 };
 
 /* One prompt of each of many topics; the first one's offsets are taken. */
@@ -1375,6 +1404,7 @@ int main(void)
         TEST(what_was_set_aside_is_committed_while_its_partition_leaves),
         TEST(a_topic_that_may_not_be_read_holds_up_no_other),
         TEST(a_topic_that_is_no_more_holds_up_no_other),
+        TEST(what_is_set_aside_waits_for_its_own_topic_first),
         TEST(many_topics_that_are_no_more_hold_up_no_other),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
