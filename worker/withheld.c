@@ -8,7 +8,10 @@
 
 #include "worker/aside.h"
 
-enum { BACKOFF_COUNTED = 20 };
+enum {
+    BACKOFF_COUNTED = 20,
+    LOOK_US = 100000,           /* many may wait: they are not looked through all the time */
+};
 
 static struct withheld_topic *find(const struct withheld *h, const char *name)
 {
@@ -65,16 +68,22 @@ static int64_t due_at(const struct withheld *h, const struct withheld_topic *t)
 }
 
 /* A partition that is being taken away does not wait for long. */
-static bool is_due(const struct withheld *h, const struct withheld_topic *t, int64_t now_us)
+static bool leaves(const struct withheld_topic *t)
 {
-    return due_at(h, t) <= now_us || (t->jobs.head && lease_revoked(t->jobs.head->lease));
+    const struct job *j = t->jobs.head;
+    while (j && !lease_revoked(j->lease))
+        j = j->next;
+    return j;
 }
 
-struct withheld_topic *withheld_due(const struct withheld *h, int64_t now_us)
+struct withheld_topic *withheld_due(struct withheld *h, int64_t now_us)
 {
     struct withheld_topic *due = NULL;
+    bool look = now_us >= h->look_us;
+    if (look)
+        h->look_us = now_us + LOOK_US;
     for (struct withheld_topic *t = h->topics; t; t = t->next)
-        if (is_due(h, t, now_us) && (!due || t->due_us < due->due_us))
+        if ((due_at(h, t) <= now_us || (look && leaves(t))) && (!due || t->due_us < due->due_us))
             due = t;
     return due;
 }

@@ -30,6 +30,7 @@ struct withheld_topic {
 struct withheld {
     struct withheld_topic *topics;
     int64_t rest_us;            /* no question until then */
+    int64_t look_us;            /* for partitions that are being taken away, again then */
 };
 
 /* A topic that was refused, to be asked for after its backoff. LM_NOMEM. */
@@ -42,7 +43,7 @@ bool withheld_keep(struct withheld *h, struct job *j);
 void withheld_rest(struct withheld *h, int64_t began_us, int64_t now_us);
 /* The one that is due first, or has jobs of a partition that is being taken away, which does not
  * wait for the rest to be over; NULL: none. */
-struct withheld_topic *withheld_due(const struct withheld *h, int64_t now_us);
+struct withheld_topic *withheld_due(struct withheld *h, int64_t now_us);
 /* Milliseconds until one is, at most `cap`. */
 int withheld_wait_ms(const struct withheld *h, int64_t now_us, int cap);
 size_t withheld_jobs(const struct withheld *h);         /* how many wait */

@@ -1201,6 +1201,38 @@ static void what_is_set_aside_waits_for_its_own_topic_first(void **state)
     end_with_clients();
 }
 
+/* Of a withheld topic's partitions one is taken away, and what is of it is not the first that
+ * waits: the topic is asked about, long before it is due, and then that is dropped. */
+static void a_withheld_partition_that_leaves_waits_no_more(void **state)
+{
+    (void)state;
+    struct job *jobs[2];
+    both[0] = x->part;
+    both[1] = (struct assigned){ .partition = 1 };
+    assert_int_equal(ledger_assign(x->c.ledger, "t", 1, 0, &both[1].ref), LM_OK);
+    both[1].lease = lease_new("t", 1, both[1].ref);
+    x->c.parts = both;
+    x->c.n_parts = 2;
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = x->cfg.retry_backoff_max_ms = 3600000;
+    for (int i = 0; i < 2; i++) {
+        x->part = both[i];
+        read_prompts(jobs, i, 1);
+        jobs[i]->out.topic = group;
+    }
+    x->part = both[0];
+    atomic_store(&unread, "t");
+    finish(jobs, 0, 2);
+    begin();
+    until_aside(2);
+    atomic_store(&both[1].lease->revoked, true);
+    until_aside(1);
+    for (int64_t end = lm_now_us() + MOST_US; !atomic_load(&x->w.metrics.dropped); turn())
+        assert_true(lm_now_us() < end);
+    assert_int_equal(atomic_load(&x->w.metrics.dropped), 1);
+    forget_the_second();
+}
+
 enum { GONE = 9, OF_ALL = GONE + 1 };
 
 /* One prompt of each of many topics; the first one's offsets are taken. */
@@ -1405,6 +1437,7 @@ int main(void)
         TEST(a_topic_that_may_not_be_read_holds_up_no_other),
         TEST(a_topic_that_is_no_more_holds_up_no_other),
         TEST(what_is_set_aside_waits_for_its_own_topic_first),
+        TEST(a_withheld_partition_that_leaves_waits_no_more),
         TEST(many_topics_that_are_no_more_hold_up_no_other),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
