@@ -584,7 +584,9 @@ void *transaction_main(void *arg)
         bool last = transaction_last_call(&t) || until_due(&t, now) <= 0;
         if ((!working || transaction_last_call(&t)) && !t.open)
             continue;
-        struct withheld_topic *h = t.open ? NULL : withheld_due(&p->withheld, now);
+        struct withheld_topic *h =
+            t.open || t.questioned ? NULL : withheld_due(&p->withheld, now);
+        t.questioned = h;       /* the next turn is another's, if any is due */
         struct aside_topic *a =
             h ? NULL : transaction_to_try(&t, now, last || worth_sending(&t, now));
         if (!h && !a && !last && !worth_sending(&t, now))

@@ -36,6 +36,7 @@ struct tx {
     size_t gone;                /* of its jobs: not ours any more, or withheld */
     bool begun, overran;        /* it had any to send; its time was not enough */
     bool tried;                 /* one, last time */
+    bool questioned;            /* the group was, last time */
     bool no_other_id;           /* the brokers don't allow one */
     bool stale;                 /* records were not taken in time, since the producer is this one */
     bool unsure;                /* a question has left open what the brokers did */
