@@ -706,6 +706,7 @@ static void end_with_clients(void)
     atomic_store(&p.end, true);
     while (!atomic_load(&p.over))
         turn();
+    turn();                             /* what it has dropped at last */
     producer_close(&p);
     credentials_free(x->w.credentials);
 }
