@@ -29,6 +29,7 @@ struct assigned {
     struct quarantine q;
     bool leaving;               /* handed back in order: its mark becomes idle */
     bool refused;               /* the group takes no commits of its topic */
+    int64_t retry_us;           /* a commit of it was refused: none for its mark until then */
     bool uncapped;              /* suspects may lie beyond the log's end */
     struct job_chain held;      /* delivered, beyond the fence */
 };
@@ -42,7 +43,6 @@ struct isolation {
     bool active;                /* something is held, or suspected */
     bool busy;                  /* the loop's turns are to be short */
     bool wanted;                /* a commit, for its marks */
-    int64_t retry_us;
     enum isolation_turn turn;
     struct job *job;            /* has the turn; a reference */
     struct ledger_ref ref;

@@ -50,7 +50,7 @@
 
 enum {
     PARTIAL_WAIT_US = 50000,    /* for what a suspect needs before the engine */
-    RETRY_US = 200000,          /* after a commit that failed */
+    RETRY_US = 200000,          /* after a commit of the partition that failed */
     STAGED_WAIT_US = 3000000,   /* exactly-once: for the transaction with the idle marks */
     LAST_WAIT_US = 2000000,     /* the same when the worker ends */
     STEP_WAIT_US = 1000000,     /* a step takes less, or the engine hangs */
@@ -206,6 +206,7 @@ void isolation_drop(consumer *c, struct assigned *a)
         c->iso.turn = TURN_OPENING;
     quarantine_init(&a->q, c->iso.max, c->iso.self);
     a->uncapped = false;
+    a->retry_us = 0;
 }
 
 /* ---- marks ------------------------------------------------------------------------------ */
@@ -269,7 +270,7 @@ bool isolation_wants(consumer *c, struct assigned *a)
         return false;
     if (a->leaving)
         return !q->acked.idle;
-    if (lease_revoked(a->lease) || atomic_load(&c->w->stopping) || lm_now_us() < c->iso.retry_us ||
+    if (lease_revoked(a->lease) || atomic_load(&c->w->stopping) || lm_now_us() < a->retry_us ||
         !ledger_get(c->ledger, a->ref, &info))
         return false;
     if (wants_idle(c, a))
@@ -290,16 +291,7 @@ bool isolation_wants(consumer *c, struct assigned *a)
 bool isolation_probes(const consumer *c, const struct assigned *a)
 {
     return c->iso.max && a->refused && !c->exactly_once && !lease_revoked(a->lease) &&
-           quarantine_level(&a->q) == QUARANTINE_SOLO && lm_now_us() >= c->iso.retry_us;
-}
-
-static void answer(consumer *c, struct ledger_ref ref, bool accepted)
-{
-    for (size_t i = 0; i < c->n_parts; i++) {
-        struct assigned *a = &c->parts[i];
-        if (ledger_same(a->ref, ref))
-            quarantine_answer(&a->q, accepted);
-    }
+           quarantine_level(&a->q) == QUARANTINE_SOLO && lm_now_us() >= a->retry_us;
 }
 
 size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commit *due,
@@ -315,17 +307,29 @@ size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commi
     return quarantine_text(&a->q.asked, due->offset, out);
 }
 
+/* NULL: it is not ours any more. */
+static struct assigned *find_part(consumer *c, struct ledger_ref ref)
+{
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (ledger_same(c->parts[i].ref, ref))
+            return &c->parts[i];
+    return NULL;
+}
+
 void isolation_unsent(consumer *c, struct ledger_ref ref)
 {
-    answer(c, ref, false);
+    struct assigned *a = find_part(c, ref);
+    if (a)
+        quarantine_answer(&a->q, false);
 }
 
 void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted)
 {
-    int64_t now = lm_now_us();
-    answer(c, ref, accepted);
-    if (!accepted && now >= c->iso.retry_us)    /* however often others are refused meanwhile */
-        c->iso.retry_us = now + RETRY_US;
+    struct assigned *a = find_part(c, ref);
+    if (!a)
+        return;
+    quarantine_answer(&a->q, accepted);
+    a->retry_us = accepted ? 0 : lm_now_us() + RETRY_US;
 }
 
 static void set_free(void *ctx, int64_t offset, void *user)
@@ -392,12 +396,12 @@ static bool begin_turn(consumer *c)
 /* Has every partition that can have it the mark that this turn asks for? And none one too many. */
 static bool all_marked(consumer *c)
 {
-    if (lm_now_us() < c->iso.retry_us)  /* till then none wants one */
-        return false;
+    int64_t now = lm_now_us();
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
         bool needed = !a->refused || a->q.acked.solo;
-        if (needed && (a->q.asking || isolation_wants(c, a)))
+        bool rests = now < a->retry_us;         /* till then it wants none */
+        if (needed && (rests || a->q.asking || isolation_wants(c, a)))
             return false;
     }
     return true;

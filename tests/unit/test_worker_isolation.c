@@ -14,10 +14,13 @@
 
 #include "consumer_world.h"
 
-enum { MAX_ATTEMPTS = 3, TURNS = 1000, MOST_US = 20 * 1000000 };
+enum { MAX_ATTEMPTS = 3, TURNS = 1000, MOST_US = 20 * 1000000, WAY_US = 20000 };
 
 static struct job *unsent;      /* its reply waits for its topic */
 static const struct assigned *barred;   /* the group takes no commits of it */
+static struct { struct assigned *of; struct ledger_commit due; } commits[2];    /* on their way, */
+static size_t n_commits;
+static int64_t way_us, answer_us;       /* which takes so long, and until then; 0: no time */
 static char order[64];          /* the prompts as they ran, by their first letter and offset */
 
 /* Two workers went in a row while offsets below `until` were unfinished: those run one by one. */
@@ -32,6 +35,8 @@ static struct world *quarantined(int64_t until, bool ordered)
     x->part.q.until = until;
     x->c.iso.active = true;
     order[0] = '\0';
+    n_commits = 0;
+    way_us = answer_us = 0;
     return x;
 }
 
@@ -44,21 +49,30 @@ static void read_prompt(struct world *x, int64_t offset, const char *key)
         assert_int_equal(consumer_admit(&x->c, j), LM_OK);
 }
 
-/* One each turn, which is answered at once. */
+/* Whenever none is on its way. */
 static void commit(struct world *x)
 {
-    struct ledger_commit due;
     char text[QUARANTINE_TEXT_MAX + 1];
     for (size_t i = 0; i < x->c.n_parts; i++) {
         struct assigned *a = &x->c.parts[i];
-        if (!commit_due(&x->c, a, false, &due))
+        if (!commit_due(&x->c, a, false, &commits[n_commits].due))
             continue;
-        isolation_text(&x->c, a, &due, text);
+        isolation_text(&x->c, a, &commits[n_commits].due, text);
+        commits[n_commits++].of = a;
+    }
+    answer_us = lm_now_us() + way_us;
+}
+
+static void answer(struct world *x)
+{
+    for (size_t i = 0; i < n_commits; i++) {
+        struct assigned *a = commits[i].of;
         a->refused = a == barred;
         isolation_answered(&x->c, a->ref, !a->refused);
         if (!a->refused)
-            ledger_committed(x->c.ledger, &due);
+            ledger_committed(x->c.ledger, &commits[i].due);
     }
+    n_commits = 0;
 }
 
 /* Intake and engine, the fastest there are. */
@@ -89,8 +103,13 @@ static void run_what_came(struct world *x)
 static void turn(struct world *x)
 {
     consumer_take_finished(&x->c, 0);
+    if (lm_now_us() >= answer_us)
+        answer(x);
     isolation_serve(&x->c);
-    commit(x);
+    if (!n_commits)
+        commit(x);
+    if (!way_us)
+        answer(x);
     run_what_came(x);
 }
 
@@ -198,12 +217,12 @@ static void until_open_with(struct world *x, size_t n)
     assert_false(atomic_load(&x->w.closed));
 }
 
-/* Another partition is at work beside, and commits of one of the two are refused. If it is the
- * other's, that can't be marked idle, and the suspect runs all the same; if its own, it doesn't. */
-static void refuse_commits(bool own)
+/* Another partition is at work beside. */
+static struct world *quarantined_beside(struct assigned both[2])
 {
     struct world *x = quarantined(1, false);
-    struct assigned both[2] = { x->part, { .partition = 0 } };
+    both[0] = x->part;
+    both[1] = (struct assigned){ .partition = 0 };
     assert_int_equal(ledger_assign(x->c.ledger, "u", 0, 0, &both[1].ref), LM_OK);
     both[1].lease = lease_new("u", 0, both[1].ref);
     quarantine_init(&both[1].q, MAX_ATTEMPTS, 1);
@@ -212,15 +231,29 @@ static void refuse_commits(bool own)
     x->c.parts = both;
     x->c.n_parts = 2;
     read_some(x);
+    return x;
+}
+
+static void finish_beside(struct world *x)
+{
+    ledger_revoke(x->c.ledger, x->c.parts[1].ref);
+    lease_unref(x->c.parts[1].lease);
+    finish(x);
+}
+
+/* Commits of one of the two are refused. If it is the other's, that can't be marked idle, and the
+ * suspect runs all the same; if its own, it doesn't. */
+static void refuse_commits(bool own)
+{
+    struct assigned both[2];
+    struct world *x = quarantined_beside(both);
     for (int i = 0; i < TURNS && x->c.iso.turn != TURN_CLOSING; i++)
         turn(x);
     barred = &both[!own];
     until_open_with(x, own);
     barred = NULL;
     until_open_with(x, 0);
-    ledger_revoke(x->c.ledger, both[1].ref);
-    lease_unref(both[1].lease);
-    finish(x);
+    finish_beside(x);
 }
 
 static void test_marks_of_another_are_refused(void **state)
@@ -233,6 +266,22 @@ static void test_its_own_marks_are_refused(void **state)
 {
     (void)state;
     refuse_commits(true);
+}
+
+/* One commit follows the other, and the other partition is in each of them, for it has something to
+ * commit: that it is refused time and again is no reason not to ask for the suspect's own mark. */
+static void test_another_is_refused_all_the_time(void **state)
+{
+    (void)state;
+    struct assigned both[2];
+    struct world *x = quarantined_beside(both);
+    ledger_position(x->c.ledger, both[1].ref, 5);
+    barred = &both[1];
+    way_us = WAY_US;
+    until_open_with(x, 0);
+    assert_true(both[1].refused);
+    barred = NULL;
+    finish_beside(x);
 }
 
 /* Nothing is left to commit but what a suspect's turn asks for, and that was refused once. */
@@ -344,6 +393,7 @@ int main(void)
         cmocka_unit_test(test_reply_waits), cmocka_unit_test(test_sent_back),
         cmocka_unit_test(test_marks_of_another_are_refused),
         cmocka_unit_test(test_its_own_marks_are_refused),
+        cmocka_unit_test(test_another_is_refused_all_the_time),
         cmocka_unit_test(test_a_refusal_that_passes),
         cmocka_unit_test(test_the_end_of_a_turn_is_refused),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
