@@ -293,6 +293,7 @@ static enum fate find_out(struct tx *t)
         return HOPELESS;
     }
     aside_all_due(&t->p->aside, lm_now_us());
+    t->p->withheld.rest_us = 0;
     if (t->stage.more)
         return ABORTED;
     while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !transaction_last_call(t))

@@ -10,9 +10,10 @@
  * its topic is withheld (withheld.h); where none is, it was a record (blame.h).
  *
  * A topic that was deleted costs the time of a question: the client asks again and again whether
- * the group knows it now. So after each question that is not taken, and after those that find out,
- * there is none about any topic for four times as long: the others have four fifths of the time,
- * however many were deleted, as in aside.h.
+ * the group knows it now. So after each question that is not taken, and after those that find out
+ * anything, there is none about any topic for four times as long: the others have four fifths of
+ * the time, however many were deleted, as in aside.h. What is longer than a question takes, because
+ * the brokers were away, or many topics had to be asked for in a row, does not count.
  *
  * Threads: the producer thread's.
  */
@@ -77,7 +78,8 @@ bool transaction_offsets_refused(struct tx *t)
                !withheld_add(&t->p->withheld, l->elems[i].topic, lm_now_us(),
                              cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
     }
-    withheld_rest(&t->p->withheld, began, lm_now_us());
+    if (any || !known)
+        withheld_rest(&t->p->withheld, began, lm_now_us());
     t->code = any || !known ? RD_KAFKA_RESP_ERR_NO_ERROR : code;
     return any;
 }

@@ -59,7 +59,8 @@ bool withheld_keep(struct withheld *h, struct job *j)
 
 void withheld_rest(struct withheld *h, int64_t began_us, int64_t now_us)
 {
-    h->rest_us = LM_MAX(h->rest_us, now_us + ASIDE_REST * (now_us - began_us));
+    int64_t counts = LM_MIN(now_us - began_us, ASIDE_SHORT_US);
+    h->rest_us = LM_MAX(h->rest_us, now_us + ASIDE_REST * counts);
 }
 
 static int64_t due_at(const struct withheld *h, const struct withheld_topic *t)

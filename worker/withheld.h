@@ -39,7 +39,8 @@ lm_status withheld_add(struct withheld *h, const char *topic, int64_t now_us, in
 bool withheld_has(const struct withheld *h, const char *topic);
 /* Keeps the job, if it is of such a topic. */
 bool withheld_keep(struct withheld *h, struct job *j);
-/* No question for a while after one, or some, that began then and were not taken. */
+/* No question for a while after one, or some, that began then and were not taken. However long they
+ * took: an outage in their middle counts for no more than a question. */
 void withheld_rest(struct withheld *h, int64_t began_us, int64_t now_us);
 /* The one that is due first, or has jobs of a partition that is being taken away, which does not
  * wait for the rest to be over; NULL: none. */

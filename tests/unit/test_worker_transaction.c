@@ -1297,6 +1297,21 @@ static void many_topics_that_are_no_more_hold_up_no_other(void **state)
     x->c.n_parts = 1;
 }
 
+/* The brokers were away for ten minutes while the group was asked about a topic: that is no reason
+ * not to ask about any for forty. */
+static void an_outage_is_no_long_rest(void **state)
+{
+    (void)state;
+    enum { BACK = 600 * 1000000, MOST_MS = ASIDE_REST * ASIDE_SHORT_US / 1000 };
+    struct withheld h = { 0 };
+    assert_int_equal(withheld_add(&h, "u", 0, 1, 1), LM_OK);
+    withheld_rest(&h, 0, BACK);
+    assert_int_equal(withheld_wait_ms(&h, BACK, 3600000), MOST_MS);
+    assert_null(withheld_due(&h, BACK));
+    assert_non_null(withheld_due(&h, BACK + MOST_MS * 1000));
+    assert_null(withheld_take_all(&h));
+}
+
 /* Where there is only one prompt topic, too, the same code may be about either. */
 static void offsets_that_are_refused_blame_no_record(void **state)
 {
@@ -1448,6 +1463,7 @@ int main(void)
         TEST(what_is_set_aside_waits_for_its_own_topic_first),
         TEST(a_withheld_partition_that_leaves_waits_no_more),
         TEST(many_topics_that_are_no_more_hold_up_no_other),
+        cmocka_unit_test(an_outage_is_no_long_rest),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
