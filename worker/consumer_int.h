@@ -30,6 +30,8 @@ struct assigned {
     bool leaving;               /* handed back in order: its mark becomes idle */
     bool refused;               /* the group takes no commits of its topic */
     int64_t retry_us;           /* a commit of it was refused: none for its mark until then */
+    int64_t overdue_since_us;   /* ... since then, though it is to hear of the end of a turn, */
+    bool overdue;               /* which no turn waits for any more */
     bool uncapped;              /* suspects may lie beyond the log's end */
     struct job_chain held;      /* delivered, beyond the fence */
 };

@@ -27,7 +27,9 @@
  * for its prompts then, which were in no engine, and alone proves nothing (quarantine.h). Its own
  * suspects have no turn, until a commit is taken: one is tried at each interval. But if the group
  * has its mark already that a suspect is alone, and refuses the next one, the engine stays closed
- * until that is taken or the partition goes: a death in company must not count as one alone.
+ * until that is taken or the partition goes, for a minute: a death in company is not to count as
+ * one alone. Then the others go on all the same, and the log says so: it would take two such deaths
+ * to condemn that prompt.
  *
  * Keys. With delivery.order=key a suspect enters the order of its key when it is delivered, and has
  * no turn before it is the first of it; so what came later waits for it to be settled, as for any
@@ -54,6 +56,7 @@ enum {
     STAGED_WAIT_US = 3000000,   /* exactly-once: for the transaction with the idle marks */
     LAST_WAIT_US = 2000000,     /* the same when the worker ends */
     STEP_WAIT_US = 1000000,     /* a step takes less, or the engine hangs */
+    OVERDUE_US = 60000000,      /* refused for so long, the end of a turn is waited for no more */
     HELD_MAX = 1024,            /* of a quarantined partition: then it pauses */
 };
 
@@ -206,7 +209,8 @@ void isolation_drop(consumer *c, struct assigned *a)
         c->iso.turn = TURN_OPENING;
     quarantine_init(&a->q, c->iso.max, c->iso.self);
     a->uncapped = false;
-    a->retry_us = 0;
+    a->retry_us = a->overdue_since_us = 0;
+    a->overdue = false;
 }
 
 /* ---- marks ------------------------------------------------------------------------------ */
@@ -393,18 +397,44 @@ static bool begin_turn(consumer *c)
     return false;
 }
 
+/* The group has it that a suspect is alone, and refuses to hear that it is no more. */
+static void note_overdue(struct assigned *a, int64_t now)
+{
+    if (!a->overdue_since_us)
+        a->overdue_since_us = now;
+    if (a->overdue || now - a->overdue_since_us < OVERDUE_US)
+        return;
+    a->overdue = true;
+    lm_log(LM_WARN, "consumer", "%s [%d] @%" PRId64 " ran alone, and for %d s the group has not "
+           "taken that it does no more: others run again; until it takes a commit of the partition "
+           "a death of this worker may count as one of that prompt alone (two make it a dead "
+           "letter)", a->lease->topic, (int)a->partition, a->q.acked.suspect, OVERDUE_US / 1000000);
+}
+
+/* Does a turn wait for its mark? */
+static bool is_needed(struct assigned *a, int64_t now)
+{
+    if (a->refused && a->q.acked.solo) {
+        note_overdue(a, now);
+        return !a->overdue;
+    }
+    a->overdue = false;
+    a->overdue_since_us = 0;
+    return !a->refused;
+}
+
 /* Has every partition that can have it the mark that this turn asks for? And none one too many. */
 static bool all_marked(consumer *c)
 {
     int64_t now = lm_now_us();
+    bool all = true;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        bool needed = !a->refused || a->q.acked.solo;
         bool rests = now < a->retry_us;         /* till then it wants none */
-        if (needed && (rests || a->q.asking || isolation_wants(c, a)))
-            return false;
+        if (is_needed(a, now))
+            all = all && !rests && !a->q.asking && !isolation_wants(c, a);
     }
-    return true;
+    return all;
 }
 
 /* Can the suspect's own partition not have its mark? */

@@ -322,6 +322,43 @@ static void test_the_end_of_a_turn_is_refused(void **state)
     finish(x);
 }
 
+/* Not for ever: the topic may be no more. After a minute the others go on, and so they do when
+ * another partition's suspect has its turn. */
+static void test_the_end_of_a_turn_is_refused_for_long(void **state)
+{
+    (void)state;
+    enum { LONG_US = 60 * 1000000 };
+    struct assigned both[2];
+    struct world *x = quarantined_beside(both);
+    for (int i = 0; i < TURNS && x->c.iso.turn != TURN_RUNNING; i++)
+        turn(x);
+    barred = &both[0];
+    for (int64_t end = lm_now_us() + MOST_US; !both[0].overdue_since_us; turn(x))
+        assert_true(lm_now_us() < end);
+    both[0].overdue_since_us -= LONG_US / 2;
+    for (int64_t end = lm_now_us() + 300000; lm_now_us() < end; turn(x))
+        assert_true(atomic_load(&x->w.closed));
+    both[0].overdue_since_us -= LONG_US / 2;
+    until_open_with(x, 0);
+    assert_true(both[0].q.acked.solo);
+    both[1].q.deaths = MAX_ATTEMPTS - 1;
+    both[1].q.until = 1;
+    x->c.iso.active = true;
+    x->part = both[1];
+    struct job *j = world_deliver(x, 0, "d");
+    x->part = both[0];
+    j->worker = &x->w;
+    x->c.held++;
+    assert_true(isolation_hold(&x->c, &both[1], j));
+    x->c.iso.next_us = 0;
+    until_open_with(x, 0);
+    assert_string_equal(of_key('d'), "0");
+    barred = NULL;
+    for (int64_t end = lm_now_us() + MOST_US; both[0].q.acked.solo; turn(x))
+        assert_true(lm_now_us() < end);
+    finish_beside(x);
+}
+
 /* The engine has failed it, and it goes back there: not beside others, but in a turn of its own. */
 static void test_sent_back(void **state)
 {
@@ -396,6 +433,7 @@ int main(void)
         cmocka_unit_test(test_another_is_refused_all_the_time),
         cmocka_unit_test(test_a_refusal_that_passes),
         cmocka_unit_test(test_the_end_of_a_turn_is_refused),
+        cmocka_unit_test(test_the_end_of_a_turn_is_refused_for_long),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
