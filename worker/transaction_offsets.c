@@ -96,5 +96,7 @@ void transaction_ask_again(struct tx *t, struct withheld_topic *h)
     int64_t now = lm_now_us();
     withheld_again(h, now, cfg->retry_backoff_ms, cfg->retry_backoff_max_ms);
     withheld_rest(&t->p->withheld, began, now);
-    worker_drop_all(t->w, withheld_take_revoked(h));
+    /* Nothing of them was published, so the next owner may have them. Not one question a topic: a
+     * rebalance waits for these. */
+    worker_drop_all(t->w, withheld_take_revoked(&t->p->withheld));
 }

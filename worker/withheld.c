@@ -105,12 +105,15 @@ size_t withheld_jobs(const struct withheld *h)
     return n;
 }
 
-struct job *withheld_take_revoked(struct withheld_topic *t)
+struct job *withheld_take_revoked(struct withheld *h)
 {
-    struct job_chain all = t->jobs, revoked = { 0 };
-    t->jobs = (struct job_chain){ 0 };
-    for (struct job *j; (j = job_chain_pop(&all));)
-        job_chain_add(lease_revoked(j->lease) ? &revoked : &t->jobs, j);
+    struct job_chain revoked = { 0 };
+    for (struct withheld_topic *t = h->topics; t; t = t->next) {
+        struct job_chain all = t->jobs;
+        t->jobs = (struct job_chain){ 0 };
+        for (struct job *j; (j = job_chain_pop(&all));)
+            job_chain_add(lease_revoked(j->lease) ? &revoked : &t->jobs, j);
+    }
     return revoked.head;
 }
 

@@ -50,8 +50,8 @@ int withheld_wait_ms(const struct withheld *h, int64_t now_us, int cap);
 size_t withheld_jobs(const struct withheld *h);         /* how many wait */
 /* It was refused again. */
 void withheld_again(struct withheld_topic *t, int64_t now_us, int64_t base_ms, int64_t max_ms);
-/* Those of partitions that are being taken away, in a chain. */
-struct job *withheld_take_revoked(struct withheld_topic *t);
+/* Those of partitions that are being taken away, of all topics, in a chain. */
+struct job *withheld_take_revoked(struct withheld *h);
 /* It is as any other from now on: forgets it, and hands out its jobs. */
 struct job_chain withheld_let_go(struct withheld *h, struct withheld_topic *t);
 /* All jobs, in a chain; the topics are forgotten. */

@@ -37,6 +37,7 @@ static const char *barred;      /* the coordinator says that we may not write to
 static const char *_Atomic unread;      /* the group takes no offsets of topics that begin so, */
 static rd_kafka_resp_err_t unread_error;        /* why, */
 static int unread_us;           /* and how long that takes */
+static int lead_at_refusal;     /* which brings leaders, counted down; 0: none does */
 static bool acks;               /* others are acknowledged before it says so */
 static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
@@ -167,6 +168,8 @@ rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
     for (int i = 0; !spoilt && i < offsets->cnt; i++)
         if (none_of && !strncmp(offsets->elems[i].topic, none_of, strlen(none_of))) {
             spoilt = true;
+            if (lead_at_refusal && !--lead_at_refusal)
+                atomic_store(&led, true);
             nanosleep(&(struct timespec){ .tv_nsec = unread_us * 1000 }, NULL);
             return rd_kafka_error_new(unread_error, "as the test says");
         }
@@ -314,7 +317,7 @@ static int open_world(void **state)
     silent = barred = NULL;
     atomic_store(&forbidden, NULL);
     atomic_store(&unread, NULL);
-    unread_us = 0;
+    unread_us = lead_at_refusal = 0;
     unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
     open_now = spoilt = acks = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
@@ -1193,15 +1196,12 @@ static void what_is_set_aside_waits_for_its_own_topic_first(void **state)
     finish(jobs, 0, SOME - 1);
     begin_with_clients();
     until_in_flight(10);                /* nine are for `dead`, and one comes now */
+    lead_at_refusal = 2;                /* a transaction's, and a question's: it is withheld next */
     atomic_store(&unread, "u");
     jobs[SOME - 1]->out.topic = group;
-    int before = atomic_load(&aborts);
     finish(jobs, SOME - 1, 1);
-    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&aborts) < before + 2; turn())
-        assert_true(lm_now_us() < end); /* a transaction and a question */
-    atomic_store(&led, true);
     until_in_flight(5);                 /* of "u" */
-    before = atomic_load(&asked);
+    int before = atomic_load(&asked);
     turn_for_ms(500);
     assert_int_equal(atomic_load(&asked), before);
     atomic_store(&unread, NULL);
@@ -1266,13 +1266,22 @@ static void read_of_many_topics(struct job **jobs, struct assigned *parts)
     x->part = parts[0];
 }
 
+static void forget_many_topics(struct assigned *parts)
+{
+    for (int i = 1; i < OF_ALL; i++) {
+        ledger_revoke(x->c.ledger, parts[i].ref);
+        lease_unref(parts[i].lease);
+    }
+    x->c.n_parts = 1;
+}
+
 /* Many were deleted at once, and each question about one takes its time: so many that there is
  * always one whose backoff is over. */
 static void many_topics_that_are_no_more_hold_up_no_other(void **state)
 {
     (void)state;
     struct job *jobs[OF_ALL + 1];
-    struct assigned parts[OF_ALL];
+    static struct assigned parts[OF_ALL];       /* close_world() looks at them */
     read_of_many_topics(jobs, parts);
     atomic_store(&unread, "u");
     unread_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
@@ -1290,11 +1299,31 @@ static void many_topics_that_are_no_more_hold_up_no_other(void **state)
     assert_int_equal(committed(&parts[0]), OF_ALL + 1);
     atomic_store(&unread, NULL);
     until_in_flight(0);
-    for (int i = 1; i < OF_ALL; i++) {
-        ledger_revoke(x->c.ledger, parts[i].ref);
-        lease_unref(parts[i].lease);
-    }
-    x->c.n_parts = 1;
+    forget_many_topics(parts);
+}
+
+/* They are taken away while the group is asked about them: what waits is let go after one answer,
+ * not after as many as there are topics. */
+static void many_topics_that_leave_wait_for_one_question(void **state)
+{
+    (void)state;
+    struct job *jobs[OF_ALL];
+    static struct assigned parts[OF_ALL];
+    read_of_many_topics(jobs, parts);
+    x->cfg.retry_backoff_ms = x->cfg.retry_backoff_max_ms = 3600000;
+    atomic_store(&unread, "u");
+    unread_error = RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    finish(jobs, 0, OF_ALL);
+    begin();
+    until_aside(GONE);
+    int before = atomic_load(&aborts);
+    for (int i = GONE; i > 0; i--)
+        atomic_store(&parts[i].lease->revoked, true);
+    until_aside(0);
+    assert_in_range(atomic_load(&aborts) - before, 1, 2);   /* it may have looked amid these */
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&x->w.metrics.dropped) < GONE; turn())
+        assert_true(lm_now_us() < end);
+    forget_many_topics(parts);
 }
 
 /* The brokers were away for ten minutes while the group was asked about a topic: that is no reason
@@ -1463,6 +1492,7 @@ int main(void)
         TEST(what_is_set_aside_waits_for_its_own_topic_first),
         TEST(a_withheld_partition_that_leaves_waits_no_more),
         TEST(many_topics_that_are_no_more_hold_up_no_other),
+        TEST(many_topics_that_leave_wait_for_one_question),
         cmocka_unit_test(an_outage_is_no_long_rest),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
