@@ -114,18 +114,11 @@ static rd_kafka_resp_err_t verdict(consumer *c, const struct ledger_commit *p,
     return e ? e->err : RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
-/* Of its topic no commit is taken for now; others' are. */
-static bool refuses_topic(rd_kafka_resp_err_t e)
-{
-    return e == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED ||
-           e == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
-}
-
 static void note_refusal(consumer *c, struct ledger_ref ref, rd_kafka_resp_err_t e)
 {
-    for (size_t i = 0; i < c->n_parts; i++)
-        if (c->parts[i].ref.slot == ref.slot && c->parts[i].ref.epoch == ref.epoch)
-            c->parts[i].refused = refuses_topic(e);
+    struct assigned *a = consumer_find_ref(c, ref);
+    if (a)
+        a->refused = stage_refuses_topic(e);
 }
 
 static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *l,

@@ -109,6 +109,14 @@ struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition
     return NULL;
 }
 
+struct assigned *consumer_find_ref(consumer *c, struct ledger_ref ref)
+{
+    for (size_t i = 0; i < c->n_parts; i++)
+        if (ledger_same(c->parts[i].ref, ref))
+            return &c->parts[i];
+    return NULL;
+}
+
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a)
 {
     return !only || rd_kafka_topic_partition_list_find(

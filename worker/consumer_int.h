@@ -109,6 +109,7 @@ struct consumer {
 
 /* consumer.c */
 struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition);
+struct assigned *consumer_find_ref(consumer *c, struct ledger_ref ref);   /* NULL: not ours now */
 /* Is the partition in `only`? NULL: every one is. */
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a);
 void consumer_take_finished(consumer *c, int timeout_ms);

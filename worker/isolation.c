@@ -311,25 +311,16 @@ size_t isolation_text(consumer *c, struct assigned *a, const struct ledger_commi
     return quarantine_text(&a->q.asked, due->offset, out);
 }
 
-/* NULL: it is not ours any more. */
-static struct assigned *find_part(consumer *c, struct ledger_ref ref)
-{
-    for (size_t i = 0; i < c->n_parts; i++)
-        if (ledger_same(c->parts[i].ref, ref))
-            return &c->parts[i];
-    return NULL;
-}
-
 void isolation_unsent(consumer *c, struct ledger_ref ref)
 {
-    struct assigned *a = find_part(c, ref);
+    struct assigned *a = consumer_find_ref(c, ref);
     if (a)
         quarantine_answer(&a->q, false);
 }
 
 void isolation_answered(consumer *c, struct ledger_ref ref, bool accepted)
 {
-    struct assigned *a = find_part(c, ref);
+    struct assigned *a = consumer_find_ref(c, ref);
     if (!a)
         return;
     quarantine_answer(&a->q, accepted);

@@ -311,6 +311,12 @@ void stage_release(struct stage *s)
     s->too_long = false;
 }
 
+bool stage_refuses_topic(rd_kafka_resp_err_t code)
+{
+    return code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED ||
+           code == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+}
+
 static bool same_commit(const rd_kafka_topic_partition_t *a, const rd_kafka_topic_partition_t *b)
 {
     return !a->err && a->offset == b->offset && a->metadata_size == b->metadata_size &&

@@ -61,6 +61,9 @@ void staging_settle(consumer *c, struct stage *s, bool committed);
 lm_status staging_look(consumer *c, struct stage *s);
 void stage_release(struct stage *s);    /* the outputs */
 
+/* Is that answer to offsets a refusal of one topic's? What else fails is everybody's. */
+bool stage_refuses_topic(rd_kafka_resp_err_t code);
+
 /* Does the group hold one of the stage's offsets with its very map? That is how the fate of a
  * transaction is found whose commit was not answered. A status that can heal: not known. */
 lm_status staging_committed(consumer *c, const struct stage *s, bool *holds);

@@ -23,22 +23,15 @@
 
 enum answer { TAKEN, REFUSED, NOT_KNOWN };
 
-/* Of one topic, that is: what else fails is everybody's. A deleted one's is UNKNOWN_TOPIC_OR_PART
- * also when librdkafka (2.15.1) has asked in vain for its time; a later one may end that with
- * __TIMED_OUT, which would leave open whose it is. */
-static bool about_topic(rd_kafka_resp_err_t code)
-{
-    return code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED ||
-           code == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
-}
-
+/* A deleted topic's code is UNKNOWN_TOPIC_OR_PART also when librdkafka (2.15.1) has asked in vain
+ * for its time; a later one may end that with __TIMED_OUT, which would leave open whose it is. */
 static enum answer answer_of(struct tx *t, const struct stage *look)
 {
     rd_kafka_resp_err_t code = look->offsets->cnt ? transaction_question(t, look) :
                                RD_KAFKA_RESP_ERR_NO_ERROR;
-    if (about_topic(code))
+    if (stage_refuses_topic(code))
         metric_add(&t->w->metrics.transaction_aborts, 1);
-    return about_topic(code) ? REFUSED : code ? NOT_KNOWN : TAKEN;
+    return stage_refuses_topic(code) ? REFUSED : code ? NOT_KNOWN : TAKEN;
 }
 
 /* What an earlier request may do yet is a new producer's to rule out. */
@@ -69,7 +62,7 @@ bool transaction_offsets_refused(struct tx *t)
     const rd_kafka_resp_err_t code = t->code;
     bool any = false, known = true;
     const int64_t began = lm_now_us();
-    if (!t->of_offsets || !about_topic(code))
+    if (!t->of_offsets || !stage_refuses_topic(code))
         return false;
     for (int i = 0; i < l->cnt; i++) {
         enum answer answer = is_new(l, i) ? ask(t, l->elems[i].topic) : TAKEN;
