@@ -14,7 +14,8 @@
  *                                         the sizes
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write
- *   any other reply                       tried again for ever, with backoff
+ *   any other reply                       tried again for ever, with backoff; one that follows the
+ *                                         parts of its stream, whose partition is gone, elsewhere
  *   a notice that can never be delivered  left out and logged: the dead letter is the outcome.
  *                                         Exactly-once: also one whose topic takes none for now
  *   a part that can never be delivered    goes back to the outbox, which sends no more of them
@@ -148,17 +149,25 @@ static lm_status final_reason(producer *p, const struct job *j, const struct out
     return LM_OK;
 }
 
+/* Did we take it back? */
 static bool purged(int e)
 {
-    return e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT ||
-           e == RD_KAFKA_RESP_ERR__DESTROY;
+    return e == RD_KAFKA_RESP_ERR__PURGE_QUEUE || e == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT;
+}
+
+/* Has its partition gone away, as far as the client knows? It says so in two ways: a record that
+ * was on its way when its topic was made again, with fewer partitions, ends with what is left of
+ * the partition (librdkafka 2.15.1, rd_kafka_toppar_destroy_final()). */
+static bool partition_gone(int e)
+{
+    return e == RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION || e == RD_KAFKA_RESP_ERR__DESTROY;
 }
 
 /* The outcome itself was refused. */
 static void outcome_failed(producer *p, struct job *j)
 {
     struct lm_err why;
-    if (j->out.follows && j->out.error == RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION) {
+    if (j->out.follows && partition_gone(j->out.error)) {
         j->out.partition = -1;          /* its topic was made again, with fewer of them */
         j->out.follows = false;
         try_later(p, j, "the partition of its parts is no more");

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_delivery.c - a record that is refused for its size: what it measures, beside what the
- * client library says of it, and whose the verdict is. Nothing is sent: there is no broker.
+ * test_worker_delivery.c - what becomes of a record that is refused: for its size (what it
+ * measures, beside what the client library says of it, and whose the verdict is), or as its
+ * partition went away under it. Nothing is sent: there is no broker.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -99,11 +100,47 @@ static void test_a_huge_header_is_its_own_fault(void **state)
     rd_kafka_destroy(p.rk);
 }
 
+/* A record that was on its way when its topic was made again, with fewer partitions, may come back
+ * as one that the client destroyed with the partition. That is no end of ours: it goes again, and
+ * what follows a stream's first part may go elsewhere. */
+static void test_destroyed_with_its_partition_goes_again(void **state)
+{
+    (void)state;
+    struct config cfg = { .retry_backoff_ms = 50, .retry_backoff_max_ms = 1000 };
+    struct worker w = { .cfg = &cfg };
+    struct producer p = { .w = &w, .rk = client(1000000) };
+    struct job *plain = reply_of(10, 0, 0), *final = reply_of(10, 0, 0);
+    struct job *part = reply_of(10, 0, 0);
+    struct job *all[] = { plain, final, part };
+    part->parent = final;
+    part->outcome = OUTCOME_PART;
+    plain->out.partition = 7;           /* as asked: another try learns if it is there */
+    plain->out.asked = true;
+    final->out.partition = part->out.partition = 7;
+    final->out.follows = part->out.follows = true;
+    for (size_t i = 0; i < LM_COUNT(all); i++) {
+        all[i]->out.error = RD_KAFKA_RESP_ERR__DESTROY;
+        delivery_judge(&p, all[i]);
+        assert_int_equal(all[i]->out.attempts, 1);
+        assert_int_equal(all[i]->out.partition, all[i] == plain ? 7 : -1);
+    }
+    size_t waiting = 0;
+    for (struct job *j = job_list_take_all(&p.later), *next; j; j = next, waiting++) {
+        next = j->next;
+        if (j == part)
+            j->parent = NULL;
+        job_unref(j);
+    }
+    assert_int_equal(waiting, LM_COUNT(all));
+    rd_kafka_destroy(p.rk);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_measured_as_the_library_does),
         cmocka_unit_test(test_a_huge_header_is_its_own_fault),
+        cmocka_unit_test(test_destroyed_with_its_partition_goes_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
