@@ -343,6 +343,23 @@ static lm_status make_dirs(const char *dir, struct lm_err *err)
     return LM_OK;
 }
 
+/* Its blocks are there from the start: on a full disk a store into a hole of the file would be a
+ * SIGBUS, by which the worker would die and its prompts be suspects. */
+static int make_file(journal *j, const char *tmp)
+{
+    j->fd = open(tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (j->fd < 0 || flock(j->fd, LOCK_EX | LOCK_NB))
+        return errno;
+    int e = posix_fallocate(j->fd, 0, sizeof *j->file);
+    if (e)
+        return e;
+    j->file = mmap(NULL, sizeof *j->file, PROT_READ | PROT_WRITE, MAP_SHARED, j->fd, 0);
+    if (j->file != MAP_FAILED)
+        return 0;
+    j->file = NULL;
+    return errno;
+}
+
 /* The lock comes before the name, so that nobody finds a journal of ours without an owner. */
 static lm_status create(journal *j, struct lm_err *err)
 {
@@ -350,18 +367,16 @@ static lm_status create(journal *j, struct lm_err *err)
     snprintf(j->path, sizeof j->path, "%s/%d.%" PRId64 ".%" PRId64 ".journal", j->dir,
              (int)getpid(), lm_wall_ms(), lm_now_us());
     snprintf(tmp, sizeof tmp, "%s.new", j->path);
-    j->fd = open(tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (j->fd < 0 || flock(j->fd, LOCK_EX | LOCK_NB) || ftruncate(j->fd, sizeof *j->file))
-        return lm_err_set(err, LM_IO, "%s: %s", tmp, strerror(errno));
-    j->file = mmap(NULL, sizeof *j->file, PROT_READ | PROT_WRITE, MAP_SHARED, j->fd, 0);
-    if (j->file == MAP_FAILED) {
-        j->file = NULL;
-        return lm_err_set(err, LM_IO, "%s: %s", tmp, strerror(errno));
+    int e = make_file(j, tmp);
+    if (!e) {
+        j->file->magic = MAGIC;
+        e = rename(tmp, j->path) ? errno : 0;
     }
-    j->file->magic = MAGIC;
-    if (rename(tmp, j->path))
-        return lm_err_set(err, LM_IO, "%s: %s", j->path, strerror(errno));
-    return LM_OK;
+    if (!e)
+        return LM_OK;
+    if (j->fd >= 0)
+        unlink(tmp);
+    return lm_err_set(err, LM_IO, "%s: %s", tmp, strerror(e));
 }
 
 lm_status journal_open(const char *dir, const char *group, journal **out, struct lm_err *err)

@@ -6,11 +6,12 @@
  * A dead process can't count, and the next one to read the prompt knows nothing of it. So each
  * worker keeps a journal, a file mapped into memory: a prompt is entered before the engine sees it
  * and struck out when it ends. The page cache outlives any death of the process, so nothing is
- * synced, and an entry costs two stores. The file is locked while its owner lives: whoever gets the
- * lock of another's journal knows that its owner is dead, and what it held are suspects. That is
- * read by every worker that shares the folder (journal.dir), at start and each second, so a
- * partition that moves to a neighbour takes its suspects along. (A process that ends in order
- * removes its journal: it has handed back what it held.)
+ * synced, and an entry costs two stores, into blocks that the disk gave at the start. The file is
+ * locked while its owner lives: whoever gets the lock of another's journal knows that its owner is
+ * dead, and what it held are suspects. That is read by every worker that shares the folder
+ * (journal.dir), at start and each second, so a partition that moves to a neighbour takes its
+ * suspects along. (A process that ends in order removes its journal: it has handed back what it
+ * held.)
  *
  *   DIR/PID.TIME.journal    of a living process; header, then slots
  *   DIR/PID.TIME.dead       what remained of a dead one: its entries only; forgotten after a day

@@ -12,6 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -227,6 +229,54 @@ static void test_keys(void **state)
     journal_close(NULL);
 }
 
+/* One of ours, living or dead, by the pattern's end. NULL: there is none. */
+static char *find_file(const char *end)
+{
+    char pattern[512];
+    glob_t found;
+    snprintf(pattern, sizeof pattern, "%s/*%s", dir, end);
+    char *path = glob(pattern, 0, NULL, &found) ? NULL : strdup(found.gl_pathv[0]);
+    globfree(&found);
+    return path;
+}
+
+/* A store into a hole of the file would be a SIGBUS there, and the prompts suspects of that. */
+static void test_a_disk_that_fills_up_later_kills_nobody(void **state)
+{
+    (void)state;
+    struct stat sb;
+    journal *j = open_one();
+    char *path = find_file(".journal");
+    assert_non_null(path);
+    assert_int_equal(stat(path, &sb), 0);
+    assert_true(sb.st_size > 0);
+    assert_true((int64_t)sb.st_blocks * 512 >= (int64_t)sb.st_size);
+    free(path);
+    journal_close(j);
+}
+
+static int try_to_open(void)
+{
+    journal *j;
+    struct lm_err err;
+    setrlimit(RLIMIT_FSIZE, &(struct rlimit){ 4096, 4096 });
+    signal(SIGXFSZ, SIG_IGN);
+    return (int)journal_open(dir, "group", &j, &err);
+}
+
+static void test_without_room_there_is_no_journal(void **state)
+{
+    (void)state;
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(try_to_open());
+    int st;
+    waitpid(pid, &st, 0);
+    assert_true(WIFEXITED(st));
+    assert_int_equal(WEXITSTATUS(st), LM_IO);
+    assert_null(find_file(""));         /* nor its beginnings, one for each start */
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, make_dir, remove_dir)
 
 int main(void)
@@ -235,7 +285,8 @@ int main(void)
         T(test_proof_needs_a_lonely_death), T(test_one_sigkill_proves_nothing),
         T(test_a_hang_is_proof), T(test_decoding_is_alone), T(test_neighbours_learn),
         T(test_a_failed_device_is_a_death), T(test_foreign_files), T(test_keys),
-        T(test_another_format_is_left_out),
+        T(test_another_format_is_left_out), T(test_a_disk_that_fills_up_later_kills_nobody),
+        T(test_without_room_there_is_no_journal),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
