@@ -12,6 +12,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <limits.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -543,6 +544,50 @@ static void test_retry_408_429(void **state)
     assert_int_equal(st.retries, 4);
 }
 
+/* Of files that are being fetched into the cache. */
+static int open_files(const struct fix *f)
+{
+    char link[300], path[PATH_MAX];
+    int n = 0;
+    DIR *d = opendir("/proc/self/fd");
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d));) {
+        snprintf(link, sizeof link, "/proc/self/fd/%s", e->d_name);
+        ssize_t len = readlink(link, path, sizeof path - 1);
+        path[LM_MAX(len, 0)] = '\0';
+        n += !strncmp(path, f->dir, strlen(f->dir)) && strstr(path, CACHE_CONFIG);
+    }
+    closedir(d);
+    return n;
+}
+
+/* What waits for its next attempt holds no descriptor: the process has a thousand, mostly. */
+static void test_waiting_costs_no_descriptors(void **state)
+{
+    enum { N = 60 };            /* the engine's side holds no more */
+    struct fix *f = *state;
+    struct store_stats st = { 0 };
+    struct store_config cfg = base_config(f);
+    struct answer w;
+    char id[16];
+    cfg.concurrency = 4;
+    cfg.stall_timeout_ms = WAIT_S * 1000;
+    answer_init(&w);
+    open_store(f, &cfg);
+    for (int i = 0; i < N; i++) {
+        snprintf(id, sizeof id, "busy/%d", i);
+        store_get(f->s, id, on_done, &w);
+    }
+    while (st.retries < N) {
+        usleep(1000);
+        store_stats(f->s, &st);
+        assert_true(open_files(f) <= cfg.concurrency);
+    }
+    await(&w, N);
+    assert_int_equal(w.status, LM_OK);
+    assert_int_equal(host.n, N);
+}
+
 static void test_gives_up(void **state)
 {
     struct fix *f = *state;
@@ -1022,6 +1067,7 @@ int main(int argc, char **argv)
         TEST(test_not_found_is_remembered), TEST(test_final_codes), TEST(test_bad_ids_ask_nobody),
         TEST(test_bad_settings), TEST(test_unusable_cache_folder), TEST(test_engine_refuses),
         TEST(test_engine_has_no_room), TEST(test_retry_after), TEST(test_retry_408_429),
+        TEST(test_waiting_costs_no_descriptors),
         TEST(test_gives_up), TEST(test_connection_refused), TEST(test_resume),
         TEST(test_no_resume_without_strong_validator), TEST(test_changed_between_attempts),
         TEST(test_lying_content_range), TEST(test_416_starts_over), TEST(test_unasked_part),

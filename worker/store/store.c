@@ -393,12 +393,18 @@ static char *local_folder(const store *s, const char *id)
 
 /* ---- store thread: fetching ------------------------------------------------------------- */
 
-static lm_status open_file(store *s, struct lookup *l, struct lm_err *err)
+static lm_status open_path(struct lookup *l, int flags, struct lm_err *err)
 {
     char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/%s", l->tmp, files[l->which]);
+    l->file.fd = open(path, O_RDWR | O_CLOEXEC | flags, 0666);
+    return l->file.fd >= 0 ? LM_OK : lm_err_set(err, LM_IO, "%s: %s", path, strerror(errno));
+}
+
+static lm_status open_file(store *s, struct lookup *l, struct lm_err *err)
+{
     if (!l->tmp && cache_tmp(s->cache, &l->tmp, err) != LM_OK)
         return err->code;
-    snprintf(path, sizeof path, "%s/%s", l->tmp, files[l->which]);
     uint64_t before = l->which > 0 ? l->file.have : 0;
     l->url = url_template_fill(s->cfg.url, URL_HOLE_ADAPTER, l->id, files[l->which]);
     l->file = (struct fetch){ .url = l->url, .user = l, .total = FETCH_UNKNOWN, .fd = -1,
@@ -407,10 +413,7 @@ static lm_status open_file(store *s, struct lookup *l, struct lm_err *err)
         l->file.max_bytes = LM_MIN(STORE_CONFIG_MAX, s->cfg.max_adapter_bytes);
     if (!l->url)
         return lm_err_set(err, LM_NOMEM, "no memory for a URL");
-    l->file.fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (l->file.fd < 0)
-        return lm_err_set(err, LM_IO, "%s: %s", path, strerror(errno));
-    return LM_OK;
+    return open_path(l, O_CREAT | O_EXCL, err);
 }
 
 /* One more attempt at the lookup's present file. */
@@ -419,7 +422,7 @@ static void start_attempt(store *s, struct lookup *l)
     struct lm_err err;
     if (end_unwanted(s, l))
         return;
-    lm_status st = l->file.fd < 0 ? open_file(s, l, &err) : LM_OK;
+    lm_status st = l->url ? open_path(l, 0, &err) : open_file(s, l, &err);
     if (st == LM_OK)
         st = fetch_start(s->fetcher, &l->file, &err);
     if (st != LM_OK) {
@@ -448,6 +451,8 @@ static void retry_later(store *s, struct lookup *l)
     lm_log(LM_INFO, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms", l->id,
            l->file.err.msg, l->attempts, s->cfg.max_attempts, (long long)delay);
     l->due_us = lm_now_us() + delay * 1000;
+    close(l->file.fd);          /* while the server is away there may be thousands */
+    l->file.fd = -1;
     STAILQ_INSERT_TAIL(&s->backoff, l, queue);
     pthread_mutex_lock(&s->lock);
     s->stats.retries++;
