@@ -387,6 +387,20 @@ static void test_submit_a_large_prompt(void **state)
     free(text);
 }
 
+/* The client never takes it; the others are sent. */
+static void test_submit_a_line_larger_than_the_queue(void **state)
+{
+    struct fix *f = *state;
+    FILE *in = fopen(f->in, "w");
+    fprintf(in, "{\"id\":\"a\",\"prompt\":\"p\"}\n{\"id\":\"b\",\"prompt\":\"%08192d\"}\n"
+            "{\"id\":\"c\",\"prompt\":\"p\"}\n", 0);
+    fclose(in);
+    expect_status(f, run(f, cmd_submit, "-c", f->config, "--set",
+                         "kafka.queue.buffering.max.kbytes=4", "-i", f->in, NULL), 1);
+    expect_said(f, ":2: not delivered: Local: Queue full");
+    expect_said(f, "3 lines: 2 delivered, 0 refused, 1 not delivered");
+}
+
 static void test_usage_errors(void **state)
 {
     struct fix *f = *state;
@@ -783,7 +797,7 @@ int main(void)
         TEST(test_submit_sends_lines_as_they_are), TEST(test_submit_names_bad_lines_and_goes_on),
         TEST(test_submit_unchecked), TEST(test_submit_keys),
         TEST(test_submit_many_reports_are_capped), TEST(test_submit_line_too_long),
-        TEST(test_submit_a_large_prompt),
+        TEST(test_submit_a_large_prompt), TEST(test_submit_a_line_larger_than_the_queue),
         TEST(test_usage_errors), TEST(test_failures_before_sending), TEST(test_collect_a_job),
         TEST(test_collect_all_answered), TEST(test_collect_gives_up),
         TEST(test_collect_what_is_there), TEST(test_collect_hostile_records),

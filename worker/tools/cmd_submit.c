@@ -143,8 +143,13 @@ static void send_line(struct submit *s)
     prompt_free(p);
     char *key = key_of(s);
     rd_kafka_resp_err_t e;
-    while ((e = produce(s, key)) == RD_KAFKA_RESP_ERR__QUEUE_FULL && !cli_interrupted())
-        rd_kafka_poll(s->kafka.rk, 100);
+    bool empty;                         /* a queue that is full of nothing never takes this line */
+    do {
+        empty = !rd_kafka_outq_len(s->kafka.rk);
+        e = produce(s, key);
+        if (e == RD_KAFKA_RESP_ERR__QUEUE_FULL)
+            rd_kafka_poll(s->kafka.rk, 100);
+    } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !empty && !cli_interrupted());
     free(key);
     if (e)
         report(s, ++s->undelivered, s->lines.number, "not delivered", rd_kafka_err2str(e));
