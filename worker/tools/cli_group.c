@@ -659,6 +659,15 @@ static bool at_end(int64_t *end, const rd_kafka_message_t *m)
     return true;
 }
 
+/* The client goes on trying after all but a right that is missing; it says each error once. */
+static lm_status scan_error(struct cli_kafka *k, const char *topic, const rd_kafka_message_t *m,
+                            struct lm_err *err)
+{
+    snprintf(k->why, sizeof k->why, "[%d] %s", (int)m->partition, rd_kafka_err2str(m->err));
+    return m->err != RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED ? LM_OK :
+        lm_err_set(err, LM_DENIED, "topic '%s' %s", topic, k->why);
+}
+
 lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
                    bool (*each)(void *user, const rd_kafka_message_t *m), void *user,
                    struct lm_err *err)
@@ -681,13 +690,15 @@ lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
         }
         if (!m)
             continue;
+        bool failed = m->err && m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF;
         bool here = !m->err && end[m->partition] >= 0 && m->offset < end[m->partition];
-        if (here && !each(user, m))
+        if (failed)
+            st = scan_error(k, topic, m, err);
+        else if (here && !each(user, m))
             left = 0;
-        else if ((!m->err || m->err == RD_KAFKA_RESP_ERR__PARTITION_EOF) && at_end(end, m))
+        else if (at_end(end, m))
             left--;
-        /* Behind each(), which may take long. */
-        heard = m->err && m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF ? heard : lm_now_us();
+        heard = failed ? heard : lm_now_us();   /* behind each(), which may take long */
         rd_kafka_message_destroy(m);
     }
     free(end);

@@ -248,6 +248,8 @@ lm_status cli_kafka_leaders(struct cli_kafka *k, const char *topic, int timeout_
     if (e == RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART)
         return lm_err_set(err, LM_NOT_FOUND, "the broker has no topic '%s': create it, or set the "
                           "topics.* keys", topic);
+    if (!may_heal(e))
+        return lm_err_set(err, LM_NET, "topic '%s': %s", topic, rd_kafka_err2str(e));
     return lm_err_set(err, LM_NET, "topic '%s': no answer from the brokers: %s%s%s", topic,
                       rd_kafka_err2str(e), k->why[0] ? "; " : "", k->why);
 }

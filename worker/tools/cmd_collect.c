@@ -56,8 +56,9 @@ struct collect {
     FILE *out;
     progress *bar;
     struct collected_sum *tally;
-    uint64_t unreadable, named;
+    uint64_t unreadable, named, complaints;
     int64_t started_us;
+    bool denied;                /* nothing more can come */
 };
 
 static const char help[] =
@@ -166,12 +167,23 @@ static void saw_end(struct collect *c, const rd_kafka_message_t *m)
     }
 }
 
+/* The client says each once, and goes on trying. A right that is missing is no time to wait. */
+static void complain(struct collect *c, const rd_kafka_message_t *m)
+{
+    c->denied |= m->err == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    if (++c->complaints <= REPORT_MAX && m->rkt)
+        progress_say(c->bar, "collect: %s[%d]: %s", rd_kafka_topic_name(m->rkt), m->partition,
+                     rd_kafka_err2str(m->err));
+    else if (c->complaints <= REPORT_MAX)
+        progress_say(c->bar, "collect: %s", rd_kafka_err2str(m->err));
+}
+
 static void take(struct collect *c, const rd_kafka_message_t *m)
 {
     if (m->err == RD_KAFKA_RESP_ERR__PARTITION_EOF)
         saw_end(c, m);
     else if (m->err)
-        lm_log(LM_DEBUG, "collect", "%s", rd_kafka_message_errstr(m));
+        complain(c, m);
     else if (!strcmp(rd_kafka_topic_name(m->rkt), c->config.topics_replies))
         take_reply(c, m);
     else
@@ -378,7 +390,7 @@ static void show(struct collect *c)
 
 static lm_status gather(struct collect *c, struct lm_err *err)
 {
-    while (!finished(c) && !timed_out(c) && !cli_interrupted()) {
+    while (!finished(c) && !timed_out(c) && !c->denied && !cli_interrupted()) {
         rd_kafka_message_t *m = rd_kafka_consumer_poll(c->kafka.rk, 100);
         if (m) {
             take(c, m);

@@ -30,9 +30,12 @@
 
 enum verb { VERB_LIST, VERB_SHOW, VERB_RETRY };
 
-enum { BROKER_MS = 15000 };
+enum { BROKER_MS = 15000, TARGETS = 16 };
 
 struct place { int64_t partition, offset; };
+
+/* A topic that letters are for; `why` it takes none, or "". */
+struct target { char topic[256], why[256]; };
 
 struct dlq {
     enum verb verb;
@@ -49,7 +52,8 @@ struct dlq {
     struct dlq_retry *retry;                    /* with --yes */
     dlq_marks *marks;                           /* without a retry; NULL: not known */
     int64_t *next;                              /* of each partition, behind what was seen; or -1 */
-    char exists[256];                           /* the last topic that was found to be there */
+    struct target targets[TARGETS];             /* the last ones that were asked about */
+    size_t n_targets;                           /* of all */
     uint64_t seen, hits, picked, picked_sent, before, unfit;
     lm_status st;                               /* of the retry, from within the scan */
     struct lm_err err;
@@ -244,17 +248,21 @@ static void show(const struct dlq *q, const struct letter *l)
 /* ---- retry ------------------------------------------------------------------------------ */
 
 /* Asked of the producer: the consumer is in the middle of its topic. Without this a broker that
- * makes topics as they are named would make one. */
-static bool topic_exists(struct dlq *q, const char *topic)
+ * makes topics as they are named would make one. Once for all letters: a topic that is not there
+ * costs seconds. */
+static const struct target *target_of(struct dlq *q, const char *topic)
 {
     struct lm_err err;
     int n;
-    if (!strcmp(q->exists, topic))
-        return true;
+    for (size_t i = 0; i < LM_MIN(q->n_targets, (size_t)TARGETS); i++)
+        if (!strcmp(q->targets[i].topic, topic))
+            return &q->targets[i];
+    struct target *t = &q->targets[q->n_targets++ % TARGETS];
+    *t = (struct target){ .why = "" };
+    snprintf(t->topic, sizeof t->topic, "%s", topic);
     if (cli_kafka_partitions(dlq_retry_kafka(q->retry), topic, BROKER_MS, &n, &err))
-        return false;
-    snprintf(q->exists, sizeof q->exists, "%s", topic);
-    return true;
+        snprintf(t->why, sizeof t->why, "%.255s", err.msg);
+    return t;
 }
 
 /* Why a letter can't be sent to `topic`; NULL: it can. */
@@ -267,12 +275,11 @@ static const char *obstacle(struct dlq *q, const struct letter *l, const char *t
         return "its headers don't say where it came from; use --to";
     if (!q->to && !config_reads_topic(&q->config, topic))
         return "it says that it came from a topic that is not in topics.prompts; use --to";
-    if (!rd_kafka_message_headers(l->m, &h) &&
+    if (!l->m->payload && !rd_kafka_message_headers(l->m, &h) &&
         !rd_kafka_header_get_last(h, "loramill-omitted", &value, &n))
         return "its value was too large to keep; the prompt is where `show` says";
-    if (q->yes && !topic_exists(q, topic))
-        return "its topic does not exist, or no broker answers";
-    return NULL;
+    const struct target *t = q->yes ? target_of(q, topic) : NULL;
+    return t && *t->why ? t->why : NULL;
 }
 
 static lm_status retry(struct dlq *q, const struct letter *l, struct lm_err *err)
