@@ -238,14 +238,8 @@ static void serve_huge_config(struct request *r)
     sendf(r, OK_HEAD "Content-Length: 2000000\r\n\r\n");
 }
 
-static void serve_silent(struct request *r)
-{
-    (void)r;
-    usleep(600000);
-}
-
 /* Until the client hangs up. */
-static void serve_mute(struct request *r)
+static void serve_silent(struct request *r)
 {
     char c;
     while (read(r->fd, &c, 1) > 0)
@@ -255,7 +249,7 @@ static void serve_mute(struct request *r)
 static void serve_first_silent(struct request *r)
 {
     if (r->site->total == 1)
-        usleep(1500000);
+        serve_silent(r);
     else
         serve_good(r);
 }
@@ -267,8 +261,8 @@ static void serve_trickle(struct request *r)
         return;
     }
     sendf(r, OK_HEAD "Content-Length: %zu\r\n\r\n", weights.len);
-    for (int i = 0; i < 60 && send_bytes(r, weights.bytes + i, 1); i++)
-        usleep(20000);
+    for (size_t i = 0; i < weights.len && send_bytes(r, weights.bytes + i, 1); i++)
+        usleep(20000);                  /* until the client hangs up */
 }
 
 static void serve_html(struct request *r)
@@ -375,7 +369,6 @@ static const struct rule rules[] = {
     { "garbage", serve_garbage }, { "to-file", serve_to_file }, { "loop", serve_loop },
     { "moved", serve_moved }, { "auth", serve_auth }, { "stranger", serve_stranger },
     { "slow", serve_slow }, { "first-silent", serve_first_silent }, { "signed", serve_signed },
-    { "mute", serve_mute },
     { NULL, NULL },
 };
 

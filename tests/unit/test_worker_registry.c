@@ -16,6 +16,9 @@
 #include "worker/codec/registry.h"
 #include "worker/codec/schema_cache.h"
 
+/* For a server that answers at once: only a machine that stands still is late. */
+enum { PATIENCE_MS = 20000 };
+
 static registry *open_url(const char *url, const char *auth, int total_ms)
 {
     registry *r = NULL;
@@ -72,7 +75,7 @@ static void bad_answers_have_their_errors(void **state)
 {
     (void)state;
     for (size_t i = 0; i < LM_COUNT(bad); i++) {
-        registry *r = open_url(server.url, NULL, 2000);
+        registry *r = open_url(server.url, NULL, PATIENCE_MS);
         char *text = NULL;
         struct lm_err err = { 0 };
         answer(bad[i].status, bad[i].body);
@@ -92,7 +95,7 @@ static void a_header_of_ones_own_is_sent(void **state)
     registry *r = NULL;
     char *text = NULL;
     struct lm_err err;
-    const struct registry_config cfg = { .url = server.url, .total_ms = 2000,
+    const struct registry_config cfg = { .url = server.url, .total_ms = PATIENCE_MS,
                                          .auth_header = "Authorization: Bearer t0ken" };
     assert_int_equal(registry_new(&cfg, &r, &err), LM_OK);
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
@@ -128,7 +131,7 @@ static void bad_options_are_refused_by_name(void **state)
 static void requests_are_what_a_registry_expects(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, "user:p:ss", 2000);
+    registry *r = open_url(server.url, "user:p:ss", PATIENCE_MS);
     char *text = NULL;
     struct lm_err err;
     answer(200, "{\"schema\": \"\\\"string\\\"\", \"schemaType\": \"AVRO\", \"references\": []}");
@@ -178,7 +181,7 @@ static void registering_fails_by_name(void **state)
         { 200, "{\"id\": 4294967296}", LM_NET, "has no id in it" },
     };
     for (size_t i = 0; i < LM_COUNT(rows); i++) {
-        registry *r = open_url(server.url, NULL, 2000);
+        registry *r = open_url(server.url, NULL, PATIENCE_MS);
         int32_t id = 0;
         struct lm_err err = { 0 };
         answer(rows[i].status, rows[i].body);
@@ -192,7 +195,7 @@ static void registering_fails_by_name(void **state)
 static void registering_at_once_is_asked_again(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, NULL, 2000);
+    registry *r = open_url(server.url, NULL, PATIENCE_MS);
     int32_t id = 0;
     struct lm_err err = { 0 };
     answer(200, "{\"id\": 41}");
@@ -211,14 +214,14 @@ static void a_registry_without_guids_is_told_from_a_wrong_url(void **state)
     char *text = NULL;
     struct lm_err err = { 0 };
     answer(404, "{\"message\": \"RESTEASY003210: Could not find resource\"}");
-    registry *r = open_url(server.url, NULL, 2000);
+    registry *r = open_url(server.url, NULL, PATIENCE_MS);
     assert_int_equal(registry_by_guid(r, guid, &text, &err), LM_NET);
     registry_free(r);
 
     pthread_mutex_lock(&server.lock);
     server.types = "[\"AVRO\"]";
     pthread_mutex_unlock(&server.lock);
-    r = open_url(server.url, NULL, 2000);
+    r = open_url(server.url, NULL, PATIENCE_MS);
     for (int i = 0; i < 2; i++) {
         assert_int_equal(registry_by_guid(r, guid, &text, &err), LM_NOT_FOUND);
         assert_non_null(strstr(err.msg, "does not know schemas by GUID, so 01000000-0000-0000-0000"
@@ -236,20 +239,18 @@ static void a_registry_without_guids_is_told_from_a_wrong_url(void **state)
 static void slow_and_huge_are_bounded(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, NULL, 300);
-    char *text = NULL;
+    char url[64], *text = NULL;
     struct lm_err err = { 0 };
-    answer(200, "{\"schema\": \"\\\"string\\\"\"}");
-    pthread_mutex_lock(&server.lock);
-    server.delay_ms = 1500;
-    pthread_mutex_unlock(&server.lock);
+    int fd = listen_silently_at(url, sizeof url);
+    registry *r = open_url(url, NULL, 300);
     int64_t at = lm_now_us();
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
-    assert_true(lm_now_us() - at < 1200000);
+    assert_true(lm_now_us() - at < 8000000);            /* of itself it takes ten seconds */
     assert_non_null(strstr(err.msg, "timed out"));
     registry_free(r);
+    close(fd);
 
-    r = open_url(server.url, NULL, 5000);
+    r = open_url(server.url, NULL, PATIENCE_MS);
     size_t n = (1 << 20) + 1;
     char *huge = malloc(n);
     memset(huge, ' ', n);
@@ -274,16 +275,16 @@ static void urls_share_the_time(void **state)
     int fa = listen_silently_at(a, sizeof a), fb = listen_silently_at(b, sizeof b);
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
     snprintf(urls, sizeof urls, "%s,%s,%s", a, b, server.url);
-    registry *r = open_url(urls, NULL, 1500);
+    registry *r = open_url(urls, NULL, 4500);
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_OK);
     free(text);
     registry_free(r);
 
     snprintf(urls, sizeof urls, "%s,%s,%s,%s", a, b, a, b);
-    r = open_url(urls, NULL, 800);
+    r = open_url(urls, NULL, 1600);
     int64_t at = lm_now_us();
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
-    assert_true(lm_now_us() - at < 2000000);
+    assert_true(lm_now_us() - at < 5000000);            /* 6.4 s, if each had it all */
     registry_free(r);
     close(fa);
     close(fb);
@@ -306,12 +307,13 @@ static void a_question_is_given_up(void **state)
     registry *r = NULL;
     struct lm_err err = { 0 };
     int fd = listen_silently_at(url, sizeof url);
-    struct registry_config cfg = { .url = url, .total_ms = 20000, .stop = &stop };
+    struct registry_config cfg = { .url = url, .total_ms = 60000, .connect_ms = 60000,
+                                   .stop = &stop };
     assert_int_equal(registry_new(&cfg, &r, &err), LM_OK);
     assert_int_equal(pthread_create(&t, NULL, give_up_soon, &stop), 0);
     int64_t at = lm_now_us();
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_NET);
-    assert_true(lm_now_us() - at < 5000000);
+    assert_true(lm_now_us() - at < 30000000);
     pthread_join(t, NULL);
     registry_free(r);
     close(fd);
@@ -334,7 +336,7 @@ static void urls_are_tried_in_turn(void **state)
     (void)state;
     char urls[256];
     snprintf(urls, sizeof urls, "http://127.0.0.1:9 , %s/", server.url);
-    registry *r = open_url(urls, NULL, 1000);
+    registry *r = open_url(urls, NULL, PATIENCE_MS);
     char *text = NULL;
     struct lm_err err = { 0 };
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
@@ -363,13 +365,14 @@ static void bad_urls_are_refused(void **state)
 static void an_outage_is_not_hammered(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, NULL, 1000);
+    registry *r = open_url(server.url, NULL, PATIENCE_MS);
     char *text = NULL;
     struct lm_err err = { 0 };
     answer(500, "");
+    int64_t at = lm_now_us();
     for (int i = 0; i < 100; i++)
         assert_int_equal(registry_by_id(r, i, &text, &err), LM_NET);
-    assert_int_equal(server_seen(&server)->requests, 1);
+    assert_in_range(server_seen(&server)->requests, 1, 1 + (lm_now_us() - at) / 500000);
     answer(200, "{\"schema\": \"\\\"string\\\"\"}");
     usleep(600000);
     assert_int_equal(registry_by_id(r, 7, &text, &err), LM_OK);
@@ -382,7 +385,7 @@ static void an_outage_is_not_hammered(void **state)
 static void schemas_are_asked_for_once(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, NULL, 1000);
+    registry *r = open_url(server.url, NULL, PATIENCE_MS);
     schema_cache *c = schema_cache_new(r);
     struct avro_plan *p = NULL, *again = NULL;
     struct lm_err err = { 0 };
@@ -420,7 +423,7 @@ static void schemas_are_asked_for_once(void **state)
 static void strangers_do_not_push_out_friends(void **state)
 {
     (void)state;
-    registry *r = open_url(server.url, NULL, 1000);
+    registry *r = open_url(server.url, NULL, PATIENCE_MS);
     schema_cache *c = schema_cache_new(r);
     struct avro_plan *p = NULL;
     struct lm_err err = { 0 };
