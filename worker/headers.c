@@ -179,6 +179,18 @@ static lm_status read_topic(const struct header *h, char *out, size_t cap, struc
     return LM_OK;
 }
 
+/* Brokers refuse these for good, to a transaction as a right that is missing: for which it would be
+ * waited. */
+static bool is_of_kafka(const char *topic)
+{
+    static const char *const names[] = { "__consumer_offsets", "__transaction_state",
+                                         "__share_group_state" };
+    for (size_t i = 0; i < LM_COUNT(names); i++)
+        if (!strcmp(topic, names[i]))
+            return true;
+    return false;
+}
+
 static lm_status read_partition(const struct header *h, int32_t *out, struct lm_err *err)
 {
     const unsigned char *b = h->value;
@@ -222,6 +234,8 @@ lm_status reply_route(const struct header *h, int n, const struct header_names *
     if (out->asked && !reply_topic_allowed(allowed, out->topic))
         return lm_err_set(err, LM_DENIED, "reply topic '%s' is neither topics.replies nor in "
                           "topics.replies_allowed", out->topic);
+    if (out->asked && is_of_kafka(out->topic))
+        return lm_err_set(err, LM_DENIED, "reply topic '%s' is Kafka's own", out->topic);
     return partition ? read_partition(partition, &out->partition, err) : LM_OK;
 }
 

@@ -117,6 +117,22 @@ static void test_route_refusals(void **state)
     assert_int_equal(route(NULL, 0, "other", &r), LM_DENIED);
 }
 
+/* Whatever is allowed: no broker lets anybody write there, and a transaction would wait for it. */
+static void test_route_to_kafkas_own_topics(void **state)
+{
+    (void)state;
+    struct reply_route r;
+    static const char *const own[] = { "__consumer_offsets", "__transaction_state",
+                                       "__share_group_state" };
+    for (size_t i = 0; i < LM_COUNT(own); i++) {
+        const struct header h = { "kafka_replyTopic", own[i], strlen(own[i]) };
+        assert_int_equal(reply_route(&h, 1, &names, NULL, "replies", "*", &r, &err), LM_DENIED);
+        assert_int_equal(reply_route(NULL, 0, &names, own[i], "replies", "*", &r, &err), LM_DENIED);
+        assert_non_null(strstr(err.msg, own[i]));
+    }
+    assert_int_equal(reply_route(NULL, 0, &names, "__mine", "replies", "*", &r, &err), LM_OK);
+}
+
 /* ---- reply headers ----------------------------------------------------------------------- */
 
 static void test_reply_echoes_bytes(void **state)
@@ -230,6 +246,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_allow_list),
+        cmocka_unit_test(test_route_to_kafkas_own_topics),
         cmocka_unit_test(test_route),
         cmocka_unit_test(test_route_refusals),
         cmocka_unit_test(test_reply_echoes_bytes),
