@@ -554,16 +554,17 @@ bool config_reads_topic(const struct config *c, const char *topic)
     return yes;
 }
 
+/* What is in that topic is no prompt. */
 static lm_status check_no_loop(const char *name, const char *key, const char *topic,
-                               struct lm_err *err)
+                               const char *what, struct lm_err *err)
 {
     bool same = !strcmp(name, topic);
     lm_status st = *name == '^' ? pattern_matches(name, topic, &same, err)
                                 : check_topic("topics.prompts", name, err);
     if (!st && same)
         st = lm_err_set(err, LM_INVALID, "topics.prompts: '%s' is also %s%s%s, which would feed "
-                        "the worker its own output", name, key, *name == '^' ? "=" : "",
-                        *name == '^' ? topic : "");
+                        "the worker %s", name, key, *name == '^' ? "=" : "",
+                        *name == '^' ? topic : "", what);
     return st;
 }
 
@@ -575,9 +576,12 @@ static lm_status check_prompt_topics(const struct config *c, struct lm_err *err)
     lm_status st = LM_OK;
     int n = 0;
     for (; !st && (t = config_next_topic(&rest)); n++) {
-        st = check_no_loop(t, "topics.replies", c->topics_replies, err);
+        st = check_no_loop(t, "topics.replies", c->topics_replies, "its own output", err);
         if (!st)
-            st = check_no_loop(t, "topics.dead_letters", c->topics_dead_letters, err);
+            st = check_no_loop(t, "topics.dead_letters", c->topics_dead_letters, "its own output",
+                               err);
+        if (!st && *c->topics_control)
+            st = check_no_loop(t, "topics.control", c->topics_control, "orders as prompts", err);
     }
     if (!st && !n)
         st = lm_err_set(err, LM_INVALID, "topics.prompts=%s names no topic", c->topics_prompts);

@@ -174,6 +174,8 @@ static void test_checks(void **state)
 static const struct { const char *set, *words; } check_rows[] = {
     { "topics.prompts=", "topics.prompts may not be empty" },
     { "topics.control=a b", "topics.control" },
+    { "topics.control=prompts", "'prompts' is also topics.control, which would feed the worker "
+      "orders as prompts" },
     { "poison.max_attempts=1", "use 0 (off) or 2 and more" },
     { "replies.too_large=claim", "needs replies.claim_url with {object}" },
     { "topics.replies=", "topics.replies may not be empty" },
@@ -212,6 +214,16 @@ static void test_check_refusals(void **state)
         setup(state);
         bad_check(check_rows[i].set, check_rows[i].words);
     }
+}
+
+/* Each order would come back as a dead letter. */
+static void test_patterns_and_orders(void **state)
+{
+    (void)state;
+    good("topics.control=us-orders");
+    bad_check("topics.prompts=^us-", "'^us-' is also topics.control=us-orders");
+    good("topics.prompts=^us-prompts");
+    assert_int_equal(config_check(&cfg, &err), LM_OK);
 }
 
 static void test_no_password_is_told(void **state)
@@ -658,7 +670,8 @@ int main(void)
         cmocka_unit_test(test_topic_priorities), TEST(test_prompt_topics), TEST(test_read_again),
         TEST(test_settings_of_the_command_line),
         TEST(test_defaults), TEST(test_types), TEST(test_refusals), TEST(test_owned_are_refused),
-        TEST(test_checks), TEST(test_check_refusals), TEST(test_no_password_is_told),
+        TEST(test_checks), TEST(test_check_refusals), TEST(test_patterns_and_orders),
+        TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
         TEST(test_workers_do_not_fence_each_other), TEST(test_another_id),
