@@ -41,7 +41,8 @@
  *                When that was the cause, or a topic that is set aside, the next one follows at
  *                once, as large, of them alone: who is new may be refused as well. After any other
  *                cause it waits, and is smaller
- *   unknown      a call failed in a way that leaves open what the broker did. librdkafka speaks the
+ *   unknown      a call failed in a way that leaves open what the broker did, or waits for a record
+ *                that the client has lost (transaction_client.c). librdkafka speaks the
  *                first version of the transaction protocol, where a delayed commit may even land on
  *                a later transaction. So the producer is destroyed and a new one made: its
  *                init_transactions() ends whatever the old one had open and fences its requests.
@@ -198,7 +199,7 @@ static bool put_behind(struct tx *t)
  * there for example, never enters the transaction. False: that can't end well any more. */
 static bool produce(struct tx *t)
 {
-    int64_t now = lm_now_us();
+    int64_t now = t->sent_us = lm_now_us();
     for (size_t i = t->stage.from; i < t->stage.n; i++) {
         struct job *j = t->stage.jobs[i];
         if (!j || t->stage.verdicts[i] != STAGE_IN)

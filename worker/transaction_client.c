@@ -23,6 +23,7 @@ enum {
     REBUILD_MIN_MS = 1000,      /* between two rebuilds */
     PURGE_MS = 1000,
     QUESTION_MS = 1000,
+    REPORTS_LATE_MS = 5000,     /* after the time that a record has */
 };
 
 /* ---- what is under way ------------------------------------------------------------------ */
@@ -122,11 +123,22 @@ void transaction_ask_again_soon(void)
     nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);
 }
 
+/* Each record has its report when its time is over, which is a transaction's at most, and commit
+ * and abort wait for that. In librdkafka (2.15.1) one has none if its partition went away while it
+ * was on its way (its topic was deleted, or made again with fewer of them) and it was to be sent
+ * again: it lies where nothing looks, neither a timeout nor a purge, as long as the transaction
+ * holds the partition. Only the client's end frees it. */
+static bool report_is_lost(const struct tx *t)
+{
+    int64_t wait = (t->p->transaction_timeout_ms + REPORTS_LATE_MS) * 1000;
+    return t->p->under_way && lm_now_us() - t->sent_us > wait;
+}
+
 rd_kafka_error_t *transaction_persist(struct tx *t, transaction_call *make)
 {
     for (;;) {
         rd_kafka_error_t *e = make(t);
-        if (!e || !rd_kafka_error_is_retriable(e) || !transaction_call_ms(t))
+        if (!e || !rd_kafka_error_is_retriable(e) || !transaction_call_ms(t) || report_is_lost(t))
             return e;
         lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
         rd_kafka_error_destroy(e);

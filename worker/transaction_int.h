@@ -44,6 +44,7 @@ struct tx {
     int64_t since_us;           /* the oldest in `ready` ... */
     int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
+    int64_t sent_us;            /* its last portion */
     struct log_seldom refused;
 };
 
@@ -85,7 +86,8 @@ int transaction_call_ms(const struct tx *t);
 /* A call about the open transaction. Its error, or NULL; the caller frees it. */
 typedef rd_kafka_error_t *transaction_call(struct tx *t);
 transaction_call transaction_begin, transaction_send_offsets, transaction_commit, transaction_abort;
-/* The call, again until there is an answer, or the worker's end leaves no time for one. */
+/* The call, again until there is an answer, or the worker's end leaves no time for one, or it waits
+ * for a report that does not come. */
 rd_kafka_error_t *transaction_persist(struct tx *t, transaction_call *make);
 void transaction_ask_again_soon(void);
 

@@ -33,6 +33,7 @@ static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
 static const char *_Atomic forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
+static bool loses;              /* ... nor when it is aborted: it is lost with this client */
 static const char *barred;      /* the coordinator says that we may not write to that topic */
 static const char *_Atomic unread;      /* the group takes no offsets of topics that begin so, */
 static rd_kafka_resp_err_t unread_error;        /* why, */
@@ -71,6 +72,10 @@ rd_kafka_error_t *rd_kafka_init_transactions(rd_kafka_t *rk, int timeout_ms)
     (void)rk;
     (void)timeout_ms;
     open_now = spoilt = at_its_end = false;
+    if (loses && atomic_exchange(&others, 0)) {
+        silent = NULL;
+        loses = false;
+    }
     if (!stuck)
         return NULL;
     stuck--;
@@ -176,12 +181,21 @@ rd_kafka_error_t *rd_kafka_send_offsets_to_transaction(
     return spoilt ? forbid() : NULL;
 }
 
+/* A call that waits for reports. */
+static rd_kafka_error_t *wait_longer(void)
+{
+    p.under_way = atomic_load(&others);
+    return rd_kafka_error_new(RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS, "as the test says");
+}
+
 rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
 {
     (void)rk;
     (void)timeout_ms;
     if (spoilt)
         return forbid();
+    if (loses && atomic_load(&others))
+        return wait_longer();
     open_now = false;
     bool fails = fail_next > 0;
     fail_next -= fails;
@@ -200,6 +214,8 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
     atomic_fetch_add(&aborts, 1);
     if (at_its_end)
         return rd_kafka_error_new(RD_KAFKA_RESP_ERR__FATAL, "as the test says");
+    if (loses && atomic_load(&others))
+        return wait_longer();
     open_now = spoilt = false;
     atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
@@ -319,7 +335,7 @@ static int open_world(void **state)
     atomic_store(&unread, NULL);
     unread_us = lead_at_refusal = 0;
     unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    open_now = spoilt = acks = dies = at_its_end = none_begins = false;
+    open_now = spoilt = acks = loses = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
@@ -766,6 +782,42 @@ static void one_new_producer_is_enough(void **state)
     until_in_flight(0);
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
     assert_string_equal(sizes, "1 1 ");
+    end_with_clients();
+}
+
+/* Neither does a record come whose partition went away under it, nor the end of its transaction,
+ * until there is a new client: while it is committed, ... */
+static void a_report_that_does_not_come_brings_a_new_producer(void **state)
+{
+    (void)state;
+    struct job *jobs[2];
+    x->cfg.transaction_max_messages = 2;
+    read_prompts(jobs, 0, 2);
+    jobs[0]->out.topic = "kept";
+    jobs[1]->out.topic = silent = gone;
+    loses = true;
+    finish(jobs, 0, 2);
+    begin_with_clients();
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
+    assert_string_equal(sizes, "1 1 ");         /* what failed as a whole is smaller */
+    end_with_clients();
+}
+
+/* ... and while it is aborted. */
+static void a_report_that_does_not_come_holds_up_no_abort(void **state)
+{
+    (void)state;
+    struct job *jobs[2];
+    x->cfg.transaction_max_messages = 2;
+    read_prompts(jobs, 0, 2);
+    jobs[0]->out.topic = silent = gone;
+    jobs[1]->out.topic = barred = "barred";
+    loses = true;
+    finish(jobs, 0, 2);
+    begin_with_clients();
+    until_in_flight(1);                 /* who is barred waits */
+    assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
     end_with_clients();
 }
 
@@ -1475,6 +1527,8 @@ int main(void)
         TEST(a_portion_without_room_ends_the_transaction),
         TEST(an_open_transaction_is_aborted_at_the_end),
         TEST(what_is_not_taken_in_time_brings_a_new_producer), TEST(one_new_producer_is_enough),
+        TEST(a_report_that_does_not_come_brings_a_new_producer),
+        TEST(a_report_that_does_not_come_holds_up_no_abort),
         TEST(what_is_refused_on_the_spot_costs_the_others_nothing),
         TEST(what_is_refused_early_is_a_dead_letter_at_once),
         TEST(what_is_refused_by_a_client_at_its_end_is_judged_by_the_next),
