@@ -18,11 +18,18 @@
  * Librdkafka below 2.10 forgets the generation that it has just joined when a commit is refused
  * for the one before, and loses all partitions (its issue 4059): it gets no more such commits.
  *
+ * A topic of which the group takes no commits (it is no more, or not ours to read) must not hold up
+ * the others. The brokers answer for each partition, but librdkafka (2.15.1) gives the error of one
+ * to all of its request, also to those that the brokers have taken. So when a request of several
+ * topics is refused like that, each of them is asked for again at once, in a request of its own,
+ * and goes on so until one is taken.
+ *
  * In exactly-once mode nothing is committed here: staging.c gives the same offsets to transactions.
  */
 #include "worker/consumer_int.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -101,24 +108,58 @@ void commit_too_long(consumer *c)
     c->said_small = true;
 }
 
-/* The verdict on one partition; librdkafka may have sorted the list. A stale
- * ref has no verdict: it does not matter any more. */
-static rd_kafka_resp_err_t verdict(consumer *c, const struct ledger_commit *p,
-                                   rd_kafka_topic_partition_list_t *l)
+/* What the answer to a request says of one partition. NULL: it is not in that request, or its ref
+ * is stale: it does not matter any more. */
+static const rd_kafka_topic_partition_t *verdict(const consumer *c, const struct ledger_commit *p,
+                                                 rd_kafka_topic_partition_list_t *l)
 {
     struct ledger_info info;
-    if (!l || !ledger_get(c->ledger, p->ref, &info))
-        return RD_KAFKA_RESP_ERR_NO_ERROR;
-    rd_kafka_topic_partition_t *e = rd_kafka_topic_partition_list_find(l, info.topic,
-                                                                      info.partition);
-    return e ? e->err : RD_KAFKA_RESP_ERR_NO_ERROR;
+    return ledger_get(c->ledger, p->ref, &info) ?
+        rd_kafka_topic_partition_list_find(l, info.topic, info.partition) : NULL;
 }
 
-static void note_refusal(consumer *c, struct ledger_ref ref, rd_kafka_resp_err_t e)
+static bool of_one_topic(const rd_kafka_topic_partition_list_t *l)
 {
-    struct assigned *a = consumer_find_ref(c, ref);
-    if (a)
-        a->refused = stage_refuses_topic(e);
+    for (int i = 1; i < l->cnt; i++)
+        if (strcmp(l->elems[i].topic, l->elems[0].topic))
+            return false;
+    return true;
+}
+
+static size_t longest_of(const rd_kafka_topic_partition_list_t *l)
+{
+    size_t longest = 0;
+    for (int i = 0; i < l->cnt; i++)
+        longest = LM_MAX(longest, l->elems[i].metadata_size);
+    return longest;
+}
+
+/* It may have been taken: its topic need not be the one that is refused. */
+static void note_doubt(consumer *c, struct assigned *a)
+{
+    isolation_unsent(c, a->ref);
+    a->apart = c->unsure = true;
+}
+
+static void note_answer(consumer *c, struct assigned *a, const struct ledger_commit *p,
+                        rd_kafka_resp_err_t e)
+{
+    isolation_answered(c, p->ref, !e);
+    a->refused = stage_refuses_topic(e);
+    a->apart = a->apart && e;
+    if (!e)
+        ledger_committed(c->ledger, p);
+}
+
+static void commit_accepted(consumer *c)
+{
+    if (c->refused > 1)
+        lm_log(LM_INFO, "consumer", "offsets are committed again, after %" PRIu64 " refusals",
+               c->refused);
+    c->again_ms = 0;
+    c->refused = 0;
+    commit_taken(c);
+    metric_add(&c->w->metrics.commits, 1);
 }
 
 static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *l,
@@ -127,30 +168,31 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
     (void)rk;
     consumer *c = opaque;
     rd_kafka_resp_err_t worst = e;
+    bool doubtful = stage_refuses_topic(e) && !of_one_topic(l);
     for (size_t i = 0; i < c->n_pending; i++) {
-        rd_kafka_resp_err_t own = verdict(c, &c->pending[i], l);
-        own = own ? own : e;
-        isolation_answered(c, c->pending[i].ref, !own);
-        note_refusal(c, c->pending[i].ref, own);
-        if (own)
-            worst = own;
+        const struct ledger_commit *p = &c->pending[i];
+        const rd_kafka_topic_partition_t *v = verdict(c, p, l);
+        struct assigned *a = v ? consumer_find_ref(c, p->ref) : NULL;
+        rd_kafka_resp_err_t own = v && v->err ? v->err : e;
+        if (!a)
+            continue;
+        worst = own ? own : worst;
+        if (doubtful && own == e)
+            note_doubt(c, a);
         else
-            ledger_committed(c->ledger, &c->pending[i]);
+            note_answer(c, a, p, own);
     }
-    c->committing = false;
+    c->committing--;
+    c->longest = longest_of(l);
     lm_log(LM_DEBUG, "consumer", "offset commit answered after %" PRId64 " ms",
            (lm_now_us() - c->commit_start_us) / 1000);
-    if (worst) {
+    if (!worst)
+        commit_accepted(c);
+    else if (doubtful && worst == e)
+        lm_log(LM_DEBUG, "consumer", "offset commit refused for some topic: %s",
+               rd_kafka_err2str(e));
+    else
         commit_refused(c, worst);
-    } else {
-        if (c->refused > 1)
-            lm_log(LM_INFO, "consumer", "offsets are committed again, after %" PRIu64 " refusals",
-                   c->refused);
-        c->again_ms = 0;
-        c->refused = 0;
-        commit_taken(c);
-        metric_add(&c->w->metrics.commits, 1);
-    }
 }
 
 void commit_serve(consumer *c, int timeout_ms)
@@ -233,40 +275,59 @@ bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_comm
     return whole;
 }
 
+/* The request that a partition's commit goes with: that of all, or one of its topic's own. */
+static rd_kafka_topic_partition_list_t *request_of(rd_kafka_topic_partition_list_t **l,
+                                                   const struct assigned *a)
+{
+    size_t i = a->apart;
+    while (a->apart && l[i] && strcmp(l[i]->elems[0].topic, a->lease->topic))
+        i++;
+    if (!l[i])
+        l[i] = rd_kafka_topic_partition_list_new(1);
+    return l[i];
+}
+
+static void send_request(consumer *c, rd_kafka_topic_partition_list_t *l)
+{
+    lm_log(LM_DEBUG, "consumer", "offset commit of %d partitions", l->cnt);
+    c->committing++;
+    rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);
+    if (e)
+        on_commit(c->rk, e, l, c);
+    rd_kafka_topic_partition_list_destroy(l);
+}
+
 void commit_start(consumer *c)
 {
+    rd_kafka_topic_partition_list_t **requests;
     /* Of what is lost another worker commits. The group would refuse it, but not once it is empty:
      * then it takes commits of anybody. */
-    if (c->exactly_once || c->committing || rd_kafka_assignment_lost(c->rk) || !grow_pending(c))
+    if (c->exactly_once || c->committing || rd_kafka_assignment_lost(c->rk) || !grow_pending(c) ||
+        !(requests = lm_calloc(c->n_parts + 2, sizeof *requests)))
         return;
-    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new((int)c->n_parts);
     c->n_pending = 0;
     c->longest = 0;
+    c->unsure = false;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
         if (commit_due(c, a, false, &c->pending[c->n_pending]))
-            commit_add_offset(c, a, &c->pending[c->n_pending++], false, l);
+            commit_add_offset(c, a, &c->pending[c->n_pending++], false, request_of(requests, a));
     }
     if (!c->n_pending) {
         c->again_ms = 0;
         c->refused = 0;
-    } else {
-        c->commit_start_us = lm_now_us();
-        lm_log(LM_DEBUG, "consumer", "offset commit of %zu partitions", c->n_pending);
-        rd_kafka_resp_err_t e = rd_kafka_commit_queue(c->rk, l, c->commit_queue, on_commit, c);
-        c->committing = !e;
-        for (size_t i = 0; e && i < c->n_pending; i++)
-            isolation_answered(c, c->pending[i].ref, false);
-        if (e)
-            commit_refused(c, e);
     }
-    rd_kafka_topic_partition_list_destroy(l);
+    c->commit_start_us = lm_now_us();
+    for (size_t i = 0; i < c->n_parts + 1; i++)
+        if (requests[i])
+            send_request(c, requests[i]);
+    free(requests);
 }
 
 void commit_tick(consumer *c)
 {
     int64_t now = lm_now_us();
-    if (now < c->next_commit_us && !c->iso.wanted)
+    if (now < c->next_commit_us && !c->iso.wanted && !c->unsure)
         return;
     c->next_commit_us = now + c->w->cfg->commit_interval_ms * 1000;
     commit_start(c);
@@ -275,6 +336,8 @@ void commit_tick(consumer *c)
 /* A pause before what was refused goes again; false: it does not. */
 static bool goes_again(consumer *c, int64_t end_us)
 {
+    if (c->unsure)              /* once: then each topic has a request of its own */
+        return !rd_kafka_assignment_lost(c->rk) && lm_now_us() < end_us;
     if (!c->again_ms || rd_kafka_assignment_lost(c->rk) ||
         lm_now_us() + c->again_ms * 1000 >= end_us)
         return false;

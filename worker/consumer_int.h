@@ -29,6 +29,7 @@ struct assigned {
     struct quarantine q;
     bool leaving;               /* handed back in order: its mark becomes idle */
     bool refused;               /* the group takes no commits of its topic */
+    bool apart;                 /* its topic's commits are requests of their own; commit.c */
     int64_t retry_us;           /* a commit of it was refused: none for its mark until then */
     int64_t overdue_since_us;   /* ... since then, though it is to hear of the end of a turn, */
     bool overdue;               /* which no turn waits for any more */
@@ -91,10 +92,10 @@ struct consumer {
     /* being taken away; NULL: nothing is. rebalance.c */
     rd_kafka_topic_partition_list_t *revoking;
     int64_t revoke_start_us;
-    /* the one commit under way */
+    /* the one commit under way: what it is of, and its requests that are not answered yet */
     struct ledger_commit *pending;
-    size_t n_pending;
-    bool committing;
+    size_t n_pending, committing;
+    bool unsure;                /* the last one was refused, of which topic is not known */
     int64_t commit_start_us;
     int64_t again_ms;           /* a rebalance has refused the last one: its pause; 0: none has */
     uint64_t refused;           /* for a rebalance, since one was taken: only the first is logged */

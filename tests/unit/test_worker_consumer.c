@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_consumer.c - how long the consumer thread waits while others wait for it, that it
- * commits while a revocation drains, before a join and again after one that refused it, and asks
- * for offsets when no transaction is about to change them; and when a record is said to have come.
- * The test plays that thread, or the client under it.
- * What a group makes of it: tests/integration/test_flow.sh,
+ * commits while a revocation drains, before a join and again after one that refused it, that a
+ * topic whose commits are refused holds up no other, that it asks for offsets when no transaction
+ * is about to change them; and when a record is said to have come. The test plays that thread, or
+ * the client under it. What a group makes of it: tests/integration/test_flow.sh,
  * test_partitions.sh.
  */
 #include <dlfcn.h>
@@ -27,10 +27,15 @@ static char metadata[128];      /* of the first of them */
 /* With `plays_group` a commit waits for the answers here, in order; the last one comes again. */
 static bool plays_group, lost;
 static const rd_kafka_resp_err_t *answers;
+static const char *barred;      /* the group takes no commits of this topic; NULL: of all */
 static int n_commits, library = 0x020f01ff;
 static char committed_topic[16];        /* of the last one's first partition */
-static void (*waits)(rd_kafka_t *, rd_kafka_resp_err_t, rd_kafka_topic_partition_list_t *, void *);
-static void *waits_for;
+static struct {
+    void (*cb)(rd_kafka_t *, rd_kafka_resp_err_t, rd_kafka_topic_partition_list_t *, void *);
+    void *opaque;
+    rd_kafka_topic_partition_list_t *offsets;
+} waits[4];
+static size_t n_waits;
 
 int rd_kafka_version(void)
 {
@@ -43,17 +48,30 @@ int rd_kafka_assignment_lost(rd_kafka_t *rk)
     return lost;
 }
 
+/* As librdkafka tells it: what is refused of one is refused of all in the request. */
+static rd_kafka_resp_err_t answer_to(rd_kafka_topic_partition_list_t *l)
+{
+    rd_kafka_resp_err_t e = *answers;
+    answers += !!*answers;
+    for (int i = 0; barred && i < l->cnt; i++)
+        if (!strcmp(l->elems[i].topic, barred))
+            e = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    for (int i = 0; i < l->cnt; i++)
+        l->elems[i].err = e;
+    return e;
+}
+
 int rd_kafka_queue_poll_callback(rd_kafka_queue_t *q, int timeout_ms)
 {
     (void)q;
-    if (!waits) {
+    if (!n_waits) {
         nanosleep(&(struct timespec){ .tv_nsec = timeout_ms % 1000 * 1000000 }, NULL);
         return 0;
     }
-    __typeof__(waits) cb = waits;
-    waits = NULL;
-    cb(NULL, *answers, NULL, waits_for);
-    answers += !!*answers;
+    __typeof__(waits[0]) first = waits[0];
+    memmove(waits, waits + 1, --n_waits * sizeof *waits);
+    first.cb(NULL, answer_to(first.offsets), first.offsets, first.opaque);
+    rd_kafka_topic_partition_list_destroy(first.offsets);
     return 1;
 }
 
@@ -69,9 +87,14 @@ rd_kafka_resp_err_t rd_kafka_commit_queue(rd_kafka_t *rk,
     (void)q;
     const rd_kafka_topic_partition_t *p = &offsets->elems[0];
     if (plays_group) {
-        assert_null(waits);                     /* one at a time */
-        waits = cb;
-        waits_for = opaque;
+        assert_true(n_waits < LM_COUNT(waits));
+        for (size_t i = 0; i < n_waits; i++)    /* no topic overtakes itself */
+            for (int k = 0; k < offsets->cnt; k++)
+                assert_null(rd_kafka_topic_partition_list_find(
+                    waits[i].offsets, offsets->elems[k].topic, offsets->elems[k].partition));
+        waits[n_waits].cb = cb;
+        waits[n_waits].opaque = opaque;
+        waits[n_waits++].offsets = rd_kafka_topic_partition_list_copy(offsets);
         n_commits++;
         snprintf(committed_topic, sizeof committed_topic, "%s", p->topic);
         return RD_KAFKA_RESP_ERR_NO_ERROR;
@@ -681,7 +704,9 @@ static struct world *open_group(const rd_kafka_resp_err_t *in_order)
 static void close_group(struct world *x)
 {
     plays_group = lost = false;
-    waits = NULL;
+    barred = NULL;
+    while (n_waits)
+        rd_kafka_topic_partition_list_destroy(waits[--n_waits].offsets);
     library = 0x020f01ff;
     close_world(x);
 }
@@ -724,6 +749,88 @@ static void a_partition_whose_commits_are_refused_is_known(void **state)
         assert_int_equal(x->c.parts[0].refused, i % 2 == 0);
     }
     assert_int_equal(committed_offset(x), 1);
+    close_group(x);
+}
+
+/* Two partitions with something to commit, of two topics: the second one's is `other`. */
+static void finish_one_each(struct world *x, int64_t offset)
+{
+    for (int i = 0; i < 2; i++) {
+        x->part = x->c.parts[i];
+        worker_end_job(&x->w, deliver(x, offset, NULL), OUTCOME_REPLY);
+    }
+    x->part = x->c.parts[0];
+    consumer_take_finished(&x->c, 0);
+}
+
+static struct world *open_topics(void)
+{
+    static const rd_kafka_resp_err_t taken[] = { RD_KAFKA_RESP_ERR_NO_ERROR };
+    struct world *x = open_group(taken);
+    assign(x, "other", 0);
+    while (commit_serve(&x->c, 0), n_waits)
+        ;
+    finish_one_each(x, 1);
+    n_commits = 0;
+    return x;
+}
+
+static int64_t committed_of(const struct world *x, int part)
+{
+    struct ledger_info info;
+    assert_true(ledger_get(x->c.ledger, x->c.parts[part].ref, &info));
+    return info.committed;
+}
+
+/* Nor is a topic that is no more, or not to be read any more, a reason to take the others' commits
+ * for refused: their marks and maps wait for them, and so do prompts. Which one it is tells a
+ * request of its own, at once. */
+static void a_topic_that_is_refused_is_refused_alone(void **state)
+{
+    (void)state;
+    struct world *x = open_topics();
+    barred = "other";
+    commit_start(&x->c);
+    for (int i = 0; i < 10; i++) {
+        commit_serve(&x->c, 0);
+        commit_tick(&x->c);                     /* the interval does not end */
+    }
+    assert_int_equal(committed_of(x, 0), 2);
+    assert_int_equal(committed_of(x, 1), 1);
+    assert_false(x->c.parts[0].refused);
+    assert_true(x->c.parts[1].refused);
+    assert_int_equal(n_commits, 3);
+    finish_one_each(x, 2);
+    commit_start(&x->c);
+    assert_int_equal(n_commits, 5);
+    commit_serve(&x->c, 0);
+    commit_serve(&x->c, 0);
+    assert_int_equal(committed_of(x, 0), 3);
+    assert_int_equal(committed_of(x, 1), 1);
+    barred = NULL;
+    for (int i = 3; i < 5; i++) {               /* once it is taken they go together again */
+        finish_one_each(x, i);
+        commit_start(&x->c);
+        commit_serve(&x->c, 0);
+        commit_serve(&x->c, 0);
+        assert_int_equal(committed_of(x, 0), i + 1);
+        assert_int_equal(committed_of(x, 1), i + 1);
+        assert_false(x->c.parts[1].refused);
+    }
+    assert_int_equal(n_commits, 8);
+    close_group(x);
+}
+
+/* The last commit doesn't end in doubt either. */
+static void nor_at_the_end(void **state)
+{
+    (void)state;
+    struct world *x = open_topics();
+    barred = "t";
+    commit_now(&x->c);
+    assert_int_equal(committed_of(x, 0), 1);
+    assert_int_equal(committed_of(x, 1), 2);
+    assert_int_equal(n_commits, 3);
     close_group(x);
 }
 
@@ -845,6 +952,8 @@ int main(void)
         cmocka_unit_test(an_assignment_is_not_taken_by_who_leaves),
         cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
         cmocka_unit_test(a_partition_whose_commits_are_refused_is_known),
+        cmocka_unit_test(a_topic_that_is_refused_is_refused_alone),
+        cmocka_unit_test(nor_at_the_end),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
         cmocka_unit_test(but_not_without_a_pause),
         cmocka_unit_test(an_old_library_waits_for_the_interval),
