@@ -263,7 +263,7 @@ $(BUILD)/tests/unit/test_worker_fatal: private LDFLAGS += -Wl,--wrap=store_free
 $(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_submit,--wrap=engine_adapter_unref,--wrap=outcome_reply,--wrap=journal_decoding
 
 # The engine's events, and what is made of a stream.
-$(BUILD)/tests/unit/test_worker_parts: private LDFLAGS += -Wl,--wrap=engine_poll,--wrap=engine_wake,--wrap=outcome_part,--wrap=outcome_reply
+$(BUILD)/tests/unit/test_worker_parts: private LDFLAGS += -Wl,--wrap=engine_poll,--wrap=engine_wake,--wrap=outcome_part,--wrap=outcome_reply,--wrap=lm_reallocarray
 
 # What becomes of a reply.
 $(BUILD)/tests/unit/test_worker_claim: private LDFLAGS += -Wl,--wrap=outcome_dead_letter,--wrap=outcome_claimed

@@ -21,7 +21,7 @@
  * Streamed replies. Text events gather in the job's stream (stream.h); `streams` holds the jobs
  * that have one, from their first text to their final record. One part of a job is on its way at a
  * time, so parts arrive in order and without gaps; the final record is sent when the last part is
- * acknowledged. A part that can't be delivered ends the parts, never the reply.
+ * acknowledged. A part that can't be made or delivered ends the parts, never the reply.
  */
 #include "worker/worker.h"
 
@@ -169,6 +169,13 @@ static void remove_stream(outbox *o, struct job *j)
         }
 }
 
+/* The parts end here, the reply does not: its final record has all of the text, or is the dead
+ * letter that says why there can be none. */
+static void end_parts(struct stream *s)
+{
+    s->broken = true;
+}
+
 /* Sends what has gathered, if it may go now. */
 static void send_part(outbox *o, struct job *j, int64_t now)
 {
@@ -178,13 +185,15 @@ static void send_part(outbox *o, struct job *j, int64_t now)
         return;
     struct engine_result *text = stream_take(s);
     lm_status st = text ? outcome_part(o->w, j, text) : LM_NOMEM;
-    if (text && st) {           /* the registry is away: the text waits, in front of what comes */
-        stream_give_back(s, text);
+    if (text && lm_status_disposition(st) == LM_DO_RETRY) {
+        stream_give_back(s, text);      /* the registry is away: it waits, before what comes */
         s->due_us = now + o->w->cfg->retry_backoff_ms * 1000;
         return;
     }
     if (text)
         engine_result_free(text);
+    if (text && st)
+        end_parts(s);
     s->sending = !st;
     s->seq += !st;
     s->due_us = now + o->w->cfg->stream_interval_ms * 1000;
@@ -202,6 +211,8 @@ static void maybe_conclude(outbox *o, struct job *j)
 static void take_text(outbox *o, struct job *j, int choice, char *text, size_t len)
 {
     if (!j->stream || (!j->stream->listed && !add_stream(o, j))) {
+        if (j->stream)
+            end_parts(j->stream);       /* what comes next would have a gap before it */
         free(text);
         return;
     }
@@ -214,7 +225,7 @@ static void take_report(outbox *o, struct job *j, const struct outgoing *part)
     struct stream *s = j->stream;
     s->sending = false;
     if (part->error) {
-        s->broken = true;
+        end_parts(s);
         s->seq--;
     } else if (j->route.partition < 0 || j->route.follows) {
         /* Without a key the rest follows the first; should its partition be gone, a later one. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * test_worker_parts.c - a part of a streamed reply that fails: what becomes of the final record,
- * and that what waits for a part is in the engine no more.
+ * test_worker_parts.c - a part of a streamed reply that fails, or can't be made: what becomes of
+ * the final record, and that what waits for a part is in the engine no more.
  * The outbox and its thread are real; the engine's events, and what is encoded and sent, are the
  * test's.
  */
@@ -25,6 +25,8 @@ static bool there, woken;
 static int polls;                       /* begun */
 static struct job *part;                /* the last one sent */
 static int final_seq;                   /* of the final record; -1: there is none yet */
+static lm_status part_status;           /* what becomes of the next part */
+static bool no_memory;                  /* for the next array that grows */
 
 /* ---- the engine, and what is sent ------------------------------------------------------------ */
 
@@ -59,9 +61,21 @@ lm_status __wrap_outcome_part(struct worker *w, struct job *j, const struct engi
 {
     (void)w, (void)text;
     pthread_mutex_lock(&lock);
-    part = job_child(j);
+    lm_status st = part_status;
+    part = st ? NULL : job_child(j);
     pthread_mutex_unlock(&lock);
-    return LM_OK;
+    return st;
+}
+
+void *__real_lm_reallocarray(void *p, size_t n, size_t size);
+void *__wrap_lm_reallocarray(void *p, size_t n, size_t size);
+void *__wrap_lm_reallocarray(void *p, size_t n, size_t size)
+{
+    pthread_mutex_lock(&lock);
+    bool fails = no_memory;
+    no_memory = false;
+    pthread_mutex_unlock(&lock);
+    return fails ? NULL : __real_lm_reallocarray(p, n, size);
 }
 
 lm_status __wrap_outcome_reply(struct worker *w, struct job *j);
@@ -124,18 +138,26 @@ static void part_fails(struct worker *w)
 
 struct scene { struct world *x; outbox *o; struct job *j; };
 
-/* A prompt of which one part is on its way. */
-static void begin(struct scene *s)
+/* A prompt that has said nothing yet. */
+static void begin_silent(struct scene *s)
 {
     s->x = world_open();
     job_queue_init(&s->x->w.parts);
     polls = 0;
-    there = woken = false;
+    there = woken = no_memory = false;
+    part = NULL;
+    part_status = LM_OK;
     final_seq = -1;
     s->j = world_deliver(s->x, 0, NULL);
     s->j->stream = stream_new(1);
     atomic_store(&s->x->w.in_engine, 1);
     assert_int_equal(outbox_new(&s->x->w, &s->o, NULL), LM_OK);
+}
+
+/* One part is on its way. */
+static void begin(struct scene *s)
+{
+    begin_silent(s);
     says(s->j, "once upon");
     assert_int_equal(s->j->stream->seq, 1);
 }
@@ -195,12 +217,60 @@ static void what_waits_for_a_part_has_left_the_engine(void **state)
     end(&s);
 }
 
+/* The registry refuses the replies' schema, say: the final record becomes a dead letter that says
+ * so. A part that waited for better days would be waited for by it. */
+static void a_part_that_can_never_be_made_is_not_waited_for(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin_silent(&s);
+    part_status = LM_NOT_FOUND;
+    says(s.j, "once upon");
+    part_status = LM_OK;
+    says(s.j, "a time");
+    assert_null(part);                  /* the text between would be missing */
+    finishes(s.j);
+    assert_int_equal(final_seq, 0);
+    end(&s);
+}
+
+static void a_part_that_can_be_made_later_is_waited_for(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin_silent(&s);
+    part_status = LM_NET;
+    says(s.j, "once upon");
+    finishes(s.j);
+    assert_int_equal(final_seq, -1);
+    assert_true(stream_has_text(s.j->stream));
+    end(&s);
+}
+
+static void after_text_is_lost_there_are_no_parts(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin_silent(&s);
+    no_memory = true;
+    says(s.j, "once upon");
+    assert_false(no_memory);
+    says(s.j, "a time");
+    assert_null(part);
+    finishes(s.j);
+    assert_int_equal(final_seq, 0);
+    end(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_final_record_counts_the_parts_that_arrived),
         cmocka_unit_test(a_part_that_fails_late_changes_nothing),
         cmocka_unit_test(what_waits_for_a_part_has_left_the_engine),
+        cmocka_unit_test(a_part_that_can_never_be_made_is_not_waited_for),
+        cmocka_unit_test(a_part_that_can_be_made_later_is_waited_for),
+        cmocka_unit_test(after_text_is_lost_there_are_no_parts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
