@@ -3,9 +3,10 @@
  * aside.h - exactly-once: topics that take no records for now, and the jobs that wait for them.
  *
  * A transaction commits when all of its records are taken, so one to a topic whose only replica is
- * away, or that the worker may not write to, would hold up all others. The jobs of such a topic are
- * set aside, and so are those that come for it meanwhile. What they finish waits, as their offsets
- * do; they count as in flight, which bounds them. The others commit.
+ * away, or that the worker may not write to, or whose broker refuses it for whatever reason of its
+ * own, would hold up all others. The jobs of such a topic are set aside, and so are those that come
+ * for it meanwhile. What they finish waits, as their offsets do; they count as in flight, which
+ * bounds them. The others commit.
  *
  *   a record is not taken --> its topic rests --> due: do all of its partitions have a leader?
  *                               ^    ^   no, a look again soon  |  yes

@@ -12,6 +12,35 @@ static bool timed_out(const struct outgoing *o)
     return o && o->error == RD_KAFKA_RESP_ERR__MSG_TIMED_OUT;
 }
 
+/* What the brokers say of the producer or its transaction is everybody's, and what was purged as
+ * that was spoilt has the client library's own codes. */
+static bool of_its_own(int error)
+{
+    switch (error) {
+    case RD_KAFKA_RESP_ERR__MSG_TIMED_OUT:
+    case RD_KAFKA_RESP_ERR_UNKNOWN:
+        return true;
+    case RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER:
+    case RD_KAFKA_RESP_ERR_DUPLICATE_SEQUENCE_NUMBER:
+    case RD_KAFKA_RESP_ERR_INVALID_PRODUCER_EPOCH:
+    case RD_KAFKA_RESP_ERR_INVALID_TXN_STATE:
+    case RD_KAFKA_RESP_ERR_INVALID_PRODUCER_ID_MAPPING:
+    case RD_KAFKA_RESP_ERR_CONCURRENT_TRANSACTIONS:
+    case RD_KAFKA_RESP_ERR_TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
+    case RD_KAFKA_RESP_ERR_UNKNOWN_PRODUCER_ID:
+    case RD_KAFKA_RESP_ERR_PRODUCER_FENCED:
+        return false;
+    default:
+        return error > 0;
+    }
+}
+
+static bool not_taken(const struct outgoing *o)
+{
+    return o && of_its_own(o->error);
+}
+
 bool blame_timed_out(const struct stage *s)
 {
     for (size_t i = 0; i < s->n; i++)
@@ -45,9 +74,9 @@ const struct outgoing *blame_held_up(const struct stage *s, rd_kafka_resp_err_t 
                                      const struct job *j)
 {
     bool barred = code == RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    if (timed_out(&j->out))
+    if (not_taken(&j->out))
         return &j->out;
-    if (timed_out(j->notice) || (barred && may_be_barred(s, j->notice)))
+    if (not_taken(j->notice) || (barred && may_be_barred(s, j->notice)))
         return j->notice;
     return barred && may_be_barred(s, &j->out) ? &j->out : NULL;
 }

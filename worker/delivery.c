@@ -65,6 +65,7 @@ static enum refusal refusal_of(int error)
     case RD_KAFKA_RESP_ERR__QUEUE_FULL:
         return ROOM;
     case RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE:
+    case RD_KAFKA_RESP_ERR_RECORD_LIST_TOO_LARGE:       /* for a segment of its log */
         return SIZE;
     case RD_KAFKA_RESP_ERR_INVALID_MSG:
     case RD_KAFKA_RESP_ERR_INVALID_RECORD:
@@ -75,6 +76,7 @@ static enum refusal refusal_of(int error)
     case RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART:
     case RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED:
     case RD_KAFKA_RESP_ERR_TOPIC_EXCEPTION:
+    case RD_KAFKA_RESP_ERR_UNSUPPORTED_FOR_MESSAGE_FORMAT:
         return TOPIC;
     default:
         return SHARED;          /* the fate of its transaction, or of a broker */
@@ -136,7 +138,8 @@ static lm_status final_reason(producer *p, const struct job *j, const struct out
     if (too_large(p, j, o))
         return lm_err_set(why, LM_TOO_LARGE, "the reply has %zu bytes, %zu with its key and "
                           "headers, more than the broker takes for topic '%s' (its "
-                          "max.message.bytes) or the client allows (message.max_bytes=%" PRId64 ")",
+                          "max.message.bytes or segment.bytes) or the client allows "
+                          "(message.max_bytes=%" PRId64 ")",
                           o->len, producer_record_bytes(j, o), o->topic,
                           p->w->cfg->message_max_bytes);
     if (destination_fault(o) && o->partition >= 0)

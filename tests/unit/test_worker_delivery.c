@@ -100,6 +100,31 @@ static void test_a_huge_header_is_its_own_fault(void **state)
     rd_kafka_destroy(p.rk);
 }
 
+/* What waiting does not change is no reply's fate: one that is larger than a segment of its topic's
+ * log, and one whose prompt has chosen a topic of an old format. */
+static void test_refused_for_good_is_a_dead_letter(void **state)
+{
+    (void)state;
+    static const rd_kafka_resp_err_t errors[] = {
+        RD_KAFKA_RESP_ERR_RECORD_LIST_TOO_LARGE, RD_KAFKA_RESP_ERR_UNSUPPORTED_FOR_MESSAGE_FORMAT };
+    struct config cfg = { .topics_dead_letters = (char *)"dead", .group_id = (char *)"g" };
+    struct worker w = { .cfg = &cfg };
+    struct producer p = { .w = &w, .exactly_once = true, .rk = client(1000000000),
+                          .batch = { .full = 1000000, .bytes = 1000000 } };
+    w.producer = &p;
+    job_queue_init(&p.inbox);
+    for (size_t i = 0; i < LM_COUNT(errors); i++) {
+        struct job *j = reply_of(1100000, 0, 0);
+        j->out.asked = true;
+        j->out.error = errors[i];
+        delivery_judge(&p, j);
+        assert_int_equal(j->outcome, OUTCOME_DEAD_LETTER);
+        assert_int_equal(j->failure, i ? LM_NOT_FOUND : LM_TOO_LARGE);
+    }
+    job_queue_release(&p.inbox);        /* and the letters in it */
+    rd_kafka_destroy(p.rk);
+}
+
 /* A record that was on its way when its topic was made again, with fewer partitions, may come back
  * as one that the client destroyed with the partition. That is no end of ours: it goes again, and
  * what follows a stream's first part may go elsewhere. */
@@ -140,6 +165,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_measured_as_the_library_does),
         cmocka_unit_test(test_a_huge_header_is_its_own_fault),
+        cmocka_unit_test(test_refused_for_good_is_a_dead_letter),
         cmocka_unit_test(test_destroyed_with_its_partition_goes_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

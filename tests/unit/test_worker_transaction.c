@@ -33,7 +33,9 @@ static int late_error;          /* and why */
 static int refuse_tenth;        /* so replies of each tenth prompt are refused on the spot */
 static const char *_Atomic forbidden;   /* ... and all to that topic */
 static const char *silent;      /* nothing comes back of what is sent to that topic */
+static bool unfit_error;        /* has refused one of this transaction */
 static bool loses;              /* ... nor when it is aborted: it is lost with this client */
+static const char *_Atomic unfit;       /* the broker refuses records to that topic */
 static const char *barred;      /* the coordinator says that we may not write to that topic */
 static const char *_Atomic unread;      /* the group takes no offsets of topics that begin so, */
 static rd_kafka_resp_err_t unread_error;        /* why, */
@@ -150,6 +152,11 @@ rd_kafka_resp_err_t rd_kafka_producev(rd_kafka_t *rk, ...)
     p.under_way--;              /* acknowledged at once */
     if (silent && !strcmp(o->topic, silent))
         atomic_fetch_add(&others, 1);
+    topic = atomic_load(&unfit);
+    if (topic && !strcmp(o->topic, topic)) {
+        o->error = RD_KAFKA_RESP_ERR_POLICY_VIOLATION;
+        unfit_error = true;
+    }
     if (barred && !strcmp(o->topic, barred))
         spoilt = p.failed = true;       /* as all of it is purged */
     else if (!spoilt)
@@ -196,6 +203,8 @@ rd_kafka_error_t *rd_kafka_commit_transaction(rd_kafka_t *rk, int timeout_ms)
         return forbid();
     if (loses && atomic_load(&others))
         return wait_longer();
+    if (unfit_error)
+        return rd_kafka_error_new(RD_KAFKA_RESP_ERR__INCONSISTENT, "as the test says");
     open_now = false;
     bool fails = fail_next > 0;
     fail_next -= fails;
@@ -216,7 +225,7 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
         return rd_kafka_error_new(RD_KAFKA_RESP_ERR__FATAL, "as the test says");
     if (loses && atomic_load(&others))
         return wait_longer();
-    open_now = spoilt = false;
+    open_now = spoilt = unfit_error = false;
     atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
 }
@@ -335,7 +344,8 @@ static int open_world(void **state)
     atomic_store(&unread, NULL);
     unread_us = lead_at_refusal = 0;
     unread_error = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    open_now = spoilt = acks = loses = dies = at_its_end = none_begins = false;
+    atomic_store(&unfit, NULL);
+    open_now = spoilt = unfit_error = acks = loses = dies = at_its_end = none_begins = false;
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
@@ -1070,6 +1080,24 @@ static void a_forbidden_topic_holds_up_no_other(void **state)
     assert_int_equal(atomic_load(&sent), SOME);
 }
 
+/* Nor does one that the broker refuses for a reason of its own, whichever. */
+static void a_topic_whose_broker_refuses_holds_up_no_other(void **state)
+{
+    (void)state;
+    struct job *jobs[SOME];
+    x->cfg.transaction_max_messages = 64;
+    x->cfg.retry_backoff_ms = 1;
+    read_prompts(jobs, 0, SOME);
+    for (int i = 0; i < SOME; i++)
+        jobs[i]->out.topic = i < OF_TOPIC ? gone : dead;
+    atomic_store(&unfit, gone);
+    finish(jobs, 0, SOME);
+    begin();
+    until_in_flight(OF_TOPIC);
+    atomic_store(&unfit, NULL);
+    until_in_flight(0);
+}
+
 /* A dead letter with a notice, among replies to another topic. */
 static void lead_with_notice(struct job **jobs)
 {
@@ -1537,6 +1565,7 @@ int main(void)
         TEST(a_notice_that_is_refused_on_the_spot_is_left_out),
         TEST(a_topic_that_takes_nothing_holds_up_no_other),
         TEST(a_topic_that_has_taken_many_is_as_any_other), TEST(a_try_in_vain_holds_up_no_other),
+        TEST(a_topic_whose_broker_refuses_holds_up_no_other),
         TEST(a_forbidden_topic_holds_up_no_other), TEST(a_notice_to_a_forbidden_topic_is_left_out),
         TEST(a_notice_to_the_usual_topic_is_left_out), TEST(a_notice_without_a_leader_is_left_out),
         TEST(a_notice_that_does_not_arrive_is_left_out), TEST(a_forbidden_topic_is_found_out_once),
