@@ -6,7 +6,8 @@
  * A finished request becomes, by its result,
  *
  *   stop, length, expired                a reply
- *   cancelled by us (revoked, stopping)  dropped: the offset stays uncommitted
+ *   cancelled by us (revoked, stopping), dropped: the offset stays uncommitted
+ *     any choice of it
  *   cancelled otherwise                  a reply with that finish reason
  *   error that can heal                  back to intake, up to retry.max_attempts times
  *   device failure                       dropped, and the worker ends: the prompt is not at fault
@@ -54,9 +55,13 @@ static lm_status result_status(const struct engine_result *r)
     return LM_OK;
 }
 
+/* Of several choices some may have ended before. */
 static bool was_cancelled(const struct engine_result *r)
 {
-    return r->n_choices > 0 && r->choices[0].reason == ENGINE_CANCELLED;
+    for (int i = 0; i < r->n_choices; i++)
+        if (r->choices[i].reason == ENGINE_CANCELLED)
+            return true;
+    return false;
 }
 
 static void answer(outbox *o, struct job *j)

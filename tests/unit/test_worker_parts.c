@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_parts.c - a part of a streamed reply that fails, or can't be made: what becomes of
- * the final record, and that what waits for a part is in the engine no more.
+ * the final record, and that what waits for a part is in the engine no more; and what a worker that
+ * ends has cut off.
  * The outbox and its thread are real; the engine's events, and what is encoded and sent, are the
  * test's.
  */
@@ -119,12 +120,19 @@ static void says(struct job *j, const char *text)
                                    .text_len = strlen(text) });
 }
 
+/* With two choices, which ended so. */
+static void finishes_both(struct job *j, enum engine_reason first, enum engine_reason second)
+{
+    struct engine_result *r = engine_result_new(2);
+    r->n_choices = 2;
+    r->choices[0].reason = first;
+    r->choices[1].reason = second;
+    happens((struct engine_event){ .kind = ENGINE_FINISHED, .user = j, .result = r });
+}
+
 static void finishes(struct job *j)
 {
-    struct engine_result *r = engine_result_new(1);
-    r->n_choices = 1;
-    r->choices[0].reason = ENGINE_STOP;
-    happens((struct engine_event){ .kind = ENGINE_FINISHED, .user = j, .result = r });
+    finishes_both(j, ENGINE_STOP, ENGINE_STOP);
 }
 
 static void part_fails(struct worker *w)
@@ -262,6 +270,38 @@ static void after_text_is_lost_there_are_no_parts(void **state)
     end(&s);
 }
 
+/* A choice that is over stays so when the rest is cancelled. Of n choices any may be cut off. */
+static void what_is_cut_off_in_part_is_no_reply(void **state)
+{
+    static const enum engine_reason cut[][2] = { { ENGINE_STOP, ENGINE_CANCELLED },
+                                                 { ENGINE_CANCELLED, ENGINE_STOP } };
+    (void)state;
+    for (size_t i = 0; i < LM_COUNT(cut); i++) {
+        struct scene s;
+        begin(&s);
+        atomic_store(&s.x->w.cancelling, true);
+        finishes_both(job_ref(s.j), cut[i][0], cut[i][1]);
+        assert_int_equal(final_seq, -1);
+        assert_ptr_equal(job_queue_take(&s.x->w.done, 0), s.j);
+        assert_int_equal(s.j->outcome, OUTCOME_DROPPED);
+        job_unref(s.j);
+        part_fails(&s.x->w);
+        end(&s);
+    }
+}
+
+/* It was cancelled by an order: that is its answer. */
+static void what_an_order_cuts_off_in_part_is_a_reply(void **state)
+{
+    struct scene s;
+    (void)state;
+    begin(&s);
+    finishes_both(s.j, ENGINE_STOP, ENGINE_CANCELLED);
+    part_fails(&s.x->w);
+    assert_int_equal(final_seq, 0);
+    end(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -271,6 +311,8 @@ int main(void)
         cmocka_unit_test(a_part_that_can_never_be_made_is_not_waited_for),
         cmocka_unit_test(a_part_that_can_be_made_later_is_waited_for),
         cmocka_unit_test(after_text_is_lost_there_are_no_parts),
+        cmocka_unit_test(what_is_cut_off_in_part_is_no_reply),
+        cmocka_unit_test(what_an_order_cuts_off_in_part_is_a_reply),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
