@@ -111,12 +111,13 @@ static void try_later(producer *p, struct job *j, const char *what)
                                                             cfg->retry_backoff_max_ms));
 }
 
-/* Is the reply's own destination at fault, as the prompt named it? */
+/* Is the reply's own destination at fault, as the prompt named it? A partition that it did not name
+ * was the client's choice, from before the topic was deleted, or made again with fewer of them: the
+ * next try learns which. */
 static bool destination_fault(const struct outgoing *o)
 {
     enum refusal r = refusal_of(o->error);
-    return r == TOPIC ? o->asked :
-           r == PARTITION && !o->follows && (o->asked || o->partition >= 0);
+    return r == TOPIC ? o->asked : r == PARTITION && !o->follows && o->partition >= 0;
 }
 
 static bool too_large(producer *p, const struct job *j, const struct outgoing *o)

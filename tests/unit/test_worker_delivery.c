@@ -160,12 +160,40 @@ static void test_destroyed_with_its_partition_goes_again(void **state)
     rd_kafka_destroy(p.rk);
 }
 
+/* Only a partition that the prompt has named is its own fault: another one was the client's choice,
+ * and the next try makes a better one. */
+static void test_a_partition_that_nobody_named_is_no_fault(void **state)
+{
+    (void)state;
+    struct config cfg = { .topics_dead_letters = (char *)"dead", .group_id = (char *)"g",
+                          .retry_backoff_ms = 50, .retry_backoff_max_ms = 1000 };
+    struct worker w = { .cfg = &cfg };
+    struct producer p = { .w = &w, .rk = client(1000000) };
+    struct job *any = reply_of(10, 0, 0), *named = reply_of(10, 0, 0);
+    any->out.asked = named->out.asked = true;
+    any->out.error = RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION;
+    delivery_judge(&p, any);
+    assert_int_equal(any->outcome, OUTCOME_REPLY);
+    assert_ptr_equal(job_list_take_all(&p.later), any);
+    w.producer = &p;
+    p.exactly_once = true;              /* so that the letter waits to be sent */
+    job_queue_init(&p.inbox);
+    named->out.partition = 7;
+    named->out.error = RD_KAFKA_RESP_ERR__UNKNOWN_PARTITION;
+    delivery_judge(&p, named);
+    assert_int_equal(named->outcome, OUTCOME_DEAD_LETTER);
+    job_queue_release(&p.inbox);        /* and the letter in it */
+    job_unref(any);
+    rd_kafka_destroy(p.rk);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_measured_as_the_library_does),
         cmocka_unit_test(test_a_huge_header_is_its_own_fault),
         cmocka_unit_test(test_refused_for_good_is_a_dead_letter),
+        cmocka_unit_test(test_a_partition_that_nobody_named_is_no_fault),
         cmocka_unit_test(test_destroyed_with_its_partition_goes_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
