@@ -53,11 +53,23 @@ static bool is_withheld(const struct stage *s, const char *topic)
     return s->withheld && withheld_has(s->withheld, topic);
 }
 
+static bool is_ours(const consumer *c, const struct job *j)
+{
+    struct ledger_info info;
+    return ledger_get(c->ledger, j->lease->ref, &info);
+}
+
 /* Its offset goes into none, so neither may its outcome. */
 static enum stage_verdict stage_withheld(const consumer *c, const struct job *j)
 {
-    struct ledger_info info;
-    return ledger_get(c->ledger, j->lease->ref, &info) ? STAGE_WAIT : STAGE_GONE;
+    return is_ours(c, j) ? STAGE_WAIT : STAGE_GONE;
+}
+
+/* A part goes while its final record may, which counts it: also while its partition leaves. */
+static bool stage_one(consumer *c, const struct job *j)
+{
+    return j->parent ? is_ours(c, j) :
+           ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
 }
 
 static void stage_jobs(consumer *c, struct stage *s)
@@ -68,9 +80,7 @@ static void stage_jobs(consumer *c, struct stage *s)
             s->verdicts[i] = stage_withheld(c, j);
             continue;
         }
-        bool in = j->parent ? !lease_revoked(j->lease) :
-                  ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
-        s->verdicts[i] = in ? STAGE_IN : STAGE_GONE;
+        s->verdicts[i] = stage_one(c, j) ? STAGE_IN : STAGE_GONE;
     }
 }
 

@@ -220,6 +220,29 @@ static void test_refused_on_the_spot(void **state)
     assert_string_equal(transact(x, "0 1", STAGING_COMMITTED, false), "0 1 ");
 }
 
+/* The final record counts a part that was handed over before its partition began to leave, and goes
+ * itself until that is another's. */
+static void test_part_of_a_partition_that_leaves(void **state)
+{
+    struct world *x = *state;
+    struct job *part = job_child(jobs[0]);
+    struct job *held[] = { part, jobs[0] };
+    enum stage_verdict verdicts[2];
+    struct stage s = { .jobs = held, .n = 2, .verdicts = verdicts };
+    atomic_store(&x->part.lease->revoked, true);
+    serve(x, &s, STAGING_STAGE);
+    assert_int_equal(verdicts[1], STAGE_IN);
+    assert_int_equal(verdicts[0], STAGE_IN);
+    serve(x, &s, STAGING_ABORTED);
+    ledger_revoke(x->c.ledger, x->part.ref);
+    serve(x, &s, STAGING_STAGE);
+    assert_int_equal(verdicts[1], STAGE_GONE);
+    assert_int_equal(verdicts[0], STAGE_GONE);
+    serve(x, &s, STAGING_ABORTED);
+    stage_release(&s);
+    job_unref(part);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -228,6 +251,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_no_room, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_refused_on_the_spot, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_no_map, open_world, close_world),
+        cmocka_unit_test_setup_teardown(test_part_of_a_partition_that_leaves, open_world,
+                                        close_world),
         cmocka_unit_test_setup_teardown(test_room_that_is_lost, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_room_that_is_known, open_world, close_world),
     };
