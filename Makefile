@@ -255,6 +255,8 @@ $(BUILD)/tests/unit/test_worker_watchdog: private LDFLAGS += -Wl,--wrap=pthread_
 
 # An allocator that has nothing left.
 $(BUILD)/tests/unit/test_worker_job: private LDFLAGS += -Wl,--wrap=lm_malloc
+$(BUILD)/tests/unit/test_worker_consumer $(BUILD)/tests/unit/test_worker_staging: \
+    private LDFLAGS += -Wl,--wrap=lm_strdup
 
 # What happens when the store is gone.
 $(BUILD)/tests/unit/test_worker_fatal: private LDFLAGS += -Wl,--wrap=store_free

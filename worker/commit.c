@@ -251,28 +251,31 @@ static bool grow_pending(consumer *c)
     return p;
 }
 
-/* The commit of one partition: its metadata is MAP, MARK, or "MAP,MARK". */
+/* Its metadata is MAP, MARK, or "MAP,MARK". Without them an offset says that nothing beyond it is
+ * finished, and that nobody is at work: so without memory it isn't said now. */
 bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l)
 {
     char text[OFFSET_MAP_MAX + QUARANTINE_TEXT_MAX + 2], mark[QUARANTINE_TEXT_MAX + 1];
-    bool whole;
-    rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(l, a->lease->topic,
-                                                                     a->partition);
-    p->offset = due->offset;
-    size_t len = ledger_map(c->ledger, due, staged, text, &whole);
+    size_t len = ledger_map(c->ledger, due, staged, text, NULL);
     size_t more = isolation_text(c, a, due, mark);
     if (more) {
         if (len)
             text[len++] = OFFSET_MAP_SEPARATOR;
         memcpy(text + len, mark, more + 1);
     }
+    char *metadata = len + more ? lm_strdup(text) : NULL;       /* freed with the list */
+    if (len + more && !metadata) {
+        isolation_unsent(c, a->ref);
+        return false;
+    }
+    rd_kafka_topic_partition_t *p = rd_kafka_topic_partition_list_add(l, a->lease->topic,
+                                                                     a->partition);
+    p->offset = due->offset;
+    p->metadata = metadata;
     p->metadata_size = len + more;
     c->longest = LM_MAX(c->longest, p->metadata_size);
-    p->metadata = p->metadata_size ? lm_strdup(text) : NULL;    /* freed with the list */
-    if (!p->metadata)
-        p->metadata_size = 0;
-    return whole;
+    return true;
 }
 
 /* The request that a partition's commit goes with: that of all, or one of its topic's own. */
@@ -280,7 +283,7 @@ static rd_kafka_topic_partition_list_t *request_of(rd_kafka_topic_partition_list
                                                    const struct assigned *a)
 {
     size_t i = a->apart;
-    while (a->apart && l[i] && strcmp(l[i]->elems[0].topic, a->lease->topic))
+    while (a->apart && l[i] && l[i]->cnt && strcmp(l[i]->elems[0].topic, a->lease->topic))
         i++;
     if (!l[i])
         l[i] = rd_kafka_topic_partition_list_new(1);
@@ -310,8 +313,10 @@ void commit_start(consumer *c)
     c->unsure = false;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
-        if (commit_due(c, a, false, &c->pending[c->n_pending]))
-            commit_add_offset(c, a, &c->pending[c->n_pending++], false, request_of(requests, a));
+        struct ledger_commit *due = &c->pending[c->n_pending];
+        if (commit_due(c, a, false, due) &&
+            commit_add_offset(c, a, due, false, request_of(requests, a)))
+            c->n_pending++;
     }
     if (!c->n_pending) {
         c->again_ms = 0;
@@ -319,8 +324,10 @@ void commit_start(consumer *c)
     }
     c->commit_start_us = lm_now_us();
     for (size_t i = 0; i < c->n_parts + 1; i++)
-        if (requests[i])
+        if (requests[i] && requests[i]->cnt)
             send_request(c, requests[i]);
+        else if (requests[i])
+            rd_kafka_topic_partition_list_destroy(requests[i]);
     free(requests);
 }
 

@@ -141,7 +141,7 @@ void commit_now(consumer *c);           /* and waits until it is accepted, for s
 
 /* Is there an offset, a map or a mark of this partition to commit? */
 bool commit_due(consumer *c, struct assigned *a, bool staged, struct ledger_commit *due);
-/* Adds a partition's commit with its map and its mark; false: the map had to be cut. */
+/* Adds a partition's commit with its map and its mark; false: there is no memory for these. */
 bool commit_add_offset(consumer *c, struct assigned *a, const struct ledger_commit *due,
                        bool staged, rd_kafka_topic_partition_list_t *l);
 

@@ -144,8 +144,10 @@ static void stage_offset(consumer *c, struct stage *s, struct assigned *a)
     a->refused = is_withheld(s, a->lease->topic);
     if (a->refused || !commit_due(c, a, true, &due))
         return;
-    commit_add_offset(c, a, &due, true, s->offsets);
-    s->commits[s->n_commits++] = due;
+    if (commit_add_offset(c, a, &due, true, s->offsets))
+        s->commits[s->n_commits++] = due;
+    else
+        s->lost = true;         /* its outcomes would be there, and the map not know of them */
 }
 
 /* What was computed before is not sent: other marks may be asked for. */

@@ -44,7 +44,8 @@ struct stage {
     const struct withheld *withheld;    /* in: of these prompt topics nothing; NULL: of all */
     const char *topic;          /* in, of staging_look(): of this one */
     enum stage_verdict *verdicts;       /* [n], out: of those that are new */
-    bool lost;                  /* out: one that was sent is not ours any more: abort */
+    bool lost;                  /* out: one that was sent is not ours any more, or there is no
+                                 * memory for a map: abort */
     rd_kafka_topic_partition_list_t *offsets;   /* out, with the last portion: may be empty */
     rd_kafka_consumer_group_metadata_t *group;
     struct ledger_commit *commits;      /* [n_commits], one for each of `offsets` */

@@ -782,6 +782,43 @@ static int64_t committed_of(const struct world *x, int part)
     return info.committed;
 }
 
+char *__real_lm_strdup(const char *s);
+char *__wrap_lm_strdup(const char *s);
+static bool no_memory;          /* for the next text */
+
+char *__wrap_lm_strdup(const char *s)
+{
+    bool fails = no_memory;
+    no_memory = false;
+    return fails ? NULL : __real_lm_strdup(s);
+}
+
+/* An offset without the map that belongs to it would take back what the last one said. */
+static void without_memory_for_its_map_an_offset_waits(void **state)
+{
+    (void)state;
+    struct world *x = open_topics();
+    struct job *first = deliver(x, 2, NULL);
+    worker_end_job(&x->w, deliver(x, 3, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    no_memory = true;
+    commit_start(&x->c);
+    assert_false(no_memory);
+    assert_int_equal(n_waits, 1);               /* the other topic's has none */
+    assert_int_equal(waits[0].offsets->cnt, 1);
+    assert_string_equal(waits[0].offsets->elems[0].topic, "other");
+    commit_serve(&x->c, 0);
+    assert_int_equal(committed_of(x, 1), 2);
+    commit_start(&x->c);
+    assert_int_equal(n_waits, 1);
+    assert_int_equal(waits[0].offsets->elems[0].offset, 2);
+    assert_true(waits[0].offsets->elems[0].metadata_size > 0);
+    commit_serve(&x->c, 0);
+    assert_int_equal(committed_of(x, 0), 2);
+    job_unref(first);
+    close_group(x);
+}
+
 /* Nor is a topic that is no more, or not to be read any more, a reason to take the others' commits
  * for refused: their marks and maps wait for them, and so do prompts. Which one it is tells a
  * request of its own, at once. */
@@ -953,6 +990,7 @@ int main(void)
         cmocka_unit_test(a_commit_of_a_stale_member_warns_of_nothing),
         cmocka_unit_test(a_partition_whose_commits_are_refused_is_known),
         cmocka_unit_test(a_topic_that_is_refused_is_refused_alone),
+        cmocka_unit_test(without_memory_for_its_map_an_offset_waits),
         cmocka_unit_test(nor_at_the_end),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
         cmocka_unit_test(but_not_without_a_pause),

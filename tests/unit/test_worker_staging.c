@@ -188,6 +188,35 @@ static void test_room_that_is_known(void **state)
     assert_string_equal(transact(x, "0", STAGING_COMMITTED, false), "0 ");
 }
 
+char *__real_lm_strdup(const char *s);
+char *__wrap_lm_strdup(const char *s);
+static bool no_memory;                  /* for the next text */
+
+char *__wrap_lm_strdup(const char *s)
+{
+    bool fails = no_memory;
+    no_memory = false;
+    return fails ? NULL : __real_lm_strdup(s);
+}
+
+/* What the map does not know would be answered again, after a crash. */
+static void test_no_memory_for_the_map(void **state)
+{
+    struct world *x = *state;
+    struct job *held[] = { jobs[1] };
+    enum stage_verdict verdicts[1];
+    struct stage s = { .jobs = held, .n = 1, .verdicts = verdicts };
+    no_memory = true;
+    serve(x, &s, STAGING_STAGE);
+    assert_false(no_memory);
+    assert_true(s.lost);
+    assert_int_equal(s.offsets->cnt, 0);
+    serve(x, &s, STAGING_ABORTED);
+    stage_release(&s);
+    assert_string_equal(transact(x, "1", STAGING_COMMITTED, false), "1 ");
+    assert_true(x->c.taken > 0);
+}
+
 /* A record that was refused on the spot is taken out again: no offset passes it, and the mark that
  * was asked for with the first offsets is asked for with the second ones, or its partition would
  * wait for an answer for ever. */
@@ -250,6 +279,7 @@ int main(void)
         cmocka_unit_test(test_old_mark), cmocka_unit_test(test_marks_alone),
         cmocka_unit_test_setup_teardown(test_no_room, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_refused_on_the_spot, open_world, close_world),
+        cmocka_unit_test_setup_teardown(test_no_memory_for_the_map, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_no_map, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_part_of_a_partition_that_leaves, open_world,
                                         close_world),
