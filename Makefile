@@ -268,7 +268,7 @@ $(BUILD)/tests/unit/test_worker_intake: private LDFLAGS += -Wl,--wrap=engine_sub
 $(BUILD)/tests/unit/test_worker_parts: private LDFLAGS += -Wl,--wrap=engine_poll,--wrap=engine_wake,--wrap=outcome_part,--wrap=outcome_reply,--wrap=lm_reallocarray
 
 # What becomes of a reply.
-$(BUILD)/tests/unit/test_worker_claim: private LDFLAGS += -Wl,--wrap=outcome_dead_letter,--wrap=outcome_claimed
+$(BUILD)/tests/unit/test_worker_claim: private LDFLAGS += -Wl,--wrap=outcome_dead_letter,--wrap=outcome_claimed,--wrap=EVP_Digest
 
 # Stand before the device: each of these can be made to fail, or to happen later.
 OPS := $(addprefix op_,embed rmsnorm gemm rope_kv attention silu_mul gather_rows feed lora_shrink \

@@ -88,12 +88,14 @@ static size_t keep_beginning(char *at, size_t size, size_t n, void *ctx)
     return size * n;
 }
 
-static void hex_digest(const void *at, size_t len, char out[HEX])
+/* False: no memory. */
+static bool hex_digest(const void *at, size_t len, char out[HEX])
 {
     unsigned char digest[EVP_MAX_MD_SIZE];
-    memset(digest, 0, sizeof digest);
-    EVP_Digest(at, len, digest, NULL, EVP_sha256(), NULL);
+    if (!EVP_Digest(at, len, digest, NULL, EVP_sha256(), NULL))
+        return false;
     lm_hex(digest, HEX / 2, out);
+    return true;
 }
 
 /* Asked at least once a second: a silent store must not hold the worker's end up. */
@@ -272,8 +274,9 @@ static void upload_to(claims *c, struct job *j, const char *url, const char *dig
 static void upload(claims *c, struct job *j)
 {
     char digest[HEX];
-    hex_digest(j->out.value, j->out.len, digest);
-    char *url = url_template_fill(c->w->cfg->claim_url, URL_HOLE_OBJECT, digest, NULL);
+    bool named = hex_digest(j->out.value, j->out.len, digest);
+    char *url = named ? url_template_fill(c->w->cfg->claim_url, URL_HOLE_OBJECT, digest, NULL)
+                      : NULL;
     if (url)
         upload_to(c, j, url, digest);
     else

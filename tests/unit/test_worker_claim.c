@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <cmocka.h>
+#include <openssl/evp.h>
 
 #include "consumer_world.h"
 #include "hostile_http.h"
@@ -82,12 +83,12 @@ rows[] = {
     { "500.InternalError", NONE, 0, "" }, { "503.SlowDown", NONE, 0, "" }, { "599.-", NONE, 0, "" },
 };
 
-static void upload_once(struct world *x, int port, size_t i)
+/* Until it has a fate, or is to be tried again. Returns whether it is. */
+static bool upload(struct world *x, int port, const char *answer, struct job *j)
 {
     char url[160];
     claims *c;
-    struct job *j = world_deliver(x, (int64_t)i, NULL);
-    snprintf(url, sizeof url, "http://127.0.0.1:%d/answer/%s/{object}", port, rows[i].answer);
+    snprintf(url, sizeof url, "http://127.0.0.1:%d/answer/%s/{object}", port, answer);
     x->cfg.claim_url = url;
     j->out.value = (char *)"reply";
     j->out.len = 5;
@@ -102,30 +103,77 @@ static void upload_once(struct world *x, int port, size_t i)
     atomic_store(&x->w.ending, true);
     claims_free(c);
     job_queue_take(&x->w.done, 0);      /* what was to be tried again, dropped at the end */
+    return atomic_load(&x->w.metrics.retries) - retries == 1;
+}
+
+static void upload_once(struct world *x, int port, size_t i)
+{
+    struct job *j = world_deliver(x, (int64_t)i, NULL);
+    bool again = upload(x, port, rows[i].answer, j);
     if (atomic_load(&fate) != (int)rows[i].fate)
         fail_msg("%s: %d, %s", rows[i].answer, atomic_load(&fate), cause.msg);
-    assert_int_equal(atomic_load(&x->w.metrics.retries) - retries, rows[i].fate == NONE);
+    assert_int_equal(again, rows[i].fate == NONE);
     if (rows[i].fate == DEAD && (cause.code != rows[i].code || !strstr(cause.msg, rows[i].says)))
         fail_msg("%s: %s", rows[i].answer, cause.msg);
     job_unref(j);
 }
 
-static void test_answers(void **state)
+static const struct rule rules[] = { { "answer", say }, { NULL, NULL } };
+
+static struct world *open_world(void)
 {
-    static const struct rule rules[] = { { "answer", say }, { NULL, NULL } };
-    (void)state;
-    struct site *site = site_open(rules);
     struct world *x = world_open();
     x->cfg.claim_auth_header = x->cfg.claim_s3_region = x->cfg.adapters_ca_file = (char *)"";
     x->cfg.retry_backoff_ms = x->cfg.retry_backoff_max_ms = 60000;
+    return x;
+}
+
+static void test_answers(void **state)
+{
+    (void)state;
+    struct site *site = site_open(rules);
+    struct world *x = open_world();
     for (size_t i = 0; i < LM_COUNT(rows); i++)
         upload_once(x, site->port, i);
     world_close(x);
     site_close(site);
 }
 
+int __real_EVP_Digest(const void *data, size_t n, unsigned char *md, unsigned int *size,
+                      const EVP_MD *type, ENGINE *impl);
+int __wrap_EVP_Digest(const void *data, size_t n, unsigned char *md, unsigned int *size,
+                      const EVP_MD *type, ENGINE *impl);
+static atomic_bool no_memory;
+
+int __wrap_EVP_Digest(const void *data, size_t n, unsigned char *md, unsigned int *size,
+                      const EVP_MD *type, ENGINE *impl)
+{
+    return atomic_load(&no_memory) ? 0 : __real_EVP_Digest(data, n, md, size, type, impl);
+}
+
+/* Else all replies would be the same object, and each would overwrite the one before. */
+static void test_no_object_without_its_name(void **state)
+{
+    (void)state;
+    struct site *site = site_open(rules);
+    struct world *x = open_world();
+    struct job *j = world_deliver(x, 0, NULL);
+    atomic_store(&no_memory, true);
+    assert_true(upload(x, site->port, "200.-", j));
+    assert_int_equal(site->total, 0);
+    assert_int_equal(atomic_load(&fate), NONE);
+    atomic_store(&no_memory, false);
+    assert_false(upload(x, site->port, "200.-", j));
+    assert_int_equal(atomic_load(&fate), CLAIMED);
+    job_unref(j);
+    world_close(x);
+    site_close(site);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_answers) };
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_answers), cmocka_unit_test(test_no_object_without_its_name),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
