@@ -14,7 +14,6 @@
 #include "engine/chat_internal.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 void chat_form_release(struct chat_form *f)

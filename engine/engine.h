@@ -235,8 +235,9 @@ struct engine_request {
 
 typedef uint64_t engine_handle; /* never 0 */
 
-/* LM_BUSY: max_waiting reached, poll and try again. Everything else is final for this request and
- * says why (LM_INVALID, LM_UNSUPPORTED, LM_TOO_LARGE with the numbers, LM_FORMAT for bad UTF-8). */
+/* LM_BUSY: max_waiting reached, poll and try again; LM_NOMEM: try again later. LM_DEVICE, LM_STATE:
+ * the engine has failed, or closes. Everything else is final for this request and says why
+ * (LM_INVALID, LM_UNSUPPORTED, LM_TOO_LARGE with the numbers, LM_FORMAT for bad UTF-8). */
 lm_status engine_submit(engine *e, const struct engine_request *r, engine_handle *out,
                         struct lm_err *err);
 /* The request ends with reason ENGINE_CANCELLED; LM_NOT_FOUND when it has already ended. */

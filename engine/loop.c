@@ -38,7 +38,6 @@
  */
 #include "engine/core_int.h"
 
-#include <stdio.h>
 #include <unistd.h>
 
 /* A machine out of memory for a second is given up. */

@@ -17,7 +17,6 @@
  *   llama3    the piecewise scaling of Llama 3.1
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "engine/model_config_internal.h"

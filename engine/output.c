@@ -17,7 +17,6 @@
  */
 #include "engine/output.h"
 
-#include <math.h>
 #include <string.h>
 
 static bool in_list(const int32_t *ids, int n, int32_t id)

@@ -16,7 +16,6 @@
  */
 #include "engine/tok_internal.h"
 
-#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 

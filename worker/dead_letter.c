@@ -6,7 +6,6 @@
 #include "worker/dead_letter.h"
 
 #include <stdio.h>
-#include <string.h>
 
 enum { ATTEMPT_MAX = 1000000 };
 

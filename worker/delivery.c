@@ -12,6 +12,8 @@
  *                                         would be a loss.
  *   a reply that can never fit            to the object store (claim.c), or dead letter that names
  *                                         the sizes
+ *   a reply that the broker or a topic's  dead letter that says so
+ *     own rules find malformed
  *   a reply to a topic or partition that  dead letter (the prompt is at fault)
  *     the prompt chose and that isn't there or isn't ours to write
  *   any other reply                       tried again for ever, with backoff; one that follows the

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * headers.h - record headers: finding them, reading the conventions of request and reply, and
- * building the headers of replies and dead letters. Knows no Kafka handle, so it is testable alone.
+ * headers.h - record headers: finding them, building lists of them, and the conventions of request
+ * and reply. (A dead letter's are dead_letter.h's.) Knows no Kafka handle, so it is testable alone.
  *
  * Kafka allows a name more than once; as everywhere in its ecosystem, the last one counts. Values
  * are bytes: a correlation id may hold anything and is repeated byte for byte.

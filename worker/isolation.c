@@ -43,8 +43,6 @@
 #include "worker/consumer_int.h"
 
 #include <inttypes.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #define XXH_INLINE_ALL

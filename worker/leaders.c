@@ -6,7 +6,6 @@
  */
 #include "worker/leaders.h"
 
-#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 

@@ -24,6 +24,7 @@
 
 #include "worker/codec/codec.h"
 #include "worker/codec/json_tree.h"
+#include "worker/dead_letter.h"
 #include "worker/stream.h"
 
 enum { LOG_DEAD_LETTERS = 10 };

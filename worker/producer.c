@@ -34,6 +34,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "worker/dead_letter.h"
 #include "worker/delivery.h"
 #include "worker/kafka_conf.h"
 #include "worker/transaction.h"

@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #include "worker/journal.h"
-#include "worker/log.h"
 #include "worker/signals.h"
 
 enum { TICK_MS = 100, CLOSING_LEAST_MS = 2000, SLEPT_MS = 3000, SLEPT_MEMORY_MS = 60000 };

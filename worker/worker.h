@@ -8,7 +8,7 @@
  *   intake     intake
  *   outbox     outbox, stream; outcome, which is whoever's that has the job
  *   producer   producer, delivery, hold, leaders, batch_size; exactly-once transaction with its
- *              files, aside, blame, unanswered
+ *              files, aside, withheld, blame, unanswered
  *   others     control, claim, spans, http, watchdog; cmd_worker, which starts it all
  *
  *   consumer thread --jobs--> [intake] --> intake thread --engine_submit--> engine
@@ -35,7 +35,6 @@
 #include "worker/client_stats.h"
 #include "worker/config.h"
 #include "worker/credentials.h"
-#include "worker/dead_letter.h"
 #include "worker/job.h"
 #include "worker/log.h"
 #include "worker/metrics.h"

@@ -147,7 +147,6 @@ float cpu_bf16_to_f32(uint16_t h);
 float cpu_f16_to_f32(uint16_t h);
 uint16_t cpu_f32_to_bf16(float f);      /* nearest, ties to even */
 uint16_t cpu_f32_to_f16(float f);
-float cpu_e4m3_to_f32(uint8_t b);
 uint8_t cpu_f32_to_e4m3(float f);       /* nearest, ties to even, beyond 448 it is 448 */
 
 /* Machine facts (sys.c): cores of the affinity mask and cgroup quota; bytes of memory. */

@@ -72,7 +72,7 @@ uint16_t cpu_f32_to_f16(float f)
     return (uint16_t)(sign | ((mag - 0x38000000) >> 13));
 }
 
-float cpu_e4m3_to_f32(uint8_t b)
+static float e4m3_to_f32(uint8_t b)
 {
     uint32_t mag = b & 0x7f;
     float f = mag == 0x7f ? float_of(0x7fc00000)
@@ -98,7 +98,7 @@ static float read_elem(const void *src, size_t i, enum kn_dtype t)
     if (t == KN_F32)
         return ((const float *)src)[i];
     if (t == KN_E4M3)
-        return cpu_e4m3_to_f32(((const uint8_t *)src)[i]);
+        return e4m3_to_f32(((const uint8_t *)src)[i]);
     uint16_t h = ((const uint16_t *)src)[i];
     return t == KN_F16 ? cpu_f16_to_f32(h) : cpu_bf16_to_f32(h);
 }

@@ -192,7 +192,8 @@ static void drop_bulk(struct sim_device *d, const char *p)
     }
 }
 
-bool sim_is_bulk(const struct sim_device *d, const void *p)
+/* The pool and other large memory has no content. Locked. */
+static bool is_bulk(const struct sim_device *d, const void *p)
 {
     for (int i = 0; i < d->n_bulk; i++)
         if ((const char *)p >= d->bulk[i].p && (const char *)p < d->bulk[i].p + d->bulk[i].n)
@@ -280,7 +281,7 @@ static void cross(struct sim_stream *s, enum copy_kind kind, size_t bytes, int c
 /* Real only where both sides have content. Locked. */
 static void move(struct sim_device *d, void *dst, const void *src, size_t bytes)
 {
-    if (bytes == 0 || bytes > SIM_BULK_BYTES || sim_is_bulk(d, dst) || sim_is_bulk(d, src))
+    if (bytes == 0 || bytes > SIM_BULK_BYTES || is_bulk(d, dst) || is_bulk(d, src))
         return;
     memmove(dst, src, bytes);
     d->mem_gen++;
@@ -328,7 +329,7 @@ static lm_status sim_zero(kn_stream *st, void *dst, size_t bytes)
     if (bytes && !dst)
         return sim_refuse("zero", "null pointer");
     pthread_mutex_lock(&s->dev->mu);
-    if (bytes && bytes <= SIM_BULK_BYTES && !sim_is_bulk(s->dev, dst)) {
+    if (bytes && bytes <= SIM_BULK_BYTES && !is_bulk(s->dev, dst)) {
         memset(dst, 0, bytes);
         s->dev->mem_gen++;
     }

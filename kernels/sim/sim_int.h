@@ -128,8 +128,6 @@ static inline struct sim_stream *sim_stream_of(kn_stream *s)
 lm_status sim_refuse(const char *op, const char *why);
 /* Puts `ns` of work on the stream, behind what is there and not before the host's now. Locked. */
 void sim_enqueue(struct sim_stream *s, enum sim_kind kind, int64_t ns);
-/* The pool and other large memory has no content. Locked. */
-bool sim_is_bulk(const struct sim_device *d, const void *p);
 
 #define X(op, args) lm_status sim_op_##op(kn_stream *s, const struct kn_##args *a);
 KN_OPS(X)

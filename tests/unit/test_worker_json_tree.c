@@ -28,7 +28,7 @@ static json_t *random_string(void)
         if (i == long_at)
             snprintf(text + strlen(text), 512, "%0*d", 1 + rnd(400), rnd(100));
     }
-    json_t *s = json_text(text, strlen(text));
+    json_t *s = json_stringn(text, strlen(text));
     assert_non_null(s);
     return s;
 }

@@ -6,8 +6,6 @@
 #include "worker/codec/avro_codec.h"
 
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "worker/codec/avro_path.h"
 #include "worker/codec/json_tree.h"

@@ -9,7 +9,6 @@
  */
 #include "worker/codec/json_prompt.h"
 
-#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>

@@ -12,7 +12,6 @@
  */
 #include "worker/codec/json_prompt.h"
 
-#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 

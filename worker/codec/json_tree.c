@@ -175,11 +175,6 @@ bool json_is_utf8(const char *s, size_t n)
     return is_ascii(s, n) || has_good_characters(s, n);
 }
 
-json_t *json_text(const char *s, size_t n)
-{
-    return json_is_utf8(s, n) ? json_stringn_nocheck(s, n) : NULL;
-}
-
 /* ---- text to tree ------------------------------------------------------------------------ */
 
 static lm_status count_values(const char *text, size_t len, struct lm_err *err)

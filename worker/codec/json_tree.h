@@ -46,9 +46,6 @@ char *json_print(const json_t *root, size_t *len);
 
 bool json_is_utf8(const char *s, size_t n);
 
-/* A JSON string of n bytes. NULL: they are not UTF-8, or there is no memory. */
-json_t *json_text(const char *s, size_t n);
-
 /* What is printed above, piece by piece. False: not UTF-8. */
 bool json_put_text(struct bytes *b, const char *s, size_t n);
 void json_put_int(struct bytes *b, int64_t v);

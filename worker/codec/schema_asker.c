@@ -10,7 +10,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 enum { MAX_QUESTIONS = 1024, REPLY_AGAIN_US = 1000000 };

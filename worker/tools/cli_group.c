@@ -4,7 +4,6 @@
  */
 #include "worker/tools/cli_group.h"
 
-#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>

@@ -13,7 +13,6 @@
 #include <limits.h>
 #include <arpa/inet.h>
 #include <microhttpd.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
