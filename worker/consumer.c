@@ -63,7 +63,8 @@ static void finish_job(consumer *c, struct job *j)
     worker_discount(c->w, j);
     if (j->outcome == OUTCOME_DROPPED)
         metric_move(&c->w->metrics.dropped, 1);
-    else if (ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)
+    else if (consumer_tracks(c, j) &&
+             ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)
         job_unref(held);
     job_unref(j);
 }
@@ -117,6 +118,11 @@ struct assigned *consumer_find_ref(consumer *c, struct ledger_ref ref)
     return NULL;
 }
 
+bool consumer_tracks(const consumer *c, const struct job *j)
+{
+    return ledger_user(c->ledger, j->lease->ref, j->record.offset) == j;
+}
+
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a)
 {
     return !only || rd_kafka_topic_partition_list_find(
@@ -167,8 +173,8 @@ static lm_status make_job(consumer *c, struct assigned *a, const rd_kafka_messag
     return st;
 }
 
-/* The log went back: a new epoch, and so a new lease. Jobs of the old one go on, for their replies,
- * but commit nothing. */
+/* The log went back to before all that is unfinished: a new epoch, and so a new lease. Jobs of the
+ * old one go on, for their replies, but commit nothing. */
 static lm_status begin_epoch(consumer *c, struct assigned *a)
 {
     isolation_drop(c, a);
@@ -182,6 +188,21 @@ static lm_status begin_epoch(consumer *c, struct assigned *a)
     lease_unref(a->lease);
     a->lease = l;
     return LM_OK;
+}
+
+/* A log that lost its end (unclean leader election): the client reads on where it was cut off
+ * (KIP-320). What is unfinished before that does not come again, so no commit may pass it; jobs of
+ * what lay behind go on, for their replies, but commit nothing. */
+static lm_status go_back(consumer *c, struct assigned *a, int64_t offset)
+{
+    struct ledger_info info;
+    if (!ledger_get(c->ledger, a->ref, &info) || !info.in_flight || info.watermark >= offset)
+        return begin_epoch(c, a);
+    lm_log(LM_WARN, "consumer", "%s [%d] went back to %" PRId64 "; what is unfinished from %" PRId64
+           " on goes on", a->lease->topic, (int)a->partition, offset, info.watermark);
+    isolation_cut(c, a, offset);
+    c->next_commit_us = 0;      /* the map tells of what was cut off */
+    return ledger_cut(c->ledger, a->ref, offset);
 }
 
 static lm_status enter_ledger(consumer *c, struct assigned *a, const rd_kafka_message_t *m,
@@ -206,7 +227,7 @@ static lm_status deliver(consumer *c, struct assigned *a, const rd_kafka_message
         return LM_OK;
     }
     lm_status st = enter_ledger(c, a, m, &j);
-    if (st == LM_STATE && !(st = begin_epoch(c, a)))
+    if (st == LM_STATE && !(st = go_back(c, a, m->offset)))
         st = enter_ledger(c, a, m, &j);
     if (st)
         return st;

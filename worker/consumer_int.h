@@ -111,6 +111,8 @@ struct consumer {
 /* consumer.c */
 struct assigned *consumer_find(consumer *c, const char *topic, int32_t partition);
 struct assigned *consumer_find_ref(consumer *c, struct ledger_ref ref);   /* NULL: not ours now */
+/* Has the job an entry in the ledger, unfinished? Not once its partition or its record is gone. */
+bool consumer_tracks(const consumer *c, const struct job *j);
 /* Is the partition in `only`? NULL: every one is. */
 bool consumer_selected(const rd_kafka_topic_partition_list_t *only, const struct assigned *a);
 void consumer_take_finished(consumer *c, int timeout_ms);
@@ -178,6 +180,8 @@ void isolation_leave(consumer *c, const rd_kafka_topic_partition_list_t *only);
 /* The same without waiting; true: done, or it has taken long enough. */
 bool isolation_left(consumer *c, const rd_kafka_topic_partition_list_t *only);
 void isolation_drop(consumer *c, struct assigned *a);   /* before the partition's epoch ends */
+/* The same for its prompts from `from` on only, before the ledger's cut. */
+void isolation_cut(consumer *c, struct assigned *a, int64_t from);
 
 /* staging.c */
 void staging_init(struct staging *g);

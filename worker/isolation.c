@@ -180,16 +180,17 @@ static void release(consumer *c, struct assigned *a)
             worker_fail(c->w, LM_NOMEM, "out of memory for the order of keys");
 }
 
+struct cut { consumer *c; int64_t from; };
+
 static void end_held(void *ctx, int64_t offset, void *user)
 {
-    consumer *c = ctx;
+    const struct cut *cut = ctx;
     struct job *j = user;
-    (void)offset;
-    if (!j->held)
+    if (!j->held || offset < cut->from)
         return;
     j->held = false;
     if (!j->behind)             /* else it is in the order's list, until the one before it ends */
-        worker_end_job(c->w, j, OUTCOME_DROPPED);
+        worker_end_job(cut->c->w, j, OUTCOME_DROPPED);
 }
 
 /* Is the turn a suspect's of this partition? */
@@ -198,13 +199,30 @@ static bool has_turn(const consumer *c, const struct assigned *a)
     return c->iso.job && ledger_same(c->iso.ref, a->ref);
 }
 
+static void drop_held(consumer *c, struct assigned *a, int64_t from)
+{
+    struct cut cut = { c, from };
+    struct job_chain all = a->held, gone = { 0 };
+    ledger_each(c->ledger, a->ref, end_held, &cut);
+    a->held = (struct job_chain){ 0 };
+    while (all.head) {
+        struct job *j = job_chain_pop(&all);
+        job_chain_add(j->record.offset < from ? &a->held : &gone, j);
+    }
+    worker_drop_all(c->w, gone.head);
+    if (has_turn(c, a) && c->iso.offset >= from)
+        c->iso.turn = TURN_OPENING;
+}
+
+void isolation_cut(consumer *c, struct assigned *a, int64_t from)
+{
+    drop_held(c, a, from);
+    quarantine_cut(&a->q, from);
+}
+
 void isolation_drop(consumer *c, struct assigned *a)
 {
-    ledger_each(c->ledger, a->ref, end_held, c);
-    worker_drop_all(c->w, a->held.head);
-    a->held = (struct job_chain){ 0 };
-    if (has_turn(c, a))
-        c->iso.turn = TURN_OPENING;
+    drop_held(c, a, INT64_MIN);
     quarantine_init(&a->q, c->iso.max, c->iso.self);
     a->uncapped = false;
     a->retry_us = a->overdue_since_us = 0;

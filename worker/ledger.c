@@ -253,6 +253,47 @@ lm_status ledger_rewind(ledger *l, struct ledger_ref *ref)
     return LM_OK;
 }
 
+static void drop_tail(ledger *l, struct part *p)
+{
+    struct entry *e = entry_at(p, --p->count);
+    if (e->state == FINISHED)
+        return;
+    p->staged -= e->state == STAGED;
+    p->in_flight--;
+    l->in_flight--;
+    if (l->drop)
+        l->drop(l->ctx, e->offset, e->user);
+}
+
+/* Of the restored ranges what lies before `from`, where all is delivered. */
+static void cut_known(struct part *p, int64_t from)
+{
+    while (p->n_known && p->known[p->n_known - 1].from >= from)
+        p->n_known--;
+    if (p->n_known)
+        p->known[p->n_known - 1].to = LM_MIN(p->known[p->n_known - 1].to, from);
+    p->at_known = p->n_known;
+}
+
+lm_status ledger_cut(ledger *l, struct ledger_ref ref, int64_t from)
+{
+    struct part *p = part_of(l, ref);
+    if (!p)
+        return LM_CANCELLED;
+    if (!p->count || entry_at(p, 0)->offset >= from)
+        return LM_NOT_FOUND;
+    while (entry_at(p, p->count - 1)->offset >= from)
+        drop_tail(l, p);
+    struct entry *tail = entry_at(p, p->count - 1);
+    tail->last = LM_MIN(tail->last, from - 1);
+    cut_known(p, from);
+    p->last = from - 1;
+    p->position = LEDGER_NONE;
+    p->version++;               /* the map that was committed is of what is no more */
+    p->credit = 0;
+    return LM_OK;
+}
+
 /* Delivered up to here: ranges behind it are of no more use. */
 static void passed(struct part *p, int64_t offset)
 {
@@ -328,6 +369,13 @@ static struct entry *find_entry(const struct part *p, int64_t offset)
         entry_at(p, lo)->state == FINISHED)
         return NULL;
     return entry_at(p, lo);
+}
+
+void *ledger_user(const ledger *l, struct ledger_ref ref, int64_t offset)
+{
+    const struct part *p = part_of(l, ref);
+    const struct entry *e = p ? find_entry(p, offset) : NULL;
+    return e ? e->user : NULL;
 }
 
 lm_status ledger_complete(ledger *l, struct ledger_ref ref, int64_t offset, void **user)

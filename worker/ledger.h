@@ -20,8 +20,12 @@
  *
  * Rewinds. A delivered offset at or below the last one, or below the committed one, means that the
  * log itself went back (a topic made again, truncation, a seek) or that the client delivers twice.
- * The two can't be told apart, and a repeat is better than a loss: after ledger_rewind() tracking
- * starts again there in a new epoch, and the commit may go back too.
+ * The two can't be told apart, and a repeat is better than a loss. What was delivered from there on
+ * is forgotten: those records are others now, or come again. But what lies before is still the
+ * log's and does not come again, so what is unfinished of it keeps the watermark: ledger_cut().
+ * Where nothing is, ledger_rewind() starts again in a new epoch, and the commit may go back too.
+ * After a cut an offset may be delivered anew while its job of before is still on its way:
+ * ledger_user() says whose it is.
  *
  * The offset map. What is finished beyond the watermark travels in the commit's metadata (see
  * offset_map.h), so that after a crash or a rebalance only unfinished prompts run again:
@@ -105,6 +109,11 @@ bool ledger_skip(ledger *l, struct ledger_ref ref, int64_t offset);
 
 /* The log went back: drops the unfinished entries and begins a new epoch, which *ref becomes. */
 lm_status ledger_rewind(ledger *l, struct ledger_ref *ref);
+/* The log went back to `from`: drops what was delivered from there on, and what an earlier owner
+ * finished there. LM_NOT_FOUND: nothing unfinished lies before; LM_CANCELLED: stale epoch. */
+lm_status ledger_cut(ledger *l, struct ledger_ref ref, int64_t from);
+/* What an unfinished entry was delivered with; NULL: there is none, or the ref is stale. */
+void *ledger_user(const ledger *l, struct ledger_ref ref, int64_t offset);
 
 /* The record had its terminal outcome, durably. *user (may be NULL) is what was delivered with it.
  * LM_CANCELLED: stale epoch; LM_NOT_FOUND: not in flight (finished already or never delivered). */

@@ -62,6 +62,15 @@ void quarantine_progress(struct quarantine *q, int64_t watermark)
     q->until = q->suspect = -1;
 }
 
+void quarantine_cut(struct quarantine *q, int64_t from)
+{
+    q->until = LM_MIN(q->until, from);
+    if (q->suspect >= from) {
+        q->suspect = -1;
+        q->alone = 0;
+    }
+}
+
 enum quarantine_level quarantine_level(const struct quarantine *q)
 {
     if (!q->deaths)

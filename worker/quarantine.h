@@ -87,6 +87,9 @@ bool quarantine_adopt(struct quarantine *q, const struct quarantine_mark *m, int
 /* Everything below the watermark has ended. */
 void quarantine_progress(struct quarantine *q, int64_t watermark);
 
+/* The log lost what lay from `from` on: what comes there now nobody has started. */
+void quarantine_cut(struct quarantine *q, int64_t from);
+
 enum quarantine_level quarantine_level(const struct quarantine *q);
 bool quarantine_suspects(const struct quarantine *q, int64_t offset);  /* must it run alone? */
 bool quarantine_condemns(const struct quarantine *q, int64_t offset);

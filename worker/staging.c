@@ -24,7 +24,7 @@ enum { COMMITTED_MS = 5000 };
 
 static void unstage(consumer *c, const struct job *j)
 {
-    if (j && !j->parent)
+    if (j && !j->parent && consumer_tracks(c, j))
         ledger_stage(c->ledger, j->lease->ref, j->record.offset, false);
 }
 
@@ -41,8 +41,8 @@ static bool still_staged(consumer *c, const struct stage *s)
 {
     for (size_t i = 0; i < s->from; i++) {
         const struct job *j = s->verdicts[i] == STAGE_IN ? s->jobs[i] : NULL;
-        if (j && !j->parent &&
-            ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) != LM_STATE)
+        if (j && !j->parent && (!consumer_tracks(c, j) ||
+            ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) != LM_STATE))
             return false;
     }
     return true;
@@ -53,22 +53,22 @@ static bool is_withheld(const struct stage *s, const char *topic)
     return s->withheld && withheld_has(s->withheld, topic);
 }
 
+/* Its offset goes into none, so neither may its outcome. */
+static enum stage_verdict stage_withheld(const consumer *c, const struct job *j)
+{
+    return consumer_tracks(c, j) ? STAGE_WAIT : STAGE_GONE;
+}
+
 static bool is_ours(const consumer *c, const struct job *j)
 {
     struct ledger_info info;
     return ledger_get(c->ledger, j->lease->ref, &info);
 }
 
-/* Its offset goes into none, so neither may its outcome. */
-static enum stage_verdict stage_withheld(const consumer *c, const struct job *j)
-{
-    return is_ours(c, j) ? STAGE_WAIT : STAGE_GONE;
-}
-
 /* A part goes while its final record may, which counts it: also while its partition leaves. */
 static bool stage_one(consumer *c, const struct job *j)
 {
-    return j->parent ? is_ours(c, j) :
+    return j->parent ? is_ours(c, j) : consumer_tracks(c, j) &&
            ledger_stage(c->ledger, j->lease->ref, j->record.offset, true) == LM_OK;
 }
 

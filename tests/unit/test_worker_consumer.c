@@ -136,6 +136,8 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
 static void assign(struct world *x, const char *topic, int partition);
 
 static int polls;
+static int64_t first_offset;
+static bool rebalances = true;  /* between the two */
 static int64_t second_from_us;  /* the second one comes then, or later */
 
 static rd_kafka_message_t records[2];
@@ -150,12 +152,12 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
             atomic_store(&polled->w.stopping, true);
         return NULL;
     }
-    if (polls == 1) {
+    if (polls == 1 && rebalances) {
         assign(polled, "other", 0);
         second_from_us = lm_now_us();
     }
     static char key[] = "k", value[] = "prompt";
-    records[polls] = (rd_kafka_message_t){ .offset = polls, .key = key, .key_len = 1,
+    records[polls] = (rd_kafka_message_t){ .offset = first_offset + polls, .key = key, .key_len = 1,
                                            .payload = value, .len = 6 };
     return &records[polls++];
 }
@@ -653,6 +655,68 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     close_world(x);
 }
 
+/* ---- a log that goes back ----------------------------------------------------------------- */
+
+/* One that lost its end (unclean leader election): the client reads on where it was cut off. What
+ * is at work from before that does not come again, so no commit passes it, and in exactly-once mode
+ * its outcome goes into a transaction; what is at work from behind is not the record that is there
+ * now. */
+static void a_log_that_lost_its_end_loses_nothing_before(void **state)
+{
+    (void)state;
+    struct lm_err err;
+    static char topics[] = "t";
+    struct world *x = open_world(NULL);
+    struct job *old[6], *jobs[6], *read[2];
+    enum stage_verdict verdicts[6];
+    struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = 6 };
+    x->cfg.topics_prompts = topics;
+    x->cfg.commit_interval_ms = 3600000;
+    x->cfg.intake_max_messages = x->cfg.intake_max_bytes = x->cfg.intake_max_tokens = 1000000;
+    x->cfg.in_flight_max_messages = 1000000;
+    x->c.exactly_once = true;
+    for (int i = 0; i < 6; i++)
+        old[i] = deliver(x, i, NULL);
+    polls = 0;
+    first_offset = 4;
+    rebalances = false;
+    polled = x;
+    assert_int_equal(consumer_start(&x->c, &err), LM_OK);
+    for (int i = 0; i < 2;)
+        for (struct job *j = job_queue_take(&x->w.to_intake, 100), *next; j; j = next) {
+            next = j->next;
+            read[i++] = j;
+        }
+    consumer_join(&x->c);
+    polled = NULL;
+    x->c.staging.closed = false;
+    for (int i = 0; i < 6; i++)
+        jobs[i] = i == 3 ? read[0] : old[i];
+    ask(x, &s, STAGING_STAGE);
+    for (int i = 0; i < 6; i++)
+        assert_int_equal(verdicts[i], i < 4 ? STAGE_IN : STAGE_GONE);
+    assert_int_equal(s.n_commits, 1);
+    assert_int_equal(s.commits[0].offset, 3);   /* not beyond the old 3, with a map of the new 4 */
+    ask(x, &s, STAGING_ABORTED);
+    stage_release(&s);
+    worker_end_job(&x->w, old[4], OUTCOME_REPLY);
+    worker_end_job(&x->w, old[5], OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    assert_int_equal(ledger_in_flight(x->c.ledger), 6);
+    for (int i = 0; i < 4; i++)
+        worker_end_job(&x->w, old[i], OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    assert_int_equal(ledger_in_flight(x->c.ledger), 2);
+    for (int i = 0; i < 2; i++)
+        worker_end_job(&x->w, read[i], OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    assert_int_equal(ledger_in_flight(x->c.ledger), 0);
+    assert_int_equal(x->c.held, 0);
+    first_offset = 0;
+    rebalances = true;
+    close_world(x);
+}
+
 static void count_warnings(void *ctx, enum lm_level level, const char *component, const char *line)
 {
     (void)component;
@@ -980,6 +1044,7 @@ int main(void)
         cmocka_unit_test(but_not_for_ever),
         cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
+        cmocka_unit_test(a_log_that_lost_its_end_loses_nothing_before),
         cmocka_unit_test(the_most_urgent_topic_is_known),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),

@@ -423,9 +423,47 @@ static void test_marks_end(void **state)
     finish(x);
 }
 
+/* The log lost its end and was written on: suspects from before that run alone as ever, and the
+ * others wait for them; what lay behind is let go, and what comes there now is no suspect. */
+static void cut_at_three(bool ordered, int after_turns)
+{
+    static const char *const all[] = { "a0", "b1", "a2", "b3", "c4" };
+    struct world *x = quarantined(5, ordered);
+    read_some(x);
+    for (int i = 0; i < after_turns; i++)
+        turn(x);
+    bool ran[3];
+    for (int i = 0; i < 3; i++)
+        ran[i] = !ledger_user(x->c.ledger, x->part.ref, i);
+    isolation_cut(&x->c, &x->part, 3);
+    assert_int_equal(ledger_cut(x->c.ledger, x->part.ref, 3), ran[0] && ran[1] && ran[2] ?
+                     LM_NOT_FOUND : LM_OK);
+    assert_int_equal(x->part.q.until, 3);
+    read_prompt(x, 3, "b");
+    read_prompt(x, 4, "c");
+    run_all(x);
+    for (int i = 0; i < TURNS && (x->c.held || x->c.iso.turn != TURN_OPEN); i++)
+        turn(x);
+    for (int i = 0; i < (int)LM_COUNT(all); i++)
+        assert_non_null(strstr(order, all[i]));
+    const char *b = of_key('b');
+    assert_true(!ordered || strchr(b, '1') < strchr(b, '3'));
+    finish(x);
+}
+
+static void test_a_log_that_is_cut(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        cut_at_three(false, i);
+        cut_at_three(true, i);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_a_log_that_is_cut),
         cmocka_unit_test(test_keys_in_order), cmocka_unit_test(test_no_order),
         cmocka_unit_test(test_reply_waits), cmocka_unit_test(test_sent_back),
         cmocka_unit_test(test_marks_of_another_are_refused),

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_ledger.c - the ledger by example, then against a naive model over random histories:
- * assign, revoke, deliver with gaps, rewind, finish out of order, finish late with a stale epoch,
- * commit. The model keeps every delivered offset in a flat array and computes each answer anew. One
- * history is long, for what takes many operations to come about; two million are short, each from
- * an empty ledger, for all the ways to begin.
+ * assign, revoke, deliver with gaps, cut and rewind, finish out of order, finish late with a stale
+ * epoch, commit. The model keeps every delivered offset in a flat array and computes each answer
+ * anew. One history is long, for what takes many operations to come about; two million are short,
+ * each from an empty ledger, for all the ways to begin.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -171,6 +171,71 @@ static void test_rewind_starts_over(void **state)
     ledger_free(l);
 }
 
+/* A log that lost its end and was written on: what is unfinished before that holds the watermark,
+ * what comes at offsets that were there before is another record. */
+static void test_a_cut_keeps_what_lies_before(void **state)
+{
+    (void)state;
+    static int jobs[10], again;
+    struct ledger_commit c;
+    void *user;
+    dropped = 0;
+    ledger *l = ledger_new(count_drop, NULL, OFFSET_MAP_MAX);
+    struct ledger_ref r = assign(l, 0, 0);
+    for (int64_t i = 0; i < 10; i++)
+        assert_int_equal(ledger_deliver(l, r, i, &jobs[i]), LM_OK);
+    for (int64_t i = 3; i < 8; i++)
+        finish(l, r, i);                        /* 0, 1, 2 and 8, 9 are at work */
+    accept(l, r, 0);
+    assert_int_equal(ledger_cut(l, r, 0), LM_NOT_FOUND);
+    assert_int_equal(ledger_deliver(l, r, 6, &again), LM_STATE);
+    assert_int_equal(ledger_cut(l, r, 6), LM_OK);
+    assert_int_equal(dropped, 2);
+    assert_true(ledger_due(l, r, false, &c));   /* a map without 6 and 7 */
+    assert_int_equal(c.offset, 0);
+    assert_int_equal(ledger_deliver(l, r, 6, &again), LM_OK);
+    assert_null(ledger_user(l, r, 8));
+    assert_ptr_equal(ledger_user(l, r, 6), &again);
+    assert_ptr_equal(ledger_user(l, r, 2), &jobs[2]);
+    assert_int_equal(ledger_complete(l, r, 8, NULL), LM_NOT_FOUND);
+    finish(l, r, 0);
+    finish(l, r, 2);
+    assert_int_equal(commit_value(l, r), 1);
+    finish(l, r, 1);
+    assert_int_equal(commit_value(l, r), 6);
+    assert_int_equal(ledger_complete(l, r, 6, &user), LM_OK);
+    assert_ptr_equal(user, &again);
+    assert_int_equal(commit_value(l, r), 7);
+    assert_int_equal(ledger_cut(l, r, 3), LM_NOT_FOUND);
+    ledger_revoke(l, r);
+    assert_int_equal(ledger_cut(l, r, 3), LM_CANCELLED);
+    assert_null(ledger_user(l, r, 6));
+    assert_int_equal(dropped, 2);
+    ledger_free(l);
+}
+
+/* Nor is a record of before a reason to pass over the new one at its offset. */
+static void test_a_cut_ends_what_was_restored(void **state)
+{
+    (void)state;
+    static const struct offset_range known[] = { { 2, 4 }, { 6, 9 }, { 12, 14 } };
+    ledger *l = ledger_new(NULL, NULL, OFFSET_MAP_MAX);
+    struct ledger_ref r = assign(l, 0, 0);
+    assert_int_equal(ledger_restore(l, r, known, 3), LM_OK);
+    for (int64_t i = 0; i < 9; i++)
+        if (!ledger_skip(l, r, i))
+            deliver(l, r, i);
+    assert_int_equal(ledger_cut(l, r, 7), LM_OK);
+    for (int64_t i = 7; i < 14; i++) {
+        assert_false(ledger_skip(l, r, i));
+        deliver(l, r, i);
+    }
+    struct ledger_info info;
+    assert_true(ledger_get(l, r, &info));
+    assert_int_equal(info.in_flight, 2 + 2 + 7);
+    ledger_free(l);
+}
+
 static void test_partitions_are_apart(void **state)
 {
     (void)state;
@@ -270,6 +335,16 @@ static int64_t model_floor(const struct model *m)
     return LM_MAX(m->n ? m->offsets[m->n - 1] + 1 : 0, m->committed);
 }
 
+/* How many entries lie before an offset; 0 also when none of them is unfinished. */
+static int model_before(const struct model *m, int64_t offset)
+{
+    int n = 0;
+    bool unfinished = false;
+    for (; n < m->n && m->offsets[n] < offset; n++)
+        unfinished |= !m->finished[n];
+    return unfinished ? n : 0;
+}
+
 static void do_deliver(ledger *l, struct model *m)
 {
     int64_t offset = m->next + (pick(4) ? 0 : pick(50)), floor = model_floor(m);
@@ -278,8 +353,15 @@ static void do_deliver(ledger *l, struct model *m)
         int64_t most = pick(2) ? 3 : 100;
         offset = floor - 1 - pick((uint32_t)LM_MIN(floor, most));
         assert_int_equal(ledger_deliver(l, m->ref, offset, m), LM_STATE);
-        assert_int_equal(ledger_rewind(l, &m->ref), LM_OK);
-        model_start(m, LEDGER_NONE);
+        int before = model_before(m, offset);
+        assert_int_equal(ledger_cut(l, m->ref, offset), before ? LM_OK : LM_NOT_FOUND);
+        if (!before) {
+            assert_int_equal(ledger_rewind(l, &m->ref), LM_OK);
+            model_start(m, LEDGER_NONE);
+        } else {
+            m->n = before;
+            m->position = LEDGER_NONE;
+        }
     }
     assert_int_equal(ledger_deliver(l, m->ref, offset, m), LM_OK);
     m->offsets[m->n] = offset;
@@ -455,6 +537,8 @@ int main(void)
         cmocka_unit_test(test_commit_is_monotonic),
         cmocka_unit_test(test_stale_epoch_changes_nothing),
         cmocka_unit_test(test_rewind_starts_over),
+        cmocka_unit_test(test_a_cut_keeps_what_lies_before),
+        cmocka_unit_test(test_a_cut_ends_what_was_restored),
         cmocka_unit_test(test_partitions_are_apart),
         cmocka_unit_test(test_refuses_nonsense),
         cmocka_unit_test(test_restored_ranges_are_handed_on),
