@@ -11,8 +11,8 @@
  * End, on SIGTERM or SIGINT:  stopping -> the consumer pauses; intake drops what has not started;
  *   what runs may finish for drain.timeout_ms; then it is cancelled and handed back; the watermark
  *   is committed, the group is left -> ending -> the other threads end, along the arrows -> 0.
- * On a failure the same without the drain, and the status is 1. A second signal ends the process at
- * once. A watchdog (watchdog.h) ends a shutdown that hangs.
+ * On a failure the same without the drain, which one in its middle cuts short, and the status is 1.
+ * A second signal ends the process at once. A watchdog (watchdog.h) ends a shutdown that hangs.
  *
  * Silent brokers must not hold an end up. drain_end_us is the clock that all share: after it no
  * call to a broker is made again, and what is under way has a few seconds, each counted from there
@@ -55,8 +55,11 @@ void worker_fail(struct worker *w, lm_status status, const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    if (atomic_compare_exchange_strong(&w->failed, &well, (int)(status ? status : LM_INTERNAL)))
-        lm_log(LM_ERROR, "worker", "%s", text);
+    if (!atomic_compare_exchange_strong(&w->failed, &well, (int)(status ? status : LM_INTERNAL)))
+        return;
+    lm_log(LM_ERROR, "worker", "%s", text);
+    if (atomic_load(&w->stopping))      /* else supervise() sees it */
+        worker_cancel(w);
 }
 
 /* ---- start ------------------------------------------------------------------------------ */
@@ -330,9 +333,9 @@ static void supervise(struct worker *w, watchdog *dog, const sigset_t *signals)
                strsignal(got), drain_ms);
     watchdog_draining(dog, drain_ms + (failed ? WATCHDOG_FAILED_MS : WATCHDOG_CLOSE_MS));
     atomic_store(&w->drain_end_us, lm_now_us() + drain_ms * 1000);
-    if (failed)
-        worker_cancel(w);
     atomic_store(&w->stopping, true);
+    if (atomic_load(&w->failed))        /* by now; worker_fail() sees `stopping` from here on */
+        worker_cancel(w);
     job_queue_wake(&w->to_intake);
     consumer_join(w->consumer);
 }

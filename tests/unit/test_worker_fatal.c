@@ -262,6 +262,20 @@ static void test_fatal_transactional(void **state)
     close(fd);
 }
 
+/* What runs may never end then: its engine may be at its end, or its group. */
+static void test_failure_in_the_drain(void **state)
+{
+    (void)state;
+    struct worker w = { 0 };
+    int64_t end = lm_now_us() + 3600 * INT64_C(1000000);
+    atomic_store(&w.drain_end_us, end);
+    atomic_store(&w.stopping, true);
+    worker_fail(&w, LM_DEVICE, "the engine can't go on");
+    assert_true(atomic_load(&w.cancelling));
+    assert_true(atomic_load(&w.drain_end_us) < end);
+    assert_int_equal(atomic_load(&w.failed), LM_DEVICE);
+}
+
 /* Each of the three threads that a prompt passes is missed. */
 static void test_silent_thread(void **state)
 {
@@ -402,6 +416,7 @@ int main(void)
         cmocka_unit_test(test_fatal_producer),
         cmocka_unit_test(test_fatal_consumer),
         cmocka_unit_test(test_fatal_transactional),
+        cmocka_unit_test(test_failure_in_the_drain),
         cmocka_unit_test(test_no_failure),
         cmocka_unit_test(test_silent_thread),
         cmocka_unit_test(test_scraped_to_the_end),
