@@ -2,7 +2,7 @@
 /*
  * engine.c - the public face: opens and closes, checks and tokenises, hands to the engine thread.
  *
- *   caller threads                      engine thread (core.c)
+ *   caller threads                      engine thread (loop.c)
  *   --------------                      ----------------------
  *   engine_submit: check, tokenise  --> mailbox inbox --> waiting --> plan, apply, step
  *   engine_adapter_load: read, pack --> registry      --> pool blocks (copy stream)

@@ -5,6 +5,8 @@
  * Owns the activation buffers, sized once for the largest step. Knows nothing of requests: a step
  * arrives as a struct of device pointers (step.c makes it), and leaves as ids and
  * log-probabilities in device memory.
+ *
+ * Threads: belongs to the engine thread.
  */
 #ifndef LORAMILL_ENGINE_FORWARD_H
 #define LORAMILL_ENGINE_FORWARD_H

@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * output.h - from sampled ids to text, stop conditions, scores and the request's result.
+ *
+ * What a sequence and a request gather is theirs, and goes with them; the result is the caller's.
+ * Threads: the engine thread's, but for output_result() and what it calls, which whoever polls runs
+ * when the engine thread has let go of the request.
  */
 #ifndef LORAMILL_ENGINE_OUTPUT_H
 #define LORAMILL_ENGINE_OUTPUT_H

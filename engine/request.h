@@ -30,7 +30,7 @@
  *            behind it), and `pending` its token, which is not in `tokens` yet.
  *   DONE     holds no blocks; text and tokens wait for the request's result.
  *
- * A request ends when its last sequence is DONE: exactly one result, built by output.c.
+ * A request ends when its last sequence is DONE: exactly one result, built by result_build.c.
  *
  * Ownership: the mailbox hands a request to the engine thread, which hands it back when it has
  * ended; who polls puts the result together and frees it. Only the mailbox's list of cancelled ones

@@ -9,6 +9,8 @@
  * a token under way as there (seq_length()).
  *
  * Rank: priority (higher first), then arrival, then choice. The running list is kept in it.
+ *
+ * Threads: belongs to the engine thread.
  */
 #ifndef LORAMILL_ENGINE_SCHED_H
 #define LORAMILL_ENGINE_SCHED_H

@@ -10,6 +10,8 @@
  * Up to two steps are in flight: the second is laid out and enqueued while the device runs the
  * first. Tokens that the first will sample are not known then; the second takes them from the
  * first's output on the device (kn_op_feed).
+ *
+ * Threads: belongs to the engine thread.
  */
 #ifndef LORAMILL_ENGINE_STEP_H
 #define LORAMILL_ENGINE_STEP_H

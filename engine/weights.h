@@ -9,6 +9,9 @@
  * heads and feed-forward columns of qkv and gate_up by rows, o and down by columns, lm_head by
  * vocabulary rows; embeddings and norms whole. {0, 1} is the whole model, and all that an engine
  * asks for so far.
+ *
+ * Threads: made by whoever opens the engine, filled by those of upload.h until weights_wait(), then
+ * the engine thread's.
  */
 #ifndef LORAMILL_ENGINE_WEIGHTS_H
 #define LORAMILL_ENGINE_WEIGHTS_H

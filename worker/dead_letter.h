@@ -17,6 +17,8 @@
  *
  * A dead letter that was sent back for a retry and fails again keeps its first `original` headers:
  * they say where it came from. Its newest `exception` ones are added last, and the last counts.
+ *
+ * Threads: whoever has the job.
  */
 #ifndef LORAMILL_WORKER_DEAD_LETTER_H
 #define LORAMILL_WORKER_DEAD_LETTER_H

@@ -5,6 +5,9 @@
  *
  * Kafka allows a name more than once; as everywhere in its ecosystem, the last one counts. Values
  * are bytes: a correlation id may hold anything and is repeated byte for byte.
+ *
+ * Ownership: a list owns what it has copied; what is lent to it outlives it. Threads: none; a job's
+ * lists are whoever's that has the job.
  */
 #ifndef LORAMILL_WORKER_HEADERS_H
 #define LORAMILL_WORKER_HEADERS_H
