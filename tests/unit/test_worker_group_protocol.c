@@ -14,7 +14,7 @@
 
 #include "worker/group_protocol.h"
 
-enum { CONSUMER_GROUP_HEARTBEAT = 68, PATIENCE_US = 30 * 1000000 };
+enum { CONSUMER_GROUP_HEARTBEAT = 68, PATIENCE_US = 120 * 1000000 };
 
 #ifdef __SANITIZE_ADDRESS__
 /*
