@@ -5,7 +5,9 @@
  * in transactions), isolation.c (suspects) and blocking.c (what holds up others). Nobody else
  * includes it.
  *
- * Everything here belongs to the consumer thread, but for a staging's request, under its lock.
+ * Everything here belongs to the consumer thread, but for a staging's request, under its lock, and
+ * the flags of `protocol`, which the client's threads set. What others do with `rk` and `queue` is
+ * in worker.h; the client's threads end a poll by `queue` when a commit is answered.
  */
 #ifndef LORAMILL_WORKER_CONSUMER_INT_H
 #define LORAMILL_WORKER_CONSUMER_INT_H
