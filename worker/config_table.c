@@ -104,7 +104,7 @@ static const struct config_property adapter_rows[] = {
     INT("adapters.max_attempts", adapters_max_attempts, "5", 1, 100,
         "Tries of one transfer before the prompt waits `retry.backoff_ms` and asks again."),
     INT("adapters.negative_ttl_ms", adapters_negative_ttl_ms, "30000", 0, DAY_MS,
-        "How long an unknown adapter is remembered as unknown."),
+        "How long an unknown adapter is remembered as unknown; 0: not at all."),
     STR("adapters.ca_file", adapters_ca_file, "", 0, "PEM file of the store's authority."),
     STR("adapters.auth_header", adapters_auth_header, "", CONFIG_SECRET,
         "A whole header, such as `Authorization: Bearer ...`, sent with every request."),

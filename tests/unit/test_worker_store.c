@@ -442,6 +442,17 @@ static void test_not_found_is_remembered(void **state)
     assert_int_equal(f->site->total, 2);
 }
 
+static void test_not_found_is_remembered_no_longer_than_asked(void **state)
+{
+    struct fix *f = *state;
+    struct store_config cfg = base_config(f);
+    cfg.negative_ttl_ms = 0;
+    open_store(f, &cfg);
+    for (int i = 0; i < 3; i++)
+        expect_error(f, "nobody", LM_NOT_FOUND, "HTTP 404");
+    assert_int_equal(f->site->total, 3);
+}
+
 static void test_final_codes(void **state)
 {
     struct fix *f = *state;
@@ -1062,7 +1073,9 @@ int main(int argc, char **argv)
         TEST(test_emptied_cache_is_made_again),
         TEST(test_single_flight), TEST(test_nested_ids_are_apart),
         TEST(test_other_requests_go_on), TEST(test_local_folder), TEST(test_query_in_template),
-        TEST(test_not_found_is_remembered), TEST(test_final_codes), TEST(test_bad_ids_ask_nobody),
+        TEST(test_not_found_is_remembered),
+        TEST(test_not_found_is_remembered_no_longer_than_asked), TEST(test_final_codes),
+        TEST(test_bad_ids_ask_nobody),
         TEST(test_bad_settings), TEST(test_unusable_cache_folder), TEST(test_engine_refuses),
         TEST(test_engine_has_no_room), TEST(test_retry_after), TEST(test_retry_408_429),
         TEST(test_waiting_costs_no_descriptors),

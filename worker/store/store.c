@@ -158,7 +158,7 @@ static const struct lm_err *negative_find(store *s, const char *id)
 static void negative_add(store *s, const char *id, const struct lm_err *err)
 {
     struct negative *n = lm_calloc(1, sizeof *n);
-    if (s->cfg.negative_ttl_ms <= 0 || !n || !(n->id = lm_strdup(id)) ||
+    if (s->cfg.negative_ttl_ms == 0 || !n || !(n->id = lm_strdup(id)) ||
         table_find(&s->negative_table, id) || !tsearch(n, &s->negative_table, by_id)) {
         free(n ? n->id : NULL);
         free(n);
@@ -741,7 +741,7 @@ static lm_status take_config(store *s, const struct store_config *cfg, struct lm
         .max_attempts = or_default(cfg->max_attempts, 5),
         .connect_timeout_ms = or_default(cfg->connect_timeout_ms, 5000),
         .stall_timeout_ms = or_default(cfg->stall_timeout_ms, 30000),
-        .negative_ttl_ms = or_default(cfg->negative_ttl_ms, 30000),
+        .negative_ttl_ms = LM_MAX(cfg->negative_ttl_ms, 0),
     };
     if (cfg->local_dir && *cfg->local_dir && !(s->cfg.local_dir = lm_strdup(cfg->local_dir)))
         return lm_err_set(err, LM_NOMEM, "no memory");

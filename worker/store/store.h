@@ -12,9 +12,10 @@
  * reader sees a whole adapter or none. Interrupted downloads leave only tmp/ entries, swept at
  * start when their process is gone.
  *
- * Failures: 404/403/410 -> LM_NOT_FOUND / LM_DENIED (final, remembered for `negative_ttl_ms`);
- * timeouts, 408, 429, 5xx -> retried with jittered backoff up to `max_attempts`, then LM_NET;
- * a broken adapter -> what engine_adapter_load() says (final).
+ * Failures: 404, 410 -> LM_NOT_FOUND; 401, 403 -> LM_DENIED; other 4xx -> LM_INVALID; a broken
+ * adapter -> what its form, or engine_adapter_load(), says: all final, and remembered for
+ * `negative_ttl_ms`. No connection, a cut body, 408, 429, 5xx -> retried with jittered backoff up
+ * to `max_attempts`, then LM_NET.
  */
 #ifndef LORAMILL_WORKER_STORE_STORE_H
 #define LORAMILL_WORKER_STORE_STORE_H
@@ -36,7 +37,7 @@ struct store_config {
     int max_attempts;           /* 0: 5 */
     int connect_timeout_ms;     /* 0: 5000 */
     int stall_timeout_ms;       /* 0: 30000, no bytes for so long */
-    int negative_ttl_ms;        /* 0: 30000 */
+    int negative_ttl_ms;        /* 0: nothing is remembered */
 };
 
 lm_status store_new(const struct store_config *cfg, store **out, struct lm_err *err);

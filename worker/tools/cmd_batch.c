@@ -163,6 +163,7 @@ static lm_status open_store(const struct options *o, engine *e, store **out, str
         return st;
     char *cache = config_cache_dir(&defaults);
     cfg.cache_dir = o->cache_dir ? o->cache_dir : cache;
+    cfg.negative_ttl_ms = (int)defaults.adapters_negative_ttl_ms;
     if (remote) {
         int n = snprintf(url, sizeof url, "%s%s", o->adapters,
                          strstr(o->adapters, URL_HOLE_ADAPTER) ? "" : "/" URL_HOLE_ADAPTER);
