@@ -112,7 +112,7 @@ struct store {
     int n_negatives;
     struct lookups inbox, loading;
     struct store_stats stats;
-    struct log_seldom away, refused;
+    struct log_seldom away, refused, no_room;      /* adapters are many, and come again */
 
     struct lookups ready, backoff;                 /* the store thread's own */
     LIST_HEAD(, lookup) fetching;
@@ -222,7 +222,7 @@ static void finish(store *s, struct lookup *l, lm_status status, engine_adapter 
         negative_add(s, l->id, err);
     pthread_mutex_unlock(&s->lock);
     if (status == LM_BUSY)
-        lm_log(LM_INFO, "store", "%s", err->msg);
+        log_seldom(&s->no_room, "store", "%s", err->msg);
     else if (final)
         log_seldom(&s->refused, "store", "%s", err->msg);       /* anybody can think of ids */
     else if (status != LM_OK && status != LM_CANCELLED)
@@ -255,7 +255,7 @@ static bool end_unwanted(store *s, struct lookup *l)
     pthread_mutex_unlock(&s->lock);
     if (!unwanted)
         return false;
-    lm_log(LM_INFO, "store", "adapter '%s': nobody waits for it any more", l->id);
+    lm_log(LM_DEBUG, "store", "adapter '%s': nobody waits for it any more", l->id);
     if (l->file.attempt) {
         fetch_abort(&l->file);
         free_slot(s, l);
@@ -448,8 +448,8 @@ static int64_t backoff_ms(store *s, const struct lookup *l)
 static void retry_later(store *s, struct lookup *l)
 {
     int64_t delay = backoff_ms(s, l);
-    lm_log(LM_INFO, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms", l->id,
-           l->file.err.msg, l->attempts, s->cfg.max_attempts, (long long)delay);
+    log_seldom(&s->away, "store", "adapter '%s': %s; attempt %d of %d failed, next in %lld ms",
+               l->id, l->file.err.msg, l->attempts, s->cfg.max_attempts, (long long)delay);
     l->due_us = lm_now_us() + delay * 1000;
     close(l->file.fd);          /* while the server is away there may be thousands */
     l->file.fd = -1;
