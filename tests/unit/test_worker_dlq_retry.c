@@ -15,7 +15,7 @@
 
 #include <librdkafka/rdkafka_mock.h>
 
-enum { LETTERS = 5, LARGE = 8000, ADD_OFFSETS_TO_TXN = 25, TXN_OFFSET_COMMIT = 28 };
+enum { LETTERS = 5, LARGE = 8000, FETCH = 1, ADD_OFFSETS_TO_TXN = 25, TXN_OFFSET_COMMIT = 28 };
 
 struct rig {
     rd_kafka_t *broker;
@@ -46,10 +46,11 @@ static void write_letters(struct rig *r)
     static char bytes[LARGE];
     struct cli_kafka k = { 0 };
     assert_int_equal(cli_kafka_open(&k, &r->config, RD_KAFKA_PRODUCER, &r->err), LM_OK);
-    for (int i = 0; i < LETTERS; i++)
+    for (int i = 0; i < LETTERS; i++) {
         assert_int_equal(rd_kafka_producev(k.rk, RD_KAFKA_V_TOPIC("letters"),
             RD_KAFKA_V_VALUE(bytes, i == 2 ? LARGE : 1), RD_KAFKA_V_END), 0);
-    assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);
+        assert_int_equal(rd_kafka_flush(k.rk, 20000), 0);       /* a batch each */
+    }
     cli_kafka_close(&k);
 }
 
@@ -93,6 +94,26 @@ static struct dlq_retry_counts send_all(struct rig *r)
     assert_int_equal(r->st, LM_OK);
     r->st = dlq_retry_finish(r->retry, &r->err);
     return dlq_retry_counts(r->retry);
+}
+
+static void commit_as(struct rig *r, const char *group, const rd_kafka_topic_partition_list_t *l)
+{
+    char why[256];
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    rd_kafka_conf_set(conf, "bootstrap.servers", rd_kafka_mock_cluster_bootstraps(r->cluster), NULL,
+                      0);
+    rd_kafka_conf_set(conf, "group.id", group, NULL, 0);
+    rd_kafka_t *rk = rd_kafka_new(RD_KAFKA_CONSUMER, conf, why, sizeof why);
+    assert_non_null(rk);
+    assert_int_equal(rd_kafka_commit(rk, l, 0), RD_KAFKA_RESP_ERR_NO_ERROR);
+    rd_kafka_destroy(rk);
+}
+
+static bool count(void *user, const rd_kafka_message_t *m)
+{
+    (void)m;
+    ++*(int *)user;
+    return true;
 }
 
 static void refuse(struct rig *r, int request, rd_kafka_resp_err_t e, size_t times)
@@ -167,11 +188,56 @@ static void test_larger_than_the_queue(void **state)
     stop(&r);
 }
 
+/* Marks of a topic of the same name that was longer: nobody knows what was sent of this one. */
+static void test_marks_of_another_topic(void **state)
+{
+    (void)state;
+    struct rig r;
+    start(&r);
+    char map[OFFSET_MAP_MAX + 1];
+    struct cli_kafka k = { .transactional_id = NULL };
+    dlq_marks *m;
+    set(&r, "group.id", "old");
+    assert_int_equal(cli_kafka_open(&k, &r.config, RD_KAFKA_CONSUMER, &r.err), LM_OK);
+    for (int at = LETTERS; at <= LETTERS + 1; at++) {
+        rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(1);
+        rd_kafka_topic_partition_list_add(l, "letters", 0)->offset = at;
+        commit_as(&r, "old-dlq-retry", l);
+        rd_kafka_topic_partition_list_destroy(l);
+        assert_int_equal(dlq_retry_marks(&k, &r.config, &m, &r.err), LM_OK);
+        assert_int_equal(dlq_marks_has(m, 0, 0), at == LETTERS);
+        int64_t offset = -1;
+        assert_true(dlq_marks_commit(m, 0, &offset, map));
+        assert_int_equal(offset, at == LETTERS ? LETTERS : 0);
+        dlq_marks_free(m);
+    }
+    cli_kafka_close(&k);
+    assert_int_equal(send_all(&r).sent, LETTERS);
+    stop(&r);
+}
+
+/* A topic that is made anew while it is read: what comes again was there before, or never. */
+static void test_offsets_that_go_back(void **state)
+{
+    (void)state;
+    struct rig r;
+    int seen = 0;
+    static const rd_kafka_resp_err_t errors[] = { 0, 0, RD_KAFKA_RESP_ERR_OFFSET_OUT_OF_RANGE };
+    start(&r);
+    assert_int_equal(cli_kafka_open(&r.reader, &r.config, RD_KAFKA_CONSUMER, &r.err), LM_OK);
+    rd_kafka_mock_push_request_errors_array(r.cluster, FETCH, LM_COUNT(errors), errors);
+    assert_int_equal(cli_scan(&r.reader, "letters", -1, count, &seen, &r.err), LM_STATE);
+    assert_non_null(strstr(r.err.msg, "topic 'letters' [0] was made anew"));
+    assert_int_equal(seen, 2);
+    stop(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_settings_of_workers), cmocka_unit_test(test_coordinator_away),
         cmocka_unit_test(test_not_allowed), cmocka_unit_test(test_larger_than_the_queue),
+        cmocka_unit_test(test_marks_of_another_topic), cmocka_unit_test(test_offsets_that_go_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -618,9 +618,7 @@ static lm_status assign_all(struct cli_kafka *k, const char *topic, int n, int64
     return e ? lm_err_set(err, LM_NET, "topic '%s': %s", topic, rd_kafka_err2str(e)) : LM_OK;
 }
 
-/* Where each partition ends now: what is written while we read, perhaps because of us, is not
- * ours. */
-static int64_t *find_ends(struct cli_kafka *k, const char *topic, int n, struct lm_err *err)
+int64_t *cli_topic_ends(struct cli_kafka *k, const char *topic, int n, struct lm_err *err)
 {
     int64_t *end = lm_calloc((size_t)n, sizeof *end);
     rd_kafka_topic_partition_list_t *l = !end ? NULL :
@@ -649,12 +647,40 @@ static lm_status find_partitions(struct cli_kafka *k, const char *topic, int *n,
     return st;
 }
 
-/* Is this record, or end of partition, at or behind the end that was there? Counts it once. */
-static bool at_end(int64_t *end, const rd_kafka_message_t *m)
+/* How far a partition was read, and where it ended when that began: what is written meanwhile,
+ * perhaps because of us, is not ours. -1: it has been read. */
+struct scanned { int64_t next, end; };
+
+static struct scanned *scan_begin(struct cli_kafka *k, const char *topic, int *n,
+                                  struct lm_err *err)
 {
-    if (end[m->partition] < 0 || (!m->err && m->offset + 1 < end[m->partition]))
+    if (find_partitions(k, topic, n, err))
+        return NULL;
+    int64_t *ends = cli_topic_ends(k, topic, *n, err);
+    struct scanned *s = ends ? lm_calloc((size_t)*n, sizeof *s) : NULL;
+    if (ends && !s)
+        lm_err_set(err, LM_NOMEM, "no memory");
+    for (int i = 0; s && i < *n; i++)
+        s[i].end = ends[i];
+    free(ends);
+    return s;
+}
+
+/* A client whose place a log has no more begins anew with what is there. */
+static bool goes_back(const struct scanned *s, const rd_kafka_message_t *m)
+{
+    return !m->err && m->offset < s[m->partition].next;
+}
+
+/* Is this record, or end of partition, at or behind the end that was there? Counts it once. */
+static bool at_end(struct scanned *s, const rd_kafka_message_t *m)
+{
+    struct scanned *p = &s[m->partition];
+    if (!m->err)
+        p->next = m->offset + 1;
+    if (p->end < 0 || (!m->err && m->offset + 1 < p->end))
         return false;
-    end[m->partition] = -1;
+    p->end = -1;
     return true;
 }
 
@@ -672,12 +698,8 @@ lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
                    struct lm_err *err)
 {
     int n = 0;
-    int64_t *end = NULL;
-    lm_status st = find_partitions(k, topic, &n, err);
-    if (st == LM_OK && !(end = find_ends(k, topic, n, err)))
-        st = err->code;
-    if (st == LM_OK)
-        st = assign_all(k, topic, n, since_ms, err);
+    struct scanned *s = scan_begin(k, topic, &n, err);
+    lm_status st = s ? assign_all(k, topic, n, since_ms, err) : err->code;
     int left = n;
     int64_t heard = lm_now_us();
     while (st == LM_OK && left > 0 && !cli_interrupted()) {
@@ -690,17 +712,20 @@ lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
         if (!m)
             continue;
         bool failed = m->err && m->err != RD_KAFKA_RESP_ERR__PARTITION_EOF;
-        bool here = !m->err && end[m->partition] >= 0 && m->offset < end[m->partition];
+        bool here = !m->err && m->offset < s[m->partition].end;
         if (failed)
             st = scan_error(k, topic, m, err);
+        else if (goes_back(s, m))
+            st = lm_err_set(err, LM_STATE, "topic '%s' [%d] was made anew, or cut, while it was "
+                            "read: try again", topic, (int)m->partition);
         else if (here && !each(user, m))
             left = 0;
-        else if (at_end(end, m))
+        else if (at_end(s, m))
             left--;
         heard = failed ? heard : lm_now_us();   /* behind each(), which may take long */
         rd_kafka_message_destroy(m);
     }
-    free(end);
+    free(s);
     rd_kafka_assign(k->rk, NULL);
     return st;
 }

@@ -64,8 +64,13 @@ lm_status cli_group_commits(struct cli_kafka *k, const char *group, const char *
 
 /* ---- topics ----------------------------------------------------------------------------- */
 
+/* Where each of `n` partitions ends now, for this client's readers; the caller frees it. NULL: not
+ * known of one. */
+int64_t *cli_topic_ends(struct cli_kafka *k, const char *topic, int n, struct lm_err *err);
+
 /* Calls back for each record of the topic from `since_ms` (-1: the beginning) to what is its end
- * now, partition by partition interleaved. `each` returns false to end early. */
+ * now, partition by partition interleaved. `each` returns false to end early. Offsets of a
+ * partition ascend: LM_STATE where they don't, as the topic was made anew. */
 lm_status cli_scan(struct cli_kafka *k, const char *topic, int64_t since_ms,
                    bool (*each)(void *user, const rd_kafka_message_t *m), void *user,
                    struct lm_err *err);

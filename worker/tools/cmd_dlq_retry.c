@@ -61,6 +61,25 @@ static void group_of_marks(const struct config *c, char out[300])
     snprintf(out, 300, "%s-dlq-retry", c->group_id);
 }
 
+/* Marks beyond the end of a partition are those of a topic of the same name that is no more:
+ * brokers forget a group's offsets with their topic, but a retry may commit some after that.
+ * Letters would be taken for sent that never were. */
+static lm_status drop_old_marks(struct cli_kafka *k, const char *topic, dlq_marks *m,
+                                struct lm_err *err)
+{
+    int64_t *end = cli_topic_ends(k, topic, dlq_marks_partitions(m), err);
+    if (!end)
+        return err->code;
+    for (int i = 0; i < dlq_marks_partitions(m); i++)
+        if (dlq_marks_end(m, i) > end[i]) {
+            fprintf(stderr, "loramill dlq: %s [%d] was made anew, or cut: all that is in it counts "
+                    "as open\n", topic, i);
+            dlq_marks_load(m, i, 0, NULL, 0);
+        }
+    free(end);
+    return LM_OK;
+}
+
 lm_status dlq_retry_marks(struct cli_kafka *k, const struct config *c, dlq_marks **out,
                           struct lm_err *err)
 {
@@ -83,6 +102,12 @@ lm_status dlq_retry_marks(struct cli_kafka *k, const struct config *c, dlq_marks
     }
     if (l)
         rd_kafka_topic_partition_list_destroy(l);
+    if (!st)
+        st = drop_old_marks(k, topic, *out, err);
+    if (st) {
+        dlq_marks_free(*out);
+        *out = NULL;
+    }
     return st;
 }
 

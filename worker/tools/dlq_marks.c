@@ -109,6 +109,12 @@ void dlq_marks_load(dlq_marks *m, int partition, int64_t offset, const char *map
     raise_base(p, p->base);
 }
 
+int64_t dlq_marks_end(const dlq_marks *m, int partition)
+{
+    const struct part *p = &m->part[partition];
+    return p->n ? p->r[p->n - 1].to : p->base;
+}
+
 void dlq_marks_begin(dlq_marks *m, int partition, int64_t offset)
 {
     if (partition < m->n)

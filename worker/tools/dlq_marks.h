@@ -28,6 +28,8 @@ int dlq_marks_partitions(const dlq_marks *m);
  * committed anew with the next ones, for brokers forget what is older than
  * offsets.retention.minutes. */
 void dlq_marks_load(dlq_marks *m, int partition, int64_t offset, const char *map, size_t len);
+/* What they say ends here. */
+int64_t dlq_marks_end(const dlq_marks *m, int partition);
 /* The topic holds nothing before `offset` any more. */
 void dlq_marks_begin(dlq_marks *m, int partition, int64_t offset);
 
