@@ -195,14 +195,16 @@ static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t
         work_on(c);
 }
 
-/* The group's offsets with their maps. False: the broker doesn't answer. The client calls us within
- * a poll, and the group throws out who takes too long for one: both waits together take three
- * quarters of the poll interval at most. */
+/* The group's offsets with their maps. False: the broker doesn't answer, or not for all of them; of
+ * the others we have them then. The client calls us within a poll, and the group throws out who
+ * takes too long for one: both waits together take three quarters of the poll interval at most. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
     rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
     int64_t interval = kafka_conf_int(rd_kafka_conf(c->rk), "max.poll.interval.ms");
     int64_t left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
+    for (int i = 0; i < l->cnt; i++)
+        l->elems[i].offset = RD_KAFKA_OFFSET_INVALID;   /* as each question begins */
     await_transaction(c, l, LM_MIN(AWAIT_MS, interval / 4));
     int64_t end = lm_now_us() + left * 1000;
     for (int64_t ms = COMMITTED_FIRST_MS; e && left > 0 && !atomic_load(&c->w->stopping);
@@ -211,7 +213,7 @@ static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
             lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
     }
     for (int i = 0; i < l->cnt; i++)
-        if (e || l->elems[i].offset < 0)
+        if (l->elems[i].err || l->elems[i].offset < 0)
             l->elems[i].offset = LEDGER_NONE;
     return !e;
 }

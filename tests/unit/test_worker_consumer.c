@@ -124,6 +124,10 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     if (polled)
         atomic_store(&handed_over, atomic_load(&polled->w.metrics.backlog));
     for (int i = 0; i < l->cnt; i++) {
+        if (barred && !strcmp(l->elems[i].topic, barred)) {
+            l->elems[i].err = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+            continue;
+        }
         l->elems[i].offset = 1;
         l->elems[i].metadata = kept ? strdup(kept) : NULL;
         l->elems[i].metadata_size = kept ? strlen(kept) : 0;
@@ -500,6 +504,30 @@ static struct world *open_with_a_map(struct assigned **a)
     *a = consumer_find(&x->c, "other", 0);
     assert_non_null(*a);
     return x;
+}
+
+/* One topic of those assigned may not be read any more: the others' maps are no less known. */
+static void a_refused_topic_costs_no_other_its_map(void **state)
+{
+    (void)state;
+    const struct offset_range finished = { 3, 5 };
+    char text[OFFSET_MAP_MAX + 1];
+    size_t covered;
+    struct world *x = open_world("400");
+    rd_kafka_topic_partition_list_t *l = rd_kafka_topic_partition_list_new(2);
+    offset_map_encode(1, &finished, 1, OFFSET_MAP_MAX, text, &covered);
+    kept = text;
+    barred = "refused";
+    rd_kafka_topic_partition_list_add(l, "good", 0)->offset = 0;
+    rd_kafka_topic_partition_list_add(l, "refused", 0)->offset = 0;
+    rebalance_cb(x->c.rk, RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, l, &x->c);
+    rd_kafka_topic_partition_list_destroy(l);
+    const struct assigned *good = consumer_find(&x->c, "good", 0);
+    assert_true(ledger_skip(x->c.ledger, good->ref, 3));
+    assert_false(ledger_skip(x->c.ledger, good->ref, 5));
+    assert_false(ledger_skip(x->c.ledger, consumer_find(&x->c, "refused", 0)->ref, 3));
+    kept = barred = NULL;
+    close_world(x);
 }
 
 /* commit.map_max_bytes=0: what the map of an earlier run holds was answered all the same. */
@@ -1046,6 +1074,7 @@ int main(void)
         cmocka_unit_test(another_partition_does_not),
         cmocka_unit_test(a_log_that_lost_its_end_loses_nothing_before),
         cmocka_unit_test(the_most_urgent_topic_is_known),
+        cmocka_unit_test(a_refused_topic_costs_no_other_its_map),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),
         cmocka_unit_test(a_transaction_hands_on_what_a_map_held),
