@@ -38,6 +38,7 @@ struct control {
     bool *ended;                /* [n_parts], whose end was reached once */
     int64_t look_us;            /* when to look for the topic's partitions */
     struct log_seldom ignored, later;   /* anyone may write to the topic */
+    struct log_seldom unread;
 };
 
 /* ---- orders ----------------------------------------------------------------------------- */
@@ -166,8 +167,9 @@ static void take(control *c, const rd_kafka_message_t *m)
         take_order(c, m);
     else if (m->err == RD_KAFKA_RESP_ERR__PARTITION_EOF)
         note_end(c, m->partition);
-    else
-        lm_log(LM_DEBUG, "control", "%s", rd_kafka_message_errstr(m));
+    else                        /* of the topic; a broker that is away is on_error()'s */
+        log_seldom(&c->unread, "control", "topics.control=%s: %s: its orders are not obeyed "
+                   "meanwhile", c->w->cfg->topics_control, rd_kafka_message_errstr(m));
 }
 
 static void *control_main(void *arg)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * test_worker_control.c - when the worker has read the orders to cancel that were there at its
- * start. The real thread of control.c, over a client library that says what the test has written.
+ * start, and that it says so if it may not. The real thread of control.c, over a client library
+ * that says what the test has written.
  * What orders do: test_worker_cancels.c, tests/integration/test_trouble.sh.
  */
 #include <setjmp.h>
@@ -19,7 +20,7 @@
 
 /* ---- the client library ----------------------------------------------------------------- */
 
-enum { END = -1, ORDER = -2 };          /* else nothing comes */
+enum { END = -1, ORDER = -2, FORBIDDEN = -3 };  /* else nothing comes */
 
 static const struct { int what, partition; } *script;
 static atomic_int said;                 /* of the script */
@@ -71,8 +72,10 @@ rd_kafka_message_t *rd_kafka_consumer_poll(rd_kafka_t *rk, int timeout_ms)
     atomic_store(&said, at + 1);
     m = (rd_kafka_message_t){ .partition = script[at].partition, .payload = order,
                               .len = sizeof order - 1 };
-    if (script[at].what == END)
-        m.err = RD_KAFKA_RESP_ERR__PARTITION_EOF;
+    if (script[at].what != ORDER)
+        m = (rd_kafka_message_t){ .partition = script[at].partition, .err =
+            script[at].what == END ? RD_KAFKA_RESP_ERR__PARTITION_EOF :
+                                     RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED };
     return &m;
 }
 
@@ -139,11 +142,34 @@ static void the_ends_of_all_do(void **state)
     assert_true(lm_now_us() - start < 10 * 1000000ll);  /* it waits no longer than that */
 }
 
+static atomic_int warnings;
+
+static void count_warnings(void *ctx, enum lm_level level, const char *component, const char *line)
+{
+    (void)ctx;
+    if (level == LM_WARN && !strcmp(component, "control") && strstr(line, "authorization failed"))
+        atomic_fetch_add(&warnings, 1);
+}
+
+/* The client says it again and again; nobody would know why no order is obeyed. */
+static void a_topic_that_may_not_be_read_is_said(void **state)
+{
+    static const struct { int what, partition; } forbidden[] = {
+        { FORBIDDEN, 0 }, { FORBIDDEN, 1 }, { FORBIDDEN, 0 }, { END, 0 }, { END, 1 }, { 0, 0 },
+    };
+    (void)state;
+    lm_log_set_sink(count_warnings, NULL);
+    assert_int_equal(taken(forbidden), 0);
+    assert_int_equal(atomic_load(&warnings), 1);
+    lm_log_set_sink(NULL, NULL);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_end_of_one_partition_counts_once),
         cmocka_unit_test(the_ends_of_all_do),
+        cmocka_unit_test(a_topic_that_may_not_be_read_is_said),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
