@@ -172,6 +172,21 @@ static void test_submit_may_not_describe(void **state)
     stop(&r);
 }
 
+/* It is waited for, but not in silence. */
+static void test_collect_without_a_leader(void **state)
+{
+    (void)state;
+    struct rig r;
+    char said[4096];
+    start(&r);
+    rd_kafka_mock_partition_set_leader(r.cluster, "replies", 0, -1);
+    int status = run(&r, cmd_collect, said, sizeof said, "-c", r.config, "-o", r.out, "-t", "1",
+                     "--quiet", NULL);
+    assert_int_equal(status, 1);
+    expect(said, "replies[0]: no broker leads it now");
+    stop(&r);
+}
+
 /* ---- letters of a topic that is gone ---------------------------------------------------- */
 
 static int metadata_requests(struct rig *r)
@@ -217,6 +232,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_collect_may_not_read), cmocka_unit_test(test_dlq_may_not_read),
         cmocka_unit_test(test_submit_may_not_describe),
+        cmocka_unit_test(test_collect_without_a_leader),
         cmocka_unit_test(test_retry_to_a_topic_that_is_gone),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);

@@ -195,12 +195,15 @@ static void take(struct collect *c, const rd_kafka_message_t *m)
 static lm_status add_topic(struct collect *c, const char *topic, struct lm_err *err)
 {
     int n;
-    lm_status st = cli_kafka_partitions(&c->kafka, topic, BROKER_TIMEOUT_MS, &n, err);
-    if (st != LM_OK)
-        return st;
-    for (int i = 0; i < n; i++)
+    int32_t *leaders = NULL;
+    lm_status st = cli_kafka_leaders(&c->kafka, topic, BROKER_TIMEOUT_MS, &n, &leaders, err);
+    for (int i = 0; st == LM_OK && i < n; i++) {
         rd_kafka_topic_partition_list_add(c->parts, topic, i)->offset = RD_KAFKA_OFFSET_BEGINNING;
-    return LM_OK;
+        if (leaders[i] < 0)
+            progress_say(c->bar, "collect: %s[%d]: no broker leads it now; waiting", topic, i);
+    }
+    free(leaders);
+    return st;
 }
 
 /* Turns --since into offsets; a partition without later records is read from its end. */
