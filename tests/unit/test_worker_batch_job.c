@@ -38,18 +38,24 @@ static void put(const char *path, const char *text, size_t len)
 }
 
 /* Runs a job with a fresh store on the engine, which is closed afterwards. */
-static lm_status job(engine *e, const char *adapters, const char *input, const char *output,
-                     struct batch_totals *totals, struct lm_err *err)
+static lm_status job_anew(engine *e, const char *adapters, const char *input, const char *output,
+                          bool resume, struct batch_totals *totals, struct lm_err *err)
 {
     store *s = NULL;
     const struct store_config sc = { .engine = e, .local_dir = adapters };
     CHECK(store_new(&sc, &s, err));
     const struct batch_config bc = { .engine = e, .store = s, .adapters = adapters,
-                                     .input = input, .output = output, .max_in_flight = 256,
-                                     .stop = &never };
+                                     .input = input, .output = output, .resume = resume,
+                                     .max_in_flight = 256, .stop = &never };
     lm_status st = batch_job_run(&bc, totals, err);
     engine_close(e);
     return st;
+}
+
+static lm_status job(engine *e, const char *adapters, const char *input, const char *output,
+                     struct batch_totals *totals, struct lm_err *err)
+{
+    return job_anew(e, adapters, input, output, false, totals, err);
 }
 
 static engine *open_echo(void)
@@ -174,6 +180,34 @@ static void a_bad_input_leaves_the_output_alone(void **state)
     assert_int_equal(size_of(path_of("kept")), sizeof lines - 1);
 }
 
+/* Bad lines have no custom_id; that is no other request's. Under the numbers of an input that was
+ * changed stand other requests: they have no results, and the job is not done. */
+static void a_job_is_resumed_with_its_input(void **state)
+{
+    (void)state;
+    static const char lines[] = LINE("1", "echo") "\n[]\n" LINE("3", "echo") "\n";
+    static const char more[] = LINE("1", "echo") "\n[]\n" LINE("3", "echo") "\n"
+                               LINE("4", "echo") "\n";
+    static const char changed[] = LINE("0", "echo") "\n" LINE("1", "echo") "\n[]\n"
+                                  LINE("3", "echo") "\n";
+    struct batch_totals t;
+    struct lm_err err = { 0 };
+    put(path_of("job"), lines, sizeof lines - 1);
+    assert_int_equal(job(open_echo(), NULL, path_of("job"), path_of("done"), &t, &err), LM_OK);
+    assert_int_equal(t.answered + t.refused, 3);
+    off_t size = size_of(path_of("done"));
+    put(path_of("job"), changed, sizeof changed - 1);
+    assert_int_equal(job_anew(open_echo(), NULL, path_of("job"), path_of("done"), true, &t, &err),
+                     LM_STATE);
+    assert_non_null(strstr(err.msg, "line 1: "));
+    assert_int_equal(size_of(path_of("done")), size);
+    put(path_of("job"), more, sizeof more - 1);
+    assert_int_equal(job_anew(open_echo(), NULL, path_of("job"), path_of("done"), true, &t, &err),
+                     LM_OK);
+    assert_int_equal(t.skipped, 3);
+    assert_int_equal(t.answered, 1);
+}
+
 int main(void)
 {
     lm_log_set_level(LM_ERROR);
@@ -183,6 +217,7 @@ int main(void)
         cmocka_unit_test(lines_of_other_editors),
         cmocka_unit_test(an_adapter_needs_a_place_to_come_from),
         cmocka_unit_test(a_bad_input_leaves_the_output_alone),
+        cmocka_unit_test(a_job_is_resumed_with_its_input),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -205,6 +205,24 @@ static lm_status take_line(struct batch *b, size_t len, struct lm_err *err)
     return LM_OK;
 }
 
+/* The line has its result: of the same request? */
+static lm_status skip_line(struct batch *b, size_t len, struct lm_err *err)
+{
+    struct openai_request *q = NULL;
+    struct lm_err why;
+    if (len <= MAX_LINE)
+        openai_parse(b->buf, len, b->info.model_name, &q, &why);
+    bool same = batch_output_is_of(b->out, b->line, q ? q->custom_id : NULL);
+    openai_request_free(q);
+    if (!same)
+        return lm_err_set(err, LM_STATE, "input %s, line %" PRIu64 ": %s holds another request's "
+                          "result; --resume goes on with the input that the job began with",
+                          b->cfg->input, b->line, b->cfg->output);
+    b->totals->skipped++;
+    show(b);
+    return LM_OK;
+}
+
 /* Some editors begin a file with a byte order mark; it is no part of the first line. */
 static ssize_t drop_bom(char *line, ssize_t n)
 {
@@ -234,12 +252,8 @@ static lm_status fill(struct batch *b, struct lm_err *err)
         if (is_blank(b->buf, (size_t)n))
             continue;
         b->totals->lines++;
-        if (batch_output_has(b->out, b->line)) {
-            b->totals->skipped++;
-            show(b);
-            continue;
-        }
-        st = take_line(b, (size_t)n, err);
+        st = batch_output_has(b->out, b->line) ? skip_line(b, (size_t)n, err)
+                                               : take_line(b, (size_t)n, err);
     }
     return st;
 }

@@ -4,7 +4,8 @@
  *
  * A line is written with one write() of its whole text, so that a kill leaves at most one torn
  * line, the last. Resuming reads the file once, cuts after the last newline that ends a line of
- * ours, and notes the line numbers in a bitmap.
+ * ours, and notes of each line number which custom_id it was for, as a hash: an input that was
+ * changed meanwhile has other requests under those numbers, which would never be answered.
  */
 #include "worker/tools/batch_output.h"
 
@@ -16,6 +17,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "worker/codec/json_tree.h"
 
 static const char id_prefix[] = "batch_req_";
@@ -23,44 +27,56 @@ static const char id_prefix[] = "batch_req_";
 struct batch_output {
     int fd;
     char *path;
-    uint8_t *done;              /* bitmap over line numbers */
-    uint64_t n_done;            /* its size in lines */
+    uint32_t *done;             /* by line numbers; 0: not there */
+    uint64_t n_done;            /* its size */
 };
+
+/* Never 0. */
+static uint32_t mark_of(const char *custom_id)
+{
+    return custom_id ? (uint32_t)XXH3_64bits(custom_id, strlen(custom_id)) | 2 : 1;
+}
 
 void batch_id(char id[BATCH_ID_CHARS], uint64_t line)
 {
     snprintf(id, BATCH_ID_CHARS, "%s%06" PRIu64, id_prefix, line);
 }
 
-static lm_status mark(batch_output *o, uint64_t line, struct lm_err *err)
+static lm_status mark(batch_output *o, uint64_t line, uint32_t what, struct lm_err *err)
 {
     if (line >= o->n_done) {
         uint64_t n = (line + 1) * 2;
-        uint8_t *grown = line < UINT64_C(1) << 40 ? lm_reallocarray(o->done, n / 8 + 1, 1) : NULL;
+        uint32_t *grown = line < UINT64_C(1) << 40 ? lm_reallocarray(o->done, n, sizeof *grown)
+                                                   : NULL;
         if (!grown)
             return lm_err_set(err, LM_NOMEM, "%s: no memory for line %" PRIu64, o->path, line);
-        memset(grown + (o->n_done ? o->n_done / 8 + 1 : 0), 0,
-               (size_t)(n / 8 + 1 - (o->n_done ? o->n_done / 8 + 1 : 0)));
+        memset(grown + o->n_done, 0, (size_t)(n - o->n_done) * sizeof *grown);
         o->done = grown;
         o->n_done = n;
     }
-    o->done[line / 8] |= (uint8_t)(1u << (line % 8));
+    o->done[line] = what;
     return LM_OK;
 }
 
 bool batch_output_has(const batch_output *o, uint64_t line)
 {
-    return line < o->n_done && (o->done[line / 8] >> (line % 8) & 1);
+    return line < o->n_done && o->done[line];
 }
 
-/* The line number of one of our lines, or 0. */
-static uint64_t line_number(const char *text, size_t len)
+bool batch_output_is_of(const batch_output *o, uint64_t line, const char *custom_id)
+{
+    return batch_output_has(o, line) && o->done[line] == mark_of(custom_id);
+}
+
+/* The line number of one of our lines, or 0; *what: whose result it is. */
+static uint64_t line_number(const char *text, size_t len, uint32_t *what)
 {
     json_t *root = json_loadb(text, len, JSON_ALLOW_NUL, NULL);
     const char *id = json_string_value(json_object_get(root, "id"));
     uint64_t n = 0;
     if (id && !strncmp(id, id_prefix, sizeof id_prefix - 1))
         n = strtoull(id + sizeof id_prefix - 1, NULL, 10);
+    *what = mark_of(json_string_value(json_object_get(root, "custom_id")));
     json_decref(root);
     return n;
 }
@@ -73,12 +89,13 @@ static lm_status scan(batch_output *o, FILE *f, off_t *keep, struct lm_err *err)
     for (ssize_t n; !st && (n = getline(&line, &cap, f)) > 0;) {
         if (line[n - 1] != '\n')
             break;              /* torn by a kill */
-        uint64_t number = line_number(line, (size_t)n);
+        uint32_t what;
+        uint64_t number = line_number(line, (size_t)n, &what);
         if (number == 0)
             st = lm_err_set(err, LM_FORMAT, "%s: holds a line that is no batch result; --resume "
                             "continues only its own output", o->path);
         else
-            st = mark(o, number, err);
+            st = mark(o, number, what, err);
         *keep += n;
     }
     free(line);

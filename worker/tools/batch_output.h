@@ -17,6 +17,8 @@ lm_status batch_output_open(const char *path, bool resume, batch_output **out, s
 lm_status batch_output_close(batch_output *o, struct lm_err *err);
 
 bool batch_output_has(const batch_output *o, uint64_t line);
+/* Of a line that is there: is it the result of a request with this custom_id, NULL: of none? */
+bool batch_output_is_of(const batch_output *o, uint64_t line, const char *custom_id);
 
 #define BATCH_ID_CHARS 40
 void batch_id(char id[BATCH_ID_CHARS], uint64_t line);  /* "batch_req_000042" */
