@@ -371,6 +371,9 @@ lm_status staging_committed(consumer *c, const struct stage *s, bool *holds)
         if (l->elems[i].err == RD_KAFKA_RESP_ERR_UNSTABLE_OFFSET_COMMIT)
             e = l->elems[i].err;
     *holds = !e && stage_held(s, l);
+    for (int i = 0; !e && !*holds && i < l->cnt; i++)   /* who may not read it is told nothing */
+        if (l->elems[i].err != RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART)
+            e = l->elems[i].err;
     rd_kafka_topic_partition_list_destroy(l);
     return e ? LM_NET : LM_OK;
 }

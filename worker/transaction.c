@@ -297,8 +297,12 @@ static enum fate find_out(struct tx *t)
     t->p->withheld.rest_us = 0;
     if (t->stage.more)
         return ABORTED;
-    while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) && !transaction_last_call(t))
+    while ((st = staging_committed(t->w->consumer, &t->stage, &holds)) &&
+           !transaction_last_call(t)) {
+        log_seldom(&t->unknown, "producer", "the group does not tell if a transaction was "
+                   "committed; asking again");
         transaction_ask_again_soon();
+    }
     lm_log(LM_INFO, "producer", "the transaction was %s", st ? "not found" :
            holds ? "committed" : "not committed");
     return st ? HOPELESS : holds ? COMMITTED : ABORTED;

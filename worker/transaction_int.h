@@ -45,7 +45,7 @@ struct tx {
     int64_t open_since_us;      /* ... and in the open one */
     int64_t not_before_us, next_idle_us, begun_us, rebuilt_us;
     int64_t sent_us;            /* its last portion */
-    struct log_seldom refused;
+    struct log_seldom refused, unknown;
 };
 
 /* ---- transaction.c ---------------------------------------------------------------------- */

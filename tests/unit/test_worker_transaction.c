@@ -44,6 +44,7 @@ static int lead_at_refusal;     /* which brings leaders, counted down; 0: none d
 static bool acks;               /* others are acknowledged before it says so */
 static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
+static atomic_int untold, told; /* why the group tells no offsets, and how often it was asked */
 static int stuck;               /* ids whose last transaction does not end */
 static atomic_bool led;         /* partitions have leaders */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
@@ -244,8 +245,10 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
                                        int timeout_ms)
 {
     (void)rk;
-    (void)l;
     (void)timeout_ms;
+    for (int i = 0; i < l->cnt; i++)
+        l->elems[i].err = (rd_kafka_resp_err_t)atomic_load(&untold);
+    atomic_fetch_add(&told, 1);
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 
@@ -349,6 +352,8 @@ static int open_world(void **state)
     atomic_store(&led, true);
     x->w.producer = &p;
     atomic_store(&sent, 0);
+    atomic_store(&untold, 0);
+    atomic_store(&told, 0);
     atomic_store(&others, 0);
     atomic_store(&aborts, 0);
     return 0;
@@ -792,6 +797,27 @@ static void one_new_producer_is_enough(void **state)
     until_in_flight(0);
     assert_int_equal(atomic_load(&x->w.metrics.producer_rebuilds), 1);
     assert_string_equal(sizes, "1 1 ");
+    end_with_clients();
+}
+
+/* Nobody knows what became of it while we may not read its prompts' topic: it is not sent again. */
+static void what_the_group_does_not_tell_is_asked_again(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    x->cfg.transaction_max_messages = 1;
+    read_prompts(jobs, 0, 1);
+    fate_unknown = true;
+    fail_next = 1;
+    atomic_store(&untold, RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED);
+    finish(jobs, 0, 1);
+    begin_with_clients();
+    for (int64_t end = lm_now_us() + MOST_US; atomic_load(&told) < 3; turn())
+        assert_true(lm_now_us() < end);
+    assert_int_equal(atomic_load(&sent), 1);
+    atomic_store(&untold, RD_KAFKA_RESP_ERR_NO_ERROR);
+    until_in_flight(0);
+    assert_int_equal(atomic_load(&sent), 2);
     end_with_clients();
 }
 
@@ -1555,6 +1581,7 @@ int main(void)
         TEST(a_portion_without_room_ends_the_transaction),
         TEST(an_open_transaction_is_aborted_at_the_end),
         TEST(what_is_not_taken_in_time_brings_a_new_producer), TEST(one_new_producer_is_enough),
+        TEST(what_the_group_does_not_tell_is_asked_again),
         TEST(a_report_that_does_not_come_brings_a_new_producer),
         TEST(a_report_that_does_not_come_holds_up_no_abort),
         TEST(what_is_refused_on_the_spot_costs_the_others_nothing),
