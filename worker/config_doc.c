@@ -144,7 +144,8 @@ void config_print_markdown(FILE *f)
           "Our defaults where they differ from librdkafka's:\n\n"
           "| property | default |\n| --- | --- |\n"
           "| `kafka.auto.offset.reset` | `earliest` |\n"
-          "| `kafka.partition.assignment.strategy` | `cooperative-sticky` |\n"
+          "| `kafka.partition.assignment.strategy` | `cooperative-sticky`; not with "
+          "kafka.group.protocol=consumer |\n"
           "| `kafka.max.poll.interval.ms` | `" CONFIG_MAX_POLL_INTERVAL "` |\n"
           "| `kafka.queued.max.messages.kbytes` | `16384` |\n"
           "| `kafka.queued.min.messages` | `1000` |\n"
@@ -160,7 +161,13 @@ void config_print_markdown(FILE *f)
           "| `kafka.producer.linger.ms` | `5` |\n"
           "| `kafka.producer.retry.backoff.ms` | exactly-once, from librdkafka 2.10 on: `10`, "
           "which topic.metadata.refresh.fast.interval.ms follows |\n"
-          "| `kafka.producer.delivery.timeout.ms` | `120000` |\n", f);
+          "| `kafka.producer.delivery.timeout.ms` | at-least-once: `120000` |\n"
+          "| `kafka.producer.transaction.timeout.ms` | exactly-once: `10000`: how long readers "
+          "wait behind what a dead worker has left open, and what a record may take to be "
+          "acknowledged |\n"
+          "| `kafka.producer.topic.metadata.propagation.max.ms` | exactly-once: `5000`, after "
+          "which a topic that the brokers don't know is not there |\n"
+          "| `kafka.producer.connections.max.idle.ms` | exactly-once: `10000` |\n", f);
     print_owned(f);
 }
 

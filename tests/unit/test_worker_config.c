@@ -664,6 +664,96 @@ static void test_topic_priorities(void **state)
     config_release(&c);
 }
 
+/* ---- what is documented ------------------------------------------------------------------- */
+
+/* Ours by the second of these names, a dump's by the first. */
+static const char *known_as(const char *name)
+{
+    static const char *const names[][2] = {
+        { "compression.codec", "compression.type" }, { "smallest", "earliest" },
+        { "message.timeout.ms", "delivery.timeout.ms" },
+    };
+    for (size_t i = 0; i < LM_COUNT(names); i++)
+        if (!strcmp(name, names[i][0]))
+            return names[i][1];
+    return name;
+}
+
+/* Of what is not the worker's own, nor another in each, nor a pointer. */
+static bool is_default(const char *key, const char *value)
+{
+    int n;
+    const struct config_owned *o = config_owned(&n);
+    for (int i = 0; i < n; i++)
+        if (!strcmp(key, o[i].key))
+            return false;
+    return strcmp(key, "client.id") && strncmp(value, "0x", 2);
+}
+
+static bool is_told(const char *doc, const char *key, const char *value)
+{
+    char name[128], quoted[128];
+    static const char *const scopes[] = { "", "consumer.", "producer." };
+    snprintf(quoted, sizeof quoted, "`%s`", value);
+    for (size_t i = 0; i < LM_COUNT(scopes); i++) {
+        snprintf(name, sizeof name, "\n| `kafka.%s%s` |", scopes[i], key);
+        const char *row = strstr(doc, name), *at = row ? strstr(row, quoted) : NULL;
+        if (at && at < strchr(row + 1, '\n'))
+            return true;
+    }
+    return false;
+}
+
+/* A dump leaves out what has no value. Topics have properties of their own. */
+static void all_are_told(const char *doc, const char **ours, size_t n, bool of_topics)
+{
+    char plain[256];
+    rd_kafka_conf_t *conf = rd_kafka_conf_new();
+    rd_kafka_topic_conf_t *topic = rd_kafka_topic_conf_new();
+    for (size_t i = 0; i + 1 < n; i += 2) {
+        size_t size = sizeof plain;
+        const char *key = known_as(ours[i]), *value = known_as(ours[i + 1]);
+        rd_kafka_conf_res_t got = of_topics ? rd_kafka_topic_conf_get(topic, key, plain, &size)
+                                            : rd_kafka_conf_get(conf, key, plain, &size);
+        bool same = got == RD_KAFKA_CONF_OK && !strcmp(plain, ours[i + 1]);
+        if (!same && is_default(key, value) && !is_told(doc, key, value))
+            fail_msg("docs/configuration.md lacks kafka.%s=%s", key, value);
+    }
+    rd_kafka_conf_dump_free(ours, n);
+    rd_kafka_topic_conf_destroy(topic);
+    rd_kafka_conf_destroy(conf);
+}
+
+static void compare(const char *doc, enum config_scope scope)
+{
+    rd_kafka_conf_t *ours;
+    size_t n;
+    assert_int_equal(kafka_conf_new(&cfg, scope, "w", &ours, &err), LM_OK);
+    const char **dump = rd_kafka_conf_dump(ours, &n);
+    all_are_told(doc, dump, n, false);
+    dump = rd_kafka_topic_conf_dump(rd_kafka_conf_get_default_topic_conf(ours), &n);
+    all_are_told(doc, dump, n, true);
+    rd_kafka_conf_destroy(ours);
+}
+
+static void test_our_defaults_are_documented(void **state)
+{
+    static const char *const modes[] = { "at-least-once", "exactly-once" };
+    char *doc = NULL, mode[64];
+    size_t len;
+    (void)state;
+    FILE *f = open_memstream(&doc, &len);
+    config_print_markdown(f);
+    fclose(f);
+    for (size_t i = 0; i < LM_COUNT(modes); i++) {
+        snprintf(mode, sizeof mode, "delivery.mode=%s", modes[i]);
+        good(mode);
+        compare(doc, CONFIG_CONSUMER);
+        compare(doc, CONFIG_PRODUCER);
+    }
+    free(doc);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -677,7 +767,7 @@ int main(void)
         TEST(test_workers_do_not_fence_each_other), TEST(test_another_id),
         TEST(test_librdkafka_refusals), TEST(test_secrets), TEST(test_default_folders),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
-        TEST(test_sample_is_valid),
+        TEST(test_sample_is_valid), TEST(test_our_defaults_are_documented),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
