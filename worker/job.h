@@ -154,6 +154,7 @@ struct job {
     struct stream *stream;      /* of a prompt that asked for parts; stream.h */
     uint64_t journal_key;       /* 0: not known yet */
     int journaled;              /* its slot in the journal, plus 1; 0: none */
+    bool runs_alone;            /* the engine has it, and nothing else; worker_enter_engine() */
     bool claimed;               /* its reply is in the object store */
     int attempts;               /* failures that can heal, by the engine */
     int waits;                  /* consecutive waits for something to heal */

@@ -21,7 +21,7 @@
 void worker_enter_engine(struct worker *w, struct job *j, bool alone)
 {
     atomic_fetch_add(&w->in_engine, 1);
-    if (alone) {
+    if ((j->runs_alone = alone)) {
         atomic_store(&w->alone, true);
         lm_log(LM_INFO, "intake", "%s [%d] @%" PRId64 " runs alone: workers died while it ran",
                j->lease->topic, (int)j->lease->partition, j->record.offset);
@@ -35,8 +35,10 @@ void worker_left_engine(struct worker *w, struct job *j)
     if (j->journaled)
         journal_leave(w->journal, j->journaled - 1);
     j->journaled = 0;
-    if (atomic_fetch_sub(&w->in_engine, 1) == 1)
+    if (j->runs_alone)          /* not who was the last: the next may be in, and be alone, by now */
         atomic_store(&w->alone, false);
+    j->runs_alone = false;
+    atomic_fetch_sub(&w->in_engine, 1);
 }
 
 bool worker_may_retry(struct worker *w, struct job *j)

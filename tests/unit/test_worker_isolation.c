@@ -460,6 +460,24 @@ static void test_a_log_that_is_cut(void **state)
     }
 }
 
+/* What made room for it may have left a moment ago, and its thread note that only now. */
+static void test_nothing_joins_who_is_alone(void **state)
+{
+    (void)state;
+    struct world *x = world_open();
+    struct job *before = world_deliver(x, 0, NULL), *suspect = world_deliver(x, 1, NULL);
+    worker_enter_engine(&x->w, before, false);
+    atomic_store(&x->w.in_engine, 0);           /* half of worker_left_engine() */
+    worker_enter_engine(&x->w, suspect, true);
+    worker_left_engine(&x->w, before);          /* the other half */
+    assert_true(atomic_load(&x->w.alone));
+    worker_left_engine(&x->w, suspect);
+    assert_false(atomic_load(&x->w.alone));
+    job_unref(before);
+    job_unref(suspect);
+    world_close(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -472,6 +490,7 @@ int main(void)
         cmocka_unit_test(test_a_refusal_that_passes),
         cmocka_unit_test(test_the_end_of_a_turn_is_refused),
         cmocka_unit_test(test_the_end_of_a_turn_is_refused_for_long),
+        cmocka_unit_test(test_nothing_joins_who_is_alone),
         cmocka_unit_test(test_taken_away), cmocka_unit_test(test_marks_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
