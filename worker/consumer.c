@@ -52,6 +52,16 @@ void consumer_hand_over(consumer *c)
     hand_over(c);
 }
 
+/* Let go by one who gives up what is not ours any more, or ends. Of what is ours that would be an
+ * offset that waits for ever, with all behind it: a fault of ours, which the next run mends. */
+static void note_dropped(consumer *c, const struct job *j)
+{
+    metric_move(&c->w->metrics.dropped, 1);
+    if (!atomic_load(&c->w->stopping) && !lease_revoked(j->lease) && consumer_tracks(c, j))
+        worker_fail(c->w, LM_INTERNAL, "%s [%d] @%" PRId64 " was let go without an outcome",
+                    j->lease->topic, (int)j->lease->partition, j->record.offset);
+}
+
 static void finish_job(consumer *c, struct job *j)
 {
     void *held = NULL;
@@ -62,7 +72,7 @@ static void finish_job(consumer *c, struct job *j)
     c->held_bytes -= (long long)j->bytes;
     worker_discount(c->w, j);
     if (j->outcome == OUTCOME_DROPPED)
-        metric_move(&c->w->metrics.dropped, 1);
+        note_dropped(c, j);
     else if (consumer_tracks(c, j) &&
              ledger_complete(c->ledger, j->lease->ref, j->record.offset, &held) == LM_OK)
         job_unref(held);

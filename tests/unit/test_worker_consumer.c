@@ -683,6 +683,27 @@ static void a_rebalance_ends_the_stamp_of_a_burst(void **state)
     close_world(x);
 }
 
+/* What is let go while it is ours would wait for ever, and all behind it: the worker ends, and the
+ * next one reads it again. */
+static void nothing_of_ours_is_let_go(void **state)
+{
+    enum { OURS, REVOKED, UNKNOWN, ENDING, CASES };
+    (void)state;
+    for (int i = 0; i < CASES; i++) {
+        struct world *x = open_world(NULL);
+        struct job *j = deliver(x, 0, NULL);
+        atomic_store(&j->lease->revoked, i == REVOKED);
+        atomic_store(&x->w.stopping, i == ENDING);
+        if (i == UNKNOWN)
+            rebalance_remove(&x->c, &x->c.parts[0]);
+        worker_end_job(&x->w, j, OUTCOME_DROPPED);
+        consumer_take_finished(&x->c, 0);
+        assert_int_equal(atomic_load(&x->w.failed), i == OURS ? LM_INTERNAL : LM_OK);
+        assert_int_equal(x->c.held, 0);
+        close_world(x);
+    }
+}
+
 /* ---- a log that goes back ----------------------------------------------------------------- */
 
 /* One that lost its end (unclean leader election): the client reads on where it was cut off. What
@@ -1072,6 +1093,7 @@ int main(void)
         cmocka_unit_test(but_not_for_ever),
         cmocka_unit_test(a_rebalance_ends_the_stamp_of_a_burst),
         cmocka_unit_test(another_partition_does_not),
+        cmocka_unit_test(nothing_of_ours_is_let_go),
         cmocka_unit_test(a_log_that_lost_its_end_loses_nothing_before),
         cmocka_unit_test(the_most_urgent_topic_is_known),
         cmocka_unit_test(a_refused_topic_costs_no_other_its_map),
