@@ -262,9 +262,9 @@ static void log_summary(struct worker *w)
     unsigned long long dead = 0;
     for (int i = 0; i < LM_STATUS_COUNT; i++)
         dead += atomic_load(&m->dead_letters[i]);
-    lm_log(LM_INFO, "worker", "read %llu, completed %llu, expired %llu, dead-lettered %llu, "
-           "handed back %llu", atomic_load(&m->consumed), atomic_load(&m->completed),
-           atomic_load(&m->expired), dead,
+    lm_log(LM_INFO, "worker", "read %llu, completed %llu, expired %llu, cancelled %llu, "
+           "dead-lettered %llu, handed back %llu", atomic_load(&m->consumed),
+           atomic_load(&m->completed), atomic_load(&m->expired), atomic_load(&m->cancelled), dead,
            atomic_load(&m->dropped) + (unsigned long long)atomic_load(&m->held));
 }
 
