@@ -12,9 +12,15 @@
   scram USER PASSWORD               set a user's SCRAM-SHA-512 password
   acl grant|revoke USER OPERATION TOPIC    make or delete an ACL
   lag GROUP TOPIC                   print committed offset and end offset of each partition
+  hold PID...                       print "ready"; after a line on stdin stop these processes at a moment when
+                                    no transaction is between its end and its markers, and print "held".
+                                    They have stood still for 2 s at most then, which is no sleep yet to a worker
 """
 import json
+import os
+import signal
 import sys
+import time
 
 from confluent_kafka import (Consumer, ConsumerGroupTopicPartitions, ElectionType, KafkaError,
                              TopicPartition)
@@ -23,6 +29,7 @@ from confluent_kafka.admin import (AclBinding, AclBindingFilter, AclOperation, A
                                    ScramCredentialInfo, ScramMechanism,
                                    UserScramCredentialUpsertion)
 
+PREPARE_COMMIT, PREPARE_ABORT = 2, 3    # of TransactionState
 QUIET = {"log_level": 0, "socket.timeout.ms": 5000}
 
 
@@ -54,12 +61,18 @@ def coordinators(bootstrap, group, *ids):
 def create(bootstrap, topic, partitions, *config):
     admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
     new = NewTopic(topic, int(partitions), config=dict(c.split("=", 1) for c in config))
-    try:
-        admin.create_topics([new])[topic].result(20)
-    except Exception as e:
-        if e.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise
-    return 0
+    end = time.time() + 60
+    while True:
+        try:
+            admin.create_topics([new])[topic].result(20)
+            return 0
+        except Exception as e:
+            code = e.args[0].code()
+            if code == KafkaError.TOPIC_ALREADY_EXISTS:
+                return 0
+            # A broker that takes its time may have made it, or not.
+            if code not in (KafkaError._TIMED_OUT, KafkaError.REQUEST_TIMED_OUT) or time.time() > end:
+                raise
 
 
 def delete(bootstrap, topic):
@@ -110,6 +123,44 @@ def lag(bootstrap, group, topic):
     return 0
 
 
+def hold(bootstrap, *pids):
+    topic, state = "__transaction_state", {}
+    c = Consumer({"bootstrap.servers": bootstrap, "group.id": "hold", "enable.partition.eof": True,
+                  "enable.auto.commit": False, **QUIET})
+    parts = c.list_topics(topic, timeout=20).topics[topic].partitions
+    c.assign([TopicPartition(topic, p, 0) for p in parts])
+    unread = set(parts)
+
+    def read(timeout):
+        ms = c.consume(1000, timeout=timeout)
+        for m in ms:
+            if not m.error():           # version, the producer's id and epoch, timeout; then the state
+                state[m.key()] = m.value()[16] if m.value() else 0
+            elif m.error().code() == KafkaError._PARTITION_EOF:
+                unread.discard(m.partition())
+        return ms
+
+    def signal_all(what):
+        for pid in pids:
+            os.kill(int(pid), what)
+
+    while unread:
+        read(1)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(20):
+        signal_all(signal.SIGSTOP)
+        start = time.monotonic()
+        while read(0.5):
+            pass
+        if not {PREPARE_COMMIT, PREPARE_ABORT} & set(state.values()) and time.monotonic() - start < 2:
+            print("held", flush=True)
+            return 0
+        signal_all(signal.SIGCONT)
+        time.sleep(0.1)
+    return 1
+
+
 def leaders(bootstrap, topic):
     admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
     parts = admin.list_topics(topic, timeout=5).topics[topic].partitions
@@ -143,5 +194,5 @@ def acl(bootstrap, what, user, operation, topic):
 
 
 if __name__ == "__main__":
-    commands = (brokers, in_sync, coordinators, leaders, elect, create, delete, dump, lag, scram, acl)
+    commands = (brokers, in_sync, coordinators, leaders, elect, create, delete, dump, lag, hold, scram, acl)
     sys.exit({f.__name__: f for f in commands}[sys.argv[2]](sys.argv[1], *sys.argv[3:]))

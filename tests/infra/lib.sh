@@ -26,6 +26,8 @@
 #   stop PID WHAT               SIGTERM, and status 0
 #   ended PID                   is it no more?
 #   lag_is_zero GROUP TOPIC [PARTITIONS]
+#   will_hold PID..., then hold     SIGSTOP for these workers while no transaction is between its end and its
+#                               markers: Kafka 4.3.1, killed there, forgets the markers (docs/matrix.md)
 #   d COMMAND ...               prompts and outcomes by number: tests/integration/delivery.py
 #
 # What `make test-matrix` varies; without it the newest of all:
@@ -130,6 +132,12 @@ lag_is_zero() {
     "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" lag "$1" "$2" | awk -v want="${3:-0}" \
         '{ n++; if ($2 != $4) bad = 1 } END { exit bad || !n || (want && n != want) }'
 }
+will_hold() {
+    coproc HOLD { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" hold "$@"; }
+    exec {HELD}<&"${HOLD[0]}" {HOLD_NOW}>&"${HOLD[1]}"
+    read -r _ <&"$HELD"
+}
+hold() { local said; echo >&"$HOLD_NOW"; read -r said <&"$HELD"; [ "$said" = held ]; }
 d() { local c=$1; shift; "$PYTHON" tests/integration/delivery.py "$c" "$BOOTSTRAP" "$@"; }
 
 # ---- services ---------------------------------------------------------------------------------
@@ -297,7 +305,7 @@ registry_start() {
     REGISTRY_PORT=$(free_ports 1)
     registry_again
     REGISTRY=http://127.0.0.1:$REGISTRY_PORT/apis/ccompat/v7
-    wait_until 60 curl -sf -o /dev/null "$REGISTRY/subjects"
+    wait_until 180 curl -sf -o /dev/null "$REGISTRY/subjects"
 }
 
 registry_again() {      # at the same port
@@ -330,7 +338,7 @@ http {
 P
     spawn "$n/out.log" nginx -p "$n" -c "$n/nginx.conf" -e "$n/error.log"
     STORE=http://127.0.0.1:$3
-    wait_until 10 curl -s -o /dev/null "$STORE/"
+    wait_until 60 curl -s -o /dev/null "$STORE/"
 }
 nginx_start() { nginx_run nginx "$1" "${2:-$(free_ports 1)}" ''; }
 nginx_put() { nginx_run nginx-put "$1" "${2:-$(free_ports 1)}" 'dav_methods PUT;'; }

@@ -61,7 +61,7 @@ def retries():
     start = time.time() * 1000
     send([({"id": "heals", "prompt": "FAIL-2"}, []), ({"id": "never", "prompt": "FAIL-99"}, []),
           ({"id": "well", "prompt": "x"}, [])])
-    got = r.until(lambda s: len(s) == 3, 60)
+    got = r.until(lambda s: len(s) == 3)
     done = {(header(m, "loramill-request-id") or json.loads(m.value())["id"].encode()).decode(): m
             for m in got}
     check("what heals is answered, and its neighbour", len(got) == 3
@@ -82,7 +82,7 @@ def attempts(max_ms):
 def deadline(max_ms):
     took, limit = retries(), float(max_ms)
     # backoff is at most 200 ms; the rest is a busy machine
-    check(f"at the deadline of {limit:.0f} ms", limit - 250 <= took <= limit + 3000)
+    check(f"at the deadline of {limit:.0f} ms", limit - 250 <= took <= limit + 8000)
 
 
 def streams(topic):

@@ -45,14 +45,14 @@ assert not p.flush(20)
 P
 }
 start_worker worker-astray "kafka.bootstrap.servers=$PROXY_BOOTSTRAP"
-wait_until 20 has 'assigned astray' worker-astray
+wait_until 60 has 'assigned astray' worker-astray || die "the worker has partitions"
 load 1500 & L=$!
 sleep 2; echo "lose 26 astray" > "$RUN/proxy.mode"
-wait_until 20 has 'gone to the broker' proxy || not_ok "a commit's answer was lost"
+wait_until 60 has 'gone to the broker' proxy || not_ok "a commit's answer was lost"
 sleep 1; : > "$RUN/proxy.log"; echo "late 26 astray 6000" > "$RUN/proxy.mode"
-wait_until 20 has 'gone to the broker' proxy || not_ok "a commit came late"
+wait_until 60 has 'gone to the broker' proxy || not_ok "a commit came late"
 wait "$L"
-check "commits that go astray: all is answered" d wait astray-replies 1500 60
+check "commits that go astray: all is answered" d wait astray-replies 1500 90
 check "a new producer fenced the copies" has 'a new producer fences what may come late' worker-astray
 check "the worker lives" kill -0 "$W"
 once() { [ "$(grep -c 'WARN .*the broker takes no commit metadata' "$RUN/worker-astray.log")" = 1 ]; }
@@ -63,17 +63,17 @@ cat "$RUN/verify.log"
 # Stopped in the middle of a commit: its EndTxn is on its way when the twin begins.
 : > "$RUN/proxy.log"; echo "hang-at 26 astray" > "$RUN/proxy.mode"
 d produce astray 1500 500
-wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
+wait_until 60 has 'has come' proxy || not_ok "a commit was under way"
 kill -STOP "$W"; OLD=$W
 start_worker worker-astray-twin; TWIN=$W
-check "stopped in a commit: the twin answers all" d wait astray-replies 2000 60
+check "stopped in a commit: the twin answers all" d wait astray-replies 2000 90
 echo pass > "$RUN/proxy.mode"; sleep 1; kill -CONT "$OLD"
-check "the old one ends when it wakes" wait_until 40 ended "$OLD"
+check "the old one ends when it wakes" wait_until 90 ended "$OLD"
 wait "$OLD"; st=$?
 check "with status 1 (got $st)" [ $st -eq 1 ]
 check "fenced" has "another worker has this one's transactional.id" worker-astray
 d produce astray 2000 200
-check "the twin goes on" d wait astray-replies 2200 30
+check "the twin goes on" d wait astray-replies 2200 90
 d verify astray-replies 0 2200 0 > "$RUN/verify.log" || FAILED=1
 cat "$RUN/verify.log"
 stop "$TWIN" "the twin"
@@ -90,7 +90,7 @@ heir() {            # NAME BOOTSTRAP [TRANSACTION-TIMEOUT]
         "adapters.cache_dir=$RUN/cache" retry.backoff_ms=50 retry.backoff_max_ms=100 \
         "kafka.producer.transaction.timeout.ms=${3:-10000}" \
         commit.map_max_bytes=0 poison.max_attempts=0    # no metadata: the first is taken
-    wait_until 30 has 'assigned heir' "worker-$1" || die "worker $1 has partitions"
+    wait_until 90 has 'assigned heir' "worker-$1" || die "worker $1 has partitions"
 }
 tries() { grep -c 'committed offsets: ' "$RUN/worker-heir.log"; }
 has_tried() { [ "$(tries)" -ge "$1" ]; }
@@ -111,13 +111,13 @@ heir dies "$PROXY_BOOTSTRAP" 60000; DIES=$W
 his=$(sed -n 's/.* assigned heir \[\(.\)\].*/\1/p' "$RUN/worker-dies.log" | head -1) kept=$((1 - his))
 prompts $kept 50 "$ADAPTER"                         # they wait: the store is away
 prompts "$his" 50
-wait_until 20 has 'has come' proxy || not_ok "a commit was under way"
+wait_until 60 has 'has come' proxy || not_ok "a commit was under way"
 kill -9 -- "-$DIES"; wait "$DIES" 2> /dev/null
-check "the heir asks for the offsets of the dead" wait_until 30 has_tried 2
+check "the heir asks for the offsets of the dead" wait_until 60 has_tried 3
 nginx_start tests/models/storefront-adapters "$port" || die "nginx started"
 before=$(tries)
 is_committed() { [[ "$(d committed heir heir $kept)" == "50 "* ]]; }     # his open transaction hides the replies
-check "and commits what it finishes" wait_until 30 is_committed
+check "and commits what it finishes" wait_until 60 is_committed
 n=$(($(tries) - before))
 waits() { [ $n -le 1 ] && ! has "assigned heir \[$his\]" worker-heir-since; }
 sed '1,/revoked heir/d' "$RUN/worker-heir.log" > "$RUN/worker-heir-since.log"
@@ -134,19 +134,19 @@ member() {          # NAME
 }
 has_one() { has 'assigned joins' "worker-$1"; }
 member stays; STAYS=$W
-wait_until 30 has_one stays || die "the first worker has partitions"
+wait_until 60 has_one stays || die "the first worker has partitions"
 member goes; GOES=$W
-wait_until 30 has_one goes || die "the second worker has a partition"
+wait_until 60 has_one goes || die "the second worker has a partition"
 his=$(sed -n 's/.* assigned joins \[\(.\)\].*/\1/p' "$RUN/worker-goes.log" | head -1) kept=$((1 - his))
 kill -9 -- "-$GOES"; wait "$GOES" 2> /dev/null
 joins() { grep -c -- '-> wait-join' "$RUN/worker-stays.log"; }
 before=$(joins)
 member comes; COMES=$W
 joins_again() { [ "$(joins)" -gt "$before" ]; }
-wait_until 20 joins_again || not_ok "who stays joins again"
+wait_until 60 joins_again || not_ok "who stays joins again"
 TOPIC=joins prompts "$kept" 50
 all_committed() { [[ "$(d committed joins joins "$kept")" == "$1 "* ]]; }
-check "a commit that waits behind a join" wait_until 30 all_committed 50
+check "a commit that waits behind a join" wait_until 60 all_committed 50
 "$PYTHON" - "$RUN/worker-stays.log" <<'P' || FAILED=1
 import re, sys, time
 answers, gaps, since = [], [], None
@@ -172,7 +172,7 @@ P
 kill -9 -- "-$COMES"; wait "$COMES" 2> /dev/null
 before=$(joins)
 member next; NEXT=$W
-wait_until 20 joins_again || not_ok "who stays joins once more"
+wait_until 60 joins_again || not_ok "who stays joins once more"
 TOPIC=joins prompts "$kept" 50
 sleep 3                                             # a commit may wait for 5 s
 stop "$STAYS" "who ends in a join"

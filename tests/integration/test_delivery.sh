@@ -39,7 +39,7 @@ check "the job ends although a worker was killed" \
     "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead "$N" 240
 "$PYTHON" tests/integration/job.py verify "$BOOTSTRAP" replies dead prompts "$RUN/job" || FAILED=1
 
-check "committed offsets reach the end of every partition" wait_until 20 lag_is_zero delivery prompts 6
+check "committed offsets reach the end of every partition" wait_until 60 lag_is_zero delivery prompts 6
 
 for w in "$B" "$C"; do
     kill -TERM "$w"

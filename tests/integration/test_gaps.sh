@@ -50,9 +50,9 @@ if part txn; then
 for mode in $MODES; do
     worker "txn" topics.prompts=txn "delivery.mode=$mode" "group.id=txn-$mode"
     have() { d count replies t- "$1"; }
-    check "$mode: committed prompts are answered" wait_until 30 \
+    check "$mode: committed prompts are answered" wait_until 60 \
         have $([ $mode = exactly-once ] && echo 280 || echo 140)
-    check "$mode: the lag of an idle group is zero, past the markers" wait_until 20 lag_is_zero "txn-$mode" txn 2
+    check "$mode: the lag of an idle group is zero, past the markers" wait_until 60 lag_is_zero "txn-$mode" txn 2
     check "$mode: aborted prompts are not" d count replies no- 0
     end "$mode"
 done
@@ -62,15 +62,15 @@ if part compacted; then
 sleep 3                             # the cleaner has had its time
 worker compacted topics.prompts=compacted
 last() { d count replies k-last 1; }
-check "a compacted topic is read to its end" wait_until 30 last
-check "and its lag is zero" wait_until 20 lag_is_zero compacted compacted
+check "a compacted topic is read to its end" wait_until 60 last
+check "and its lag is zero" wait_until 60 lag_is_zero compacted compacted
 end compacted
 fi
 
 if part deleted; then
 d produce deleted 0 3000
 worker deleted topics.prompts=deleted
-wait_until 20 d count replies p-2999 1
+wait_until 60 d count replies p-2999 1
 d produce deleted 3000 1000
 "$PYTHON" - "$BOOTSTRAP" <<'P'
 import sys
@@ -79,13 +79,13 @@ from confluent_kafka.admin import AdminClient
 admin = AdminClient({"bootstrap.servers": sys.argv[1]})
 list(admin.delete_records([TopicPartition("deleted", 0, 2500)]).values())[0].result(20)
 P
-check "deleted records do no harm" wait_until 30 d count replies p-3999 1
-check "and leave no lag" wait_until 20 lag_is_zero deleted deleted
+check "deleted records do no harm" wait_until 60 d count replies p-3999 1
+check "and leave no lag" wait_until 60 lag_is_zero deleted deleted
 "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" delete deleted; sleep 2
 topic_create deleted 1
 d produce deleted 5000 100
 check "a topic that was made again is read from its beginning" wait_until 60 d count replies p-5099 1
-check "and committed there" wait_until 30 lag_is_zero deleted deleted
+check "and committed there" wait_until 60 lag_is_zero deleted deleted
 end deleted
 fi
 
@@ -95,11 +95,11 @@ for GROUP_PROTOCOL in $PROTOCOLS; do
     protocol=$GROUP_PROTOCOL
     worker "twin-$protocol" topics.prompts=twins kafka.consumer.group.instance.id=one
     A=$W
-    wait_until 20 grep -q 'assigned twins' "$RUN/worker-twin-$protocol.$N.log"
+    wait_until 60 grep -q 'assigned twins' "$RUN/worker-twin-$protocol.$N.log"
     worker "twin-$protocol" topics.prompts=twins kafka.consumer.group.instance.id=one
     B=$W
     one_ends() { ended "$A" || ended "$B"; }
-    check "$protocol: one of two with the same group.instance.id ends" wait_until 40 one_ends
+    check "$protocol: one of two with the same group.instance.id ends" wait_until 60 one_ends
     if ended "$A"; then L=$A W=$B; else L=$B W=$A; fi
     one_ends || kill -9 "$L"
     wait "$L"; st=$?

@@ -34,7 +34,7 @@ journal.dir=$RUN/journal
 kafka.bootstrap.servers=$BOOTSTRAP
 P
 spawn "$RUN/worker.log" "$LORAMILL" worker -c "$RUN/worker.properties"; W=$!
-wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "the worker is ready"
+wait_until 60 curl -sf "http://127.0.0.1:$PORT/readyz" || die "the worker is ready"
 h poison "$W" || FAILED=1
 h metrics "$PORT" || FAILED=1
 before=$(curl -s "http://127.0.0.1:$PORT/metrics" | wc -l)
@@ -49,5 +49,5 @@ curl -s "http://127.0.0.1:$PORT/metrics" > "$RUN/metrics"
 unseen() { ! grep -qE "$MARKER|private-" "$RUN/spans" && ! grep -q "$MARKER" "$RUN/worker.log" "$RUN/metrics"; }
 check "no prompt's text in log, metrics or spans, at level debug" unseen
 grep -a "$MARKER" "$RUN/worker.log" "$RUN/metrics" "$RUN/spans" | head -5
-check "lag is zero" wait_until 20 lag_is_zero hostile prompts
+check "lag is zero" wait_until 60 lag_is_zero hostile prompts
 kill -TERM "$W"; wait "$W"; check "the worker ends with status 0 (got $?)" [ $? -eq 0 ]

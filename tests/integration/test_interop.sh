@@ -24,9 +24,9 @@ spawn "$RUN/worker.log" "$LORAMILL" worker -c "$RUN/worker.properties"; W=$!
 echo 'k1|{"id": "from-kcat", "prompt": "hello kcat"}' | kcat -q -P -b "$BOOTSTRAP" -t prompts -K '|' -H kafka_correlationId=kc-1
 echo 'k2|nonsense' | kcat -q -P -b "$BOOTSTRAP" -t prompts -K '|'
 reply() { kcat -q -C -e -b "$BOOTSTRAP" -t replies -f '%k|%h|%s\n' | grep -aF '"id":"from-kcat"' > "$RUN/kcat"; }
-check "kcat reads the reply to its prompt" wait_until 20 reply
+check "kcat reads the reply to its prompt" wait_until 60 reply
 check "key and correlation id came back" grep -qaE '^k1\|.*kafka_correlationId=kc-1.*"text":"hello kcat"' "$RUN/kcat"
 dead() { kcat -q -C -e -b "$BOOTSTRAP" -t dead -f '%k|%h|%s\n' | grep -aF 'loramill-error-code=malformed' > "$RUN/kcat-dead"; }
-check "kcat reads the dead letter, with its cause" wait_until 20 dead
+check "kcat reads the dead letter, with its cause" wait_until 60 dead
 check "value and key are as they were" grep -qaE '^k2\|.*\|nonsense$' "$RUN/kcat-dead"
 kill -TERM "$W"; wait "$W"; check "worker ends with status 0 (got $?)" [ $? -eq 0 ]

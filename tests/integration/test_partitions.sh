@@ -32,7 +32,7 @@ MODEL=(engine.mode=model "model.path=$PWD/tests/models/storefront" backend=cpu t
 # worker NAME TOPIC [KEY=VALUE]...; the topic is the group too; $W is its pid
 worker() {
     start_worker "worker-$1" "worker.name=$1" "topics.prompts=$2" "group.id=$2" http.port=0 "${@:3}"
-    wait_until 30 grep -qE "assigned $2" "$RUN/worker-$1.log" || die "worker $1 has partitions"
+    wait_until 60 grep -qE "assigned $2" "$RUN/worker-$1.log" || die "worker $1 has partitions"
 }
 # The store: prompts that name an adapter wait until it is there.
 store_up() { nginx_start tests/models/storefront-adapters "$STORE_PORT" || die "nginx started"; S=$!; }
@@ -53,9 +53,9 @@ check "the broker holds the map (${#map} bytes)" [ "${#map}" -ge 3072 -a "${#map
 kill -9 -- "-$W"; wait "$W" 2> /dev/null
 store_up
 worker map2 map "http.port=$HTTP" in_flight.max_messages=100000 intake.max_messages=100000
-check "the next worker answers the rest" d wait replies 40000 90
+check "the next worker answers the rest" d wait replies 40000 180
 d verify replies 0 40000 0 || FAILED=1
-check "and the lag is zero" wait_until 20 lag_is_zero map map
+check "and the lag is zero" wait_until 60 lag_is_zero map map
 stop "$W" "it"
 # What the limit is at the broker; then a damaged map, which is ignored and said so.
 check "4,096 bytes are taken" p big limit map 4096
@@ -64,9 +64,9 @@ check "4,097 are refused" big_refused
 d commit map map 0 39000 "${map:0:100}$([ "${map:100:1}" = A ] && echo B || echo A)${map:101}"
 worker damaged map
 d produce map 40000 1
-check "a damaged map does no harm" d wait replies 40001 30
+check "a damaged map does no harm" d wait replies 40001 90
 check "and is named" grep -q 'offset map is damaged' "$RUN/worker-damaged.log"
-check "the prompts behind the offset ran again" wait_until 20 lag_is_zero map map
+check "the prompts behind the offset ran again" wait_until 60 lag_is_zero map map
 stop "$W" "it"
 # Back and forth with the tool: what lies behind the group's offset runs again, no more and no less.
 repeats() { d verify replies 0 40001 -1 | sed -n 's/.* \([0-9]*\) repeats.*/\1/p'; }
@@ -77,7 +77,7 @@ for to in 39901 40001 39951; do
     worker "reset$to" map
     n=$((n + 40001 - to))
     is_n() { [ "$(repeats)" -eq $n ]; }
-    check "reset to $to: what lies behind it runs again" wait_until 20 is_n
+    check "reset to $to: what lies behind it runs again" wait_until 60 is_n
     stop "$W" "it"
 done
 store_down
@@ -88,31 +88,31 @@ d produce gone 0 3000 "$ADAPTER" 1
 worker gone gone topics.replies=gone-replies intake.max_messages=20 "http.port=$HTTP"
 # What it has read is answered too, so it must have read before they are deleted.
 is_full() { [ "$(metric intake_paused)" = 1 ]; }
-check "intake is full" wait_until 30 is_full
+check "intake is full" wait_until 60 is_full
 read_on=$(metric consumed_records_total)
 p delete gone 2500
 store_up
 check "what is left is read, and the $read_on before are answered" d wait gone-replies $((read_on + 500)) 60
-check "and nothing lags behind" wait_until 20 lag_is_zero gone gone
+check "and nothing lags behind" wait_until 60 lag_is_zero gone gone
 stop "$W" "it"; store_down
 
 # 3. Partitions are paused (intake is full), go to another worker and come back: they flow.
 topic_create paused 2; topic_create paused-replies 1
 d produce paused 0 2000 "$ADAPTER" 1
 worker p1 paused topics.replies=paused-replies intake.max_messages=50 "http.port=$HTTP" revoke.drain_ms=500; A=$W
-check "intake is paused" wait_until 20 is_full
+check "intake is paused" wait_until 60 is_full
 worker p2 paused topics.replies=paused-replies intake.max_messages=50 drain.timeout_ms=500
 stop "$W" "the worker that came"
 back() { [ "$(metric partitions_assigned)" = 2 ]; }
-check "the partitions are back" wait_until 20 back
+check "the partitions are back" wait_until 60 back
 store_up
-check "they flow" d wait paused-replies 2000 60
+check "they flow" d wait paused-replies 2000 90
 stop "$A" "the worker that stayed"; store_down
 
 # 4. Workers come and go, generations take about a second: all is answered once, and what a worker keeps
 # is never cut off.
 topic_create loop 6; topic_create loop-replies 1
-LONG=("${MODEL[@]}" revoke.drain_ms=20000
+LONG=("${MODEL[@]}" revoke.drain_ms=60000
       topics.replies=loop-replies engine.max_seqs=4 engine.max_waiting=8 intake.max_messages=8)
 "$PYTHON" - "$BOOTSTRAP" <<'P'
 import json, sys
@@ -139,7 +139,7 @@ topic_create keyed 2; topic_create ordered 1
 d produce keyed 0 1500 "$ADAPTER" 7
 worker keyed keyed topics.replies=ordered delivery.order=key
 sleep 2; store_up
-check "keyed prompts are answered" d wait ordered 1500 60
+check "keyed prompts are answered" d wait ordered 1500 90
 d order ordered 1500 || FAILED=1
 stop "$W" "it"; store_down
 
@@ -155,7 +155,7 @@ for GROUP_PROTOCOL in classic consumer; do
     GROWN+=("$W")
 done
 for protocol in classic consumer; do p grow "live-$protocol" "rx-$protocol-1"; done
-check "new partitions and topics are read" d wait grown 4 45
+check "new partitions and topics are read" d wait grown 4 90
 for W in "${GROWN[@]}"; do stop "$W" "it"; done
 printf '%s\n' kafka.session.timeout.ms=6000 kafka.heartbeat.interval.ms=500 >> "$RUN/worker.properties"
 

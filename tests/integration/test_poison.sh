@@ -43,7 +43,7 @@ P
 done
 ready() { [ "$(starts)" -ge 6 ]; }
 starts() { cat "$RUN"/*-?.log | grep -c 'reading prompts'; }
-wait_until 30 ready || die "the workers started"
+wait_until 60 ready || die "the workers started"
 for mode in $MODES; do
     "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" pool "$mode" "$RUN/$mode"-?.log &
     CASES+=("$!")
@@ -58,7 +58,7 @@ before=$(went)
 for i in 0 1 2; do
     s=$(starts)
     pkill -TERM -P "${HOSTS[i]}" poison_worker; pkill -TERM -P "${HOSTS[i + 3]}" poison_worker
-    check "host $((i + 1)) has begun again" wait_until 30 restarted
+    check "host $((i + 1)) has begun again" wait_until 60 restarted
 done
 for mode in $MODES; do
     "$PYTHON" tests/integration/trouble.py "$BOOTSTRAP" pool_after "$mode" || FAILED=1

@@ -59,9 +59,9 @@ worker() {
     W=$!
 }
 end() { kill -TERM "$W"; wait "$W"; check "$1 ends with status 0 (got $?)" [ $? -eq 0 ]; }
-served() { check "$1 is served" d wait "$1-replies" 20 40; end "$1"; }
+served() { check "$1 is served" d wait "$1-replies" 20 90; end "$1"; }
 refused() {     # NAME REASON
-    check "$1 is refused: $2" wait_until 20 grep -qiE "$2" "$RUN/worker-$1.log"
+    check "$1 is refused: $2" wait_until 60 grep -qiE "$2" "$RUN/worker-$1.log"
     d count "$1-replies" p- 0 && ok "$1 reads nothing" || not_ok "$1 reads nothing"
     end "$1"
 }
@@ -89,7 +89,7 @@ refused wrong-password 'authentication failed|invalid credentials'
 # A registry that asks for a certificate and a token. It refuses the schema of the replies, and tells what it saw.
 TOKEN=t0ken-$RANDOM$RANDOM R=$(free_ports 1)
 spawn "$RUN/registry.log" "$PYTHON" tests/infra/tls_registry.py "$R" "$RUN/broker.pem" "$RUN/ca.pem" "$TOKEN"
-wait_until 10 bash -c ": < /dev/tcp/127.0.0.1/$R" 2> /dev/null
+wait_until 60 bash -c ": < /dev/tcp/127.0.0.1/$R" 2> /dev/null
 REGISTRY_TLS=(kafka.security.protocol=SSL replies.encoding=avro "registry.url=https://127.0.0.1:$R"
               "registry.ca_file=$RUN/ca.pem" "registry.auth_header=Authorization: Bearer $TOKEN")
 worker registry 0 "${REGISTRY_TLS[@]}" "registry.cert_file=$RUN/worker.crt" "registry.key_file=$RUN/worker.key"
@@ -113,30 +113,30 @@ for mode in at-least-once exactly-once; do
     worker "rotate-$mode" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" kafka.debug=security
     said() { grep -ci "$1" "$RUN/worker-rotate-$mode.log"; }
     has_said() { [ "$(said "$2")" -ge "$1" ]; }
-    check "$mode: the first password serves" d wait "rotate-$mode-replies" 20 40
+    check "$mode: the first password serves" d wait "rotate-$mode-replies" 20 90
     NEXT=n3xt-$RANDOM$RANDOM
     admin scram worker "$NEXT"
     check "$mode: altered at the broker, it is refused" \
-        wait_until 20 grep -qi 'authentication failed' "$RUN/worker-rotate-$mode.log"
+        wait_until 60 grep -qi 'authentication failed' "$RUN/worker-rotate-$mode.log"
     d produce "rotate-$mode" 20 20
     check "$mode: the worker waits" kill -0 "$W"
     sed -i "s/^kafka.sasl.password=.*/kafka.sasl.password=$NEXT/" "$RUN/rotate-$mode.properties"
-    check "$mode: with the new one in its file it goes on by itself" d wait "rotate-$mode-replies" 40 40
+    check "$mode: with the new one in its file it goes on by itself" d wait "rotate-$mode-replies" 40 90
     check "$mode: and says why" grep -q 'new SASL credentials' "$RUN/worker-rotate-$mode.log"
     PASSWORD=$NEXT NEXT=th1rd-$RANDOM$RANDOM
     kill -HUP "$W"
-    check "$mode: SIGHUP: the file is read, as it was" wait_until 20 has_said 1 'INFO .*credentials are as they were'
+    check "$mode: SIGHUP: the file is read, as it was" wait_until 60 has_said 1 'INFO .*credentials are as they were'
     sed -i "s/^kafka.sasl.password=.*/kafka.sasl.password=$NEXT/" "$RUN/rotate-$mode.properties"
     kill -HUP "$W"
-    check "$mode: SIGHUP: its new password is taken before the broker wants it" wait_until 20 has_said 2 'new SASL credentials'
+    check "$mode: SIGHUP: its new password is taken before the broker wants it" wait_until 60 has_said 2 'new SASL credentials'
     admin scram worker "$NEXT"
     # A connection that was asked for it in between was refused; from here on none is.
     taken=$(said 'session lifetime')
-    check "$mode: altered at the broker, it is right" wait_until 20 has_said $((taken + 2)) 'session lifetime'
+    check "$mode: altered at the broker, it is right" wait_until 60 has_said $((taken + 2)) 'session lifetime'
     refused=$(said 'authentication failed')
     d produce "rotate-$mode" 40 20
-    check "$mode: SIGHUP in time: nothing stops" d wait "rotate-$mode-replies" 60 20
-    check "$mode: all connections are asked for it again" wait_until 30 has_said $((taken + 10)) 'session lifetime'
+    check "$mode: SIGHUP in time: nothing stops" d wait "rotate-$mode-replies" 60 90
+    check "$mode: all connections are asked for it again" wait_until 60 has_said $((taken + 10)) 'session lifetime'
     check "$mode: and none is refused" [ "$(said 'authentication failed')" = "$refused" ]
     d verify "rotate-$mode-replies" 0 60 0 || FAILED=1
     end "$mode"
@@ -150,11 +150,11 @@ worker oidc 3 kafka.security.protocol=SASL_SSL kafka.sasl.mechanism=OAUTHBEARER 
     kafka.sasl.oauthbearer.method=oidc kafka.sasl.oauthbearer.client.id=worker \
     kafka.sasl.oauthbearer.client.secret=wrong-pass-word \
     "kafka.sasl.oauthbearer.token.endpoint.url=http://127.0.0.1:${P[4]}/token"
-check "OIDC: served" d wait oidc-replies 20 40
+check "OIDC: served" d wait oidc-replies 20 90
 asked() { [ "$(wc -l < "$RUN/tokens")" -ge 5 ]; }
-check "OIDC: tokens are asked for again" wait_until 30 asked
+check "OIDC: tokens are asked for again" wait_until 60 asked
 d produce oidc 20 20
-check "OIDC: and the worker goes on, past the first one's end" d wait oidc-replies 40 20
+check "OIDC: and the worker goes on, past the first one's end" d wait oidc-replies 40 90
 end oidc
 worker oauth-eos 3 kafka.security.protocol=SASL_SSL kafka.sasl.mechanism=OAUTHBEARER \
     kafka.enable.sasl.oauthbearer.unsecure.jwt=true "kafka.sasl.oauthbearer.config=principal=worker" \
@@ -172,28 +172,28 @@ for mode in at-least-once exactly-once; do
     topic_create "$t-replies" 1
     admin acl grant nobody write "$t-replies"; admin acl grant worker write "$t-replies"
     worker "$t" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" "http.port=${P[5]}"
-    check "$t: served" d wait "$t-replies" 20 40
-    check "$t: committed" wait_until 20 committed_is "$t" 20
+    check "$t: served" d wait "$t-replies" 20 90
+    check "$t: committed" wait_until 60 committed_is "$t" 20
     admin acl revoke worker write "$t-replies"
     d produce "$t" 20 20
     check "$t: a forbidden reply topic is named in the log" \
-        wait_until 20 grep -qiE "$t-replies.*authorization failed" "$RUN/worker-$t.log"
+        wait_until 60 grep -qiE "$t-replies.*authorization failed" "$RUN/worker-$t.log"
     failing() { [ "$(failures)" -gt 0 ]; }
-    check "$t: and counted" wait_until 10 failing
+    check "$t: and counted" wait_until 60 failing
     check "$t: the worker waits, alive" livez
     check "$t: no offset passes" committed_is "$t" 20
     check "$t: nothing is a dead letter" d count dead p- 0
     admin acl grant worker write "$t-replies"
-    check "$t: allowed again, it goes on" d wait "$t-replies" 40 40
+    check "$t: allowed again, it goes on" d wait "$t-replies" 40 90
     d verify "$t-replies" 0 40 0 || FAILED=1
     if [ $mode = at-least-once ]; then
         admin acl grant nobody read "$t"
         d produce "$t" 40 20
         check "$t: a forbidden prompt topic is named in the log" \
-            wait_until 20 grep -qiE "TOPIC_AUTHORIZATION_FAILED|$t.*authorization failed" "$RUN/worker-$t.log"
+            wait_until 60 grep -qiE "TOPIC_AUTHORIZATION_FAILED|$t.*authorization failed" "$RUN/worker-$t.log"
         check "$t: the worker waits, alive" livez
         admin acl grant worker read "$t"
-        check "$t: allowed again, it reads on" d wait "$t-replies" 60 40
+        check "$t: allowed again, it reads on" d wait "$t-replies" 60 90
     fi
     end "$t"
 done
@@ -208,17 +208,17 @@ for mode in at-least-once exactly-once; do
     worker "$t" 2 "${SCRAM[@]}" "kafka.sasl.password=$PASSWORD" "delivery.mode=$mode" "http.port=${P[5]}" \
         "topics.prompts=$t,$t-other"
     d produce "$t-other" 20 20
-    check "$t: prompts of both are read" wait_until 30 consumed_is 40
+    check "$t: prompts of both are read" wait_until 60 consumed_is 40
     admin acl grant worker describe "$t"; admin acl grant nobody read "$t"
     admin acl revoke nobody write "$t-replies"
     committed_other() { [ "$(d committed "$t" "$t-other" 0 | cut -d' ' -f1)" = 20 ]; }
-    check "$t: the other topic's prompts commit" wait_until 40 committed_other
+    check "$t: the other topic's prompts commit" wait_until 60 committed_other
     nothing_passes() { [ "$(d committed "$t" "$t" 0 | cut -d' ' -f1)" -le 0 ]; }
     check "$t: those of the forbidden one do not" nothing_passes
     check "$t: nothing is a dead letter" d count dead p- 0
     admin acl grant worker read "$t"
-    check "$t: allowed again, all are answered" d wait "$t-replies" 40 40
-    check "$t: and committed" wait_until 40 committed_is "$t" 20
+    check "$t: allowed again, all are answered" d wait "$t-replies" 40 90
+    check "$t: and committed" wait_until 60 committed_is "$t" 20
     d verify "$t-replies" 0 40 0 || FAILED=1
     end "$t"
 done

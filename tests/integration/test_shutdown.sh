@@ -37,9 +37,9 @@ worker() {      # NAME LOG [PROPERTY]...
 # the broker has aborted it; a new producer is made, and asks what the group holds (offset fetch).
 PHASES=(assign:9 init:22 produce:0 add-offsets:25 offsets:28 end:26 find-out:9 leave:13 alo-produce:0
         alo-commit:8)
-# s: the drain's 1, 6 to leave the group, 5 until librdkafka is left alone, and the load's; with
-# at-least-once 5 for the last commit.
-budget() { case $1 in alo-*) echo 20 ;; *) echo 14 ;; esac; }
+# s: the drain's 1, 6 to leave the group, 5 until librdkafka is left alone; with at-least-once 5 for the last
+# commit; and a busy machine's.
+budget() { case $1 in alo-*) echo 26 ;; *) echo 20 ;; esac; }
 declare -A PID
 more() {
     case $1 in
@@ -86,7 +86,7 @@ assert not p.flush(20)
 Q
 came() { grep -q "request $1 of $2 has come" "$RUN/proxy.log"; }
 for p in "${PHASES[@]}"; do
-    [ "$p" = leave:13 ] || wait_until 20 came "${p#*:}" "${p%:*}" || not_ok "the request of $p came"
+    [ "$p" = leave:13 ] || wait_until 60 came "${p#*:}" "${p%:*}" || not_ok "the request of $p came"
 done
 start=$SECONDS
 for name in "${!PID[@]}"; do kill -TERM "${PID[$name]}"; done
@@ -103,7 +103,7 @@ for p in "${PHASES[@]}"; do
     name=${p%:*}
     worker "$name" "second-$name" $(more "$name"); PID[$name]=$W
 done
-check "the next workers answer what is left" d wait replies "$sent" 60
+check "the next workers answer what is left" d wait replies "$sent" 90
 check "and the others" d wait replies-alo $((alo - 100000)) 60
 d verify replies,dead 0 "$sent" 0 || FAILED=1
 d verify replies-alo 100000 $((alo - 100000)) -1 || FAILED=1
@@ -119,12 +119,12 @@ import signal, socket, sys
 taken = [socket.create_server(("127.0.0.1", int(p)), backlog=64) for p in sys.argv[1:]]
 print("silent", flush=True)
 signal.pause()' $SILENT
-wait_until 10 grep -q silent "$RUN/silent.log" || die "registries that are silent"
+wait_until 60 grep -q silent "$RUN/silent.log" || die "registries that are silent"
 topic_create schemaless 1
 registry_worker() {
     worker schemaless "$1" delivery.mode=at-least-once drain.timeout_ms=10000 engine.hang_timeout_ms=4000 \
         "registry.url=$(printf 'http://127.0.0.1:%s,' $SILENT | sed 's/,$//')"
-    wait_until 20 grep -q 'assigned ' "$RUN/$1.log" || not_ok "$1 is at work"
+    wait_until 60 grep -q 'assigned ' "$RUN/$1.log" || not_ok "$1 is at work"
 }
 plain() {       # ID: a prompt in Avro, and one in JSON behind it
     "$PYTHON" - "$BOOTSTRAP" "$1" <<'Q'
@@ -148,16 +148,16 @@ check "so it is by the next worker" d wait replies $((sent + 2)) 30
 sleep 5                         # more than engine.hang_timeout_ms
 start=$SECONDS
 kill -TERM "$W"; wait "$W"; st=$?
-check "silent registry: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 6 ]
+check "silent registry: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 9 ]
 died() { has 'died with\|to dead:' registry; }
 check "nobody has died of waiting for it" [ "$(died && echo yes)" != yes ]
 
-# At the start it is waited for, for seconds; the signal may be handed to any thread of a library's.
+# At the start it is waited for, for eleven seconds; the signal may be handed to any thread of a library's.
 worker schemaless starting replies.encoding=avro "registry.url=$(printf 'http://127.0.0.1:%s,' $SILENT | sed 's/,$//')"
-check "a start says whom it asks" wait_until 10 has "asking the schema registry http://127.0.0.1:${SILENT%% *}," starting
+check "a start says whom it asks" wait_until 60 has "asking the schema registry http://127.0.0.1:${SILENT%% *}," starting
 start=$SECONDS
 kill -TERM "$W"; wait "$W"; st=$?
-check "while it starts: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 2 ]
+check "while it starts: status 0 (got $st) after $((SECONDS - start)) s" [ $st -eq 0 -a $((SECONDS - start)) -le 8 ]
 
 # Workers of one group, of both modes, told to end at any moment from their first word on: at the start, while
 # partitions come and go, and at work: a thousand prompts a second come all the time, so whoever gets partitions
@@ -196,13 +196,13 @@ check "told to end at any moment: status 0, all 20 (others: ${bad:-none})" \
     [ "$(grep -c ': 0$' "$RUN/any-moment")" = 20 ]
 start_worker any-last worker.name=any-last group.id=any topics.prompts=any topics.replies=any-replies \
     delivery.mode=at-least-once
-check "what they have left of $n prompts is answered by the next" d wait any-replies "$n" 60
+check "what they have left of $n prompts is answered by the next" d wait any-replies "$n" 180
 d verify any-replies 0 "$n" -1 || FAILED=1
-check "and nothing of it is unfinished" wait_until 20 lag_is_zero any any 4
+check "and nothing of it is unfinished" wait_until 60 lag_is_zero any any 4
 stop "$W" "the next"
 
 # Engines that hang: one is found before its drain ends, the other has a drain too short to tell.
-declare -A HUNG MOST=([hung-in-drain]=13 [hung-at-end]=18)
+declare -A HUNG MOST=([hung-in-drain]=25 [hung-at-end]=30)
 hang() {        # NAME PROPERTY...
     local name=$1; shift
     topic_create "$name" 1
@@ -220,7 +220,7 @@ PROGRAM=("$BUILD/tests/integration/poison_worker")
 hang hung-in-drain engine.hang_timeout_ms=6000 drain.timeout_ms=60000
 hang hung-at-end engine.hang_timeout_ms=60000 drain.timeout_ms=500
 for name in "${!HUNG[@]}"; do
-    wait_until 30 grep -q ' runs$' "$RUN/$name.log" || not_ok "$name: its prompt runs"
+    wait_until 60 grep -q ' runs$' "$RUN/$name.log" || not_ok "$name: its prompt runs"
 done
 start=$SECONDS
 kill -TERM "${HUNG[@]}"
@@ -234,5 +234,5 @@ PROGRAM=("$LORAMILL" worker)
 topic_create nothing 1
 worker nothing after
 suspects() { [ "$(cat "$RUN"/*.log | grep -c 'died with 1 prompts in the engine (hung)')" = 2 ]; }
-check "the next worker knows the suspects" wait_until 20 suspects
+check "the next worker knows the suspects" wait_until 60 suspects
 kill -TERM "$W"; wait "$W"; check "and ends with status 0 (got $?)" [ $? -eq 0 ]

@@ -30,7 +30,7 @@ status() { SUB=0 run status "$@"; }
 reset() { SUB=0 run reset "$@"; }
 start() {
     start_worker "worker-$1" "worker.name=$1"
-    wait_until 30 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $1 is ready"
+    wait_until 60 curl -sf "http://127.0.0.1:$PORT/readyz" || die "worker $1 is ready"
 }
 quiet() { "$@" > /dev/null; }
 lag_is() { status --json && quiet jq -e ".lag == $1" "$RUN/out"; }
@@ -52,7 +52,7 @@ status --json
 check "unfinished prompts are lag, with the age of the oldest" \
     quiet jq -e '.lag == 44 and ([.partitions[].lag] | add) == 44 and (now * 1000 - ([.partitions[].oldest_ms | values] | min)) < 60000' "$RUN/out"
 start a
-check "lag goes to 0 when all is done" wait_until 30 lag_is 0
+check "lag goes to 0 when all is done" wait_until 60 lag_is 0
 status --json
 check "the worker is there, with all partitions and nothing in flight" \
     quiet jq -e '.state == "Stable" and .workers[0].worker == "a" and .workers[0].partitions == 3 and .workers[0].in_flight == 0 and all(.partitions[]; .worker == "a")' "$RUN/out"
@@ -104,9 +104,9 @@ check "a second retry passes it over (got $st): $(tr '\n' ' ' < "$RUN/err")" \
     [ "$st $(grep -c '1 were sent back before' "$RUN/err") $(grep -c '0 sent back, 0 not' "$RUN/err")" = '0 1 1' ]
 dlq retry "$place"; check "and says so before" grep -q '1 were sent back before' "$RUN/err"
 answered() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'map(select(.id == "lost" and (.choices | length) == 1)) | length == 1' "$RUN/all"; }
-check "the healed one is answered" wait_until 30 answered
+check "the healed one is answered" wait_until 60 answered
 again() { dlq list --json --id lost2 && jq -se 'length == 2 and .[1].dead_letter.attempt == 2 and .[0].dead_letter.offset == .[1].dead_letter.offset' "$RUN/out"; }
-check "the other one is back, as attempt 2, with its first origin" wait_until 30 again
+check "the other one is back, as attempt 2, with its first origin" wait_until 60 again
 dlq retry "$place" --to elsewhere --again --yes
 check "one by its place, once more, to another topic" grep -q '1 sent back' "$RUN/err"
 value() { "$PYTHON" tests/infra/kafka_admin.py "$BOOTSTRAP" dump elsewhere; }
@@ -256,7 +256,7 @@ reset --to latest --yes
 start c
 "$LORAMILL" submit -c "$RUN/worker.properties" --input <(echo '{"id": "after", "prompt": "x", "params": {"max_tokens": 1}}') -q 2> /dev/null
 after() { "$LORAMILL" collect -c "$RUN/worker.properties" --output "$RUN/all" -q -b 2> /dev/null; jq -se 'any(.id == "after")' "$RUN/all"; }
-check "a worker goes on from there" wait_until 30 after
+check "a worker goes on from there" wait_until 60 after
 check "and has read nothing twice" [ "$(curl -sf "http://127.0.0.1:$PORT/metrics" | awk '$1 == "loramill_consumed_records_total" { print $2 }')" = 1 ]
 stop "$W" "the worker"
 
@@ -295,7 +295,7 @@ for port in range(int(sys.argv[1]) + 1, int(sys.argv[1]) + 13):
     try: s.bind(("0.0.0.0", port)); s.listen(1); held.append(s)
     except OSError: pass
 print("held", flush=True); time.sleep(600)' "$PORT"
-wait_until 10 grep -q held "$RUN/ports.log" || die "the next ports are taken"
+wait_until 60 grep -q held "$RUN/ports.log" || die "the next ports are taken"
 start q; P2=$W
 in_flight() {
     status --json && quiet jq -e --argjson t "$SENT" '
