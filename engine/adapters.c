@@ -73,7 +73,6 @@ struct adapters {
     uint64_t serial;
 };
 
-
 lm_status adapters_new(const struct adapters_config *cfg, adapters **out, struct lm_err *err)
 {
     adapters *a = lm_calloc(1, sizeof *a);

@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 enum { LOOK_MOST_MS = 1000, WAIT_US = 100000, BACKOFF_COUNTED = 20, REMEMBERED = 64 };
 
 static struct aside_topic *find(const struct aside *a, const char *name)

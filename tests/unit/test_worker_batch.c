@@ -21,7 +21,6 @@
 #include "worker/tools/batch_output.h"
 #include "worker/tools/openai.h"
 
-
 static char *path_of(const char *name)
 {
     static char path[256];
