@@ -30,6 +30,7 @@
 enum {
     COMMITTED_FIRST_MS = 500,
     COMMITTED_MOST_MS = 10000,
+    COMMITTED_PAUSE_MS = 100,   /* from one question to the next, at least */
     COMMITTED_BUDGET_MS = 60000,
     AWAIT_MS = 30000,           /* our own transaction */
 };
@@ -200,7 +201,7 @@ static void await_transaction(consumer *c, const rd_kafka_topic_partition_list_t
  * takes too long for one: both waits together take three quarters of the poll interval at most. */
 static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
 {
-    rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT;
+    rd_kafka_resp_err_t e = RD_KAFKA_RESP_ERR__TIMED_OUT, said = RD_KAFKA_RESP_ERR_NO_ERROR;
     int64_t interval = kafka_conf_int(rd_kafka_conf(c->rk), "max.poll.interval.ms");
     int64_t left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
     for (int i = 0; i < l->cnt; i++)
@@ -209,8 +210,12 @@ static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
     int64_t end = lm_now_us() + left * 1000;
     for (int64_t ms = COMMITTED_FIRST_MS; e && left > 0 && !atomic_load(&c->w->stopping);
          ms = LM_MIN(ms * 2, COMMITTED_MOST_MS), left = (end - lm_now_us()) / 1000) {
-        if ((e = ask_committed(c, l, (int)LM_MIN(ms, left))))
-            lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(e));
+        int64_t next = lm_now_us() + (int64_t)COMMITTED_PAUSE_MS * 1000;
+        e = ask_committed(c, l, (int)LM_MIN(ms, left));
+        if (e && (e != said || lm_now_us() >= next))    /* a refusal comes at once, each time */
+            lm_log(LM_WARN, "consumer", "committed offsets: %s", rd_kafka_err2str(said = e));
+        while (e && lm_now_us() < next && !atomic_load(&c->w->stopping))
+            work_on(c);
     }
     for (int i = 0; i < l->cnt; i++)
         if (l->elems[i].err || l->elems[i].offset < 0)
