@@ -16,7 +16,7 @@
 #include "worker/watchdog.h"
 
 enum {
-    STUCK_CALLS = 6,            /* such to begin, in vain, and another id begins */
+    STUCK_CALLS = 6,            /* such to begin, in vain, and another id begins; or to end, ... */
     CALL_MS = 5000,             /* of one call; it is made again until it has an answer. Not all
                                  * heed it: send_offsets() may take several times as long */
     FAILED_MS = 100,            /* for the other reports, once a record was not taken */
@@ -134,11 +134,18 @@ static bool report_is_lost(const struct tx *t)
     return t->p->under_way && lm_now_us() - t->sent_us > wait;
 }
 
+/* An abort is not over until the last transaction is, which may be about to end for as long as a
+ * partition of it has no leader. The coordinator answers all the time that it is not, which the
+ * client keeps to itself: what it does about brokers that are away looks the same. A new producer
+ * is told, see take_other_id(). */
 rd_kafka_error_t *transaction_persist(struct tx *t, transaction_call *make)
 {
-    for (;;) {
+    for (int in_vain = 0;;) {
+        unsigned before = atomic_load(&t->p->unanswered.ends);
         rd_kafka_error_t *e = make(t);
-        if (!e || !rd_kafka_error_is_retriable(e) || !transaction_call_ms(t) || report_is_lost(t))
+        in_vain += before != atomic_load(&t->p->unanswered.ends);
+        if (!e || !rd_kafka_error_is_retriable(e) || !transaction_call_ms(t) ||
+            report_is_lost(t) || in_vain >= STUCK_CALLS)
             return e;
         lm_log(LM_DEBUG, "producer", "transaction: %s; asking again", rd_kafka_error_string(e));
         rd_kafka_error_destroy(e);

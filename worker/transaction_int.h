@@ -87,7 +87,7 @@ int transaction_call_ms(const struct tx *t);
 typedef rd_kafka_error_t *transaction_call(struct tx *t);
 transaction_call transaction_begin, transaction_send_offsets, transaction_commit, transaction_abort;
 /* The call, again until there is an answer, or the worker's end leaves no time for one, or it waits
- * for a report that does not come. */
+ * for a report that does not come, or for an end that does not. */
 rd_kafka_error_t *transaction_persist(struct tx *t, transaction_call *make);
 void transaction_ask_again_soon(void);
 

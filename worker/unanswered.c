@@ -6,9 +6,10 @@
 
 #include <stdint.h>
 
+enum { PRODUCE = 0, ADD_PARTITIONS = 24, ADD_OFFSETS = 25, END_TXN = 26, TXN_OFFSETS = 28 };
+
 static bool belongs_to_transactions(int16_t api)
 {
-    enum { PRODUCE = 0, ADD_PARTITIONS = 24, ADD_OFFSETS = 25, END_TXN = 26, TXN_OFFSETS = 28 };
     return api == PRODUCE || api == ADD_PARTITIONS || api == ADD_OFFSETS || api == END_TXN ||
            api == TXN_OFFSETS;
 }
@@ -24,6 +25,8 @@ static rd_kafka_resp_err_t on_answer(rd_kafka_t *rk, int fd, const char *broker,
     struct unanswered *u = opaque;
     if (err && err != RD_KAFKA_RESP_ERR__DESTROY && belongs_to_transactions(api))
         atomic_store(&u->any, true);
+    if (!err && api == END_TXN)
+        atomic_fetch_add(&u->ends, 1);
     return RD_KAFKA_RESP_ERR_NO_ERROR;
 }
 

@@ -13,6 +13,9 @@
  * So an interceptor notes when a request of a transaction gets no answer. One is enough: the next
  * transaction begins with a new producer (transaction_client.c).
  *
+ * It counts answers to EndTxn as well, which the client library keeps to itself while they say that
+ * it is to ask again (transaction_client.c).
+ *
  * Threads: noted on librdkafka's, asked on the producer thread.
  */
 #ifndef LORAMILL_WORKER_UNANSWERED_H
@@ -23,7 +26,10 @@
 
 #include <librdkafka/rdkafka.h>
 
-struct unanswered { atomic_bool any; };
+struct unanswered {
+    atomic_bool any;
+    atomic_uint ends;           /* answers to requests that a transaction end, whatever they say */
+};
 
 /* Notes for the client that is made of `conf`, and which must not outlive `u`; none so far. */
 void unanswered_watch(struct unanswered *u, rd_kafka_conf_t *conf);

@@ -45,6 +45,7 @@ static bool acks;               /* others are acknowledged before it says so */
 static bool dies, at_its_end;   /* the client, when it refuses a record */
 static bool open_now, spoilt;   /* a transaction, and for such a record */
 static atomic_int untold, told; /* why the group tells no offsets, and how often it was asked */
+static int unending;            /* aborts that are answered, and are not over */
 static int stuck;               /* ids whose last transaction does not end */
 static atomic_bool led;         /* partitions have leaders */
 static atomic_int sent, aborts;         /* records, of all transactions, and ends without commit */
@@ -226,6 +227,11 @@ rd_kafka_error_t *rd_kafka_abort_transaction(rd_kafka_t *rk, int timeout_ms)
         return rd_kafka_error_new(RD_KAFKA_RESP_ERR__FATAL, "as the test says");
     if (loses && atomic_load(&others))
         return wait_longer();
+    if (unending) {
+        unending--;
+        atomic_fetch_add(&p.unanswered.ends, 10);
+        return wait_longer();
+    }
     open_now = spoilt = unfit_error = false;
     atomic_store(&others, 0);   /* what is queued is purged */
     return NULL;
@@ -340,7 +346,7 @@ static int open_world(void **state)
     said[0] = sizes[0] = wanted[0] = '\0';
     atomic_store(&asked, 0);
     atomic_store(&arrive_once_asked, 0);
-    fail_next = refuse_tenth = stuck = 0;
+    fail_next = refuse_tenth = stuck = unending = 0;
     behind_others = false;
     silent = barred = NULL;
     atomic_store(&forbidden, NULL);
@@ -1481,6 +1487,24 @@ static void what_was_set_aside_is_committed_while_its_partition_leaves(void **st
     end_with_clients();
 }
 
+/* An abort that comes behind a transaction which can't end is as little over as that. */
+static void an_abort_that_does_not_end_brings_a_new_producer(void **state)
+{
+    (void)state;
+    struct job *jobs[1];
+    x->cfg.transaction_max_messages = 1;
+    read_prompts(jobs, 0, 1);
+    unending = 1000000;
+    fail_next = 1;
+    finish(jobs, 0, 1);
+    begin_with_clients();
+    for (int64_t end = lm_now_us() + MOST_US; !atomic_load(&x->w.metrics.producer_rebuilds); turn())
+        assert_true(lm_now_us() < end);
+    until_in_flight(0);
+    assert_string_equal(sizes, "1 1 ");
+    end_with_clients();
+}
+
 /* Neither does a transaction that can't end, for a partition of it has no leader. */
 static void another_id_goes_on(void **state)
 {
@@ -1606,6 +1630,7 @@ int main(void)
         cmocka_unit_test(an_outage_is_no_long_rest),
         TEST(offsets_that_are_refused_blame_no_record),
         TEST(a_part_for_a_forbidden_topic_is_the_last), TEST(another_id_goes_on),
+        TEST(an_abort_that_does_not_end_brings_a_new_producer),
         TEST(a_first_part_that_was_aborted_goes_anywhere_again),
         TEST(a_later_part_goes_where_the_first_one_went),
     };
