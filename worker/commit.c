@@ -74,10 +74,7 @@ static void commit_refused(consumer *c, rd_kafka_resp_err_t e)
            rd_kafka_err2str(e));
     if (e == RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE)
         commit_too_long(c);
-    if (meets_rebalance(e) && rd_kafka_version() >= SAFE_WHILE_JOINING)
-        go_again_soon(c);
-    else
-        c->again_ms = 0;
+    c->overtaken |= meets_rebalance(e) && rd_kafka_version() >= SAFE_WHILE_JOINING;
 }
 
 void commit_taken(consumer *c)
@@ -156,10 +153,19 @@ static void commit_accepted(consumer *c)
     if (c->refused > 1)
         lm_log(LM_INFO, "consumer", "offsets are committed again, after %" PRIu64 " refusals",
                c->refused);
-    c->again_ms = 0;
     c->refused = 0;
     commit_taken(c);
     metric_add(&c->w->metrics.commits, 1);
+}
+
+/* All its requests are answered. What a rebalance has refused goes again, whatever was said of a
+ * topic that went apart: that one is refused at once, for itself, before the group is looked at. */
+static void end_commit(consumer *c)
+{
+    if (c->overtaken)
+        go_again_soon(c);
+    else
+        c->again_ms = 0;
 }
 
 static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_partition_list_t *l,
@@ -193,6 +199,8 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
                rd_kafka_err2str(e));
     else
         commit_refused(c, worst);
+    if (!c->committing)
+        end_commit(c);
 }
 
 void commit_serve(consumer *c, int timeout_ms)
@@ -310,7 +318,7 @@ void commit_start(consumer *c)
         return;
     c->n_pending = 0;
     c->longest = 0;
-    c->unsure = false;
+    c->unsure = c->overtaken = false;
     for (size_t i = 0; i < c->n_parts; i++) {
         struct assigned *a = &c->parts[i];
         struct ledger_commit *due = &c->pending[c->n_pending];

@@ -98,6 +98,7 @@ struct consumer {
     struct ledger_commit *pending;
     size_t n_pending, committing;
     bool unsure;                /* the last one was refused, of which topic is not known */
+    bool overtaken;             /* a rebalance has refused a request of it, which goes again */
     int64_t commit_start_us;
     int64_t again_ms;           /* a rebalance has refused the last one: its pause; 0: none has */
     uint64_t refused;           /* for a rebalance, since one was taken: only the first is logged */

@@ -1030,6 +1030,22 @@ static void but_not_without_a_pause(void **state)
     close_group(x);
 }
 
+/* What else is refused, for itself, takes nothing from that. */
+static void a_topic_that_is_refused_gives_up_no_other(void **state)
+{
+    (void)state;
+    struct world *x = open_topics();
+    barred = "other";
+    commit_now(&x->c);
+    assert_true(x->c.parts[1].apart);
+    finish_one_each(x, 2);
+    answers = joining;
+    commit_now(&x->c);
+    assert_int_equal(committed_of(x, 0), 3);
+    assert_int_equal(x->c.again_ms, 0);
+    close_group(x);
+}
+
 /* Librdkafka below 2.10 would lose its partitions by it. */
 static void an_old_library_waits_for_the_interval(void **state)
 {
@@ -1113,6 +1129,7 @@ int main(void)
         cmocka_unit_test(a_topic_that_is_refused_is_refused_alone),
         cmocka_unit_test(without_memory_for_its_map_an_offset_waits),
         cmocka_unit_test(nor_at_the_end),
+        cmocka_unit_test(a_topic_that_is_refused_gives_up_no_other),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
         cmocka_unit_test(but_not_without_a_pause),
         cmocka_unit_test(an_old_library_waits_for_the_interval),
