@@ -2,7 +2,7 @@
 """A job as the tests see it: prompts produced by a plain Python client, outcomes read back.
 
   job.py make N ADAPTERS-DIR ORDERS FILE      write N prompts (JSON lines, about 2 % of them bad)
-  job.py produce BOOTSTRAP TOPIC FILE         produce them; key = the line's customer
+  job.py produce BOOTSTRAP TOPIC FILE [FROM [TO]]     produce them, or some; key = the line's customer
   job.py watch BOOTSTRAP REPLIES DEAD N SECONDS   wait until N outcomes are there
   job.py verify BOOTSTRAP REPLIES DEAD PROMPTS-TOPIC FILE     TAP lines; exit 1 on any failure
 
@@ -11,6 +11,7 @@ of one kind and carry the record's id (at-least-once); a reply is for the adapte
 for; a dead letter holds the original key, value and headers.
 """
 import collections
+import itertools
 import json
 import os
 import random
@@ -62,10 +63,11 @@ def lines(path):
     return [json.loads(x) for x in open(path, encoding="utf-8")]
 
 
-def produce(bootstrap, topic, path):
+def produce(bootstrap, topic, path, first=0, last=None):
+    """The job's prompts, or those from `first` to before `last`."""
     errors = []
     p = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5, "enable.idempotence": True})
-    for x in lines(path):
+    for x in itertools.islice(lines(path), int(first), last and int(last)):
         p.produce(topic, key=x["key"], value=x["value"].encode(),
                   on_delivery=lambda e, m: e and errors.append(e),
                   headers=[("test-id", x["id"].encode()), ("raw", b"\x00\xff\x01"),

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The main job against a real broker and a real store: 2,000 prompts over all adapters (2 % bad), two
-# workers, one killed with SIGKILL half-way, a third joins (a rebalance): every prompt is answered or
-# dead-lettered, none lost, lag ends at zero, and SIGTERM ends a worker with status 0.
+# workers, one killed with SIGKILL half-way, a third joins (a rebalance) and has a share of what comes
+# then: every prompt is answered or dead-lettered, none lost, lag ends at zero, and SIGTERM ends a
+# worker with status 0.
 . "$(dirname "$0")/../infra/lib.sh"
 N=${N:-2000}
 infra_begin delivery
@@ -30,11 +31,14 @@ worker a; A=$W
 worker b; B=$W
 for w in a b; do wait_until 60 has 'assigned prompts' "worker-$w" || die "worker $w has partitions"; done
 "$PYTHON" tests/integration/job.py make "$N" tests/models/storefront-adapters tests/models/orders.txt "$RUN/job"
-"$PYTHON" tests/integration/job.py produce "$BOOTSTRAP" prompts "$RUN/job" || die "prompts produced"
+produce() { "$PYTHON" tests/integration/job.py produce "$BOOTSTRAP" prompts "$RUN/job" "$@" || die "prompts produced"; }
+produce 0 $((N * 8 / 10))
 
 check "the job gets half-way" "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead $((N * 4 / 10)) 180
 kill -9 -- "-$A"
 worker c; C=$W
+wait_until 60 has 'assigned prompts' worker-c || die "worker c has partitions"
+produce $((N * 8 / 10))
 check "the job ends although a worker was killed" \
     "$PYTHON" tests/integration/job.py watch "$BOOTSTRAP" replies dead "$N" 240
 "$PYTHON" tests/integration/job.py verify "$BOOTSTRAP" replies dead prompts "$RUN/job" || FAILED=1
