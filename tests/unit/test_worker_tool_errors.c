@@ -20,7 +20,7 @@
 
 #include <librdkafka/rdkafka_mock.h>
 
-enum { FETCH = 1, METADATA = 3, LETTERS = 8 };
+enum { PRODUCE = 0, FETCH = 1, METADATA = 3, LETTERS = 8 };
 
 struct rig {
     rd_kafka_t *broker;
@@ -172,6 +172,27 @@ static void test_submit_may_not_describe(void **state)
     stop(&r);
 }
 
+/* A batch that is too large for its topic is refused with all its lines, which need not be. */
+static void test_submit_of_batches_that_are_refused(void **state)
+{
+    (void)state;
+    struct rig r;
+    char said[4096];
+    start(&r);
+    static const rd_kafka_resp_err_t errors[] = { RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE, 0,
+                                                  RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE };
+    rd_kafka_mock_push_request_errors_array(r.cluster, PRODUCE, LM_COUNT(errors), errors);
+    write_file(r.out, "{\"id\":\"a\",\"prompt\":\"p\"}\n{\"id\":\"b\",\"prompt\":\"p\"}\n"
+               "{\"id\":\"c\",\"prompt\":\"p\"}\n");
+    int status = run(&r, cmd_submit, said, sizeof said, "-c", r.config, "--set",
+                     "topics.prompts=prompts", "--set", "kafka.linger.ms=20000", "-i", r.out,
+                     "--quiet", NULL);
+    assert_int_equal(status, 1);
+    expect(said, ":2: not delivered: Broker: Message size too large");
+    expect(said, "submit: 3 lines: 2 delivered, 0 refused, 1 not delivered");
+    stop(&r);
+}
+
 /* It is waited for, but not in silence. */
 static void test_collect_without_a_leader(void **state)
 {
@@ -232,6 +253,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_collect_may_not_read), cmocka_unit_test(test_dlq_may_not_read),
         cmocka_unit_test(test_submit_may_not_describe),
+        cmocka_unit_test(test_submit_of_batches_that_are_refused),
         cmocka_unit_test(test_collect_without_a_leader),
         cmocka_unit_test(test_retry_to_a_topic_that_is_gone),
     };

@@ -6,6 +6,10 @@
  * as a worker would, so that a typo is reported here, with its line number, instead of coming back
  * as a dead letter; --no-check sends whatever stands there. A bad line never stops the good ones.
  *
+ * A broker refuses a batch that is larger than its topic's messages may be, and all lines of it. So
+ * lines that are refused for their size go once more, each by itself, when nothing else is on its
+ * way; what is refused then is too large.
+ *
  * A prompt counts as sent when the broker has acknowledged it. Every line ends in exactly one of
  * three counts - delivered, refused, undelivered - and the exit status says whether the last two
  * are zero. An interrupt stops the reading; what is queued is still delivered, within seconds.
@@ -23,6 +27,15 @@
 #define REPORT_MAX 20           /* lines at fault that are named, of each kind */
 #define BROKER_TIMEOUT_MS 15000
 #define INTERRUPT_FLUSH_US 5000000
+#define AGAIN_BYTES ((size_t)16 << 20)  /* of lines that wait to go by themselves, about */
+
+struct again {
+    struct again *next;
+    uint64_t line;
+    char *key;                  /* NULL: none */
+    size_t len;
+    char text[];
+};
 
 struct submit {
     struct cli_settings settings;
@@ -37,6 +50,10 @@ struct submit {
     progress *bar;
     uint64_t read;              /* at the end the sum of these */
     uint64_t delivered, refused, undelivered;
+    struct again *again, **again_tail;
+    size_t again_bytes;
+    bool alone, told;           /* alone: what is on its way now is one line */
+    int64_t interrupted_us;     /* when that was seen; 0: not yet */
 };
 
 static const char help[] =
@@ -105,9 +122,30 @@ static char *key_of(const struct submit *s)
     return key;
 }
 
+/* Takes a copy of a line that was refused with its batch. */
+static bool keep(struct submit *s, const rd_kafka_message_t *m)
+{
+    struct again *a = lm_malloc(sizeof *a + m->len);
+    if (!a)
+        return false;
+    *a = (struct again){ .line = (uint64_t)(uintptr_t)m->_private, .len = m->len,
+                         .key = m->key ? lm_strndup(m->key, m->key_len) : NULL };
+    if (m->key && !a->key) {
+        free(a);
+        return false;
+    }
+    memcpy(a->text, m->payload, m->len);
+    *s->again_tail = a;
+    s->again_tail = &a->next;
+    s->again_bytes += m->len;
+    return true;
+}
+
 static void on_delivered(void *user, const rd_kafka_message_t *m)
 {
     struct submit *s = user;
+    if (m->err == RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE && !s->alone && keep(s, m))
+        return;
     if (!m->err)
         s->delivered++;
     else
@@ -116,7 +154,8 @@ static void on_delivered(void *user, const rd_kafka_message_t *m)
     progress_set(s->bar, s->delivered + s->refused + s->undelivered);
 }
 
-static rd_kafka_resp_err_t produce(struct submit *s, const char *key)
+static rd_kafka_resp_err_t produce(struct submit *s, uint64_t line, const char *key,
+                                   const char *text, size_t len)
 {
     rd_kafka_headers_t *h = rd_kafka_headers_new(1);
     rd_kafka_header_add(h, "content-type", -1, "application/json", -1);
@@ -124,9 +163,8 @@ static rd_kafka_resp_err_t produce(struct submit *s, const char *key)
         rd_kafka_producev(s->kafka.rk, RD_KAFKA_V_RKT(s->topic),
                           RD_KAFKA_V_MSGFLAGS(RD_KAFKA_MSG_F_COPY),
                           RD_KAFKA_V_KEY(key, key ? strlen(key) : 0),
-                          RD_KAFKA_V_VALUE(s->lines.text, s->lines.len), RD_KAFKA_V_HEADERS(h),
-                          RD_KAFKA_V_OPAQUE((void *)(uintptr_t)s->lines.number),
-                          RD_KAFKA_V_END);
+                          RD_KAFKA_V_VALUE((void *)(uintptr_t)text, len), RD_KAFKA_V_HEADERS(h),
+                          RD_KAFKA_V_OPAQUE((void *)(uintptr_t)line), RD_KAFKA_V_END);
     if (e)
         rd_kafka_headers_destroy(h);    /* otherwise the message owns them */
     return e;
@@ -146,7 +184,7 @@ static void send_line(struct submit *s)
     bool empty;                         /* a queue that is full of nothing never takes this line */
     do {
         empty = !rd_kafka_outq_len(s->kafka.rk);
-        e = produce(s, key);
+        e = produce(s, s->lines.number, key, s->lines.text, s->lines.len);
         if (e == RD_KAFKA_RESP_ERR__QUEUE_FULL)
             rd_kafka_poll(s->kafka.rk, 100);
     } while (e == RD_KAFKA_RESP_ERR__QUEUE_FULL && !empty && !cli_interrupted());
@@ -156,6 +194,48 @@ static void send_line(struct submit *s)
 }
 
 /* ---- the whole -------------------------------------------------------------------------- */
+
+/* message.timeout.ms bounds this: after it every message has its report. */
+static void await_reports(struct submit *s)
+{
+    while (rd_kafka_outq_len(s->kafka.rk) > 0) {
+        rd_kafka_flush(s->kafka.rk, 100);
+        progress_set(s->bar, s->delivered + s->refused + s->undelivered);
+        if (!cli_interrupted())
+            continue;
+        s->interrupted_us = s->interrupted_us ? s->interrupted_us : lm_now_us();
+        if (lm_now_us() - s->interrupted_us > INTERRUPT_FLUSH_US)
+            rd_kafka_purge(s->kafka.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
+    }
+}
+
+static void send_alone(struct submit *s, const struct again *a)
+{
+    rd_kafka_resp_err_t e = produce(s, a->line, a->key, a->text, a->len);
+    if (e)
+        report(s, ++s->undelivered, a->line, "not delivered", rd_kafka_err2str(e));
+    await_reports(s);
+}
+
+static void send_again(struct submit *s)
+{
+    await_reports(s);
+    if (s->again && !s->told)
+        progress_say(s->bar, "submit: the broker finds some batches too large: their lines go one "
+                     "by one; a smaller kafka.producer.batch.size is faster");
+    s->told |= s->again != NULL;
+    s->alone = true;
+    for (struct again *a = s->again, *next; a; a = next) {
+        next = a->next;
+        send_alone(s, a);
+        free(a->key);
+        free(a);
+    }
+    s->alone = false;
+    s->again = NULL;
+    s->again_tail = &s->again;
+    s->again_bytes = 0;
+}
 
 /* Returns LM_OK at the end of the input, or when interrupted. */
 static lm_status send_all(struct submit *s, struct lm_err *err)
@@ -172,24 +252,11 @@ static lm_status send_all(struct submit *s, struct lm_err *err)
         else
             refuse(s, err);
         rd_kafka_poll(s->kafka.rk, 0);
+        if (s->again_bytes > AGAIN_BYTES)
+            send_again(s);
         progress_set(s->bar, s->delivered + s->refused + s->undelivered);
     }
     return LM_OK;
-}
-
-/* message.timeout.ms bounds this: after it every message has its report. */
-static void await_reports(struct submit *s)
-{
-    int64_t since = 0;
-    while (rd_kafka_outq_len(s->kafka.rk) > 0) {
-        rd_kafka_flush(s->kafka.rk, 100);
-        progress_set(s->bar, s->delivered + s->refused + s->undelivered);
-        if (!cli_interrupted())
-            continue;
-        since = since ? since : lm_now_us();
-        if (lm_now_us() - since > INTERRUPT_FLUSH_US)
-            rd_kafka_purge(s->kafka.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT);
-    }
 }
 
 static lm_status open_all(struct submit *s, struct lm_err *err)
@@ -204,6 +271,7 @@ static lm_status open_all(struct submit *s, struct lm_err *err)
         return st;
     s->kafka.delivered = on_delivered;
     s->kafka.user = s;
+    s->again_tail = &s->again;
     st = cli_kafka_open(&s->kafka, &s->config, RD_KAFKA_PRODUCER, err);
     if (st == LM_OK)
         st = cli_kafka_partitions(&s->kafka, topic, BROKER_TIMEOUT_MS, &partitions, err);
@@ -252,7 +320,7 @@ static int run(struct submit *s)
     st = send_all(s, &err);
     if (st != LM_OK)
         progress_say(s->bar, "loramill submit: %s: %s", s->input, err.msg);
-    await_reports(s);
+    send_again(s);
     progress_finish(s->bar);
     fprintf(stderr, "submit: %s lines: %s delivered, %s refused, %s not delivered%s\n",
             progress_count(a, s->read), progress_count(b, s->delivered),
