@@ -64,46 +64,48 @@ answered() {
 }
 all_brokers() { admin in_sync 3; }
 broker_pid() { cat "$RUN/kafka/n$1/pid"; }
-again() { kafka_node "$1"; check "broker $1 is back" wait_until 60 all_brokers; }
+again() { kafka_node "$1"; check "broker $1 is back" wait_until 180 all_brokers; }
 kill_broker() { kill -9 -- "-$(broker_pid "$1")"; }
 
 send; answered "nothing has happened yet"
 # The only replica of a reply topic goes away: what is for it waits, and nothing else. Exactly-once: one
 # transaction finds out, 10 s, and can't end, so another id goes on.
 to down 0 5
-for mode in $MODES; do check "$mode: replies to a topic of one replica" d wait "down-$mode" 5 60; done
+for mode in $MODES; do check "$mode: replies to a topic of one replica" d wait "down-$mode" 5 90; done
 kill_broker 3
 to down 5 5; send; answered "a reply topic has no leader"
 send; answered "it still has none"
 again 3
 for mode in $MODES; do
-    check "$mode: what waited for it is answered" d wait "down-$mode" 10 60
+    check "$mode: what waited for it is answered" d wait "down-$mode" 10 90
     d verify "down-$mode" 0 10 $([ $mode = exactly-once ] && echo 0 || echo -1) || FAILED=1
 done
 for mode in $MODES; do
-    read -r c t <<< "$(admin coordinators "$mode" exactly-once-exactly-once)"
+    coordinators() { who=$(admin coordinators "$mode" exactly-once-exactly-once); }
+    wait_until 60 coordinators || die "the coordinators are known"
+    read -r c t <<< "$who"
     [ $mode = exactly-once ] && c=$t
     kill_broker "$c"
     send; answered "the coordinator of $mode, broker $c, was killed"
     again "$c"
 done
 # What the killed brokers led is led by others; each gets it back, with nobody dying.
-leaders() { admin leaders exactly-once-replies; admin leaders at-least-once-replies; admin leaders exactly-once; }
-before=$(leaders)
+leaders() { admin leaders exactly-once-replies && admin leaders at-least-once-replies && admin leaders exactly-once; }
+before=$(leaders) || die "who leads is known"
 send; admin elect
-moved() { [ "$(leaders)" != "$before" ]; }
-check "leaders are moved" wait_until 30 moved
+moved() { local now; now=$(leaders) && [ "$now" != "$before" ]; }
+check "leaders are moved" wait_until 60 moved
 send; answered "leaders were moved"
 
 # A reply topic is deleted and made again with other leaders, and the producer sees only the new one. The
 # leader epochs of the old one were higher, for its leaders had changed: librdkafka (2.15.1) keeps to them.
 # Exactly-once: a transaction may time out, 10 s. At-least-once: the statistics of 20 s tell.
 to side 0 30
-for mode in $MODES; do check "$mode: replies to a topic of their own" d wait "side-$mode" 30 60; done
+for mode in $MODES; do check "$mode: replies to a topic of their own" d wait "side-$mode" 30 90; done
 for mode in $MODES; do kill -STOP -- "-${W[$mode]}"; done
 for mode in $MODES; do admin delete "side-$mode"; done
 sleep 2
-for mode in $MODES; do led_by "side-$mode" 2 3 1; done
+for mode in $MODES; do wait_until 60 led_by "side-$mode" 2 3 1 || not_ok "$mode: the topic is made again"; done
 for mode in $MODES; do kill -CONT -- "-${W[$mode]}"; done
 to side 30 30; send
 for mode in $MODES; do check "$mode: the same when it was made again" d wait "side-$mode" 30 90; done
@@ -117,16 +119,19 @@ send; sleep "$PARTITION"; alive "the network hangs for $PARTITION s"
 echo cut > "$RUN/proxy.mode"; sleep 2; echo pass > "$RUN/proxy.mode"
 answered "the network was away"
 
+will_hold "${W[@]}"
 send
+check "workers hold still, between no decision and its markers" hold
 for b in 1 2 3; do kill_broker $b; done
+for mode in $MODES; do kill -CONT -- "-${W[$mode]}"; done
 sleep "$DOWN"; alive "all brokers are away for $DOWN s"
 for b in 1 2 3; do kafka_node $b; done
-check "all brokers are back" wait_until 90 all_brokers
+check "all brokers are back" wait_until 240 all_brokers
 send; answered "all brokers were away"
 
 for mode in $MODES; do
     d verify "$mode-replies" 0 $N $([ $mode = exactly-once ] && echo 0 || echo -1) || FAILED=1
-    check "$mode: the lag is zero" wait_until 30 lag_is_zero "$mode" "$mode" 3
+    check "$mode: the lag is zero" wait_until 60 lag_is_zero "$mode" "$mode" 3
     kill -TERM "${W[$mode]}"; wait "${W[$mode]}"
     check "$mode: the worker of the start ends with status 0 (got $?)" [ $? -eq 0 ]
 done

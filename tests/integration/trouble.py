@@ -13,7 +13,7 @@ import time
 import urllib.request
 import uuid
 
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, Producer, TopicPartition
 from delivery import client, partitions
 
 ALL = 1 << 60
@@ -38,22 +38,32 @@ class Reader:
     partition."""
 
     def __init__(self, *topics, before=0):
-        self.c = client(bootstrap, uuid.uuid4().hex)
-        parts = partitions(self.c, ",".join(topics))
-        for tp in parts:
-            low, high = self.c.get_watermark_offsets(tp, timeout=10)
+        self.c = client(bootstrap, uuid.uuid4().hex, **{"enable.partition.eof": True})
+        self.parts = partitions(self.c, ",".join(topics))
+        for tp in self.parts:
+            low, high = self.c.get_watermark_offsets(tp, timeout=30)
             tp.offset = max(low, high - before)
-        self.c.assign(parts)
+        self.c.assign(self.parts)
+        self.at = {(tp.topic, tp.partition): tp.offset for tp in self.parts}
         self.seen = []
 
-    def until(self, done, seconds=60):
+    def until(self, done, seconds=120):
         """All records so far, once done(records) holds or the time is over."""
         end = time.time() + seconds
         while time.time() < end and not done(self.seen):
             for m in self.c.consume(100, timeout=0.2):
                 if not m.error():
+                    self.at[m.topic(), m.partition()] = m.offset() + 1
                     self.seen.append(m)
+                elif m.error().code() == KafkaError._PARTITION_EOF:
+                    self.at[m.topic(), m.partition()] = m.offset()
         return self.seen
+
+    def rest(self):
+        """The same, with all that is there now; what was sent before may need a moment to be there."""
+        time.sleep(0.5)
+        ends = {(tp.topic, tp.partition): self.c.get_watermark_offsets(tp, timeout=30)[1] for tp in self.parts}
+        return self.until(lambda s: all(self.at[where] >= end for where, end in ends.items()), 30)
 
 
 def send(records, topic="prompts", ahead_s=0):
@@ -148,7 +158,7 @@ def stream_dies(pid, run):
              "streamed")
         r.until(lambda s: len(s) >= 3)
         os.killpg(int(pid), signal.SIGSTOP)
-        got = r.until(lambda s: False, 1)
+        got = r.rest()
         ended = not all(header(m, "loramill-part") for m in got)
         os.killpg(int(pid), signal.SIGCONT if ended else signal.SIGKILL)
         if not ended:
@@ -164,7 +174,7 @@ def stream_heir():
     mine = lambda s: [(body(m), m.partition()) for m in s if body(m)["id"] == run]
     r.until(lambda s: any(d["stream"]["final"] for d, _ in mine(s)))
     runs = {}
-    for d, partition in mine(r.until(lambda s: False, 1)):
+    for d, partition in mine(r.rest()):
         runs.setdefault(d["stream"]["generation"], []).append((d, partition))
     final = [d for x in runs.values() for d, _ in x if d["stream"]["final"]]
     check("one final record", len(final) == 1, len(final))
@@ -230,7 +240,7 @@ def stream_shrinks(pid, run):
               for i, (key, _) in zip(ids, chosen)], "streamed")
         r.until(lambda s: {body(m)["id"] for m in s} >= set(ids))
         os.killpg(int(pid), signal.SIGSTOP)
-        begun = {i: [m for m in r.until(lambda s: False, 1) if body(m)["id"] == i] for i in ids}
+        begun = {i: [m for m in r.rest() if body(m)["id"] == i] for i in ids}
         # A token has a character, all but always: fewer than half as many are far from the end.
         longest = max((len(t) for x in begun.values() for t in texts_of(map(body, x)).values()), default=0)
         print(f"# attempt {n}: stopped after {longest} characters of {LONG['max_tokens']} tokens")
@@ -324,8 +334,9 @@ def cancel(loramill, properties):
         final = lambda s: [m for m in s if body(m)["id"] in ids and not header(m, "loramill-part")]
         outcomes = final(r.until(lambda s: len(final(s)) == 8, 180))
         got = finish(outcomes)
+        # An order takes a moment on its way.
         if not [m for m in outcomes if body(m)["id"] == ids[0] and got[ids[0]] == "length"
-                and m.timestamp()[1] < ordered]:
+                and m.timestamp()[1] < ordered + 2000]:
             break
     check("cancelled in the engine, in its queue and before it; the others are answered",
           [got.get(i) for i in ids] == ["cancelled", "length", "length", "cancelled", "length",
@@ -445,11 +456,11 @@ def silent_store():
     seen = got(r.until(lambda s: "free" in got(s)))
     check("who needs no adapter is answered", seen.get("free", ("",))[0] == "stop", seen)
     send([({"cancel": f"{run}-order"}, [])], "control")
-    seen = got(r.until(lambda s: len(s) == 3, 20))
+    seen = got(r.until(lambda s: len(s) == 3, 25))
     check("expired and cancelled while their adapters are fetched", seen.get("late", ("",))[0] == "expired"
           and seen.get("order", ("",))[0] == "cancelled" and seen["late"][1] > 1000, seen)
     send([({"cancel": f"{run}-stays"}, [])], "control")
-    seen = got(r.until(lambda s: len(s) == 4, 20))
+    seen = got(r.until(lambda s: len(s) == 4, 25))
     check("who had no deadline waited on", seen.get("stays", ("",))[0] == "cancelled", seen)
 
 
@@ -534,7 +545,7 @@ def claims_once(step, folder, run):
         send([(prompt(i), [], "one") for i in range(3)], "claimable")
         for status in ("503", "403"):
             mode(status)
-            r.until(lambda s: puts(status) and len(puts(status)) >= 3, 30)
+            r.until(lambda s: len(puts(status)) >= 3)
         early = r.until(lambda s: False, 0.5)
         check("no outcome while the store is away or refuses", not early and not objects()
               and puts("503") and puts("403"), (len(early), objects()))
@@ -593,7 +604,7 @@ def poison(log):
     send([(p, [], "one partition", 0) for p in prompts])
     send([({"id": f"{run}-other", "prompt": "good"}, [], None, 1)])
     seen = lambda s: {header(m, "loramill-request-id") or body(m)["id"].encode(): m for m in s}
-    got = seen(r.until(lambda s: len(seen(s)) == len(prompts) + 1, 150))
+    got = seen(r.until(lambda s: len(seen(s)) == len(prompts) + 1, 240))
     check("every prompt has its outcome", len(got) == len(prompts) + 1, len(got))
     dead = {i.decode(): header(m, "loramill-error-code") for i, m in got.items()
             if m.topic() == "dead"}
@@ -632,7 +643,7 @@ def pool(mode, *logs):
     send([(p, [], "same") for p in prompts], f"prompts-{mode}")
     others = [{"id": f"{run}-o{i}", "prompt": f"good {i}"} for i in range(60)]
     send([(p, [], f"key {i}") for i, p in enumerate(others)], f"prompts-{mode}")
-    got = pool_outcomes(mode, r, prompts + others, 120)
+    got = pool_outcomes(mode, r, prompts + others, 240)
     dead = {i: [header(m, "loramill-error-code") for m in x] for i, x in got.items()
             if x[0].topic() == f"dead-{mode}"}
     check(f"{mode}: only the poison is dead-lettered, as poison", dead == {f"{run}-kill": [b"poison"]},
@@ -651,7 +662,7 @@ def pool_after(mode):
     r = Reader(f"replies-{mode}", f"dead-{mode}")
     prompts = [{"id": uuid.uuid4().hex, "prompt": "good"} for _ in range(60)]
     send([(p, [], p["id"]) for p in prompts], f"prompts-{mode}")
-    got = pool_outcomes(mode, r, prompts, 60)
+    got = pool_outcomes(mode, r, prompts, 120)
     check(f"{mode}: all are answered", all(x[0].topic() == f"replies-{mode}" for x in got.values()))
 
 
@@ -684,7 +695,7 @@ def blocking(port, log):
         r.until(lambda s: False, 0.3)
     check(f"the metric shows its age ({worst} s)", worst > 1)
     check("it is answered in the end", ended())
-    left, end = [""], time.time() + 30
+    left, end = [""], time.time() + 60
     while left and time.time() < end:
         time.sleep(0.2)
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
@@ -693,9 +704,9 @@ def blocking(port, log):
     check("and nothing when it has ended", not left, left)
     at, n = said_to_block(log)
     replies = [m.timestamp()[1] for m in r.seen]
-    # A reply counts once it is acknowledged, some time after its timestamp.
+    # A reply counts once it is acknowledged, some time after its timestamp: up to seconds.
     check(f"the log names it and how many are finished behind it, {n} of 100",
-          sum(t < at - 1000 for t in replies) <= n <= sum(t <= at for t in replies) and n > 0, replies)
+          sum(t < at - 3000 for t in replies) <= n <= sum(t <= at for t in replies) and n > 0, replies)
 
 
 def head(group):
@@ -722,7 +733,7 @@ def head(group):
                 break
     p.flush(30)
     mine = lambda s: [m for m in s if (header(m, "loramill-request-id") or b"").startswith(run.encode())]
-    got = mine(r.until(lambda s: len(s) >= 2 * n, 60))
+    got = mine(r.until(lambda s: len(s) >= 2 * n))
     check(f"the {2 * n} others are answered while it waits ({time.time() - start:.1f} s)",
           len(got) == 2 * n and f"{run}-bad" not in {body(m)["id"] for m in got}, len(got))
     late = [[], []]
@@ -738,10 +749,10 @@ def head(group):
     lag = lambda: [e - tp.offset for e, tp in zip(ends, c.committed(where, timeout=10))]
     held = lag()
     send([({"cancel": f"{run}-bad"}, [])], "control")
-    got = mine(r.until(lambda s: len(s) > 2 * n, 30))
+    got = mine(r.until(lambda s: len(s) > 2 * n))
     check("it ends when it is cancelled", [body(m)["choices"][0]["finish_reason"] for m in got
                                            if body(m)["id"] == f"{run}-bad"] == ["cancelled"])
-    end = time.time() + 10
+    end = time.time() + 60
     while lag() != [0, 0] and time.time() < end:
         time.sleep(0.1)
     check(f"the lag that it held up ({held[0]}) is gone then", held[0] > n and lag() == [0, 0], lag())
