@@ -142,6 +142,7 @@ struct question {
     rd_kafka_topic_partition_list_t *l;
     int timeout_ms;
     rd_kafka_resp_err_t error;
+    bool told;                  /* of each partition, its offset or its refusal */
     struct job_queue *wake;
     atomic_bool answered;
 };
@@ -150,6 +151,7 @@ static void *ask_group(void *arg)
 {
     struct question *q = arg;
     q->error = rd_kafka_committed(q->rk, q->l, q->timeout_ms);
+    q->told = !q->error;
     for (int i = 0; !q->error && i < q->l->cnt; i++)
         q->error = q->l->elems[i].err;
     atomic_store(&q->answered, true);
@@ -168,21 +170,38 @@ static void work_on(consumer *c)
     commit_tick(c);
 }
 
+/* What the group has told of a partition: each question begins by forgetting all, and a later one,
+ * for the sake of others, may find it silent, or have no time left. */
+static void keep_told(rd_kafka_topic_partition_list_t *l, rd_kafka_topic_partition_list_t *answer)
+{
+    for (int i = 0; i < l->cnt; i++) {
+        rd_kafka_topic_partition_t before = l->elems[i];
+        if (answer->elems[i].err)
+            continue;
+        l->elems[i] = answer->elems[i];
+        answer->elems[i] = before;      /* each list frees what it has then */
+    }
+}
+
 /* One try. The group's answer takes as long as the transaction of an owner that died is open, so
  * another thread waits for it: this one commits what the partitions that stay have finished, as
  * ever. Should it die now, no more is done again than at any other time. */
 static rd_kafka_resp_err_t ask_committed(consumer *c, rd_kafka_topic_partition_list_t *l,
                                          int timeout_ms)
 {
-    struct question q = { .rk = c->rk, .l = l, .timeout_ms = timeout_ms, .wake = &c->w->done };
+    struct question q = { .rk = c->rk, .l = rd_kafka_topic_partition_list_copy(l),
+                          .timeout_ms = timeout_ms, .wake = &c->w->done };
     pthread_t asking;
-    if (pthread_create(&asking, NULL, ask_group, &q)) {
+    bool apart = !pthread_create(&asking, NULL, ask_group, &q);
+    if (!apart)
         ask_group(&q);
-        return q.error;
-    }
     while (!atomic_load(&q.answered))
         work_on(c);
-    pthread_join(asking, NULL);
+    if (apart)
+        pthread_join(asking, NULL);
+    if (q.told)
+        keep_told(l, q.l);
+    rd_kafka_topic_partition_list_destroy(q.l);
     return q.error;
 }
 
@@ -205,7 +224,7 @@ static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
     int64_t interval = kafka_conf_int(rd_kafka_conf(c->rk), "max.poll.interval.ms");
     int64_t left = LM_MIN(COMMITTED_BUDGET_MS, interval / 2);
     for (int i = 0; i < l->cnt; i++)
-        l->elems[i].offset = RD_KAFKA_OFFSET_INVALID;   /* as each question begins */
+        l->elems[i].offset = RD_KAFKA_OFFSET_INVALID;   /* nothing is told yet */
     await_transaction(c, l, LM_MIN(AWAIT_MS, interval / 4));
     int64_t end = lm_now_us() + left * 1000;
     for (int64_t ms = COMMITTED_FIRST_MS; e && left > 0 && !atomic_load(&c->w->stopping);
@@ -218,7 +237,7 @@ static bool fetch_committed(consumer *c, rd_kafka_topic_partition_list_t *l)
             work_on(c);
     }
     for (int i = 0; i < l->cnt; i++)
-        if (l->elems[i].err || l->elems[i].offset < 0)
+        if (l->elems[i].offset < 0)
             l->elems[i].offset = LEDGER_NONE;
     return !e;
 }

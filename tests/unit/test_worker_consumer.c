@@ -114,6 +114,7 @@ static atomic_int asked_before, asked_after;
 static const char *kept;        /* the group's metadata of each partition; NULL: none */
 static struct world *polled;
 static atomic_llong handed_over;       /* to intake, when the group was asked */
+static int answers_left = -1;   /* then it is silent; negative: it never is */
 
 rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *l,
                                        int timeout_ms)
@@ -123,6 +124,11 @@ rd_kafka_resp_err_t rd_kafka_committed(rd_kafka_t *rk, rd_kafka_topic_partition_
     atomic_fetch_add(atomic_load(&transaction_over) ? &asked_after : &asked_before, 1);
     if (polled)
         atomic_store(&handed_over, atomic_load(&polled->w.metrics.backlog));
+    for (int i = 0; i < l->cnt; i++)
+        l->elems[i].offset = RD_KAFKA_OFFSET_INVALID;
+    if (!answers_left)
+        return RD_KAFKA_RESP_ERR__TIMED_OUT;
+    answers_left -= answers_left > 0;
     for (int i = 0; i < l->cnt; i++) {
         if (barred && !strcmp(l->elems[i].topic, barred)) {
             l->elems[i].err = RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
@@ -509,9 +515,8 @@ static struct world *open_with_a_map(struct assigned **a)
 
 /* One topic of those assigned may not be read any more: the others' maps are no less known. Nor is
  * the group asked again and again, without a pause. */
-static void a_refused_topic_costs_no_other_its_map(void **state)
+static void costs_no_other_its_map(int answered)
 {
-    (void)state;
     const struct offset_range finished = { 3, 5 };
     char text[OFFSET_MAP_MAX + 1];
     size_t covered;
@@ -520,6 +525,7 @@ static void a_refused_topic_costs_no_other_its_map(void **state)
     offset_map_encode(1, &finished, 1, OFFSET_MAP_MAX, text, &covered);
     kept = text;
     barred = "refused";
+    answers_left = answered;
     int asked = atomic_load(&asked_before) + atomic_load(&asked_after);
     rd_kafka_topic_partition_list_add(l, "good", 0)->offset = 0;
     rd_kafka_topic_partition_list_add(l, "refused", 0)->offset = 0;
@@ -532,7 +538,21 @@ static void a_refused_topic_costs_no_other_its_map(void **state)
     assert_false(ledger_skip(x->c.ledger, good->ref, 5));
     assert_false(ledger_skip(x->c.ledger, consumer_find(&x->c, "refused", 0)->ref, 3));
     kept = barred = NULL;
+    answers_left = -1;
     close_world(x);
+}
+
+static void a_refused_topic_costs_no_other_its_map(void **state)
+{
+    (void)state;
+    costs_no_other_its_map(-1);
+}
+
+/* The last question, for its sake, has what is left of the time. */
+static void nor_when_the_last_question_has_no_answer(void **state)
+{
+    (void)state;
+    costs_no_other_its_map(1);
 }
 
 /* commit.map_max_bytes=0: what the map of an earlier run holds was answered all the same. */
@@ -1118,6 +1138,7 @@ int main(void)
         cmocka_unit_test(a_log_that_lost_its_end_loses_nothing_before),
         cmocka_unit_test(the_most_urgent_topic_is_known),
         cmocka_unit_test(a_refused_topic_costs_no_other_its_map),
+        cmocka_unit_test(nor_when_the_last_question_has_no_answer),
         cmocka_unit_test(a_map_is_read_also_where_none_is_written),
         cmocka_unit_test(what_a_map_held_is_handed_on_where_the_broker_takes_it),
         cmocka_unit_test(a_transaction_hands_on_what_a_map_held),
