@@ -40,6 +40,7 @@ struct part {
     struct offset_range *known; /* [n_known], of which the first at_known are passed */
     size_t n_known, at_known;
     uint64_t version, committed_version;    /* of the map: completions so far */
+    uint64_t cuts;
     size_t map_bytes;
     int64_t credit;             /* bytes that it may grow by unmeasured; see ledger_crowded() */
     int64_t last;               /* last delivered, or LEDGER_NONE */
@@ -289,7 +290,10 @@ lm_status ledger_cut(ledger *l, struct ledger_ref ref, int64_t from)
     cut_known(p, from);
     p->last = from - 1;
     p->position = LEDGER_NONE;
-    p->version++;               /* the map that was committed is of what is no more */
+    p->cuts++;
+    p->committed_version = p->version++;        /* the map is of what is no more */
+    if (p->committed > from)    /* by a transaction whose jobs are on their way here */
+        p->committed = LEDGER_NONE;
     p->credit = 0;
     return LM_OK;
 }
@@ -503,7 +507,7 @@ bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledg
     int64_t mark = part_watermark(p, staged);
     uint64_t version = p->version + (staged ? p->staged : 0);
     bool map = l->map_limit && version != p->committed_version && p->count > 0;
-    *out = (struct ledger_commit){ ref, LM_MAX(mark, p->committed), version };
+    *out = (struct ledger_commit){ ref, LM_MAX(mark, p->committed), version, p->cuts };
     return mark > p->committed || (map && mark != LEDGER_NONE);
 }
 
@@ -540,7 +544,7 @@ size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
 void ledger_committed(ledger *l, const struct ledger_commit *c)
 {
     struct part *p = part_of(l, c->ref);
-    if (!p)
+    if (!p || c->cuts != p->cuts)
         return;
     p->committed = LM_MAX(p->committed, c->offset);
     p->committed_version = LM_MAX(p->committed_version, c->version);

@@ -110,7 +110,8 @@ bool ledger_skip(ledger *l, struct ledger_ref ref, int64_t offset);
 /* The log went back: drops the unfinished entries and begins a new epoch, which *ref becomes. */
 lm_status ledger_rewind(ledger *l, struct ledger_ref *ref);
 /* The log went back to `from`: drops what was delivered from there on, and what an earlier owner
- * finished there. LM_NOT_FOUND: nothing unfinished lies before; LM_CANCELLED: stale epoch. */
+ * finished there, and that it was committed, if it was. LM_NOT_FOUND: nothing unfinished lies
+ * before; LM_CANCELLED: stale epoch. */
 lm_status ledger_cut(ledger *l, struct ledger_ref ref, int64_t from);
 /* What an unfinished entry was delivered with; NULL: there is none, or the ref is stale. */
 void *ledger_user(const ledger *l, struct ledger_ref ref, int64_t offset);
@@ -130,6 +131,7 @@ struct ledger_commit {
     struct ledger_ref ref;
     int64_t offset;             /* "read this next" */
     uint64_t version;           /* of the map */
+    uint64_t cuts;              /* of the partition by then */
 };
 
 /* Is there something new to commit? With `staged`, as if the staged entries were finished. The
@@ -139,7 +141,8 @@ bool ledger_due(const ledger *l, struct ledger_ref ref, bool staged, struct ledg
  * offsets are in it; never of one that hands on what was restored. */
 size_t ledger_map(ledger *l, const struct ledger_commit *c, bool staged,
                   char out[OFFSET_MAP_MAX + 1], bool *whole);
-/* The broker has accepted that commit. Stale refs and older ones are ignored. */
+/* The broker has accepted that commit. Stale refs and older ones are ignored, and what a cut has
+ * overtaken: a transaction's may lie beyond it. */
 void ledger_committed(ledger *l, const struct ledger_commit *c);
 
 /* Read no further for now? While something is in flight, which can still make the map smaller,

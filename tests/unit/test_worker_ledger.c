@@ -56,7 +56,12 @@ static int64_t commit_value(const ledger *l, struct ledger_ref ref)
 
 static void accept(ledger *l, struct ledger_ref ref, int64_t value)
 {
-    ledger_committed(l, &(struct ledger_commit){ ref, value, 0 });
+    struct ledger_commit c = { 0 };
+    ledger_due(l, ref, false, &c);
+    c.ref = ref;
+    c.offset = value;
+    c.version = 0;
+    ledger_committed(l, &c);
 }
 
 static void test_watermark_skips_gaps(void **state)
@@ -234,6 +239,43 @@ static void test_a_cut_ends_what_was_restored(void **state)
     assert_true(ledger_get(l, r, &info));
     assert_int_equal(info.in_flight, 2 + 2 + 7);
     ledger_free(l);
+}
+
+/* A transaction has offsets beyond what is unfinished, until its jobs are completed. When the log
+ * is cut meanwhile, the group has an offset beyond the cut: new records come below it, and the next
+ * commit goes back. */
+static void cut_a_transaction(bool committed_before)
+{
+    struct ledger_commit c, next;
+    ledger *l = ledger_new(NULL, NULL, OFFSET_MAP_MAX);
+    struct ledger_ref r = assign(l, 0, 0);
+    for (int64_t i = 0; i < 10; i++) {
+        deliver(l, r, i);
+        assert_int_equal(ledger_stage(l, r, i, true), LM_OK);
+    }
+    assert_true(ledger_due(l, r, true, &c));
+    assert_int_equal(c.offset, 10);
+    if (committed_before)
+        ledger_committed(l, &c);
+    assert_int_equal(ledger_cut(l, r, 6), LM_OK);
+    if (!committed_before)
+        ledger_committed(l, &c);
+    for (int64_t i = 6; i < 9; i++)
+        deliver(l, r, i);
+    for (int64_t i = 0; i < 6; i++)
+        finish(l, r, i);
+    assert_true(ledger_due(l, r, true, &next));
+    assert_int_equal(next.offset, 6);
+    ledger_committed(l, &next);
+    assert_false(ledger_due(l, r, true, &next));
+    ledger_free(l);
+}
+
+static void test_a_cut_goes_back_behind_a_transaction(void **state)
+{
+    (void)state;
+    cut_a_transaction(true);
+    cut_a_transaction(false);
 }
 
 static void test_partitions_are_apart(void **state)
@@ -539,6 +581,7 @@ int main(void)
         cmocka_unit_test(test_rewind_starts_over),
         cmocka_unit_test(test_a_cut_keeps_what_lies_before),
         cmocka_unit_test(test_a_cut_ends_what_was_restored),
+        cmocka_unit_test(test_a_cut_goes_back_behind_a_transaction),
         cmocka_unit_test(test_partitions_are_apart),
         cmocka_unit_test(test_refuses_nonsense),
         cmocka_unit_test(test_restored_ranges_are_handed_on),
