@@ -182,7 +182,7 @@ static void on_commit(rd_kafka_t *rk, rd_kafka_resp_err_t e, rd_kafka_topic_part
         rd_kafka_resp_err_t own = v && v->err ? v->err : e;
         if (!a)
             continue;
-        worst = own ? own : worst;
+        worst = worst ? worst : own;
         if (doubtful && own == e)
             note_doubt(c, a);
         else

@@ -996,6 +996,42 @@ static void a_topic_that_is_refused_is_refused_alone(void **state)
     close_group(x);
 }
 
+/* The group refuses what it was sent of "t" for that, and "other" for itself; the client gives the
+ * last one's to the request. Returns the length of the first one's metadata. */
+static size_t refuse_both(struct world *x, rd_kafka_resp_err_t e)
+{
+    commit_start(&x->c);
+    assert_int_equal(n_waits, 1);
+    rd_kafka_topic_partition_list_t *l = waits[0].offsets;
+    rd_kafka_topic_partition_t *first = rd_kafka_topic_partition_list_find(l, "t", 0);
+    first->err = e;
+    rd_kafka_topic_partition_list_find(l, "other", 0)->err =
+        RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    size_t len = first->metadata_size;
+    n_waits = 0;
+    waits[0].cb(NULL, e, l, waits[0].opaque);
+    rd_kafka_topic_partition_list_destroy(l);
+    return len;
+}
+
+/* What the others are refused for is heard, whatever the request holds besides. */
+static void nor_is_what_else_is_refused_overlooked(void **state)
+{
+    (void)state;
+    struct world *x = open_topics();
+    struct job *first = deliver(x, 2, NULL);
+    worker_end_job(&x->w, deliver(x, 3, NULL), OUTCOME_REPLY);
+    consumer_take_finished(&x->c, 0);
+    refuse_both(x, RD_KAFKA_RESP_ERR_REBALANCE_IN_PROGRESS);
+    assert_in_range(x->c.again_ms, 1, 160);     /* it goes again soon */
+    size_t sent = refuse_both(x, RD_KAFKA_RESP_ERR_OFFSET_METADATA_TOO_LARGE);
+    assert_in_range(sent, 1, OFFSET_MAP_MAX);
+    assert_in_range(x->c.map_limit, 0, sent - 1);
+    assert_true(x->c.parts[1].refused);
+    job_unref(first);
+    close_group(x);
+}
+
 /* The last commit doesn't end in doubt either. */
 static void nor_at_the_end(void **state)
 {
@@ -1149,6 +1185,7 @@ int main(void)
         cmocka_unit_test(a_partition_whose_commits_are_refused_is_known),
         cmocka_unit_test(a_topic_that_is_refused_is_refused_alone),
         cmocka_unit_test(without_memory_for_its_map_an_offset_waits),
+        cmocka_unit_test(nor_is_what_else_is_refused_overlooked),
         cmocka_unit_test(nor_at_the_end),
         cmocka_unit_test(a_topic_that_is_refused_gives_up_no_other),
         cmocka_unit_test(a_commit_that_meets_a_rebalance_goes_again_soon),
