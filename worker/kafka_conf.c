@@ -282,6 +282,23 @@ static lm_status check_version(const struct config *c, struct lm_err *err)
     return LM_OK;
 }
 
+/* A client that reads what is not committed also takes the group's offsets while a transaction is
+ * about to replace them (librdkafka asks for stable ones by the same property): then the replies of
+ * an owner that has just died, or a commit whose fate is asked for, would come twice. */
+static lm_status check_isolation(const struct config *c, const rd_kafka_conf_t *conf,
+                                 struct lm_err *err)
+{
+    char level[32] = "";
+    size_t size = sizeof level;
+    if (!config_exactly_once(c) ||
+        rd_kafka_conf_get(conf, "isolation.level", level, &size) != RD_KAFKA_CONF_OK ||
+        !strcmp(level, "read_committed"))
+        return LM_OK;
+    return lm_err_set(err, LM_INVALID, "delivery.mode=exactly-once needs kafka.isolation.level="
+                      "read_committed, not %s: else it may take offsets that a transaction is "
+                      "about to replace, and answer twice", level);
+}
+
 lm_status kafka_conf_check(const struct config *c, struct lm_err *err)
 {
     static const enum config_scope scopes[] = { CONFIG_CONSUMER, CONFIG_PRODUCER };
@@ -289,8 +306,11 @@ lm_status kafka_conf_check(const struct config *c, struct lm_err *err)
     for (size_t i = 0; !st && i < LM_COUNT(scopes); i++) {
         rd_kafka_conf_t *conf;
         st = kafka_conf_new(c, scopes[i], "check", &conf, err);
-        if (!st)
-            rd_kafka_conf_destroy(conf);
+        if (st)
+            return st;
+        if (scopes[i] == CONFIG_CONSUMER)
+            st = check_isolation(c, conf, err);
+        rd_kafka_conf_destroy(conf);
     }
     return st;
 }

@@ -16,7 +16,8 @@ lm_status kafka_conf_new(const struct config *c, enum config_scope scope, const 
                          rd_kafka_conf_t **out, struct lm_err *err);
 
 /* Can this library do what the configuration asks for, and would kafka_conf_new() take it, for both
- * handles? LM_UNSUPPORTED names what needs a newer library. */
+ * handles? LM_UNSUPPORTED names what needs a newer library, LM_INVALID also what does not go
+ * together. */
 lm_status kafka_conf_check(const struct config *c, struct lm_err *err);
 
 /* rd_kafka_new() with our log and error text; consumes *conf on success, destroys it on failure. */

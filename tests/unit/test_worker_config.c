@@ -345,6 +345,22 @@ static void test_workers_do_not_fence_each_other(void **state)
     assert_string_equal(transactional_id(), "b");
 }
 
+/* Offsets that a transaction is about to replace would be taken for the group's. */
+static void test_exactly_once_reads_what_is_committed(void **state)
+{
+    (void)state;
+    minimal();
+    good("kafka.isolation.level=READ_UNCOMMITTED");
+    assert_int_equal(kafka_conf_check(&cfg, &err), LM_OK);
+    good("delivery.mode=exactly-once");
+    assert_int_equal(kafka_conf_check(&cfg, &err), LM_INVALID);
+    says("kafka.isolation.level=read_committed, not read_uncommitted");
+    good("kafka.consumer.isolation.level=read_committed");
+    assert_int_equal(kafka_conf_check(&cfg, &err), LM_OK);
+    good("kafka.producer.isolation.level=read_uncommitted");    /* which it has no use for */
+    assert_int_equal(kafka_conf_check(&cfg, &err), LM_OK);
+}
+
 /* Nor does one that goes on with another id: its name is nobody else's, however long. */
 static void test_another_id(void **state)
 {
@@ -764,7 +780,8 @@ int main(void)
         TEST(test_no_password_is_told),
         TEST(test_claim_checks), TEST(test_passthrough),
         TEST(test_librdkafka_settings), TEST(test_defaults_give_way),
-        TEST(test_workers_do_not_fence_each_other), TEST(test_another_id),
+        TEST(test_workers_do_not_fence_each_other),
+        TEST(test_exactly_once_reads_what_is_committed), TEST(test_another_id),
         TEST(test_librdkafka_refusals), TEST(test_secrets), TEST(test_default_folders),
         TEST(test_log_hides_secrets), TEST(test_file), TEST(test_file_errors_name_the_line),
         TEST(test_sample_is_valid), TEST(test_our_defaults_are_documented),
