@@ -346,6 +346,14 @@ static bool finishes_one_of(const struct stage *s, const rd_kafka_topic_partitio
     return false;
 }
 
+static bool has_parts(const struct stage *s)
+{
+    for (size_t i = 0; i < s->n; i++)
+        if (s->verdicts[i] == STAGE_IN && s->jobs[i] && s->jobs[i]->parent)
+            return true;
+    return false;
+}
+
 bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group)
 {
     bool held[2] = { false, false }, telling = false;
@@ -357,7 +365,7 @@ bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group)
         telling |= tells;
         held[tells] |= got && same_commit(got, sent);
     }
-    return held[telling];
+    return telling ? held[true] : held[false] && !has_parts(s);
 }
 
 lm_status staging_committed(consumer *c, const struct stage *s, bool *holds)

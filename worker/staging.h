@@ -69,7 +69,8 @@ bool stage_refuses_topic(rd_kafka_resp_err_t code);
  * transaction is found whose commit was not answered. A status that can heal: not known. */
 lm_status staging_committed(consumer *c, const struct stage *s, bool *holds);
 /* Its judgement. Only partitions of which the stage finishes a prompt tell, if there is one: their
- * offset or map is new for certain. A mark (quarantine.h) may be the one that was committed before.
+ * offset or map is new for certain. A mark (quarantine.h) may be the one that was committed before:
+ * it does not tell of parts of streams, which rather come twice than not at all.
  * `group`: what the group holds; its order may change. */
 bool stage_held(const struct stage *s, rd_kafka_topic_partition_list_t *group);
 

@@ -25,13 +25,15 @@ static void put(rd_kafka_topic_partition_list_t *l, int32_t partition, int64_t o
 }
 
 /* The stage sends offset 11 with "map" for partition 0, and 7 with "mark" for partition 1; it
- * finishes a prompt of partition 0 if `finishes`. The group holds these. */
-static bool held(bool finishes, int64_t offset, const char *map, const char *mark)
+ * finishes a prompt of partition 0 if `finishes`, and has a part of one if `streams`. The group
+ * holds these. */
+static bool holds(bool finishes, bool streams, int64_t offset, const char *map, const char *mark)
 {
     struct lease lease = { .partition = 0, .topic = "t" };
     struct job job = { .lease = &lease }, part = { .lease = &lease, .parent = &job };
     struct job *jobs[] = { NULL, &part, finishes ? &job : NULL };
-    enum stage_verdict verdicts[] = { STAGE_GONE, STAGE_IN, finishes ? STAGE_IN : STAGE_WAIT };
+    enum stage_verdict verdicts[] = { STAGE_GONE, streams ? STAGE_IN : STAGE_GONE,
+                                      finishes ? STAGE_IN : STAGE_WAIT };
     struct stage s = { .jobs = jobs, .verdicts = verdicts, .n = LM_COUNT(jobs),
                        .offsets = rd_kafka_topic_partition_list_new(2) };
     rd_kafka_topic_partition_list_t *group = rd_kafka_topic_partition_list_new(2);
@@ -43,6 +45,11 @@ static bool held(bool finishes, int64_t offset, const char *map, const char *mar
     rd_kafka_topic_partition_list_destroy(group);
     rd_kafka_topic_partition_list_destroy(s.offsets);
     return is;
+}
+
+static bool held(bool finishes, int64_t offset, const char *map, const char *mark)
+{
+    return holds(finishes, finishes, offset, map, mark);
 }
 
 static void test_committed(void **state)
@@ -74,6 +81,14 @@ static void test_marks_alone(void **state)
     (void)state;
     assert_true(held(false, 10, NULL, "mark"));
     assert_false(held(false, 10, NULL, NULL));
+}
+
+/* Nor does it tell of parts, the next of which would follow a gap: they go again. */
+static void test_marks_beside_parts(void **state)
+{
+    (void)state;
+    assert_false(holds(false, true, 10, NULL, "mark"));
+    assert_false(holds(false, true, 10, NULL, NULL));
 }
 
 /* ---- a map without room ------------------------------------------------------------------- */
@@ -277,6 +292,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_committed), cmocka_unit_test(test_not_committed),
         cmocka_unit_test(test_old_mark), cmocka_unit_test(test_marks_alone),
+        cmocka_unit_test(test_marks_beside_parts),
         cmocka_unit_test_setup_teardown(test_no_room, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_refused_on_the_spot, open_world, close_world),
         cmocka_unit_test_setup_teardown(test_no_memory_for_the_map, open_world, close_world),
