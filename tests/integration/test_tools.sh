@@ -163,6 +163,14 @@ dlq2 retry 0:5 0:6 --to small --yes; st=$?
 check "of a retry that fails in part each failed place is named: $(tr '\n' ' ' < "$RUN/err")" \
     quiet grep -Pzo '0:5 was not sent to small: .*\n.*1 sent back, 1 not' "$RUN/err"
 check "and the status says so (got $st)" [ $st -eq 1 ]
+# A batch is refused with all its lines; they are not too large for that.
+for i in $(seq 60); do
+    printf '{"id": "s-%d", "prompt": "%0300d"}\n' "$i" 0
+    [ "$i" = 30 ] && printf '{"id": "big", "prompt": "%06000d"}\n' 0
+done > "$RUN/smalls"
+"$LORAMILL" submit -c "$RUN/worker.properties" --set topics.prompts=small -q --input "$RUN/smalls" 2> "$RUN/err"; st=$?
+check "of many lines one is refused by the broker (got $st): $(tr '\n' ' ' < "$RUN/err")" \
+    [ "$st $(grep -c ':31: not delivered: ' "$RUN/err") $(grep -c '61 lines: 60 delivered, 0 refused, 1 not delivered' "$RUN/err")" = '1 1 1' ]
 marked() { dlq2 list --json; [ "$(jq -sc '[.[] | select(.sent_back) | .at.offset]' "$RUN/out")" = '[6,7]' ]; }
 check "of those only what was sent is marked" wait_until 60 marked
 dlq2 retry 0:6 0:6 0:99 --to small --again --yes; check "a place where nothing is: status 1 (got $?)" grep -q '1 of 2 are there' "$RUN/err"
