@@ -196,12 +196,13 @@ def look(m, registry, cache):
 
 
 def refused(m):
-    """Where the record lies of which this dead letter says that it can't be read."""
+    """Where the record lies of which this dead letter says that it can't be read. (The origin may be the
+    sender's, as one keeps the first, and then it is any bytes, or none.)"""
     h = dict(m.headers())
-    if h.get("loramill-error-code") not in (b"malformed", b"invalid") or any(n not in h for n in ORIGIN):
+    if h.get("loramill-error-code") not in (b"malformed", b"invalid") or any(h.get(n) is None for n in ORIGIN):
         return None
     topic, partition, offset = (h[n] for n in ORIGIN)
-    return topic.decode(), int.from_bytes(partition, "big"), int.from_bytes(offset, "big")
+    return topic.decode(errors="replace"), int.from_bytes(partition, "big"), int.from_bytes(offset, "big")
 
 
 def ends(c, parts):
