@@ -24,6 +24,19 @@
 
 /* ---- text ------------------------------------------------------------------------------- */
 
+/* Field by field: padding has any value. */
+static void same(const struct quarantine_mark *a, const struct quarantine_mark *b)
+{
+    assert_int_equal(a->fence, b->fence);
+    assert_int_equal(a->until, b->until);
+    assert_int_equal(a->suspect, b->suspect);
+    assert_int_equal(a->owner, b->owner);
+    assert_int_equal(a->deaths, b->deaths);
+    assert_int_equal(a->alone, b->alone);
+    assert_int_equal(a->idle, b->idle);
+    assert_int_equal(a->solo, b->solo);
+}
+
 static void test_text(void **state)
 {
     (void)state;
@@ -35,7 +48,7 @@ static void test_text(void **state)
     assert_int_equal(n, strlen(text));
     assert_string_equal(text, "lq1:64.c8.be.2.3.1.abcd.2.bedf6bd8");
     assert_int_equal(quarantine_parse(text, n, 100, &got), LM_OK);
-    assert_memory_equal(&got, &m, sizeof m);
+    same(&got, &m);
     assert_int_equal(quarantine_parse(text, n, 99, &got), LM_MISMATCH);
     for (size_t i = 4; i < n; i++) {            /* each character counts */
         char was = text[i];
@@ -58,7 +71,7 @@ static void test_extremes(void **state)
     size_t n = quarantine_text(&m, 0, text);
     assert_true(n <= QUARANTINE_TEXT_MAX);
     assert_int_equal(quarantine_parse(text, n, 0, &got), LM_OK);
-    assert_memory_equal(&got, &m, sizeof m);
+    same(&got, &m);
     m.deaths = 0;                               /* idle, and nobody suspected: nothing to say */
     assert_int_equal(quarantine_text(&m, 0, text), 0);
     m = (struct quarantine_mark){ .fence = -1, .until = -1, .suspect = -1 };
