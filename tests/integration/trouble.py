@@ -241,10 +241,10 @@ def stream_shrinks(pid, run):
         r.until(lambda s: {body(m)["id"] for m in s} >= set(ids))
         os.killpg(int(pid), signal.SIGSTOP)
         begun = {i: [m for m in r.rest() if body(m)["id"] == i] for i in ids}
-        # A token has a character, all but always: fewer than half as many are far from the end.
+        # A token has a character at least, all but always: so many are far from the end.
         longest = max((len(t) for x in begun.values() for t in texts_of(map(body, x)).values()), default=0)
         print(f"# attempt {n}: stopped after {longest} characters of {LONG['max_tokens']} tokens")
-        if longest < LONG["max_tokens"] // 2 and not final(r.seen):
+        if longest < LONG["max_tokens"] * 3 // 4 and not final(r.seen):
             break
         os.killpg(int(pid), signal.SIGCONT)
         r.until(lambda s: final(s) == ids)
